@@ -1,0 +1,295 @@
+"""RunConfig: everything that decides the numbers of a run, and where its outputs go.
+
+A run is a pure function of (config, data manifest, step), so whatever changes a number stands here and
+nowhere else. Torch-free: the launcher reads it on login nodes. What the data decides (the vocabulary)
+and what a default derives (d_ff) is filled in by `resolve` before the run directory is written.
+"""
+
+from math import ceil
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from data_pipeline.config_file import Section
+
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class ModelConfig(Section):
+    """The network. Defaults are Llama's: RMSNorm, RoPE, SwiGLU, no bias, untied."""
+
+    n_layers: Count = Field(default=12, description="Transformer blocks.")
+    d_model: Count = Field(default=768, description="Width of the residual stream.")
+    n_heads: Count = Field(default=12, description="Query heads; they divide d_model.")
+    n_kv_heads: Count | None = Field(
+        default=None, description="Key/value heads; they divide n_heads. Default: n_heads."
+    )
+    context: Count = Field(default=1024, description="Tokens a sequence.")
+    vocab_size: Count | None = Field(
+        default=None, description="Rows of the embedding. Default: the data's vocabulary, padded."
+    )
+    vocab_multiple: Count = Field(
+        default=64, description="A vocabulary taken from the data is padded to a multiple of this."
+    )
+    ffn: Literal["swiglu", "geglu", "reglu", "glu", "bilinear", "swish", "gelu", "relu"] = Field(
+        default="swiglu", description="Feed-forward variant (Shazeer 2020)."
+    )
+    d_ff: Count | None = Field(
+        default=None,
+        description="Hidden width of the feed-forward. Default: 4 × d_model, or 2/3 of it where gated, "
+        "rounded up to a multiple of 64.",
+    )
+    norm: Literal["rmsnorm", "layernorm"] = Field(default="rmsnorm", description="Pre-normalisation.")
+    norm_eps: float = Field(default=1e-5, gt=0, description="Added to the variance.")
+    position: Literal["rope", "learned"] = Field(default="rope", description="Position encoding.")
+    rope_theta: float = Field(default=10_000.0, gt=0, description="Base of the rotary wavelengths.")
+    bias: bool = Field(default=False, description="Biases in every linear layer and LayerNorm (GPT-2).")
+    tie_embeddings: bool = Field(default=False, description="The output head is the token embedding.")
+    attention: Literal["auto", "flash-2", "sdpa", "reference"] = Field(
+        default="auto", description="Attention kernel; auto picks by hardware and dtype."
+    )
+
+    @property
+    def head_width(self) -> int:
+        """Width of one head."""
+        return self.d_model // self.n_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads after the default."""
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the feed-forward has a gate (three matrices instead of two)."""
+        return self.ffn in ("swiglu", "geglu", "reglu", "glu", "bilinear")
+
+    @property
+    def ffn_width(self) -> int:
+        """d_ff after the default: Shazeer's 2/3 rule keeps the parameters of gated variants equal."""
+        if self.d_ff is not None:
+            return self.d_ff
+        width = 4 * self.d_model * 2 / 3 if self.is_gated else 4 * self.d_model
+        return ceil(width / 64) * 64
+
+    @property
+    def vocabulary(self) -> int:
+        """vocab_size of a resolved config."""
+        if self.vocab_size is None:
+            raise ValueError("model.vocab_size is not resolved")
+        return self.vocab_size
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.d_model % self.n_heads:
+            raise ValueError(
+                f"model.d_model = {self.d_model} is not a multiple of model.n_heads = {self.n_heads}. "
+                f"Nearest: {_nearest_multiple(self.d_model, self.n_heads)}."
+            )
+        if self.n_heads % self.kv_heads:
+            divisors = [n for n in range(1, self.n_heads + 1) if self.n_heads % n == 0]
+            raise ValueError(
+                f"model.n_kv_heads = {self.kv_heads} does not divide model.n_heads = {self.n_heads}. "
+                f"These do: {', '.join(map(str, divisors))}."
+            )
+        if self.position == "rope" and self.head_width % 2:
+            raise ValueError(
+                f"model.position = 'rope' needs an even head width; "
+                f"d_model {self.d_model} / n_heads {self.n_heads} = {self.head_width}."
+            )
+        return self
+
+
+class Source(Section):
+    """One data directory of a mixture."""
+
+    path: Path = Field(description="Data directory made by `outlast prepare`.")
+    weight: float = Field(gt=0, description="Share of the training tokens, relative to the other sources.")
+
+
+class DataConfig(Section):
+    """What the run reads."""
+
+    path: Path | None = Field(default=None, description="Data directory made by `outlast prepare`.")
+    mixture: tuple[Source, ...] = Field(default=(), description="Several data directories with weights.")
+    document_mask: bool = Field(
+        default=True, description="Attention stays inside documents; a document's first token is not scored."
+    )
+    max_epochs: float | None = Field(
+        default=None, gt=0, description="Stop with an error before a source is read more often. Default: no limit."
+    )
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The data directories, one or several."""
+        return self.mixture or (Source(path=self.path or Path(), weight=1.0),)
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Self:
+        if (self.path is None) == (not self.mixture):
+            raise ValueError(
+                "data: exactly one of data.path and data.mixture is needed, for example "
+                'path = "data/fineweb". `outlast prepare` makes a data directory from raw text.'
+            )
+        return self
+
+
+class BatchConfig(Section):
+    """How many tokens make a step, and how they are cut."""
+
+    global_batch_tokens: Count = Field(default=524_288, description="Tokens of one optimizer step, all ranks.")
+    micro_batch: Count = Field(default=8, description="Sequences that one process computes at a time.")
+
+
+class OptimizerConfig(Section):
+    """AdamW (Kingma & Ba 2014; Loshchilov & Hutter 2019)."""
+
+    name: Literal["adamw"] = Field(default="adamw", description="The optimizer.")
+    peak_lr: float = Field(default=6e-4, gt=0, description="Learning rate at the end of the warmup.")
+    betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.95), description="Decay of the two moments.")
+    eps: float = Field(default=1e-8, gt=0, description="Added to the root of the second moment.")
+    weight_decay: float = Field(
+        default=0.1, ge=0, description="Decoupled decay of matrices; norms and biases have none."
+    )
+    grad_clip: float = Field(default=1.0, gt=0, description="Largest global gradient norm.")
+
+
+class ScheduleConfig(Section):
+    """Learning rate as a function of the step."""
+
+    name: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="Shape after the warmup."
+    )
+    warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warmup to the peak.")
+    total_steps: Count | None = Field(default=None, description="Steps of the run; or give total_tokens.")
+    total_tokens: Count | None = Field(
+        default=None, description="Tokens of the run, rounded up to whole steps; or give total_steps."
+    )
+    final_lr_fraction: Fraction = Field(default=0.1, description="Last learning rate over the peak.")
+
+    @model_validator(mode="after")
+    def _one_total(self) -> Self:
+        if (self.total_steps is None) == (self.total_tokens is None):
+            raise ValueError("schedule: exactly one of schedule.total_steps and schedule.total_tokens is needed.")
+        return self
+
+
+class ZeroConfig(Section):
+    """DeepSpeed ZeRO (Rajbhandari et al. 2020)."""
+
+    stage: Literal[1, 2] = Field(
+        default=1, description="1 shards the optimizer's state over the ranks, 2 also the gradients."
+    )
+
+
+class CheckpointConfig(Section):
+    """When to save and what to keep."""
+
+    every_steps: Count = Field(default=500, description="Steps between checkpoints.")
+    keep_last: int = Field(default=3, ge=2, description="Committed checkpoints to keep.")
+
+
+class EvaluationConfig(Section):
+    """The loss on the validation split."""
+
+    every_steps: Count = Field(default=500, description="Steps between evaluations.")
+    tokens: Count = Field(default=1_048_576, description="Tokens of the split's beginning that are scored.")
+
+
+class TrackingConfig(Section):
+    """The record's mirror in MLflow."""
+
+    enabled: bool = Field(default=True, description="Mirror the record in MLflow.")
+    uri: str | None = Field(
+        default=None, description="MLflow server. Default: an SQLite file beside the run directory."
+    )
+    experiment: str = Field(default="outlast", description="MLflow experiment.")
+
+
+class LaunchConfig(Section):
+    """How the run is kept alive."""
+
+    max_restarts: int = Field(
+        default=100, ge=0, description="Restarts of the workers in one job, by torchrun."
+    )
+    max_failures: Count = Field(
+        default=3, description="Attempts in a row without a new checkpoint before the run gives up (exit 93)."
+    )
+    collective_timeout_s: float = Field(
+        default=600.0, gt=0, description="Seconds a rank waits for the others in a collective."
+    )
+
+
+class RunConfig(Section):
+    """One run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
+        description="Names the run directory and the MLflow run: letters, digits, '.', '_', '-'."
+    )
+    seed: int = Field(default=1234, ge=0, description="Of the initial weights and the order of the data.")
+    precision: Literal["bf16", "fp32"] = Field(
+        default="bf16", description="Of parameters and activations; master weights are fp32 always."
+    )
+    model: ModelConfig = ModelConfig()
+    data: DataConfig
+    batch: BatchConfig = BatchConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig
+    zero: ZeroConfig = ZeroConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    launch: LaunchConfig = LaunchConfig()
+
+    @property
+    def global_batch(self) -> int:
+        """Sequences of one optimizer step, all ranks."""
+        return self.batch.global_batch_tokens // self.model.context
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        if self.schedule.total_steps is not None:
+            return self.schedule.total_steps
+        assert self.schedule.total_tokens is not None
+        return ceil(self.schedule.total_tokens / self.batch.global_batch_tokens)
+
+    def micro_batches(self, world_size: int) -> int:
+        """Micro-batches of one rank in one step (gradient accumulation)."""
+        return self.global_batch // (self.batch.micro_batch * world_size)
+
+    def batch_problem(self, world_size: int) -> str | None:
+        """Why the global batch cannot be cut for `world_size` processes, with the nearest that can."""
+        unit = self.batch.micro_batch * self.model.context * world_size
+        tokens = self.batch.global_batch_tokens
+        if tokens % unit == 0:
+            return None
+        return (
+            f"batch.global_batch_tokens = {tokens} is not a multiple of micro_batch {self.batch.micro_batch} × "
+            f"context {self.model.context} × {world_size} processes = {unit}. "
+            f"Nearest: {_nearest_multiple(tokens, unit)}."
+        )
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> Self:
+        if self.schedule.warmup_steps > self.total_steps:
+            raise ValueError(
+                f"schedule.warmup_steps = {self.schedule.warmup_steps} is more than the run's "
+                f"{self.total_steps} steps."
+            )
+        return self
+
+    def resolve(self, vocab_size: int) -> "RunConfig":
+        """This config with what the data decides filled in: `vocab_size` ids, padded."""
+        multiple = self.model.vocab_multiple
+        rows = self.model.vocab_size or ceil(vocab_size / multiple) * multiple
+        model = self.model.model_copy(
+            update={"vocab_size": rows, "d_ff": self.model.ffn_width, "n_kv_heads": self.model.kv_heads}
+        )
+        return self.model_copy(update={"model": model})
+
+
+def _nearest_multiple(value: int, unit: int) -> int:
+    return max(1, round(value / unit)) * unit

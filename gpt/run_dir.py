@@ -1,0 +1,120 @@
+"""Every path in a run directory: the one place where their names stand.
+
+A run directory never stores its own path, so that it can be moved or copied.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The layout of one run on disk."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The fully resolved run config: the one file that workers trust."""
+        return self.path / "config.json"
+
+    @property
+    def cluster(self) -> Path:
+        """The cluster config, so that a bare resume knows where."""
+        return self.path / "cluster.json"
+
+    @property
+    def provenance(self) -> Path:
+        """Command line, versions, git commit, host, data fingerprint, MLflow run id."""
+        return self.path / "provenance.json"
+
+    @property
+    def code(self) -> Path:
+        """The packages as they were at submission; workers import from here."""
+        return self.path / "code"
+
+    @property
+    def submission(self) -> Path:
+        """submitit's own folder: pickles and the logs of its tasks."""
+        return self.path / "submission"
+
+    @property
+    def job(self) -> Path:
+        """The newest submission: executor, job id, host, process id, time."""
+        return self.path / "job.json"
+
+    @property
+    def attempts(self) -> Path:
+        """One numbered folder for each generation of workers."""
+        return self.path / "attempts"
+
+    @property
+    def stop(self) -> Path:
+        """A stop request, while it stands."""
+        return self.path / "stop"
+
+    @property
+    def metrics(self) -> Path:
+        """The record: one line a step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def events(self) -> Path:
+        """Starts, phases, stops, saves, failures."""
+        return self.path / "events.jsonl"
+
+    @property
+    def tracking(self) -> Path:
+        """How far the mirror in MLflow has come."""
+        return self.path / "tracking.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """`step-NNNNNNNN` folders; names with a leading dot are not committed."""
+        return self.path / "checkpoints"
+
+    def attempt(self, number: int) -> Path:
+        """The folder of attempt `number`."""
+        return self.attempts / f"{number:04d}"
+
+    def attempt_numbers(self) -> list[int]:
+        """The attempts so far, oldest first."""
+        if not self.attempts.is_dir():
+            return []
+        return sorted(int(entry.name) for entry in self.attempts.iterdir() if entry.name.isdigit())
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write `content` so that a reader finds the old file or the new one, never a part, also after a crash."""
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    fsync_dir(path.parent)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The content of a JSON file, or None where there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {type(content).__name__}, not an object")
+    return content
+
+
+def fsync_dir(path: Path) -> None:
+    """Make the names in folder `path` durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
