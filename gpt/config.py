@@ -118,7 +118,9 @@ class DataConfig(Section):
         default=True, description="Attention stays inside documents; a document's first token is not scored."
     )
     max_epochs: float | None = Field(
-        default=None, gt=0, description="Stop with an error before a source is read more often. Default: no limit."
+        default=None,
+        gt=0,
+        description="Stop with an error before a source is read more often. Default: no limit.",
     )
 
     @property
@@ -139,7 +141,9 @@ class DataConfig(Section):
 class BatchConfig(Section):
     """How many tokens make a step, and how they are cut."""
 
-    global_batch_tokens: Count = Field(default=524_288, description="Tokens of one optimizer step, all ranks.")
+    global_batch_tokens: Count = Field(
+        default=524_288, description="Tokens of one optimizer step, all ranks."
+    )
     micro_batch: Count = Field(default=8, description="Sequences that one process computes at a time.")
 
 
@@ -172,7 +176,9 @@ class ScheduleConfig(Section):
     @model_validator(mode="after")
     def _one_total(self) -> Self:
         if (self.total_steps is None) == (self.total_tokens is None):
-            raise ValueError("schedule: exactly one of schedule.total_steps and schedule.total_tokens is needed.")
+            raise ValueError(
+                "schedule: exactly one of schedule.total_steps and schedule.total_tokens is needed."
+            )
         return self
 
 

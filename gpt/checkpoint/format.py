@@ -1,0 +1,281 @@
+"""The checkpoint on disk: its index, its rank files, and what makes them trustworthy. Torch-free.
+
+    step-00001200/
+        rank-00000.safetensors   flat fp32 state that this rank owns, its chunk checksums behind it
+        checkpoint.json          the index, written last; the folder is renamed into place as the commit
+
+A rank file is an ordinary safetensors file. Its tensors are `GROUP.STATE` (flat fp32: the part of the
+group's state that this rank owns) and, last, `chunk_checksums` (uint64): xxh3-64 of each CHUNK_BYTES of
+what stands between header and table. The index holds xxh3-128 of header and table, and its own checksum,
+so every byte of the folder is covered, while the index grows with parameters + ranks only.
+
+Nothing here is pickle, and nothing that is read decides a path outside the folder or an allocation
+beyond the size of the file.
+"""
+
+import json
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, Literal
+
+import xxhash
+from pydantic import Field, ValidationError
+
+from data_pipeline.config_file import Section
+from data_pipeline.errors import CheckpointError
+
+FORMAT_VERSION = 1
+CHUNK_BYTES = 4 << 20  # large enough for streaming reads, small enough to name where a file is bad
+CHECKSUM = "xxh3"
+CHUNK_TABLE = "chunk_checksums"
+INDEX_NAME = "checkpoint.json"
+HEADER_LIMIT_BYTES = 100_000_000  # the bound that safetensors itself sets
+_COMMITTED = re.compile(r"step-(\d{8,})")
+
+Size = Annotated[int, Field(ge=0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+class ParameterEntry(Section):
+    """Where a parameter stands in the flat state of its group."""
+
+    name: str
+    shape: tuple[Size, ...]
+    group: Name
+    offset: Size
+
+    @property
+    def numel(self) -> int:
+        """Elements of the parameter."""
+        return prod(self.shape)
+
+
+class GroupEntry(Section):
+    """One optimizer group: its flat state is cut into parts of `partition_numel`, one a rank."""
+
+    name: Name
+    numel: Size
+    partition_numel: Annotated[int, Field(ge=1)]
+    states: tuple[Name, ...]
+    hyperparameters: dict[str, float | int | bool | tuple[float, ...] | None]
+
+    def owned(self, rank: int) -> tuple[int, int]:
+        """Start and end of what `rank` owns of the flat state, padding left out."""
+        start = min(rank * self.partition_numel, self.numel)
+        return start, min(start + self.partition_numel, self.numel)
+
+
+class FileEntry(Section):
+    """One rank file: its size and the checksum of its header and chunk table."""
+
+    name: Name
+    size: Size
+    checksum: str
+
+
+class CheckpointIndex(Section):
+    """The content of checkpoint.json."""
+
+    format_version: Literal[1] = 1
+    step: Size
+    attempt: Size
+    world_size: Annotated[int, Field(ge=1)]
+    stage: int
+    layout: Literal["flat"] = "flat"
+    optimizer_steps: Size
+    skipped: tuple[tuple[Size, Size], ...] = ()
+    parameters: tuple[ParameterEntry, ...]
+    groups: tuple[GroupEntry, ...]
+    data_fingerprint: str
+    versions: dict[str, str]
+    checksum_algorithm: Literal["xxh3"] = "xxh3"
+    chunk_bytes: Annotated[int, Field(ge=4, multiple_of=4)] = CHUNK_BYTES
+    files: tuple[FileEntry, ...]
+
+    def dumps(self) -> bytes:
+        """The bytes of checkpoint.json, with their own checksum as the last key."""
+        content = self.model_dump(mode="json")
+        return _canonical({**content, "checksum": _index_checksum(content)})
+
+
+@dataclass(frozen=True)
+class BadFile:
+    """A place where a file is not what was written."""
+
+    path: Path
+    offset: int
+    reason: str
+
+
+class Corrupt(CheckpointError):
+    """A checkpoint that does not verify; `bad` says where."""
+
+    def __init__(self, bad: BadFile) -> None:
+        self.bad = bad
+        super().__init__(f"{bad.path}: byte {bad.offset}: {bad.reason}")
+
+
+def step_name(step: int) -> str:
+    """The folder name of a committed checkpoint."""
+    return f"step-{step:08d}"
+
+
+def rank_name(rank: int) -> str:
+    """The file name of one rank's state."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+def committed(checkpoints: Path) -> list[tuple[int, Path]]:
+    """Step and folder of every committed checkpoint, oldest first."""
+    if not checkpoints.is_dir():
+        return []
+    matches = ((_COMMITTED.fullmatch(entry.name), entry) for entry in checkpoints.iterdir())
+    found = [(int(match[1]), entry) for match, entry in matches if match and (entry / INDEX_NAME).exists()]
+    return sorted(found)
+
+
+def read_index(folder: Path) -> CheckpointIndex:
+    """The index of the checkpoint in `folder`. Raises Corrupt when a byte of it is not as written."""
+    path = folder / INDEX_NAME
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise Corrupt(BadFile(path, 0, "missing")) from None
+    try:
+        content = json.loads(raw)
+        checksum = content.pop("checksum")
+        if checksum != _index_checksum(content) or raw != _canonical({**content, "checksum": checksum}):
+            raise Corrupt(BadFile(path, 0, "the index does not match its own checksum"))
+        index = CheckpointIndex.model_validate(content)
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError, ValidationError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise Corrupt(BadFile(path, 0, f"not a readable index: {reason}")) from None
+    if [entry.name for entry in index.files] != [rank_name(rank) for rank in range(index.world_size)]:
+        raise Corrupt(BadFile(path, 0, f"does not list the files of {index.world_size} ranks"))
+    return index
+
+
+@dataclass(frozen=True)
+class RankLayout:
+    """The verified frame of a rank file: where each tensor stands, and the checksum of each chunk."""
+
+    tensors: dict[str, tuple[int, int]]
+    data_start: int
+    data_end: int
+    chunk_bytes: int
+    chunk_checksums: tuple[int, ...]
+
+    def chunk(self, number: int) -> tuple[int, int]:
+        """First byte and end of chunk `number` in the file."""
+        start = self.data_start + number * self.chunk_bytes
+        return start, min(start + self.chunk_bytes, self.data_end)
+
+
+def rank_tensors(index: CheckpointIndex, rank: int) -> dict[str, int]:
+    """Name and elements of every state tensor that the file of `rank` holds, in file order."""
+    tensors = {}
+    for group in index.groups:
+        start, end = group.owned(rank)
+        tensors.update({f"{group.name}.{state}": end - start for state in group.states})
+    return tensors
+
+
+def rank_header(tensors: dict[str, int], chunk_bytes: int = CHUNK_BYTES) -> tuple[bytes, int, int]:
+    """Length prefix and header of a rank file, the bytes of its state, and its number of chunks."""
+    entries: dict[str, Any] = {"__metadata__": {"chunk_bytes": str(chunk_bytes), "checksum": CHECKSUM}}
+    end = 0
+    for name, numel in tensors.items():
+        entries[name] = {"dtype": "F32", "shape": [numel], "data_offsets": [end, end + 4 * numel]}
+        end += 4 * numel
+    chunks = -(-end // chunk_bytes)
+    table = [end, end + 8 * chunks]
+    entries[CHUNK_TABLE] = {"dtype": "U64", "shape": [chunks], "data_offsets": table}
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-(8 + len(header)) % 64)
+    return struct.pack("<Q", len(header)) + header, end, chunks
+
+
+def read_rank_layout(folder: Path, index: CheckpointIndex, rank: int) -> RankLayout:
+    """The frame of a rank file, verified against the index. Raises Corrupt; reads header and table only."""
+    entry = index.files[rank]
+    path = folder / entry.name
+    tensors = rank_tensors(index, rank)
+    header, data_bytes, chunks = rank_header(tensors, index.chunk_bytes)
+    expected_size = len(header) + data_bytes + 8 * chunks
+    try:
+        size = path.stat().st_size
+        if size != entry.size or size != expected_size:
+            at = min(size, expected_size)
+            raise Corrupt(BadFile(path, at, f"has {size} bytes instead of {expected_size}"))
+        with path.open("rb") as file:
+            found = file.read(len(header))
+            file.seek(len(header) + data_bytes)
+            table = file.read(8 * chunks)
+    except FileNotFoundError:
+        raise Corrupt(BadFile(path, 0, "missing")) from None
+    if found != header:
+        at = next((i for i, (a, b) in enumerate(zip(found, header, strict=False)) if a != b), 0)
+        raise Corrupt(BadFile(path, at, "the header is not as written"))
+    if frame_checksum(header, table) != entry.checksum:
+        raise Corrupt(BadFile(path, len(header) + data_bytes, "the chunk checksums are not as written"))
+    offsets = {}
+    start = len(header)
+    for name, numel in tensors.items():
+        offsets[name] = (start, start + 4 * numel)
+        start += 4 * numel
+    checksums = struct.unpack(f"<{chunks}Q", table)
+    return RankLayout(offsets, len(header), len(header) + data_bytes, index.chunk_bytes, checksums)
+
+
+def read_chunk(file: BinaryIO, path: Path, layout: RankLayout, number: int) -> bytes:
+    """Chunk `number` of an open rank file, verified. Raises Corrupt."""
+    start, end = layout.chunk(number)
+    file.seek(start)
+    content = file.read(end - start)
+    if len(content) != end - start or chunk_checksum(content) != layout.chunk_checksums[number]:
+        raise Corrupt(BadFile(path, start, f"checksum of bytes {start} to {end} differs"))
+    return content
+
+
+def verify(folder: Path) -> Iterator[BadFile]:
+    """Every byte of a checkpoint against its checksum; one BadFile for each bad chunk or frame."""
+    try:
+        index = read_index(folder)
+    except Corrupt as error:
+        yield error.bad
+        return
+    for rank, entry in enumerate(index.files):
+        path = folder / entry.name
+        try:
+            layout = read_rank_layout(folder, index, rank)
+        except Corrupt as error:
+            yield error.bad
+            continue
+        with path.open("rb") as file:
+            for number in range(len(layout.chunk_checksums)):
+                try:
+                    read_chunk(file, path, layout, number)
+                except Corrupt as error:
+                    yield error.bad
+
+
+def chunk_checksum(content: bytes | memoryview) -> int:
+    """xxh3-64 of one chunk."""
+    return xxhash.xxh3_64_intdigest(content)
+
+
+def frame_checksum(header: bytes, table: bytes) -> str:
+    """xxh3-128 of a rank file's header and chunk table."""
+    return xxhash.xxh3_128_hexdigest(header + table)
+
+
+def _index_checksum(content: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(_canonical(content))
+
+
+def _canonical(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, indent=1, sort_keys=False, ensure_ascii=True).encode() + b"\n"
