@@ -89,7 +89,7 @@ class RunDir:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write `content` so that a reader finds the old file or the new one, never a part, also after a crash."""
+    """Write `content` so that a reader finds the old file or the new one, never a part."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with temporary.open("w", encoding="utf-8") as file:
