@@ -141,9 +141,7 @@ class DataConfig(Section):
 class BatchConfig(Section):
     """How many tokens make a step, and how they are cut."""
 
-    global_batch_tokens: Count = Field(
-        default=524_288, description="Tokens of one optimizer step."
-    )
+    global_batch_tokens: Count = Field(default=524_288, description="Tokens of one optimizer step.")
     micro_batch: Count = Field(default=8, description="Sequences that one process computes at a time.")
 
 
@@ -273,8 +271,8 @@ class RunConfig(Section):
         if tokens % unit == 0:
             return None
         return (
-            f"batch.global_batch_tokens = {tokens} is not a multiple of "
-            f"micro_batch {self.batch.micro_batch} × context {self.model.context} × {world_size} processes = {unit}. "
+            f"batch.global_batch_tokens = {tokens} is not a multiple of micro_batch "
+            f"{self.batch.micro_batch} × context {self.model.context} × {world_size} processes = {unit}. "
             f"Nearest: {_nearest_multiple(tokens, unit)}."
         )
 

@@ -1,13 +1,13 @@
 """The parts of a block: linear layers, norms, rotary positions, feed-forward variants.
 
-    # B batch, T tokens, D model width, F feed-forward width, H heads, E head width
+# B batch, T tokens, D model width, F feed-forward width, H heads, E head width
 """
 
 from collections.abc import Callable
 from functools import cache
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt.config import ModelConfig

@@ -1,9 +1,9 @@
 """Cross-entropy of the next token, summed over what is scored.
 
-    # X = B·T positions, V vocabulary
+# X = B·T positions, V vocabulary
 """
 
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED = -100

@@ -67,9 +67,7 @@ class GPT(nn.Module):
         super().__init__()
         self.model = model
         self.embedding = nn.Embedding(model.vocabulary, model.d_model)
-        self.position = (
-            nn.Embedding(model.context, model.d_model) if model.position == "learned" else None
-        )
+        self.position = nn.Embedding(model.context, model.d_model) if model.position == "learned" else None
         self.blocks = nn.ModuleList(Block(model) for _ in range(model.n_layers))
         self.final_norm = build_norm(model)
         self.head = Linear(model.d_model, model.vocabulary, bias=False)
@@ -78,7 +76,9 @@ class GPT(nn.Module):
         self.attention_name, self._attend = "", None
         # Plain attributes, not buffers: a cast to bf16 must leave the angles in fp32.
         self._rope = (
-            rope_table(model.context, model.head_width, model.rope_theta) if model.position == "rope" else None
+            rope_table(model.context, model.head_width, model.rope_theta)
+            if model.position == "rope"
+            else None
         )
 
     @torch.no_grad()
@@ -136,5 +136,3 @@ def positions(documents: Documents, tokens_bt: Tensor) -> Tensor:
     lengths = documents.cumulative_n1.diff().long()
     place = torch.arange(tokens_bt.numel(), device=tokens_bt.device)
     return (place - starts.repeat_interleave(lengths)).view_as(tokens_bt)
-
-

@@ -9,23 +9,25 @@ from torch import nn
 
 from gpt.config import OptimizerConfig
 
-GROUP_NAMES = ("decay", "no_decay")
 
-
-def group_of(name: str, parameter: nn.Parameter) -> str:
-    """Matrices and embeddings decay; norms and biases do not."""
-    del name
-    return "decay" if parameter.ndim >= 2 else "no_decay"
+def parameter_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """Named parameters by group: matrices and embeddings decay, norms and biases do not."""
+    groups: dict[str, list[tuple[str, nn.Parameter]]] = {"decay": [], "no_decay": []}
+    for name, parameter in model.named_parameters():
+        groups["decay" if parameter.ndim >= 2 else "no_decay"].append((name, parameter))
+    return {name: members for name, members in groups.items() if members}
 
 
 def build_optimizer(model: nn.Module, optimizer: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW with one group for each of GROUP_NAMES that has parameters, in that order."""
-    groups = []
-    for group_name in GROUP_NAMES:
-        members = [p for name, p in model.named_parameters() if group_of(name, p) == group_name]
-        decay = optimizer.weight_decay if group_name == "decay" else 0.0
-        if members:
-            groups.append({"params": members, "weight_decay": decay, "name": group_name})
+    """AdamW over `parameter_groups(model)`, in that order; each torch group carries its name."""
+    groups = [
+        {
+            "params": [parameter for _, parameter in members],
+            "name": name,
+            "weight_decay": optimizer.weight_decay if name == "decay" else 0.0,
+        }
+        for name, members in parameter_groups(model).items()
+    ]
     return torch.optim.AdamW(
         groups, lr=optimizer.peak_lr, betas=optimizer.betas, eps=optimizer.eps, fused=True
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 
-def append(path: Path, **fields: Any) -> None:
+def append(path: Path, /, **fields: Any) -> None:
     """Add one line with the time (Unix seconds) first."""
     line = json.dumps({"time": time.time(), **fields}, ensure_ascii=False) + "\n"
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -22,9 +22,9 @@ def append(path: Path, **fields: Any) -> None:
         os.close(descriptor)
 
 
-def event(path: Path, name: str, **fields: Any) -> None:
-    """Add the event `name` to events.jsonl at `path`."""
-    append(path, event=name, **fields)
+def event(path: Path, event_name: str, /, **fields: Any) -> None:
+    """Add an event to events.jsonl at `path`."""
+    append(path, event=event_name, **fields)
 
 
 def read(path: Path, offset: int = 0) -> Iterator[dict[str, Any]]:

@@ -118,6 +118,9 @@ class Corrupt(CheckpointError):
         self.bad = bad
         super().__init__(f"{bad.path}: byte {bad.offset}: {bad.reason}")
 
+    def __reduce__(self) -> tuple[type["Corrupt"], tuple[BadFile]]:
+        return Corrupt, (self.bad,)
+
 
 def step_name(step: int) -> str:
     """The folder name of a committed checkpoint."""
@@ -134,8 +137,7 @@ def committed(checkpoints: Path) -> list[tuple[int, Path]]:
     if not checkpoints.is_dir():
         return []
     matches = ((_COMMITTED.fullmatch(entry.name), entry) for entry in checkpoints.iterdir())
-    found = [(int(match[1]), entry) for match, entry in matches if match and (entry / INDEX_NAME).exists()]
-    return sorted(found)
+    return sorted((int(match[1]), entry) for match, entry in matches if match)
 
 
 def read_index(folder: Path) -> CheckpointIndex:
@@ -248,19 +250,24 @@ def verify(folder: Path) -> Iterator[BadFile]:
     except Corrupt as error:
         yield error.bad
         return
-    for rank, entry in enumerate(index.files):
-        path = folder / entry.name
-        try:
-            layout = read_rank_layout(folder, index, rank)
-        except Corrupt as error:
-            yield error.bad
-            continue
-        with path.open("rb") as file:
-            for number in range(len(layout.chunk_checksums)):
-                try:
-                    read_chunk(file, path, layout, number)
-                except Corrupt as error:
-                    yield error.bad
+    for rank in range(index.world_size):
+        yield from verify_rank(folder, index, rank)
+
+
+def verify_rank(folder: Path, index: CheckpointIndex, rank: int) -> Iterator[BadFile]:
+    """Every byte of one rank's file against its checksum."""
+    path = folder / index.files[rank].name
+    try:
+        layout = read_rank_layout(folder, index, rank)
+    except Corrupt as error:
+        yield error.bad
+        return
+    with path.open("rb") as file:
+        for number in range(len(layout.chunk_checksums)):
+            try:
+                read_chunk(file, path, layout, number)
+            except Corrupt as error:
+                yield error.bad
 
 
 def chunk_checksum(content: bytes | memoryview) -> int:

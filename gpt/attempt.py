@@ -1,0 +1,91 @@
+"""Attempts: each generation of workers claims a number, says who it is, and how it ended.
+
+The number is claimed by mkdir, which one process alone can win, so that it also fences older copies of
+the run. What the launcher acts on is result.json, never an exit code of torchrun.
+"""
+
+import json
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from gpt.checkpoint.format import committed
+from gpt.distributed import World, from_first, gather
+from gpt.record import event
+from gpt.run_dir import RunDir, read_json, write_json
+
+FINISHED, STOPPED, DO_NOT_RESTART = 0, 75, 93
+
+
+def claim(run_dir: RunDir, world: World) -> int:
+    """This generation's number; from here on each rank writes its output into the attempt's folder."""
+    number = from_first(world, _make_next(run_dir) if world.is_first else 0)
+    folder = run_dir.attempt(number) / f"node-{world.node}"
+    folder.mkdir(exist_ok=True)
+    _redirect(folder / f"rank-{world.rank:05d}.log")
+    workers = gather(world, {"rank": world.rank, "host": socket.gethostname(), "pid": os.getpid()})
+    if world.is_first:
+        job = read_json(run_dir.job) or {}
+        checkpoints = committed(run_dir.checkpoints)
+        owner = {
+            "attempt": number,
+            "time": time.time(),
+            "host": socket.gethostname(),
+            "job": job.get("job_id"),
+            "world_size": world.size,
+            "checkpoint_step": checkpoints[-1][0] if checkpoints else 0,
+            "workers": workers,
+        }
+        write_json(run_dir.attempt(number) / "OWNER.json", owner)
+        event(run_dir.events, "attempt_started", attempt=number, world_size=world.size, host=owner["host"])
+    return number
+
+
+def failures_in_a_row(run_dir: RunDir, attempt: int) -> int:
+    """How many attempts of this job, just before `attempt`, died with no newer checkpoint than now."""
+    owner = _owner(run_dir, attempt)
+    count = 0
+    for number in reversed([n for n in run_dir.attempt_numbers() if n < attempt]):
+        earlier = _owner(run_dir, number)
+        is_same = all(earlier.get(key) == owner.get(key) for key in ("job", "checkpoint_step"))
+        if (run_dir.attempt(number) / "result.json").exists() or (earlier and not is_same):
+            break
+        count += 1
+    return count
+
+
+def finish(run_dir: RunDir, attempt: int, exit_code: int, cause: str, step: int | None = None) -> None:
+    """Say how the attempt ended, for the launcher and for people. Rank 0 calls this once, at the end."""
+    name = {FINISHED: "finished", STOPPED: "stopped"}.get(exit_code, "failed")
+    event(run_dir.events, name, attempt=attempt, exit_code=exit_code, cause=cause, step=step)
+    write_json(run_dir.attempt(attempt) / "result.json", {"exit_code": exit_code, "cause": cause})
+
+
+def _make_next(run_dir: RunDir) -> int:
+    run_dir.attempts.mkdir(exist_ok=True)
+    while True:
+        number = max(run_dir.attempt_numbers(), default=0) + 1
+        try:
+            run_dir.attempt(number).mkdir()
+        except FileExistsError:
+            continue
+        return number
+
+
+def _owner(run_dir: RunDir, attempt: int) -> dict[str, Any]:
+    try:
+        return read_json(run_dir.attempt(attempt) / "OWNER.json") or {}
+    except (OSError, json.JSONDecodeError):
+        return {}
+
+
+def _redirect(path: Path) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)

@@ -1,0 +1,77 @@
+"""Reading a checkpoint by ranges: any part of any state, from whichever ranks wrote it, verified.
+
+A reader maps (group, state, start, end) of the flat state to byte ranges of rank files and reads only
+the chunks that it needs, so that another world size, or a laptop that wants the weights alone, is the
+ordinary case. Without torch, DeepSpeed or a process group.
+"""
+
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpt.checkpoint.format import (
+    CheckpointIndex,
+    GroupEntry,
+    RankLayout,
+    read_chunk,
+    read_index,
+    read_rank_layout,
+)
+
+
+class CheckpointReader:
+    """One committed checkpoint. Every read raises format.Corrupt when its bytes are not as written."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.index: CheckpointIndex = read_index(folder)
+        self.bytes_read = 0
+        self._layouts: dict[int, RankLayout] = {}
+        # Neighbouring reads meet in one chunk: keep the last few.
+        self._chunk = lru_cache(maxsize=4)(self._read_chunk)
+
+    @cached_property
+    def groups(self) -> dict[str, GroupEntry]:
+        """The optimizer groups by name."""
+        return {group.name: group for group in self.index.groups}
+
+    def read(self, group_name: str, state: str, start: int, end: int) -> NDArray[np.float32]:
+        """Elements `start` to `end` of one flat state of a group."""
+        group = self.groups[group_name]
+        out = np.empty(end - start, dtype="<f4")
+        position = start
+        while position < end:
+            rank = position // group.partition_numel
+            first, last = group.owned(rank)
+            stop = min(end, last)
+            content = self._read_bytes(rank, f"{group_name}.{state}", position - first, stop - first)
+            out[position - start : stop - start] = np.frombuffer(content, dtype="<f4")
+            position = stop
+        return out
+
+    def parameter(self, name: str, state: str = "master") -> NDArray[np.float32]:
+        """One whole parameter in its shape."""
+        entry = next(entry for entry in self.index.parameters if entry.name == name)
+        flat = self.read(entry.group, state, entry.offset, entry.offset + entry.numel)
+        return flat.reshape(entry.shape)
+
+    def _read_bytes(self, rank: int, tensor: str, start: int, end: int) -> bytes:
+        layout = self._layouts.get(rank)
+        if layout is None:
+            layout = self._layouts[rank] = read_rank_layout(self.folder, self.index, rank)
+        offset = layout.tensors[tensor][0] - layout.data_start
+        low, high = offset + 4 * start, offset + 4 * end
+        size = layout.chunk_bytes
+        first = low // size
+        parts = [self._chunk(rank, number) for number in range(first, -(-high // size))]
+        content = b"".join(parts) if len(parts) != 1 else parts[0]
+        return content[low - first * size : high - first * size]
+
+    def _read_chunk(self, rank: int, number: int) -> bytes:
+        path = self.folder / self.index.files[rank].name
+        with path.open("rb") as file:
+            content = read_chunk(file, path, self._layouts[rank], number)
+        self.bytes_read += len(content)
+        return content

@@ -1,0 +1,172 @@
+"""Taking a run's state out to disk and back, agreed between the ranks."""
+
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from data_pipeline.errors import CheckpointError, ConfigError
+from gpt.checkpoint.format import CheckpointIndex, Corrupt, FileEntry, committed, verify_rank
+from gpt.checkpoint.reader import CheckpointReader
+from gpt.checkpoint.writer import (
+    commit,
+    prune,
+    remove_leftovers,
+    set_aside,
+    temporary_folder,
+    write_rank_file,
+)
+from gpt.distributed import World, from_first, gather, together
+from gpt.record import event, read
+from gpt.run_dir import RunDir
+from gpt.zero import Engine
+
+
+class Superseded(CheckpointError):
+    """Another copy of the run has started since: this one must not commit."""
+
+
+def save(
+    run_dir: RunDir, engine: Engine, world: World, *, step: int, attempt: int, data_fingerprint: str
+) -> None:
+    """Commit the state after `step`, verified, and prune older ones. Collective.
+
+    Raises CheckpointError on every rank when one of them cannot write; older checkpoints then stand.
+    """
+    started = time.monotonic()
+    temporary = temporary_folder(run_dir.checkpoints, attempt, step)
+    together(world, _on_first(world, lambda: temporary.mkdir(parents=True)))
+    entry = together(world, lambda: _write(temporary, engine, world))
+    index = CheckpointIndex(
+        step=step,
+        attempt=attempt,
+        world_size=world.size,
+        stage=engine.run.zero.stage,
+        optimizer_steps=engine.optimizer_steps,
+        parameters=engine.parameters,
+        groups=engine.groups,
+        data_fingerprint=data_fingerprint,
+        versions={name: version(name) for name in ("torch", "deepspeed")},
+        files=tuple(gather(world, entry)),
+    )
+    together(world, lambda: _read_back(temporary, index, world.rank))
+
+    def finish() -> None:
+        if run_dir.attempt_numbers()[-1] != attempt:
+            raise Superseded(
+                f"attempt {attempt} is no longer the run, attempt {run_dir.attempt_numbers()[-1]} has started: "
+                "this copy stops without a commit."
+            )
+        commit(run_dir.checkpoints, temporary, index)
+        size = sum(file.size for file in index.files)
+        seconds = round(time.monotonic() - started, 3)
+        event(run_dir.events, "checkpoint_saved", step=step, seconds=seconds, bytes=size, verified=True)
+        prune(run_dir.checkpoints, engine.run.checkpoint.keep_last)
+
+    together(world, _on_first(world, finish))
+
+
+def load_newest(run_dir: RunDir, engine: Engine, world: World, data_fingerprint: str) -> int:
+    """Fill `engine` from the newest intact checkpoint; its step, 0 where none was ever committed.
+
+    Collective. A checkpoint with a bad byte in what any rank reads is named, passed over and set aside.
+    Raises CheckpointError when there were checkpoints and none is intact.
+    """
+    if world.is_first:
+        remove_leftovers(run_dir.checkpoints)
+    candidates = from_first(world, committed(run_dir.checkpoints))
+    rejected: list[Path] = []
+    for step, folder in reversed(candidates):
+        bad = _load(folder, engine, world, data_fingerprint)
+        if bad is None:
+            if world.is_first:
+                for path in rejected:
+                    set_aside(path)
+                event(run_dir.events, "resumed", step=step, checkpoint=folder.name)
+            return step
+        rejected.append(folder)
+        if world.is_first:
+            event(run_dir.events, "checkpoint_rejected", path=folder.name, reason=bad)
+            print(f"checkpoint {folder.name} is passed over: {bad}", flush=True)
+    had_some = bool(candidates) or any(
+        line.get("event") == "checkpoint_saved" for line in read(run_dir.events)
+    )
+    if from_first(world, had_some):
+        raise CheckpointError(
+            f"{run_dir.checkpoints}: the run has had checkpoints and none is intact. It does not start from "
+            "step 0 by itself: restore a checkpoint there, or launch a new run."
+        )
+    return 0
+
+
+def _load(folder: Path, engine: Engine, world: World, data_fingerprint: str) -> str | None:
+    """Fill `engine` from one checkpoint; why not, if a byte of it is bad."""
+
+    def attempt() -> str | None:
+        try:
+            reader = CheckpointReader(folder)
+            _check_fits(reader.index, engine, data_fingerprint)
+            engine.prepare_load(reader.index.optimizer_steps)
+            owned = {group.name: group.owned(world.rank) for group in engine.groups}
+            for group_name, state, tensor in engine.state():
+                content = reader.read(group_name, state, *owned[group_name])
+                tensor.copy_(torch.from_numpy(content))
+        except Corrupt as error:
+            return str(error)
+        return None
+
+    reasons = gather(world, together(world, attempt))
+    bad = next((reason for reason in reasons if reason is not None), None)
+    if bad is None:
+        engine.finish_load()
+    return bad
+
+
+def _check_fits(index: CheckpointIndex, engine: Engine, data_fingerprint: str) -> None:
+    """Raise ConfigError when the checkpoint belongs to another model or other data."""
+    here = {entry.name: entry for entry in engine.parameters}
+    there = {entry.name: entry for entry in index.parameters}
+    problems = [
+        f"parameter {name} is {_shape(there.get(name))} there and {_shape(here.get(name))} in the config"
+        for name in sorted(here.keys() | there.keys())
+        if here.get(name) != there.get(name)
+    ]
+    if index.data_fingerprint != data_fingerprint:
+        problems.append(
+            f"it was trained on data {index.data_fingerprint}, the config's data is {data_fingerprint}"
+        )
+    if problems:
+        more = [f"and {len(problems) - 5} more"] if len(problems) > 5 else []
+        raise ConfigError([f"step {index.step} does not fit this run: {p}" for p in problems[:5]] + more)
+
+
+def _shape(entry: object) -> str:
+    return "absent" if entry is None else str(list(getattr(entry, "shape", ())))
+
+
+def _write(temporary: Path, engine: Engine, world: World) -> FileEntry:
+    tensors = ((f"{group}.{state}", tensor.cpu().numpy()) for group, state, tensor in engine.state())
+    try:
+        return write_rank_file(temporary, world.rank, tensors)
+    except OSError as error:
+        raise CheckpointError(f"rank {world.rank} could not write its checkpoint: {error}") from error
+
+
+def _read_back(temporary: Path, index: CheckpointIndex, rank: int) -> None:
+    for bad in verify_rank(temporary, index, rank):
+        raise Corrupt(bad)
+
+
+def _on_first(world: World, action: Callable[[], object]) -> Callable[[], None]:
+    """`action` on rank 0 and nothing on the others, with a failing disk as an error of ours."""
+
+    def run() -> None:
+        if world.is_first:
+            try:
+                action()
+            except OSError as error:
+                raise CheckpointError(f"the checkpoint could not be committed: {error}") from error
+
+    return run

@@ -1,0 +1,113 @@
+"""Ranks, devices, and agreement between ranks.
+
+Everything that ranks must agree on (stop, save, an error, the count of scored tokens) goes through a gloo
+control group beside the training collectives, so that it needs no device and blocks no kernel.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from data_pipeline.errors import OutlastError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others."""
+
+    rank: int
+    size: int
+    local_rank: int
+    node: int
+    device: torch.device
+    control: dist.ProcessGroup
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, the one that writes shared files."""
+        return self.rank == 0
+
+
+def join(timeout_s: float) -> World:
+    """Join the process group that torchrun's environment describes: NCCL on GPUs, gloo without."""
+    has_gpu = torch.cuda.is_available()
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
+    if has_gpu:
+        torch.cuda.set_device(device)
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group("nccl" if has_gpu else "gloo", timeout=timeout)
+    control = dist.new_group(backend="gloo", timeout=timeout)
+    assert control is not None
+    node = int(os.environ.get("GROUP_RANK", "0"))
+    return World(dist.get_rank(), dist.get_world_size(), local_rank, node, device, control)
+
+
+def from_first(world: World, value: T) -> T:
+    """Rank 0's `value`, on every rank."""
+    box: list[Any] = [value]
+    dist.broadcast_object_list(box, src=0, group=world.control)
+    return box[0]  # type: ignore[no-any-return]
+
+
+def gather(world: World, value: T) -> list[T]:
+    """Every rank's `value`, in rank order, on every rank."""
+    values: list[Any] = [None] * world.size
+    dist.all_gather_object(values, value, group=world.control)
+    return values
+
+
+def together(world: World, action: Callable[[], T]) -> T:
+    """`action()` on every rank; an error that one rank meets is raised by all.
+
+    Without this a rank that fails leaves the others in their next collective until it times out. Only
+    our own errors are agreed upon: any other is a crash, which the agent answers by a restart.
+    """
+    error: OutlastError | None = None
+    result: T | None = None
+    try:
+        result = action()
+    except OutlastError as caught:
+        error = caught
+    first = next((e for e in gather(world, error) if e is not None), None)
+    if first is not None:
+        raise error or first
+    return result  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Tick:
+    """What the ranks tell each other at a step boundary; values are summed over the ranks."""
+
+    loss_sum: float = 0.0
+    scored_ahead: float = 0.0
+    stop: float = 0.0
+    error: float = 0.0
+
+
+class PendingTick:
+    """A Tick under way: started at one boundary and read at the next, so that no step waits for it."""
+
+    def __init__(self, world: World, tick: Tick) -> None:
+        self._values = torch.tensor(astuple(tick), dtype=torch.float64)
+        self._work = dist.all_reduce(self._values, group=world.control, async_op=True)
+
+    def result(self) -> Tick:
+        """The sum over the ranks."""
+        assert self._work is not None
+        self._work.wait()
+        return Tick(*self._values.tolist())
+
+
+def total(world: World, *values: float) -> tuple[float, ...]:
+    """Each of `values` summed over the ranks, in fp64."""
+    summed = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(summed, group=world.control)
+    return tuple(summed.tolist())

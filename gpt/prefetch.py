@@ -1,0 +1,60 @@
+"""Batches a few steps ahead of the one that computes, read in a thread.
+
+A batch is a pure function of the step, so there is nothing to save or to rewind here.
+"""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from data_pipeline.batches import Batch, BatchReader
+from data_pipeline.errors import OutlastError
+from gpt.distributed import World
+from gpt.step import ModelInputs, model_inputs
+
+AHEAD = 2  # the count of scored tokens of step n + 2 is agreed on while step n + 1 computes
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """This rank's part of one step, cut into micro-batches on the device."""
+
+    micro_batches: list[ModelInputs]
+    scored_tokens: int
+
+
+class Prefetcher:
+    """`get(step)` in rising order of steps; AHEAD more are read meanwhile."""
+
+    def __init__(self, reader: BatchReader, world: World, micro_batch: int, first: int, last: int) -> None:
+        self._reader, self._world, self._micro_batch, self._last = reader, world, micro_batch, last
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self._futures: dict[int, Future[Loaded]] = {}
+        for step in range(first, min(first + AHEAD, last + 1)):
+            self._start(step)
+
+    def get(self, step: int) -> Loaded:
+        """This rank's part of `step`. Raises what reading it raised."""
+        if step + AHEAD <= self._last:
+            self._start(step + AHEAD)
+        return self._futures.pop(step).result()
+
+    def scored_tokens(self, step: int) -> int:
+        """Scored tokens of this rank at `step`, which must have been started; 0 past the last step."""
+        return self._futures[step].result().scored_tokens if step <= self._last else 0
+
+    def error(self, step: int) -> OutlastError | None:
+        """What of ours reading `step` raised, if anything."""
+        error = self._futures[step].exception() if step <= self._last else None
+        return error if isinstance(error, OutlastError) else None
+
+    def close(self) -> None:
+        """Stop reading."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _start(self, step: int) -> None:
+        self._futures[step] = self._pool.submit(self._load, step)
+
+    def _load(self, step: int) -> Loaded:
+        batch: Batch = self._reader.batch(step, self._world.rank, self._world.size)
+        parts = [model_inputs(part, self._world.device) for part in batch.micro_batches(self._micro_batch)]
+        return Loaded(parts, int(batch.scored.sum()))

@@ -1,0 +1,35 @@
+"""One optimizer step."""
+
+import torch
+from torch import Tensor
+
+from data_pipeline.batches import Batch
+from gpt.attention import Documents
+from gpt.loss import IGNORED
+from gpt.zero import Engine
+
+ModelInputs = tuple[Tensor, Tensor, Documents]
+
+
+def train_step(engine: Engine, micro_batches: list[ModelInputs], lr: float, scored_tokens: float) -> Tensor:
+    """Train on this rank's `micro_batches` and update with rate `lr`; the summed loss, in nats.
+
+    The gradient is that of the mean over `scored_tokens`, the count over all ranks and micro-batches:
+    how a batch is cut, and how unequally its documents fall on the ranks, does not change it.
+    """
+    losses = []
+    for inputs in micro_batches:
+        losses.append(engine.forward_backward(1.0 / scored_tokens, *inputs))
+        engine.step(lr)
+    return torch.stack(losses).sum()
+
+
+def model_inputs(batch: Batch, device: torch.device) -> ModelInputs:
+    """Ids [B, T], targets [B, T] with IGNORED where not scored, and documents, on `device`."""
+    tokens = torch.from_numpy(batch.tokens)
+    targets = tokens[:, 1:].masked_fill(torch.from_numpy(~batch.scored), IGNORED)
+    return (
+        tokens[:, :-1].to(device, non_blocking=True),
+        targets.to(device, non_blocking=True),
+        Documents.from_ends(batch.document_ends, device),
+    )

@@ -1,0 +1,248 @@
+"""The worker: from torchrun's environment to the last step. `python -m gpt.train RUN_DIR`
+
+Everything that a step computes is a function of (config, data, step); this loop only decides when to
+evaluate, save and stop, and writes down what happened. It never retries and never falls back: a crash
+ends the process, the agent starts the next attempt, and that one continues from the newest checkpoint.
+"""
+
+# ruff: noqa: E402 - the handlers must stand before torch's import, which takes seconds
+import sys
+import time
+
+from gpt.stop import StopRequest, die_with_parent
+
+STOP = StopRequest()
+if __name__ == "__main__":
+    die_with_parent()
+    STOP.install()
+_STARTED = time.monotonic()
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from data_pipeline.batches import BatchReader, EvaluationReader
+from data_pipeline.errors import CheckpointError, OutlastError
+from data_pipeline.manifest import read_manifest
+from data_pipeline.tokenizer import load_encoding
+from gpt import attempt as attempts
+from gpt import record
+from gpt.checkpoint.save_load import Superseded, load_newest, save
+from gpt.config import RunConfig
+from gpt.distributed import PendingTick, Tick, World, from_first, join, together, total
+from gpt.model import GPT
+from gpt.prefetch import AHEAD, Prefetcher
+from gpt.run_dir import RunDir
+from gpt.schedule import learning_rate
+from gpt.step import train_step
+from gpt.validation import validate
+from gpt.zero import Engine
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt ended."""
+
+    exit_code: int
+    cause: str
+    step: int | None = None
+
+
+def main(path: Path) -> None:
+    """Take part in one attempt at the run in `path`; rank 0 leaves its result there."""
+    run_dir = RunDir(path)
+    run = RunConfig.model_validate_json(run_dir.config.read_text())
+    world = join(run.launch.collective_timeout_s)
+    clock = _Clock(run_dir, world)
+    clock.lap("imports and rendezvous")
+    number = attempts.claim(run_dir, world)
+    if world.is_first:
+        STOP.watch(run_dir.stop)
+    try:
+        outcome = _give_up(run, run_dir, world, number)
+        outcome = outcome or Trainer(run, run_dir, world, number, clock).train()
+    except OutlastError as error:  # agreed upon: every rank raises it
+        outcome = Outcome(error.exit_code, str(error))
+    if world.is_first:
+        print(f"attempt {number} ends with {outcome.exit_code}: {outcome.cause}", flush=True)
+        attempts.finish(run_dir, number, outcome.exit_code, outcome.cause, outcome.step)
+    dist.barrier(group=world.control)
+    dist.destroy_process_group()
+
+
+def _give_up(run: RunConfig, run_dir: RunDir, world: World, number: int) -> Outcome | None:
+    failures = from_first(world, attempts.failures_in_a_row(run_dir, number) if world.is_first else 0)
+    if failures < run.launch.max_failures:
+        return None
+    last = run_dir.attempt(number - 1)
+    return Outcome(
+        attempts.DO_NOT_RESTART,
+        f"{failures} attempts in a row ended without a new checkpoint; the last one's output is in "
+        f"attempts/{last.name}. `outlast resume` tries again once the cause is mended.",
+    )
+
+
+class _Clock:
+    """Names the phases of a start in events.jsonl, from rank 0."""
+
+    def __init__(self, run_dir: RunDir, world: World) -> None:
+        self._run_dir, self._world, self._last = run_dir, world, _STARTED
+
+    def lap(self, name: str) -> None:
+        """The phase `name` ends now."""
+        now = time.monotonic()
+        if self._world.is_first:
+            record.event(self._run_dir.events, "phase", name=name, seconds=round(now - self._last, 3))
+        self._last = now
+
+
+class Trainer:
+    """One attempt at a run."""
+
+    def __init__(self, run: RunConfig, run_dir: RunDir, world: World, number: int, clock: _Clock) -> None:
+        """Open the data, build the network, and continue from the newest checkpoint. Collective."""
+        self.run, self.run_dir, self.world, self.number, self.clock = run, run_dir, world, number, clock
+        manifests = together(world, lambda: [read_manifest(source.path) for source in run.data.sources])
+        self.data_fingerprint = "+".join(manifest.fingerprint for manifest in manifests)
+        self.token_bytes = load_encoding(run.data.sources[0].path).token_bytes()
+        self.reader, self.windows = together(world, lambda: _open_data(run))
+        clock.lap("data")
+        self.model = GPT(run.model)
+        self.model.initialize(run.seed)
+        together(world, lambda: self.model.place(world.device, DTYPES[run.precision]))
+        clock.lap("model")
+        self.engine = Engine(self.model, run, world)
+        clock.lap("engine")
+        self.start = load_newest(run_dir, self.engine, world, self.data_fingerprint)
+        clock.lap("load")
+        if world.is_first:
+            record.cut_back(run_dir.metrics, self.start)
+            print(
+                f"attempt {number}: {world.size} processes on {world.device.type}, attention "
+                f"{self.model.attention_name}, step {self.start} of {run.total_steps} is done",
+                flush=True,
+            )
+        self.scored: dict[int, float] = {}  # scored tokens over all ranks, of the steps that come next
+        self.unsettled: tuple[int, PendingTick, dict[str, float]] | None = None
+
+    def train(self) -> Outcome:
+        """Take the steps that are left, or those until a stop request."""
+        run, world = self.run, self.world
+        first, last = self.start + 1, run.total_steps
+        self.batches = Prefetcher(self.reader, world, run.batch.micro_batch, first, last)
+        self._agree_ahead(first)
+        is_stopping = False
+        for step in range(first, last + 1):
+            started = time.monotonic()
+            micro_batches = self.batches.get(step).micro_batches
+            lr = learning_rate(run.schedule, run.optimizer.peak_lr, last, step)
+            loss_sum = train_step(self.engine, micro_batches, lr, self.scored[step])
+            line = self._line(step, lr, time.monotonic() - started)
+            if self.unsettled is not None:
+                is_stopping = self._settle()
+            self._tick(step, float(loss_sum), line)
+
+            is_last = step == last
+            is_due_evaluation = is_last or step % run.evaluation.every_steps == 0
+            is_due_save = is_last or step % run.checkpoint.every_steps == 0
+            if not (is_due_evaluation or is_due_save or is_stopping):
+                continue
+            is_stopping = self._settle(is_due_evaluation) or is_stopping
+            if is_due_save or is_stopping:
+                self._save(step, must=is_last or is_stopping)
+            if is_stopping and not is_last:
+                reason = from_first(world, STOP.reason) or "a signal to another rank"
+                return Outcome(
+                    attempts.STOPPED, f"stopped at step {step} ({reason}); everything is saved", step
+                )
+        return Outcome(attempts.FINISHED, f"all {last} steps are done", last)
+
+    def _agree_ahead(self, first: int) -> None:
+        steps = range(first, first + AHEAD)
+        together(self.world, lambda: [self.batches.scored_tokens(step) for step in steps])
+        counts = total(self.world, *(float(self.batches.scored_tokens(step)) for step in steps))
+        self.scored.update(zip(steps, counts, strict=True))
+
+    def _line(self, step: int, lr: float, seconds: float) -> dict[str, float]:
+        if self.engine.was_skipped and self.world.is_first:
+            record.event(self.run_dir.events, "update_skipped", step=step, reason="non-finite gradient")
+        if step == self.start + 1:
+            self.clock.lap("first_step")
+        return {
+            "train/lr": lr,
+            "train/grad_norm": self.engine.grad_norm,
+            "train/step_seconds": seconds,
+            "train/tokens_per_second": self.run.batch.global_batch_tokens / seconds,
+        }
+
+    def _tick(self, step: int, loss_sum: float, line: dict[str, float]) -> None:
+        """Start telling the others how `step` went; `_settle` reads their answer a step later."""
+        is_broken = self.batches.error(step + AHEAD) is not None
+        ahead = 0 if is_broken else self.batches.scored_tokens(step + AHEAD)
+        tick = Tick(loss_sum, ahead, stop=float(STOP.is_requested()), error=float(is_broken))
+        self.unsettled = (step, PendingTick(self.world, tick), line)
+
+    def _settle(self, is_due_evaluation: bool = False) -> bool:
+        """Write down the step that is under way to the record; whether a rank was asked to stop."""
+        assert self.unsettled is not None
+        (step, pending, line), self.unsettled = self.unsettled, None
+        agreed = pending.result()
+        if agreed.error:
+            together(self.world, lambda: self.batches.scored_tokens(step + AHEAD))
+        self.scored[step + AHEAD] = agreed.scored_ahead
+        line["train/loss"] = agreed.loss_sum / self.scored.pop(step)
+        if is_due_evaluation:
+            micro_batch = self.run.batch.micro_batch
+            line |= validate(self.model, self.windows, self.token_bytes, micro_batch, self.world)
+        if self.world.is_first:
+            tokens = step * self.run.batch.global_batch_tokens
+            record.append(self.run_dir.metrics, step=step, tokens=tokens, **line)
+        return agreed.stop > 0
+
+    def _save(self, step: int, *, must: bool) -> None:
+        """Commit a checkpoint. One that cannot be written stops the run only where it is the last chance."""
+        record.sync(self.run_dir.metrics)
+        try:
+            save(
+                self.run_dir,
+                self.engine,
+                self.world,
+                step=step,
+                attempt=self.number,
+                data_fingerprint=self.data_fingerprint,
+            )
+        except Superseded:
+            raise
+        except CheckpointError as error:
+            if must:
+                raise
+            if self.world.is_first:
+                record.event(self.run_dir.events, "checkpoint_failed", step=step, reason=str(error))
+                print(f"step {step} is not saved, training continues: {error}", flush=True)
+
+
+def _open_data(run: RunConfig) -> tuple[BatchReader, EvaluationReader]:
+    sources = [(source.path, source.weight) for source in run.data.sources]
+    reader = BatchReader(
+        sources,
+        context=run.model.context,
+        global_batch=run.global_batch,
+        seed=run.seed,
+        document_mask=run.data.document_mask,
+        max_epochs=run.data.max_epochs,
+    )
+    windows = EvaluationReader(
+        run.data.sources[0].path,
+        context=run.model.context,
+        tokens=run.evaluation.tokens,
+        document_mask=run.data.document_mask,
+    )
+    return reader, windows
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
