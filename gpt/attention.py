@@ -86,7 +86,7 @@ def sdpa(q_xhe: Tensor, k_xke: Tensor, v_xke: Tensor, documents: Documents) -> T
     outs, places = [], []
     for length, starts_n in groups.items():
         if len(groups) == 1:  # every document has this length: plain views do
-            parts = [x.unflatten(0, (-1, length)) for x in (q, k, v)]
+            parts = [x.view(-1, length, *x.shape[1:]) for x in (q, k, v)]
         else:
             place_nt = starts_n[:, None] + torch.arange(length, device=starts_n.device)
             places.append(place_nt.flatten())
@@ -106,7 +106,8 @@ def reference(q_xhe: Tensor, k_xke: Tensor, v_xke: Tensor, documents: Documents)
     """The formula, document by document, in fp32."""
     outs = []
     repeats = q_xhe.shape[1] // k_xke.shape[1]
-    for q, k, v in zip(*(x.split(documents.lengths) for x in (q_xhe, k_xke, v_xke)), strict=True):
+    split = (torch.split(x, list(documents.lengths)) for x in (q_xhe, k_xke, v_xke))
+    for q, k, v in zip(*split, strict=True):
         q_het, k_het, v_het = (x.float().transpose(0, 1) for x in (q, k, v))
         k_het, v_het = k_het.repeat_interleave(repeats, 0), v_het.repeat_interleave(repeats, 0)
         scores_htt = q_het @ k_het.transpose(1, 2) / math.sqrt(q.shape[-1])

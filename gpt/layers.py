@@ -120,5 +120,8 @@ class FeedForward(nn.Module):
         hidden = self.up(x_btd)
         if self.is_gated:
             gate_btf, value_btf = hidden.chunk(2, dim=-1)
-            return self.down(self.activation(gate_btf) * value_btf)
-        return self.down(self.activation(hidden))
+            hidden = self.activation(gate_btf) * value_btf
+        else:
+            hidden = self.activation(hidden)
+        out: Tensor = self.down(hidden)
+        return out

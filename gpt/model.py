@@ -39,7 +39,8 @@ class SelfAttention(nn.Module):
             q_bthe, k_btke = rotate(q_bthe, *rope), rotate(k_btke, *rope)
         # [B, T, H, E] → [B·T, H, E]: documents are ranges of the flattened tokens
         out = attend(q_bthe.flatten(0, 1), k_btke.flatten(0, 1), v_btke.flatten(0, 1), documents)
-        return self.output(out.reshape(b, t, -1))
+        mixed: Tensor = self.output(out.reshape(b, t, -1))
+        return mixed
 
 
 class Block(nn.Module):
@@ -57,7 +58,8 @@ class Block(nn.Module):
     ) -> Tensor:
         """[B, T, D] → [B, T, D]."""
         x_btd = x_btd + self.attention(self.attention_norm(x_btd), rope, documents, attend)
-        return x_btd + self.ffn(self.ffn_norm(x_btd))
+        fed_btd: Tensor = self.ffn(self.ffn_norm(x_btd))
+        return x_btd + fed_btd
 
 
 class GPT(nn.Module):
@@ -73,7 +75,8 @@ class GPT(nn.Module):
         self.head = Linear(model.d_model, model.vocabulary, bias=False)
         if model.tie_embeddings:
             self.head.weight = self.embedding.weight
-        self.attention_name, self._attend = "", None
+        self.attention_name = ""
+        self._attend: Attention | None = None
         # Plain attributes, not buffers: a cast to bf16 must leave the angles in fp32.
         self._rope = (
             rope_table(model.context, model.head_width, model.rope_theta)

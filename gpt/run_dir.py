@@ -73,6 +73,11 @@ class RunDir:
         return self.path / "tracking.json"
 
     @property
+    def mlflow_database(self) -> Path:
+        """Where MLflow keeps its runs by default: one SQLite file for all the runs of a folder."""
+        return self.path.resolve().parent / "mlflow.db"
+
+    @property
     def checkpoints(self) -> Path:
         """`step-NNNNNNNN` folders; names with a leading dot are not committed."""
         return self.path / "checkpoints"

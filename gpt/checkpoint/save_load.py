@@ -54,10 +54,10 @@ def save(
     together(world, lambda: _read_back(temporary, index, world.rank))
 
     def finish() -> None:
-        if run_dir.attempt_numbers()[-1] != attempt:
+        newest = run_dir.attempt_numbers()[-1]
+        if newest != attempt:
             raise Superseded(
-                f"attempt {attempt} is no longer the run, attempt {run_dir.attempt_numbers()[-1]} has started: "
-                "this copy stops without a commit."
+                f"attempt {newest} of this run has started since: attempt {attempt} ends without a commit."
             )
         commit(run_dir.checkpoints, temporary, index)
         size = sum(file.size for file in index.files)

@@ -50,7 +50,7 @@ def write_rank_file(
     with path.open("wb") as file:
         file.write(header)
         for array in arrays.values():
-            view = memoryview(np.ascontiguousarray(array, dtype="<f4")).cast("B")
+            view = np.ascontiguousarray(array, dtype="<f4").data.cast("B")
             while len(view):
                 if not pending and len(view) >= chunk_bytes:
                     chunk, view = view[:chunk_bytes], view[chunk_bytes:]

@@ -1,0 +1,153 @@
+"""The record's mirror in MLflow: a process of its own, which training never waits for.
+
+`python -m gpt.tracking RUN_DIR` runs beside the workers of the first node. It follows metrics.jsonl and
+sends what is new in batches, with the times at which it happened; SIGTERM means that the record is
+complete: send the rest and end. A server that is down is tried again for as long as the job runs, and
+what was not sent waits in the record for the next start. Nothing here is ever raised to training.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from gpt import record
+from gpt.config import RunConfig
+from gpt.run_dir import RunDir, read_json, write_json
+
+BATCH_METRICS = 1000  # MLflow's limit for one request
+POLL_S = 2.0
+RETRY_S = 10.0
+DRAIN_S = 45.0  # the node task waits a minute for this process
+
+
+class Mirror:
+    """One MLflow run that follows one run directory."""
+
+    def __init__(self, run_dir: RunDir, run: RunConfig) -> None:
+        from mlflow.tracking import MlflowClient
+
+        self.run_dir, self.run = run_dir, run
+        self.client = MlflowClient(run.tracking.uri or f"sqlite:///{run_dir.mlflow_database}")
+        self.run_id, self.sent_step = self._resume() or (self._create(), 0)
+        self.client.update_run(self.run_id, status="RUNNING")
+
+    def send(self) -> bool:
+        """Send every line of the record past what was sent; whether there was any."""
+        from mlflow.entities import Metric
+
+        lines = (line for line in record.read(self.run_dir.metrics) if line["step"] > self.sent_step)
+        any_sent = False
+        while batch := _take(lines, BATCH_METRICS):
+            metrics = [
+                Metric(name, float(value), int(line["time"] * 1000), line["step"])
+                for line in batch
+                for name, value in line.items()
+                if name not in ("time", "step")
+            ]
+            self.client.log_batch(self.run_id, metrics=metrics)
+            self._remember(batch[-1]["step"])
+            any_sent = True
+        return any_sent
+
+    def close(self) -> None:
+        """Say how the run ended."""
+        numbers = self.run_dir.attempt_numbers()
+        result = read_json(self.run_dir.attempt(numbers[-1]) / "result.json") if numbers else None
+        status = {0: "FINISHED", 75: "KILLED"}.get((result or {}).get("exit_code", 1), "FAILED")
+        self.client.set_tag(self.run_id, "outlast.cause", str((result or {}).get("cause", "")))
+        self.client.set_tag(self.run_id, "outlast.attempts", str(len(numbers)))
+        self.client.set_terminated(self.run_id, status=status)
+
+    def _resume(self) -> tuple[str, int] | None:
+        state = read_json(self.run_dir.tracking)
+        # A copied run directory is a run of its own; a moved one keeps its inode.
+        if state is None or state["inode"] != self.run_dir.path.stat().st_ino:
+            return None
+        return state["run_id"], state["sent_step"]
+
+    def _create(self) -> str:
+        name = self.run.tracking.experiment
+        experiment = self.client.get_experiment_by_name(name)
+        experiment_id = experiment.experiment_id if experiment else self.client.create_experiment(name)
+        run_id: str = self.client.create_run(experiment_id, run_name=self.run_dir.path.name).info.run_id
+        self.run_id = run_id
+        self._remember(0)
+        provenance = read_json(self.run_dir.provenance) or {}
+        write_json(self.run_dir.provenance, {**provenance, "mlflow_run_id": run_id})
+        for name, value in _flat(self.run.model_dump(mode="json")):
+            self.client.log_param(run_id, name, str(value)[:6000])
+        for name in ("git_commit", "host"):
+            if provenance.get(name):
+                self.client.set_tag(run_id, f"outlast.{name}", str(provenance[name]))
+        return run_id
+
+    def _remember(self, step: int) -> None:
+        self.sent_step = step
+        inode = self.run_dir.path.stat().st_ino
+        write_json(self.run_dir.tracking, {"run_id": self.run_id, "inode": inode, "sent_step": step})
+
+
+def follow(run_dir: RunDir, run: RunConfig, ended: threading.Event) -> None:
+    """Mirror the record until `ended` is set and all of it is sent, or DRAIN_S after that."""
+    mirror: Mirror | None = None
+    deadline = float("inf")
+    while True:
+        is_last_round = ended.is_set()
+        if is_last_round:
+            deadline = min(deadline, time.monotonic() + DRAIN_S)
+        try:
+            mirror = mirror or Mirror(run_dir, run)
+            mirror.send()
+            if is_last_round:
+                mirror.close()
+                return
+            ended.wait(POLL_S)
+        except Exception as error:  # whatever a tracker does, training goes on
+            print(f"MLflow: {type(error).__name__}: {error}", flush=True)
+            if is_last_round and time.monotonic() > deadline - RETRY_S:
+                print("MLflow: gave up; the rest stays in the record", flush=True)
+                return
+            time.sleep(RETRY_S) if is_last_round else ended.wait(RETRY_S)
+
+
+def _take(lines: Iterator[dict[str, Any]], metrics: int) -> list[dict[str, Any]]:
+    """The next lines that hold at most `metrics` metrics together; each holds fewer than 20."""
+    return list(islice(lines, metrics // 20))
+
+
+def _flat(tables: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tables.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def main(path: Path) -> None:
+    """Follow the run in `path` until SIGTERM."""
+    ended = threading.Event()
+
+    def on_end(_number: int, _frame: FrameType | None) -> None:
+        ended.set()
+
+    signal.signal(signal.SIGTERM, on_end)
+    # Stop requests are for the workers; what they leave behind is still to be sent.
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    # MLflow's own retries take four minutes a call; this loop has its own.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.nice(10)
+    run_dir = RunDir(path)
+    follow(run_dir, RunConfig.model_validate_json(run_dir.config.read_text()), ended)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
