@@ -1,0 +1,209 @@
+"""The checkpoint on disk: read by ranges, verified to the last byte, hostile to nothing."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from gpt.checkpoint.format import (
+    INDEX_NAME,
+    CheckpointIndex,
+    Corrupt,
+    GroupEntry,
+    ParameterEntry,
+    committed,
+    read_index,
+    verify,
+)
+from gpt.checkpoint.reader import CheckpointReader
+from gpt.checkpoint.writer import commit, prune, remove_leftovers, temporary_folder, write_rank_file
+
+STATES = ("master", "exp_avg", "exp_avg_sq")
+CHUNK_BYTES = 64
+
+
+def flat_state(group: str, state: str, numel: int) -> np.ndarray:
+    seed = sum(map(ord, group + state))
+    return np.random.default_rng(seed).standard_normal(numel, dtype=np.float32)
+
+
+def write_checkpoint(checkpoints: Path, step: int = 7, world_size: int = 3, numel: int = 101) -> Path:
+    """A checkpoint of two groups, cut over `world_size` ranks as ZeRO cuts it: padded to equal parts."""
+    groups = tuple(
+        GroupEntry(
+            name=name,
+            numel=size,
+            partition_numel=-(-size // world_size),
+            states=STATES,
+            hyperparameters={"weight_decay": 0.1, "betas": (0.9, 0.95)},
+        )
+        for name, size in (("decay", numel), ("no_decay", 5))
+    )
+    parameters = (
+        ParameterEntry(name="w", shape=(numel - 11, 1), group="decay", offset=0),
+        ParameterEntry(name="v", shape=(11,), group="decay", offset=numel - 11),
+        ParameterEntry(name="g", shape=(5,), group="no_decay", offset=0),
+    )
+    temporary = temporary_folder(checkpoints, attempt=1, step=step)
+    temporary.mkdir(parents=True)
+    files = []
+    for rank in range(world_size):
+        tensors = []
+        for group in groups:
+            start, end = group.owned(rank)
+            for state in STATES:
+                tensors.append(
+                    (f"{group.name}.{state}", flat_state(group.name, state, group.numel)[start:end])
+                )
+        files.append(write_rank_file(temporary, rank, tensors, CHUNK_BYTES))
+    index = CheckpointIndex(
+        step=step,
+        attempt=1,
+        world_size=world_size,
+        stage=1,
+        optimizer_steps=step,
+        parameters=parameters,
+        groups=groups,
+        data_fingerprint="d",
+        versions={"torch": "2.13"},
+        chunk_bytes=CHUNK_BYTES,
+        files=tuple(files),
+    )
+    return commit(checkpoints, temporary, index)
+
+
+@settings(deadline=None, max_examples=40)
+@given(world_size=st.integers(1, 5), data=st.data())
+def test_any_range_reads_back_whatever_the_world_that_wrote_it(
+    tmp_path_factory: pytest.TempPathFactory, world_size: int, data: st.DataObject
+) -> None:
+    numel = data.draw(st.integers(12, 300))
+    folder = write_checkpoint(tmp_path_factory.mktemp("run"), world_size=world_size, numel=numel)
+    start = data.draw(st.integers(0, numel))
+    end = data.draw(st.integers(start, numel))
+    reader = CheckpointReader(folder)
+    for state in STATES:
+        assert np.array_equal(
+            reader.read("decay", state, start, end), flat_state("decay", state, numel)[start:end]
+        )
+    assert np.array_equal(reader.parameter("v"), flat_state("decay", "master", numel)[numel - 11 :])
+    assert reader.parameter("w").shape == (numel - 11, 1)
+
+
+def test_a_reader_reads_only_the_chunks_that_it_needs(tmp_path: Path) -> None:
+    reader = CheckpointReader(write_checkpoint(tmp_path, world_size=2, numel=4000))
+    reader.read("decay", "exp_avg", 100, 116)
+    assert 0 < reader.bytes_read <= 2 * CHUNK_BYTES
+
+
+def test_safetensors_itself_reads_a_rank_file(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, world_size=2)
+    with safe_open(folder / "rank-00001.safetensors", framework="numpy") as file:
+        assert np.array_equal(file.get_tensor("decay.exp_avg"), flat_state("decay", "exp_avg", 101)[51:])
+        assert "chunk_checksums" in file.keys()  # noqa: SIM118 - not a dict
+
+
+def test_an_intact_checkpoint_verifies(tmp_path: Path) -> None:
+    for world_size in (1, 2, 3):
+        folder = write_checkpoint(tmp_path / str(world_size), world_size=world_size)
+        assert list(verify(folder)) == []
+
+
+def test_every_flipped_bit_and_every_truncation_is_detected_and_named(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path)
+    chance = random.Random(0)
+    for path in sorted(folder.iterdir()):
+        content = path.read_bytes()
+        damaged = []
+        for _ in range(150):
+            position = chance.randrange(len(content))
+            flipped = bytes([content[position] ^ (1 << chance.randrange(8))])
+            damaged.append((position, content[:position] + flipped + content[position + 1 :]))
+        for _ in range(30):
+            cut = chance.randrange(len(content))
+            damaged.append((cut, content[:cut]))
+        for position, bad in damaged:
+            path.write_bytes(bad)
+            found = list(verify(folder))
+            assert found, f"byte {position} of {path.name}"
+            assert found[0].path == path
+        path.write_bytes(content)
+    assert list(verify(folder)) == []
+
+
+def test_a_read_of_a_damaged_chunk_names_the_file_and_the_byte(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, world_size=1, numel=400)
+    path = folder / "rank-00000.safetensors"
+    content = bytearray(path.read_bytes())
+    header = 8 + int.from_bytes(content[:8], "little")
+    content[header + 5 * CHUNK_BYTES + 3] ^= 1
+    path.write_bytes(content)
+    reader = CheckpointReader(folder)
+    reader.read("decay", "master", 0, 5 * CHUNK_BYTES // 4)
+    with pytest.raises(Corrupt, match=rf"rank-00000.safetensors: byte {header + 5 * CHUNK_BYTES}: checksum"):
+        reader.read("decay", "master", 0, 6 * CHUNK_BYTES // 4)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path)
+    (folder / "rank-00002.safetensors").unlink()
+    assert [(bad.path.name, bad.reason) for bad in verify(folder)] == [("rank-00002.safetensors", "missing")]
+    (folder / INDEX_NAME).unlink()
+    assert [(bad.path.name, bad.reason) for bad in verify(folder)] == [(INDEX_NAME, "missing")]
+
+
+def test_an_index_that_names_a_file_elsewhere_is_refused(tmp_path: Path) -> None:
+    index = read_index(write_checkpoint(tmp_path, world_size=1))
+    entry = index.files[0].model_copy(update={"name": "../rank-00000.safetensors"})
+    (tmp_path / "step-00000007" / INDEX_NAME).write_bytes(
+        index.model_copy(update={"files": (entry,)}).dumps()
+    )
+    with pytest.raises(Corrupt, match="not a readable index"):
+        read_index(tmp_path / "step-00000007")
+
+
+@given(
+    content=st.binary(max_size=200)
+    | st.from_type(dict).map(lambda d: json.dumps({str(k): 1 for k in d}).encode())
+)
+def test_a_hostile_index_gives_a_clean_error(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes
+) -> None:
+    folder = tmp_path_factory.mktemp("hostile")
+    (folder / INDEX_NAME).write_bytes(content)
+    with pytest.raises(Corrupt):
+        read_index(folder)
+
+
+def test_only_renamed_folders_are_committed_and_leftovers_go(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, step=7)
+    temporary_folder(tmp_path, attempt=2, step=8).mkdir()
+    assert [step for step, _ in committed(tmp_path)] == [7]
+    remove_leftovers(tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["step-00000007"]
+
+
+def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
+    for step in (5, 10, 15, 20):
+        write_checkpoint(tmp_path, step=step)
+    assert prune(tmp_path, keep_last=2) == [5, 10]
+    assert [step for step, _ in committed(tmp_path)] == [15, 20]
+
+
+def test_a_second_save_of_a_step_moves_the_first_aside(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, step=7)
+    write_checkpoint(tmp_path, step=7)
+    assert [step for step, _ in committed(tmp_path)] == [7]
+    assert len(list(tmp_path.glob(".bad-step-00000007-*"))) == 1
+
+
+def test_the_size_of_the_index_does_not_grow_with_parameters_times_ranks(tmp_path: Path) -> None:
+    few, many = (
+        len((write_checkpoint(tmp_path / str(w), world_size=w) / INDEX_NAME).read_bytes()) for w in (2, 42)
+    )
+    assert many - few < 40 * 150  # one line a rank
