@@ -38,3 +38,7 @@ class LaunchError(OutlastError):
     """A run cannot be started, stopped or found as asked."""
 
     exit_code = 2
+
+
+class DataExhausted(DataError):
+    """A batch past the last epoch that `data.max_epochs` allows."""

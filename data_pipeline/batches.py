@@ -1,0 +1,258 @@
+"""(step, rank, world size) → token ids and document ends. Pure, and the same sequences for every world size.
+
+The order of sequences is a function of the seed and the sequence number; a rank's batch is a slice of it.
+Nothing is carried from one batch to the next but open files and a memo, so any step can be asked for at any
+time. Needs numpy alone.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.errors import DataError, DataExhausted
+from data_pipeline.manifest import read_manifest
+from data_pipeline.mixture import Mixture
+from data_pipeline.stream import TokenStream
+
+# B sequences, T context. The order is looked up this many sequences at a time: a lookup costs 0.1 ms of
+# numpy calls alone or in thousands.
+_MEMO = 4096
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B sequences of T tokens.
+
+    tokens int64 [B, T + 1]; column T is a target only.
+    document_ends int32 [segments]: where attention segments end (exclusive) in the flattened [B·T] inputs;
+    every row's end is one; strictly increasing, the last is B·T.
+    scored bool [B, T]: the targets that count.
+    sequence_numbers int64 [B]: places in the global order.
+    """
+
+    tokens: NDArray[np.int64]
+    document_ends: NDArray[np.int32]
+    scored: NDArray[np.bool_]
+    sequence_numbers: NDArray[np.int64]
+
+    def micro_batches(self, size: int) -> Iterator["Batch"]:
+        """The same sequences in order, `size` at a time; the last batch has what is left."""
+        count, context = self.scored.shape
+        for first in range(0, count, size):
+            stop = min(first + size, count)
+            low, high = np.searchsorted(self.document_ends, [first * context, stop * context], side="right")
+            yield Batch(
+                tokens=self.tokens[first:stop],
+                document_ends=self.document_ends[low:high] - np.int32(first * context),
+                scored=self.scored[first:stop],
+                sequence_numbers=self.sequence_numbers[first:stop],
+            )
+
+
+class BatchReader:
+    """The training batches of one or several data directories.
+
+    Each source's training shards, end to end, are cut into windows of `context` inputs and one more target;
+    what is left at the end makes no window. `sources` are (data directory, weight); with several, sequences
+    are drawn in the proportion of the weights. `skipped` are ranges [first, stop) of sequence numbers that
+    are passed over. With `document_mask` attention segments end with documents and a document's first token
+    is not scored; without it each row is one segment.
+
+    Raises DataError where a directory is no data set, a shard is not as recorded, the encodings of two
+    sources differ, or a source has no whole window.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[tuple[Path, float]],
+        *,
+        context: int,
+        global_batch: int,
+        seed: int,
+        document_mask: bool = True,
+        max_epochs: float | None = None,
+        skipped: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        manifests = [read_manifest(folder) for folder, _ in sources]
+        for (folder, _), manifest in zip(sources, manifests, strict=True):
+            if manifest.encoding.fingerprint != manifests[0].encoding.fingerprint:
+                raise DataError(
+                    f"{folder} was prepared with tokenizer {manifest.encoding.name!r} and {sources[0][0]} "
+                    f"with {manifests[0].encoding.name!r}: their ids mean different text and cannot be mixed"
+                )
+        self._folders = [folder for folder, _ in sources]
+        self._streams = [
+            TokenStream(folder, manifest, "train")
+            for folder, manifest in zip(self._folders, manifests, strict=True)
+        ]
+        self._context = context
+        self._global_batch = global_batch
+        self._document_mask = document_mask
+        windows = [max(0, stream.tokens - 1) // context for stream in self._streams]
+        for folder, stream, count in zip(self._folders, self._streams, windows, strict=True):
+            if count == 0:
+                raise DataError(
+                    f"{folder}: {stream.tokens} training tokens are less than one sequence of context "
+                    f"{context} + 1; prepare more text or set a smaller model.context"
+                )
+        self.sequences_per_epoch = sum(windows)
+        self.tokens = sum(stream.tokens for stream in self._streams)
+        self._mixture = Mixture(windows, [weight for _, weight in sources], seed)
+        self._max_epochs = max_epochs
+        self._limit = None if max_epochs is None else self._mixture.length(max_epochs)
+        self._skipped = _Skipped(skipped)
+        self._memo: tuple[int, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]] | None = None
+
+    def batch(self, step: int, rank: int, world_size: int) -> Batch:
+        """The sequences that `rank` trains on at optimizer step `step`, the first being step 1.
+
+        Pure: over all the ranks of any world size the union is the same, in rank order. Raises DataExhausted
+        past the last epoch.
+        """
+        if step < 1 or not 0 <= rank < world_size or self._global_batch % world_size:
+            raise ValueError(
+                f"step {step}, rank {rank} of {world_size}, {self._global_batch} sequences a step"
+            )
+        count = self._global_batch // world_size
+        first = (step - 1) * self._global_batch + rank * count
+        self._require(step)
+        numbers, sources, windows = self._order(first, first + count)
+        batch = _BatchBuilder(count, self._context, self._document_mask)
+        for row, (source, window) in enumerate(zip(sources.tolist(), windows.tolist(), strict=True)):
+            batch.fill(row, self._streams[source], window * self._context)
+        return batch.finish(numbers)
+
+    def epochs_at(self, step: int) -> float:
+        """How often the source that is read most has been read once step `step` is done."""
+        return max(self._mixture.epochs(self._numbers_until(step)))
+
+    def counts_at(self, step: int) -> list[int]:
+        """How many sequences of each source are behind step `step`; skipped ones count as read."""
+        return self._mixture.counts(self._numbers_until(step))
+
+    def _numbers_until(self, step: int) -> int:
+        used = step * self._global_batch
+        return self._skipped.number(used - 1) + 1 if used else 0
+
+    def _require(self, step: int) -> None:
+        if self._limit is None:
+            return
+        length, source = self._limit
+        if self._numbers_until(step) > length:
+            raise DataExhausted(
+                f"step {step} would read {self._folders[source]} more than data.max_epochs = "
+                f"{self._max_epochs:g} times; prepare more text, train fewer steps, or raise data.max_epochs"
+            )
+
+    def _order(self, first: int, stop: int) -> tuple[NDArray[np.int64], ...]:
+        """(sequence number, source, window) of the places [first, stop) in the order of use."""
+        parts = []
+        while first < stop:
+            block = first // _MEMO
+            if self._memo is None or self._memo[0] != block:
+                used = np.arange(block * _MEMO, (block + 1) * _MEMO, dtype=np.int64)
+                numbers = self._skipped.numbers(used)
+                self._memo = (block, numbers, *self._mixture.locate(numbers))
+            here = slice(first - block * _MEMO, min(stop - block * _MEMO, _MEMO))
+            parts.append([column[here] for column in self._memo[1:]])
+            first = (block + 1) * _MEMO
+        return tuple(np.concatenate(columns) for columns in zip(*parts, strict=True))
+
+
+class EvaluationReader:
+    """The beginning of the validation split in file order, for the evaluation of any number of ranks.
+
+    Windows of `context` inputs and one more target, one after the other, until `tokens` targets are covered
+    or the split ends; `tokens` says how many that is. Raises DataError where there is no validation split.
+    """
+
+    def __init__(self, path: Path, *, context: int, tokens: int, document_mask: bool) -> None:
+        self._stream = TokenStream(path, read_manifest(path), "val")
+        if self._stream.tokens < 2:
+            raise DataError(
+                f"{path} has no validation split; prepare it with a val_fraction above 0 "
+                f"(a small corpus needs a larger one)"
+            )
+        self.tokens = min(tokens, self._stream.tokens - 1)
+        self._context = context
+        self._document_mask = document_mask
+
+    def __len__(self) -> int:
+        """The number of windows."""
+        return -(-self.tokens // self._context)
+
+    def windows(self, first: int, count: int) -> Batch:
+        """The windows [first, first + count), each [T + 1].
+
+        What lies past the last token that is evaluated, whole windows included, is padding: id 0, not scored.
+        """
+        batch = _BatchBuilder(count, self._context, self._document_mask)
+        for row in range(count):
+            start = (first + row) * self._context
+            batch.fill(row, self._stream, start, targets=min(self._context, max(0, self.tokens - start)))
+        return batch.finish(np.arange(first, first + count, dtype=np.int64))
+
+
+class _BatchBuilder:
+    """Rows read into place, with the segments that attention and loss need."""
+
+    def __init__(self, count: int, context: int, document_mask: bool) -> None:
+        self._context = context
+        self._document_mask = document_mask
+        self._tokens = np.empty((count, context + 1), dtype=np.int64)
+        self._scored = np.ones((count, context), dtype=np.bool_)
+        self._ends: list[NDArray[np.int64]] = []
+
+    def fill(self, row: int, stream: TokenStream, start: int, targets: int | None = None) -> None:
+        """Row `row` from token `start` on; past its first `targets` targets it is padding."""
+        context = self._context
+        targets = context if targets is None else targets
+        real = targets + 1 if targets else 0
+        stream.read(start if real else 0, self._tokens[row, :real])
+        self._tokens[row, real:] = 0
+        self._scored[row, targets:] = False
+        ends = np.empty(0, dtype=np.int64)
+        if self._document_mask and real:
+            # The target behind a document's last token is another document's first.
+            ends = stream.document_starts(start + 1, start + real) - start
+            self._scored[row, ends - 1] = False
+        if 0 < targets < context:
+            ends = np.union1d(ends, [targets])
+        if not ends.size or ends[-1] != context:
+            ends = np.append(ends, context)
+        self._ends.append(ends + row * context)
+
+    def finish(self, numbers: NDArray[np.int64]) -> Batch:
+        """The batch, whose rows are the sequences `numbers`."""
+        ends = np.concatenate(self._ends).astype(np.int32)
+        return Batch(self._tokens, ends, self._scored, numbers)
+
+
+class _Skipped:
+    """Ranges of sequence numbers that are passed over, O(log ranges) a lookup."""
+
+    def __init__(self, ranges: Sequence[tuple[int, int]]) -> None:
+        self._places: list[int] = []  # of the first number after each range, in the order of use
+        self._before: list[int] = [0]  # numbers skipped up to there
+        behind = 0
+        for first, stop in sorted(ranges):
+            if not 0 <= first < stop:
+                raise ValueError(f"skipped range [{first}, {stop})")
+            first = max(first, behind)
+            if first < stop:
+                self._places.append(first - self._before[-1])
+                self._before.append(self._before[-1] + stop - first)
+                behind = stop
+
+    def number(self, place: int) -> int:
+        """The sequence number that is used in place `place`."""
+        return place + self._before[bisect_right(self._places, place)]
+
+    def numbers(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The sequence numbers that are used in `places`."""
+        index = np.searchsorted(np.array(self._places, dtype=np.int64), places, side="right")
+        return places + np.array(self._before, dtype=np.int64)[index]

@@ -1,0 +1,1 @@
+"""The packaged corpus: README.md here states its source and status."""

@@ -1,0 +1,427 @@
+"""Raw text → a data directory: plan, encode in pieces, name the shards, and the manifest last.
+
+Run again after any kind of end it continues, and the result is the same bytes. Work in progress lives in
+`out/.prepare`, under names that no reader looks at; a final name appears only when everything is whole.
+Refused: to write into a folder that holds another data set, and to leave out broken documents unasked.
+"""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from data_pipeline.config_file import Section
+from data_pipeline.documents import SourceFile, find_files, line_number
+from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.indexed import dtype_for
+from data_pipeline.manifest import (
+    ENCODING_FILE,
+    FILE_NAME,
+    EncodingRecord,
+    Manifest,
+    Shard,
+    Split,
+    check,
+    read_manifest,
+)
+from data_pipeline.pieces import (
+    MOST_LISTED,
+    Advance,
+    Piece,
+    PieceRecord,
+    Settings,
+    committed,
+    cut_into_pieces,
+    encode_all,
+)
+from data_pipeline.shards import fsync_folder, write_durably
+from data_pipeline.tokenizer import Encoding, load_encoding
+
+# Raised when the same settings and sources would give other bytes than before.
+_PIPELINE = 1
+_SHARD_FILE = re.compile(r"(train|val)-\d{5,}\.(bin|idx|sum)")
+
+
+class DataPrepConfig(Section):
+    """What DATA.toml holds: which text becomes which token shards."""
+
+    sources: tuple[str, ...] = Field(
+        min_length=1,
+        description="Files, folders and globs: .jsonl, .txt, each also .gz and .zst, and .parquet.",
+    )
+    tokenizer: str = Field(
+        description="A packaged encoding (outlast-4k), a tiktoken name (gpt2, cl100k_base, o200k_base), an "
+        "encoding.json, or a data directory that has one."
+    )
+    out: Path = Field(description="The data directory to make.")
+    text_field: str = Field(
+        default="text", min_length=1, description="Field of a JSON line, or column of a table, with the text."
+    )
+    val_fraction: float = Field(
+        default=0.005,
+        ge=0,
+        lt=1,
+        description="Share of the documents that is held out for validation, chosen by each one's own hash.",
+    )
+    seed: int = Field(default=0, ge=0, lt=2**64, description="Of the choice of the held-out documents.")
+    on_bad: Literal["fail", "skip"] = Field(
+        default="fail",
+        description="Whether broken documents end the preparation or are counted and left out.",
+    )
+    shard_tokens: int = Field(
+        default=100_000_000, ge=1, description="A shard is closed at this many tokens; most are smaller."
+    )
+    workers: int | None = Field(
+        default=None, ge=1, description="Processes that encode. Default: one for each usable core."
+    )
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a preparation is; `message` is something that a user should read once."""
+
+    bytes_done: int
+    bytes_total: int
+    documents: int
+    tokens: int
+    message: str | None = None
+
+
+def prepare(config: DataPrepConfig, progress: Callable[[Progress], None] | None = None) -> Manifest:
+    """Make the data directory `config.out`, or continue to, and return its manifest.
+
+    A complete and identical one is returned at once (sources are compared by name and size). Raises
+    ConfigError for wrong settings or a folder that holds something else, DataError for broken documents, a
+    worker that dies, or a disk that is full; what is finished then stays.
+    """
+    encoding, files, ignored = _inputs(config)
+    tell = _Teller(progress, sum(file.size_bytes for file in files))
+    if ignored:
+        tell.message(f"{ignored} files in the folders are of other kinds and are ignored")
+    out, work = config.out, config.out / ".prepare"
+    if (out / FILE_NAME).exists() and not work.exists():
+        return _require_identical(config, encoding, files)
+    try:
+        with _locked(work):
+            if (out / FILE_NAME).exists():  # ended between the manifest and the tidying
+                manifest = _require_identical(config, encoding, files)
+            else:
+                manifest = _build(config, encoding, files, tell)
+            shutil.rmtree(work)
+    except OSError as error:
+        raise DataError(
+            f"preparation of {out} stopped: {error}. What is finished stays; run again to continue"
+        ) from error
+    return manifest
+
+
+def _inputs(config: DataPrepConfig) -> tuple[Encoding, list[SourceFile], int]:
+    """The encoding and the files, or every problem with either at once."""
+    problems: list[str] = []
+    encoding: Encoding | None = None
+    files: list[SourceFile] = []
+    ignored = 0
+    try:
+        encoding = load_encoding(config.tokenizer)
+    except (ConfigError, DataError) as error:
+        problems.append(str(error))
+    try:
+        files, ignored = find_files(config.sources)
+    except ConfigError as error:
+        problems += error.problems
+    if config.out.exists() and not config.out.is_dir():
+        problems.append(f"out = {config.out} is a file; a folder to make is needed")
+    if problems or encoding is None:
+        raise ConfigError(problems)
+    return encoding, files, ignored
+
+
+def _build(
+    config: DataPrepConfig, encoding: Encoding, files: Sequence[SourceFile], tell: "_Teller"
+) -> Manifest:
+    out, work = config.out, config.out / ".prepare"
+    _take_back_names(out, work)
+    _require_free(out)
+    _require_same_settings(config, encoding, work)
+    write_durably(work / ENCODING_FILE, encoding.to_json())
+    pieces = cut_into_pieces(files, config.shard_tokens)
+    records = _encode(config, encoding, pieces, work, tell)
+    bad = sum((record.bad for record in records.values()), Counter())
+    if bad and config.on_bad == "fail":
+        raise DataError(_broken(pieces, records, bad))
+    if not any(record.train for record in records.values()):
+        held_out = sum(record.documents for record in records.values())
+        raise DataError(f"the sources hold no document for training ({held_out} were held out)")
+    return _publish(config, encoding, files, pieces, records)
+
+
+def _encode(
+    config: DataPrepConfig, encoding: Encoding, pieces: Sequence[Piece], work: Path, tell: "_Teller"
+) -> dict[Piece, PieceRecord]:
+    """Every piece's record; with on_bad = "fail" only those up to the hundredth broken document."""
+    records = {piece: record for piece in pieces if (record := committed(work, piece))}
+    _remove_stale(work, {piece.name for piece in records})
+    for piece, record in records.items():
+        tell.advance(Advance(piece.size_bytes, record.documents, record.tokens))
+    if records:
+        tell.message(f"continuing: {len(records)} of {len(pieces)} pieces were finished before")
+    settings = Settings(
+        encoding=work / ENCODING_FILE,
+        dtype=dtype_for(encoding.vocab_size),
+        text_field=config.text_field,
+        val_fraction=config.val_fraction,
+        seed=config.seed,
+        shard_tokens=config.shard_tokens,
+    )
+    workers = config.workers or len(os.sched_getaffinity(0))
+    missing = [piece for piece in pieces if piece not in records]
+    for done in encode_all(work, missing, settings, workers):
+        if isinstance(done, Advance):
+            tell.advance(done)
+            continue
+        record = committed(work, done)
+        assert record is not None
+        records[done] = record
+        if config.on_bad == "fail" and sum(len(r.listed) for r in records.values()) >= MOST_LISTED:
+            break
+    return records
+
+
+def _publish(
+    config: DataPrepConfig,
+    encoding: Encoding,
+    files: Sequence[SourceFile],
+    pieces: Sequence[Piece],
+    records: Mapping[Piece, PieceRecord],
+) -> Manifest:
+    """Give every file its final name, then write the manifest."""
+    out, work = config.out, config.out / ".prepare"
+    names = {ENCODING_FILE: ENCODING_FILE}
+    shards: dict[Split, list[Shard]] = {"train": [], "val": []}
+    for split, numbered in shards.items():
+        for piece in pieces:
+            for shard in records[piece].shards(split):
+                final = replace(shard, name=f"{split}-{len(numbered):05d}")
+                numbered.append(final)
+                for name, below in zip(final.files, shard.files, strict=True):
+                    names[name] = f"{piece.name}/{below}"
+    manifest = Manifest(
+        dtype=dtype_for(encoding.vocab_size),
+        encoding=_encoding_record(encoding),
+        train=tuple(shards["train"]),
+        val=tuple(shards["val"]),
+        skipped=_skipped(records.values()),
+        preparation=_preparation(config),
+        versions={"outlast": _version("outlast"), "tiktoken": _version("tiktoken")},
+        sources=tuple(_sources(files, pieces, records)),
+    )
+    # Written first, so that a preparation that is killed among the renames can take the names back.
+    write_durably(work / "names.json", json.dumps(names).encode())
+    for name, below in names.items():
+        (work / below).rename(out / name)
+    fsync_folder(out)
+    write_durably(work / FILE_NAME, manifest.to_bytes())
+    (work / FILE_NAME).rename(out / FILE_NAME)
+    fsync_folder(out)
+    return manifest
+
+
+def _take_back_names(out: Path, work: Path) -> None:
+    """Undo the renames of a preparation that ended among them."""
+    names = work / "names.json"
+    if not names.exists():
+        return
+    for name, below in json.loads(names.read_bytes()).items():
+        if (out / name).exists() and not (work / below).exists():
+            (out / name).rename(work / below)
+    names.unlink()
+
+
+def _remove_stale(work: Path, keep: set[str]) -> None:
+    """Remove pieces that were torn or that the sources no longer give."""
+    for entry in work.iterdir():
+        if entry.is_dir() and entry.name not in keep:
+            shutil.rmtree(entry)
+
+
+def _require_free(out: Path) -> None:
+    foreign = sorted(path.name for path in out.iterdir() if _SHARD_FILE.fullmatch(path.name))
+    if foreign:
+        raise ConfigError(
+            f"{out} holds {foreign[0]} but no {FILE_NAME}, and no unfinished preparation that made it; "
+            f"choose another `out`, or remove what is there"
+        )
+
+
+def _preparation(config: DataPrepConfig) -> dict[str, Any]:
+    """The settings that decide the ids, in the manifest's words."""
+    return {
+        "pipeline": _PIPELINE,
+        "text_field": config.text_field,
+        "val_fraction": config.val_fraction,
+        "seed": config.seed,
+        "shard_tokens": config.shard_tokens,
+        "on_bad": config.on_bad,
+    }
+
+
+def _require_same_settings(config: DataPrepConfig, encoding: Encoding, work: Path) -> None:
+    """Refuse to continue what was begun with settings that make other ids."""
+    path = work / "settings.json"
+    wanted = {"tokenizer": encoding.name, "fingerprint": encoding.fingerprint, **_preparation(config)}
+    del wanted["on_bad"]  # it decides what happens to broken documents, not what a piece becomes
+    if path.exists():
+        changes = _changes(json.loads(path.read_bytes()), wanted)
+        if changes:
+            raise ConfigError(
+                f"{config.out} holds an unfinished preparation with other settings: {changes}. Continue it "
+                f"with those, choose another `out`, or remove {work} to begin anew"
+            )
+    write_durably(path, json.dumps(wanted).encode())
+
+
+def _require_identical(config: DataPrepConfig, encoding: Encoding, files: Sequence[SourceFile]) -> Manifest:
+    """The manifest of the complete data set in `out`, which must be what `config` would make."""
+    manifest = read_manifest(config.out)
+    before = {
+        "tokenizer": manifest.encoding.name,
+        "fingerprint": manifest.encoding.fingerprint,
+        **manifest.preparation,
+        "sources": [(source["name"], source["size_bytes"]) for source in manifest.sources],
+    }
+    now = {
+        "tokenizer": encoding.name,
+        "fingerprint": encoding.fingerprint,
+        **_preparation(config),
+        "sources": [(file.name, file.size_bytes) for file in files],
+    }
+    changes = _changes(before, now)
+    if changes:
+        raise ConfigError(
+            f"{config.out} holds a complete data set that was prepared otherwise: {changes}. Choose another "
+            f"`out`, or remove {config.out} to prepare it anew"
+        )
+    problems = check(config.out, manifest)
+    if problems:
+        raise DataError("\n".join([*problems, f"Remove {config.out} to prepare it anew"]))
+    return manifest
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """In words, what differs."""
+    changes = []
+    for key, value in now.items():
+        was = before.get(key)
+        if was == value:
+            continue
+        if key == "sources":
+            changed = sorted({name for name, _ in set(was or ()) ^ set(value)})
+            changes.append(f"sources (for example {changed[0]})" if changed else "the order of sources")
+        elif key == "fingerprint":
+            changes.append("the tokenizer's ids")
+        else:
+            changes.append(f"{key} = {was!r}, now {value!r}")
+    return "; ".join(changes)
+
+
+def _broken(pieces: Sequence[Piece], records: Mapping[Piece, PieceRecord], bad: Counter[str]) -> str:
+    reasons = ", ".join(f"{count} × {reason}" for reason, count in bad.most_common())
+    lines: list[str] = []
+    for piece in pieces:
+        for listed in records[piece].listed if piece in records else ():
+            if len(lines) < MOST_LISTED:
+                span = piece.spans[listed.span]
+                lines.append(f"{span.file.path}:{line_number(span, listed.line)}: {listed.reason}")
+    more = bad.total() - len(lines)
+    return "\n".join(
+        [
+            f"broken documents: {reasons}",
+            *lines,
+            *([f"… and {more} more"] if more else []),
+            'Repair them and run again, or leave them out with on_bad = "skip"',
+        ]
+    )
+
+
+def _skipped(records: Iterator[PieceRecord] | Any) -> dict[str, int]:
+    """How many documents were left out, by reason."""
+    total: Counter[str] = Counter()
+    for record in records:
+        total += record.bad
+        total["empty"] += record.empty
+    return {reason: total[reason] for reason in sorted(total) if total[reason]}
+
+
+def _sources(
+    files: Sequence[SourceFile], pieces: Sequence[Piece], records: Mapping[Piece, PieceRecord]
+) -> Iterator[dict[str, Any]]:
+    ranges: dict[SourceFile, list[dict[str, Any]]] = {file: [] for file in files}
+    for piece in pieces:
+        for span, checksum in zip(piece.spans, records[piece].checksums, strict=True):
+            ranges[span.file].append({"start": span.start, "stop": span.stop, "xxh3_128": checksum})
+    for file in files:
+        yield {"name": file.name, "size_bytes": file.size_bytes, "ranges": ranges[file]}
+
+
+def _encoding_record(encoding: Encoding) -> EncodingRecord:
+    import xxhash
+
+    content = encoding.to_json()
+    return EncodingRecord(
+        name=encoding.name,
+        fingerprint=encoding.fingerprint,
+        vocab_size=encoding.vocab_size,
+        end_of_text=encoding.end_of_text,
+        size_bytes=len(content),
+        xxh3_128=xxhash.xxh3_128_hexdigest(content),
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+@contextmanager
+def _locked(work: Path) -> Iterator[None]:
+    """The only preparation in this folder; the lock ends with the process, however that ends."""
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{work.parent}: another preparation is writing here; wait for it") from None
+        yield
+
+
+class _Teller:
+    """Adds up what the workers say and passes it on."""
+
+    def __init__(self, progress: Callable[[Progress], None] | None, bytes_total: int) -> None:
+        self._progress = progress or (lambda _: None)
+        self._state = Progress(0, bytes_total, 0, 0)
+
+    def advance(self, by: Advance) -> None:
+        now = self._state
+        self._state = replace(
+            now,
+            bytes_done=now.bytes_done + by.bytes,
+            documents=now.documents + by.documents,
+            tokens=now.tokens + by.tokens,
+        )
+        self._progress(self._state)
+
+    def message(self, text: str) -> None:
+        self._progress(replace(self._state, message=text))

@@ -1,0 +1,157 @@
+"""Token shards, Megatron's .bin/.idx byte for byte: written once and durable, then mapped.
+
+A shard is written under a name that nobody reads; whoever asked for it renames it when it is whole. It
+is never changed after that. Beside each pair lies a .sum: JSON with the checksum of every chunk, so that
+damage can be located and read-back costs no more than what is read.
+"""
+
+import json
+import mmap
+import os
+from array import array
+from bisect import bisect_left
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.errors import DataError
+from data_pipeline.indexed import ITEM_BYTES, Header, read_header
+from data_pipeline.manifest import CHUNK_BYTES, FileRecord, Shard, check_shard
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write `content` so that a reader finds the old file or the new one whole, also after a crash."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    fsync_folder(path.parent)
+
+
+def fsync_folder(path: Path) -> None:
+    """Make the names in the folder `path` durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class ShardWriter:
+    """Writes `folder/name`.bin, .idx and .sum; memory grows by four bytes a document and no more.
+
+    Each document is one sequence. Nothing is valid before `finish`, and everything is on disk after it.
+    """
+
+    def __init__(self, folder: Path, name: str, dtype: str) -> None:
+        self.tokens = 0
+        self._folder = folder
+        self._name = name
+        self._dtype = dtype
+        self._lengths = array("i")
+        self._bin = _SummedFile(folder / f"{name}.bin")
+
+    def write(self, ids: NDArray[np.generic], lengths: "array[int]") -> None:
+        """Append documents of `lengths` tokens each, whose ids stand in `ids` one after the other."""
+        self._bin.write(ids.astype(self._dtype, copy=False).tobytes())
+        self._lengths.extend(lengths)
+        self.tokens += len(ids)
+
+    def finish(self) -> Shard:
+        """Write the index and the checksums, make all durable, and say what was written."""
+        lengths = np.frombuffer(self._lengths, dtype=np.int32)
+        offsets = np.zeros(len(lengths), dtype=np.int64)
+        np.cumsum(lengths[:-1], out=offsets[1:])
+        offsets *= ITEM_BYTES[self._dtype]
+        idx = _SummedFile(self._folder / f"{self._name}.idx")
+        idx.write(Header(self._dtype, len(lengths), len(lengths)).pack())
+        idx.write(lengths.tobytes())
+        idx.write(offsets.tobytes())
+        idx.write(np.arange(len(lengths) + 1, dtype=np.int64).tobytes())
+        bin_record, idx_record = self._bin.finish(), idx.finish()
+        sums = {
+            "algorithm": "xxh3_128",
+            "chunk_bytes": CHUNK_BYTES,
+            "bin": self._bin.chunks,
+            "idx": idx.chunks,
+        }
+        sum_file = _SummedFile(self._folder / f"{self._name}.sum")
+        sum_file.write((json.dumps(sums, indent=0) + "\n").encode())
+        return Shard(self._name, self.tokens, len(lengths), bin_record, idx_record, sum_file.finish())
+
+
+class _SummedFile:
+    """A new file that is checksummed as it is written, whole and by chunks of CHUNK_BYTES."""
+
+    def __init__(self, path: Path) -> None:
+        import xxhash
+
+        self.chunks: list[str] = []
+        self._file = path.open("xb")
+        self._new_sum = xxhash.xxh3_128
+        self._whole = xxhash.xxh3_128()
+        self._chunk = xxhash.xxh3_128()
+        self._size_bytes = 0
+
+    def write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._whole.update(data)
+        rest = memoryview(data)
+        while len(rest):
+            room = CHUNK_BYTES - self._size_bytes % CHUNK_BYTES
+            part, rest = rest[:room], rest[room:]
+            self._chunk.update(part)
+            self._size_bytes += len(part)
+            if len(part) == room:
+                self._close_chunk()
+
+    def _close_chunk(self) -> None:
+        self.chunks.append(self._chunk.hexdigest())
+        self._chunk = self._new_sum()
+
+    def finish(self) -> FileRecord:
+        if self._size_bytes % CHUNK_BYTES:
+            self._close_chunk()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return FileRecord(self._size_bytes, self._whole.hexdigest())
+
+
+class MappedShard:
+    """One shard, memory-mapped; costs nothing before it is read. Two file descriptors while it lives.
+
+    `ids` holds the tokens [tokens] in the shard's dtype. Raises DataError where a file is not as large, or
+    the index not of the kind, that the manifest says.
+    """
+
+    def __init__(self, folder: Path, shard: Shard, dtype: str) -> None:
+        problems = check_shard(folder, shard, dtype)
+        if problems:
+            raise DataError("\n".join(problems))
+        header = read_header(folder / f"{shard.name}.idx")
+        self._item_bytes = ITEM_BYTES[dtype]
+        self.ids = np.frombuffer(_map(folder / f"{shard.name}.bin"), dtype=dtype)
+        index = memoryview(_map(folder / f"{shard.name}.idx"))
+        # memoryviews and not arrays: the index is unaligned, and numpy's searchsorted would copy it whole.
+        self._offsets = index[header.offsets_start : header.documents_start].cast("q")
+        self._first_sequences = index[header.documents_start : header.idx_bytes].cast("q")
+
+    def document_starts(self, first: int, stop: int) -> NDArray[np.int64]:
+        """Where documents start among the tokens [first, stop), ascending."""
+        begin = bisect_left(self._offsets, first * self._item_bytes)
+        end = bisect_left(self._offsets, stop * self._item_bytes, begin)
+        low = bisect_left(self._first_sequences, begin)
+        high = bisect_left(self._first_sequences, end, low)
+        sequences = np.array(self._first_sequences[low:high], dtype=np.int64)
+        return np.array(self._offsets[begin:end], dtype=np.int64)[sequences - begin] // self._item_bytes
+
+
+def _map(path: Path) -> mmap.mmap | bytes:
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            return b""
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

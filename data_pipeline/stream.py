@@ -1,0 +1,72 @@
+"""One split of a data directory as one long stream of tokens, its shards end to end.
+
+Opening reads the manifest and looks at sizes and headers; no data is scanned and nothing is cached on
+disk, whatever the size of the corpus.
+"""
+
+import resource
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.errors import DataError
+from data_pipeline.manifest import Manifest, Split, check_shard
+from data_pipeline.shards import MappedShard
+
+
+class TokenStream:
+    """The tokens of one split [tokens]. Raises DataError that names every shard that is not as recorded."""
+
+    def __init__(self, folder: Path, manifest: Manifest, split: Split) -> None:
+        self._folder = folder
+        self._dtype = manifest.dtype
+        self._shards = manifest.shards(split)
+        problems = [p for shard in self._shards for p in check_shard(folder, shard, manifest.dtype)]
+        if problems:
+            raise DataError(problems[0] if len(problems) == 1 else "\n".join(problems))
+        counts = np.array([shard.tokens for shard in self._shards], dtype=np.int64)
+        self._ends = np.cumsum(counts)
+        self._open: OrderedDict[int, MappedShard] = OrderedDict()
+        # Each mapping holds two file descriptors; leave most of them to the rest of the process.
+        self._most_open = max(4, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8)
+        self.tokens = int(counts.sum())
+
+    def read(self, start: int, out: NDArray[np.int64]) -> None:
+        """Copy the tokens [start, start + len(out)) into `out`."""
+        for shard, first, stop, base in self._parts(start, start + len(out)):
+            out[base + first - start : base + stop - start] = shard.ids[first:stop]
+
+    def document_starts(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Where documents start among the tokens [start, stop) of the stream, strictly ascending."""
+        parts = [s.document_starts(first, end) + base for s, first, end, base in self._parts(start, stop)]
+        starts = parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.int64), *parts])
+        # Documents without tokens, which Megatron allows, start where the next one does.
+        return starts[np.diff(starts, prepend=-1) > 0]
+
+    def _parts(self, start: int, stop: int) -> Iterator[tuple[MappedShard, int, int, int]]:
+        """(shard, first token, stop, stream position of its token 0) of each shard under [start, stop)."""
+        if not 0 <= start <= stop <= self.tokens:
+            raise IndexError(f"tokens [{start}, {stop}) of {self.tokens}")
+        index = int(np.searchsorted(self._ends, start, side="right"))
+        while start < stop:
+            end = int(self._ends[index])
+            base = end - self._shards[index].tokens
+            here = min(stop, end)
+            if here > start:
+                yield self._shard(index), start - base, here - base, base
+            start = max(start, here)
+            index += 1
+
+    def _shard(self, index: int) -> MappedShard:
+        shard = self._open.get(index)
+        if shard is None:
+            shard = MappedShard(self._folder, self._shards[index], self._dtype)
+            self._open[index] = shard
+            if len(self._open) > self._most_open:
+                self._open.popitem(last=False)
+        else:
+            self._open.move_to_end(index)
+        return shard

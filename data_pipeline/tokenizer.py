@@ -1,0 +1,280 @@
+"""Encodings: text ↔ token ids through tiktoken, their offline copy, their fingerprint.
+
+tiktoken computes every id; what stands here keeps the ranks beside the data, so that nothing later needs
+a network, and names an encoding by a hash of all that decides its ids. Text that looks like a special
+token is text: special ids are appended by us, never parsed out of documents.
+"""
+
+import base64
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.documents import BadDocument, DocumentReader, Span, find_files, is_held_out
+from data_pipeline.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import tiktoken
+
+END_OF_TEXT = "<|endoftext|>"
+
+# cl100k's split (tiktoken, openai_public.py) without its possessive quantifiers, which the trainer's
+# regular expressions do not have; they change speed, not what matches.
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# o200k's pattern panics on 1,000,000 whitespace characters in a row and takes 999,023.
+_LONGEST_WHITESPACE = 100_000
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """A byte-pair encoding: `ranks` gives each byte string its id, lower ids merge first."""
+
+    name: str
+    pattern: str
+    ranks: Mapping[bytes, int]
+    special_tokens: Mapping[str, int]
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        return 1 + max(max(self.ranks.values()), max(self.special_tokens.values()))
+
+    @property
+    def end_of_text(self) -> int:
+        """The id that ends every document."""
+        return self.special_tokens[END_OF_TEXT]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over ranks, pattern and special tokens: equal for equal ids on every text."""
+        digest = hashlib.sha256(json.dumps([self.pattern, sorted(self.special_tokens.items())]).encode())
+        for token, id in sorted(self.ranks.items(), key=lambda item: item[1]):
+            digest.update(b"%d %d " % (id, len(token)) + token)
+        return digest.hexdigest()
+
+    @cached_property
+    def _bpe(self) -> "tiktoken.Encoding":
+        import tiktoken
+
+        return tiktoken.Encoding(
+            self.name,
+            pat_str=self.pattern,
+            mergeable_ranks=dict(self.ranks),
+            special_tokens=dict(self.special_tokens),
+        )
+
+    def encode(self, text: str) -> NDArray[np.uint32]:
+        """The ids of `text`, without an end-of-text. Raises DataError where tiktoken cannot encode it."""
+        try:
+            return self._encode(text)
+        except _PanicError:
+            pass
+        try:
+            return np.concatenate([self._encode(part) for part in _cut_whitespace(text)])
+        except _PanicError as error:
+            raise DataError(f"the tokenizer cannot encode it: {error}") from None
+
+    def _encode(self, text: str) -> NDArray[np.uint32]:
+        try:
+            return self._bpe.encode_to_numpy(text, disallowed_special=())
+        except BaseException as error:
+            # A panic inside tiktoken is a BaseException of a class that cannot be imported.
+            if type(error).__name__ != "PanicException":
+                raise
+            raise _PanicError(str(error)[:200]) from None
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
+        return self._bpe.decode(list(ids))
+
+    def token_bytes(self) -> NDArray[np.int64]:
+        """The length in bytes of each id [vocab_size]; 0 for special and unused ids."""
+        lengths = np.zeros(self.vocab_size, dtype=np.int64)
+        for token, id in self.ranks.items():
+            lengths[id] = len(token)
+        return lengths
+
+    def to_json(self) -> bytes:
+        """The content of encoding.json, the same bytes for the same encoding."""
+        content = {
+            "name": self.name,
+            "pattern": self.pattern,
+            "special_tokens": dict(sorted(self.special_tokens.items())),
+            "fingerprint": self.fingerprint,
+            "ranks": {
+                base64.b64encode(token).decode(): id
+                for token, id in sorted(self.ranks.items(), key=lambda item: item[1])
+            },
+        }
+        return (json.dumps(content, indent=0) + "\n").encode()
+
+
+class _PanicError(Exception):
+    """tiktoken's native code panicked."""
+
+
+def _cut_whitespace(text: str) -> Iterator[str]:
+    begin = 0
+    for run in re.finditer(rf"\s{{{_LONGEST_WHITESPACE + 1},}}", text):
+        for cut in range(run.start() + _LONGEST_WHITESPACE, run.end(), _LONGEST_WHITESPACE):
+            yield text[begin:cut]
+            begin = cut
+    yield text[begin:]
+
+
+def load_encoding(name_or_file: str | Path) -> Encoding:
+    """The encoding of a packaged name (`outlast-4k`), a file, a data directory, or a tiktoken name.
+
+    Raises ConfigError for a name that nothing has, DataError for a file that is no encoding or a tiktoken
+    name whose ranks are not on this machine and cannot be downloaded.
+    """
+    path = Path(name_or_file)
+    if path.is_dir() and (path / "encoding.json").exists():
+        return _read(path / "encoding.json")
+    if path.is_file():
+        return _read(path)
+    name = str(name_or_file)
+    packaged = _packaged()
+    if name in packaged:
+        return _read(packaged[name])
+
+    import tiktoken
+
+    known = tiktoken.list_encoding_names()
+    if name in known:
+        return _from_tiktoken(name)
+    names = [*packaged, *known]
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
+    raise ConfigError(f"tokenizer {name!r} is neither a file nor an encoding; {hint}")
+
+
+def _packaged() -> dict[str, Path]:
+    folder = Path(str(resources.files("data_pipeline.encodings")))
+    return {path.stem: path for path in sorted(folder.glob("*.json"))}
+
+
+def _from_tiktoken(name: str) -> Encoding:
+    import tiktoken
+
+    try:
+        encoding = tiktoken.get_encoding(name)
+    except OSError as error:  # requests' errors are OSErrors
+        raise DataError(
+            f"tokenizer {name!r}: tiktoken has no copy of its ranks here and could not download them "
+            f"({type(error).__name__}). Run once where there is a network, with TIKTOKEN_CACHE_DIR on a "
+            f"shared folder, or name the encoding.json of a data directory that has it."
+        ) from None
+    if END_OF_TEXT not in encoding._special_tokens:
+        raise ConfigError(f"tokenizer {name!r} has no {END_OF_TEXT}, which ends every document")
+    return Encoding(name, encoding._pat_str, encoding._mergeable_ranks, encoding._special_tokens)
+
+
+def _read(path: Path) -> Encoding:
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        ranks = {base64.b64decode(token, validate=True): int(id) for token, id in content["ranks"].items()}
+        special_tokens = {str(token): int(id) for token, id in content["special_tokens"].items()}
+        encoding = Encoding(str(content["name"]), str(content["pattern"]), ranks, special_tokens)
+        fingerprint = str(content["fingerprint"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{path} is not an encoding (JSON with name, pattern, ranks, special_tokens, fingerprint): "
+            f"{type(error).__name__} {error}"
+        ) from None
+    if END_OF_TEXT not in special_tokens:
+        raise DataError(f"{path}: the encoding has no {END_OF_TEXT}, which ends every document")
+    if encoding.fingerprint != fingerprint:
+        raise DataError(
+            f"{path}: the fingerprint {fingerprint[:12]}… does not match the ranks, pattern and special "
+            f"tokens ({encoding.fingerprint[:12]}…): the file is damaged or was changed"
+        )
+    return encoding
+
+
+def train_tokenizer(
+    sources: Sequence[str | Path],
+    vocab_size: int,
+    out: Path,
+    *,
+    text_field: str = "text",
+    val_fraction: float = 0.0,
+    seed: int = 0,
+) -> Encoding:
+    """A byte-level BPE of `vocab_size` ids, end-of-text included, trained on `sources` and written to `out`.
+
+    `val_fraction` and `seed` leave out the documents that `prepare` holds out with the same two. The name is
+    `out`'s without suffix. Raises ConfigError where the sources cannot fill the vocabulary, DataError at the
+    first broken document.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    if vocab_size <= 257:
+        raise ConfigError(f"vocab_size = {vocab_size}: 256 bytes and end-of-text alone make 257")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        min_frequency=2,
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
+    bpe.train_from_iterator(_training_text(sources, text_field, val_fraction, seed), trainer)
+    ranks = _ranks(json.loads(bpe.to_str())["model"]["merges"])
+    if len(ranks) != vocab_size - 1:
+        raise ConfigError(
+            f"vocab_size = {vocab_size}: the sources repeat too little and give {len(ranks) + 1} ids at most"
+        )
+    encoding = Encoding(out.stem, PATTERN, ranks, {END_OF_TEXT: vocab_size - 1})
+    out.write_bytes(encoding.to_json())
+    return encoding
+
+
+def _training_text(
+    sources: Sequence[str | Path], text_field: str, val_fraction: float, seed: int
+) -> Iterator[str]:
+    for file in find_files(sources)[0]:
+        for document in DocumentReader(Span(file, 0, file.size_bytes), text_field):
+            if isinstance(document, BadDocument):
+                raise DataError(f"{file.path}:{document.line}: {document.reason}")
+            if not is_held_out(document, val_fraction, seed):
+                yield document.decode()
+
+
+def _ranks(merges: Iterable[Sequence[str]]) -> dict[bytes, int]:
+    """Ids by byte string: the 256 bytes in order, then each merge in the order it was learned."""
+    byte_of = _byte_of_character()
+    ranks = {bytes([value]): value for value in range(256)}
+    for merge in merges:
+        token = bytes(byte_of[character] for character in "".join(merge))
+        ranks.setdefault(token, len(ranks))
+    return ranks
+
+
+def _byte_of_character() -> dict[str, int]:
+    # GPT-2's stand-ins: printable Latin-1 bytes stand for themselves, the others follow from U+0100 on.
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [value for value in range(256) if value not in printable]
+    return {chr(value): value for value in printable} | {
+        chr(0x100 + index): value for index, value in enumerate(others)
+    }
