@@ -1,0 +1,61 @@
+"""Commands that need torch or MLflow: each is a child process, so that the launcher needs neither."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import click
+
+from data_pipeline.errors import LaunchError
+from gpt.run_dir import RunDir
+from launcher.runs import open_run, python_module, read_config, runs_folder
+
+
+def sample_command(run: RunDir, prompt: str, max_tokens: int, temperature: float, seed: int) -> list[str]:
+    """The command that lets the newest checkpoint of `run` continue `prompt` on standard output."""
+    return python_module(
+        "gpt.sample",
+        str(run.path),
+        f"--prompt={prompt}",
+        f"--max-tokens={max_tokens}",
+        f"--temperature={temperature}",
+        f"--seed={seed}",
+    )
+
+
+def sample(folder: str, prompt: str, max_tokens: int, temperature: float, seed: int) -> int:
+    """Print a text that a run's newest checkpoint writes; the child's exit code."""
+    run = open_run(folder)
+    return subprocess.run(sample_command(run, prompt, max_tokens, temperature, seed)).returncode
+
+
+def tracking_uri(folder: Path) -> str:
+    """Where the run in `folder`, or the runs in it, are tracked."""
+    if (folder / "config.json").exists():
+        run = open_run(folder)
+        uri = read_config(run).tracking.uri
+        if uri is not None:
+            return uri
+        folder = folder.parent
+    return f"sqlite:///{folder / 'mlflow.db'}"
+
+
+def ui(folder: Path | None, port: int) -> int:
+    """Serve the MLflow UI until Ctrl-C; a tracking server that runs already is only named."""
+    folder = (folder or runs_folder()).absolute()
+    uri = tracking_uri(folder)
+    if uri.startswith(("http://", "https://")):
+        click.echo(uri)
+        return 0
+    database = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith("sqlite:///") and not database.exists():
+        raise LaunchError(
+            f"{database} does not exist: no run in {folder} has been tracked yet. "
+            "Give a run directory, or the folder of the runs."
+        )
+    click.echo(f"http://127.0.0.1:{port}  (Ctrl-C ends it; data: {uri})")
+    arguments = ["--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port)]
+    try:
+        return subprocess.run(python_module("mlflow", "server", *arguments), env=dict(os.environ)).returncode
+    except KeyboardInterrupt:
+        return 0

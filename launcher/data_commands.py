@@ -1,0 +1,111 @@
+"""The commands around data: prepare, tokenizer train, verify. The work is data_pipeline's."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from data_pipeline import manifest as data_manifest
+from data_pipeline.config_file import read_toml, validate, with_overrides
+from data_pipeline.errors import ConfigError, LaunchError
+from data_pipeline.manifest import FILE_NAME, Manifest
+from data_pipeline.prepare import DataPrepConfig, Progress
+from data_pipeline.prepare import prepare as prepare_data
+from gpt.checkpoint import format as checkpoint_format
+from gpt.run_dir import RunDir
+
+_PLAIN_LINE_S = 10.0
+
+
+def prepare(sources: Sequence[str], options: dict[str, Any], overrides: Sequence[str]) -> int:
+    """Make a data directory from DATA.toml or from sources; the exit code. Its folder is the last line."""
+    if len(sources) == 1 and sources[0].endswith(".toml"):
+        path = Path(sources[0])
+        tables, name = {**read_toml(path), **options}, path.name
+    else:
+        missing = [f"--{key}" for key in ("tokenizer", "out") if key not in options]
+        if missing:
+            raise ConfigError(
+                f"{' and '.join(missing)} must be given, or a DATA.toml in place of the sources."
+            )
+        tables, name = {"sources": list(sources), **options}, "command line"
+    config = validate(DataPrepConfig, with_overrides(tables, overrides), name)
+    made = prepare_with_progress(config)
+    click.echo(
+        f"{made.train_tokens:,} tokens to train on, {made.val_tokens:,} held out, "
+        f"{made.documents:,} documents, {made.encoding.name}",
+        err=True,
+    )
+    for reason, count in made.skipped.items():
+        click.echo(f"{count:,} documents left out: {reason}", err=True)
+    click.echo(config.out.absolute())
+    return 0
+
+
+def prepare_with_progress(config: DataPrepConfig) -> Manifest:
+    """The manifest of `config.out`, made with a bar on a terminal and with plain lines elsewhere."""
+    console = Console(stderr=True, highlight=False)
+    bar = Bar(
+        TextColumn("tokenizing"),
+        BarColumn(bar_width=None),
+        DownloadColumn(),
+        TextColumn("{task.fields[tokens]:,} tokens"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    task = bar.add_task("", total=None, tokens=0)
+    next_line = time.monotonic() + _PLAIN_LINE_S
+
+    def show(progress: Progress) -> None:
+        nonlocal next_line
+        if progress.message is not None:
+            console.print(progress.message, markup=False, soft_wrap=True)
+        bar.update(task, completed=progress.bytes_done, total=progress.bytes_total, tokens=progress.tokens)
+        if not console.is_terminal and time.monotonic() >= next_line:
+            next_line = time.monotonic() + _PLAIN_LINE_S
+            share = progress.bytes_done / max(1, progress.bytes_total)
+            console.print(f"{share:.0%} of the text, {progress.tokens:,} tokens")
+
+    with bar:
+        return prepare_data(config, show)
+
+
+def train_encoding(sources: Sequence[str], vocab_size: int, out: Path) -> int:
+    """Learn a byte-level BPE of `vocab_size` ids from `sources`; its file is the last line."""
+    from data_pipeline.tokenizer import train_tokenizer
+
+    if not out.absolute().parent.is_dir():
+        raise ConfigError(f"--out {out}: there is no folder {out.absolute().parent}")
+    encoding = train_tokenizer(sources, vocab_size, out)
+    click.echo(f"{encoding.vocab_size:,} ids, fingerprint {encoding.fingerprint[:12]}", err=True)
+    click.echo(out.absolute())
+    return 0
+
+
+def verify(folder: Path) -> int:
+    """One line `path: byte offset: reason` for each bad file of a data set or a run; 1 when there is one."""
+    if (folder / "config.json").exists():
+        checkpoints = checkpoint_format.committed(RunDir(folder).checkpoints)
+        bad = [found for _, path in checkpoints for found in checkpoint_format.verify(path)]
+        checked = f"{len(checkpoints)} checkpoints"
+    elif (folder / FILE_NAME).exists():
+        bad = [checkpoint_format.BadFile(*found) for found in data_manifest.verify(folder)]
+        checked = "data set"
+    else:
+        raise LaunchError(f"{folder} is neither a run (config.json) nor a data set ({FILE_NAME}).")
+    named: set[Path] = set()
+    for found in bad:
+        if found.path not in named:  # the first bad place of a file is enough to name it
+            named.add(found.path)
+            click.echo(f"{found.path}: byte {found.offset}: {found.reason}")
+    click.echo(
+        f"{checked}: {len(named)} bad files" if bad else f"{checked}: every byte is as written", err=True
+    )
+    return 1 if bad else 0

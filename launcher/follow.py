@@ -1,0 +1,213 @@
+"""A running job watched from the outside: what its record says, as it grows, and how it ended.
+
+Only files are read: the watcher may come and go without the run noticing. It asks a run to stop in one
+way, the stop request, and kills nothing.
+"""
+
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from gpt import record
+from gpt.run_dir import RunDir
+from launcher.node import request_stop
+from launcher.plan import size
+from launcher.submit import Job, Outcome, read_outcome, state, submission_folder
+
+_POLL_S = 0.2
+_SCHEDULER_POLL_S = 5.0  # squeue is a shared service
+_PLAIN_LINE_S = 10.0
+
+
+@dataclass(frozen=True)
+class Update:
+    """New whole lines of the record since the update before."""
+
+    metrics: list[dict[str, Any]]
+    events: list[dict[str, Any]]
+
+
+class Follower:
+    """Reads a run's record from where it stood when the follower was made."""
+
+    def __init__(self, run: RunDir) -> None:
+        self.run = run
+        self._offsets = {path: _size(path) for path in (run.metrics, run.events)}
+
+    def updates(self, job: Job) -> Iterator[Update]:
+        """An update every fifth of a second until `job` has ended, then the last one."""
+        next_question = 0.0
+        while True:
+            is_over = False
+            if time.monotonic() >= next_question:
+                is_over = state(job) == "ended"
+                next_question = time.monotonic() + (0.0 if job.executor == "local" else _SCHEDULER_POLL_S)
+            yield Update(self._new(self.run.metrics), self._new(self.run.events))
+            if is_over:
+                return
+            time.sleep(_POLL_S)
+
+    def _new(self, path: Path) -> list[dict[str, Any]]:
+        # A restart cuts the record back: what follows is appended behind the cut.
+        self._offsets[path] = min(self._offsets[path], _size(path))
+        lines = []
+        for line, offset in record.read_from(path, self._offsets[path]):
+            lines.append(line)
+            self._offsets[path] = offset
+        return lines
+
+
+class Display:
+    """Progress on standard error: a bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, total_steps: int) -> None:
+        self.total_steps = total_steps
+        self.console = Console(stderr=True, highlight=False)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[numbers]}"),
+            console=self.console,
+            transient=True,
+        )
+        self._task = self._progress.add_task("starting", total=total_steps, numbers="")
+        self._is_live = self.console.is_terminal
+        self._next_line = 0.0
+        self._attempts = 0
+
+    def __enter__(self) -> Self:
+        if self._is_live:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._is_live:
+            self._progress.stop()
+
+    def note(self, sentence: str) -> None:
+        """A line above the bar."""
+        self.console.print(sentence, markup=False, soft_wrap=True)
+
+    def show(self, update: Update) -> None:
+        """What is new in the record."""
+        for event in update.events:
+            sentence = self._sentence(event)
+            if sentence:
+                self.note(sentence)
+        for line in update.metrics:
+            if "val/loss" in line:
+                self.note(f"step {line['step']}: {_validation(line)}")
+        if update.metrics:
+            self._show_step(update.metrics[-1])
+
+    def _show_step(self, line: dict[str, Any]) -> None:
+        step = int(line["step"])
+        left_s = (self.total_steps - step) * float(line["train/step_seconds"])
+        numbers = (
+            f"loss {line['train/loss']:.3f}  {line['train/tokens_per_second']:,.0f} tokens/s  "
+            f"{duration(left_s)} left"
+        )
+        if self._is_live:
+            self._progress.update(self._task, description="training", completed=step, numbers=numbers)
+        elif time.monotonic() >= self._next_line or step == self.total_steps:
+            self._next_line = time.monotonic() + _PLAIN_LINE_S
+            self.note(f"step {step}/{self.total_steps}  {numbers}")
+
+    def _sentence(self, event: dict[str, Any]) -> str | None:
+        match event["event"]:
+            case "attempt_started":
+                self._attempts += 1
+                again = "the workers start again: " if self._attempts > 1 else ""
+                return f"{again}attempt {event['attempt']}, {event['world_size']} processes"
+            case "resumed":
+                return f"continues from the checkpoint of step {event['step']}"
+            case "checkpoint_saved":
+                return f"step {event['step']} is saved: {size(event['bytes'])} in {event['seconds']:.1f} s"
+            case "checkpoint_rejected":
+                return f"warning: {event['path']} is passed over: {event['reason']}"
+            case "stop_requested":
+                return f"asked to stop: {event['reason']}"
+            case "update_skipped":
+                return f"warning: step {event['step']} left the weights as they were: {event['reason']}"
+            case _:
+                return None
+
+
+class Attendance:
+    """Ctrl-C while a job is watched: the first saves and stops, the second ends it at once."""
+
+    def __init__(self, run: RunDir, display: Display) -> None:
+        self._run, self._display = run, display
+        self._interrupts = 0
+        self._answered = 0
+
+    def __enter__(self) -> Self:
+        self._before = {
+            number: signal.signal(number, self._count) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def answer(self) -> None:
+        """Act on what was pressed since the last call."""
+        if self._interrupts > self._answered:
+            self._answered = self._interrupts
+            if self._answered == 1:
+                request_stop(self._run, "Ctrl-C")
+                self._display.note("saving, then stopping; Ctrl-C again ends it at once, without saving")
+            else:
+                request_stop(self._run, "Ctrl-C twice", now=True)
+                self._display.note("ending it without saving")
+
+    def _count(self, _number: int, _frame: FrameType | None) -> None:
+        self._interrupts += 1
+
+
+def watch(run: RunDir, job: Job, follower: Follower, total_steps: int) -> Outcome:
+    """Show `job` until it ends; Ctrl-C saves and stops it. How it ended."""
+    with Display(total_steps) as display, Attendance(run, display) as attendance:
+        for update in follower.updates(job):
+            display.show(update)
+            attendance.answer()
+    return outcome_of(run, job)
+
+
+def outcome_of(run: RunDir, job: Job) -> Outcome:
+    """How an ended `job` ended, also when it could not say so itself."""
+    folder = submission_folder(run, job.submission)
+    lost = f"the job ended without a word, as when its node is lost; its logs: {folder}"
+    return read_outcome(run, job) or Outcome(1, lost, None)
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 1:02:03."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+def _validation(line: dict[str, Any]) -> str:
+    text = f"validation loss {line['val/loss']:.4f}"
+    if "val/bits_per_byte" in line:
+        text += f", {line['val/bits_per_byte']:.4f} bits per byte"
+    return text
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0

@@ -1,0 +1,184 @@
+"""The commands that start, continue and end runs: launch, resume, stop.
+
+Each checks everything first, then writes, then submits; whatever is refused is refused before a file is
+touched. Training itself happens in processes that outlive the command.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from data_pipeline.config_file import with_overrides
+from data_pipeline.errors import ConfigError, LaunchError
+from gpt import record
+from gpt.checkpoint.format import committed
+from gpt.run_dir import RunDir, fsync_dir, read_json
+from launcher.cluster import ClusterConfig
+from launcher.follow import Follower, outcome_of, watch
+from launcher.node import request_stop
+from launcher.plan import plan, table
+from launcher.preflight import Request, examine
+from launcher.recipes import run_tables, with_absolute_paths
+from launcher.runs import (
+    changed_fields,
+    create_run,
+    next_run_folder,
+    open_run,
+    put_submission,
+    read_cluster,
+)
+from launcher.submit import Job, read_job, refuse_while_alive, state, submit
+
+# What a run may change on its way without becoming another run: none of these decides a step's numbers.
+FREE_FIELDS = ("checkpoint.", "evaluation.", "tracking.", "launch.", "zero.stage", "batch.micro_batch")
+# These do, from the step on at which they change.
+WARNED_FIELDS = ("schedule.total_steps", "schedule.total_tokens", "data.max_epochs")
+
+
+def launch(
+    run: str,
+    cluster: str,
+    overrides: Sequence[str],
+    folder: Path | None,
+    *,
+    dry_run: bool,
+    attend: bool | None,
+) -> int:
+    """Check, make the run directory, submit; the exit code. `attend` None: stay with a local job only."""
+    tables, source = run_tables(run, overrides)
+    if folder is None:
+        folder = next_run_folder(str(tables.get("name", "run")))
+    request = examine(tables, source, cluster, folder.absolute())
+    show_warnings(request)
+    if dry_run:
+        show_plan(request)
+        click.echo("dry run: all checks passed, nothing was written", err=True)
+        click.echo(folder.absolute())
+        return 0
+    made = create_run(folder.absolute(), request, command_line())
+    return _submit_and_attend(made, request.config.total_steps, request.cluster, "launch", attend)
+
+
+def resume(
+    folder: str, cluster: str | None, overrides: Sequence[str], step: int | None, *, attend: bool | None
+) -> int:
+    """Continue a run from its newest checkpoint, or from `step`; the exit code."""
+    run = open_run(folder)
+    refuse_while_alive(run)
+    before = read_json(run.config) or {}
+    # config.json holds a total in one of two ways; asking for the other replaces it.
+    tables = with_absolute_paths(with_overrides(_without_other_total(before, overrides), overrides))
+    request = examine(tables, "config.json", cluster if cluster is not None else read_cluster(run), None)
+    after = request.config.model_dump(mode="json", exclude_none=True)
+    changes = changed_fields(before, after)
+    _refuse_changes(changes)
+    checkpoints = committed(run.checkpoints)
+    newest = checkpoints[-1][0] if checkpoints else 0
+    if step is None and newest >= request.config.total_steps:
+        click.echo(f"finished already: step {newest} of {request.config.total_steps}", err=True)
+        click.echo(run.path)
+        return 0
+    if step is not None:
+        _rewind(run, step)
+    show_warnings(request)
+    if changes:
+        record.event(run.events, "config_changed", changes=changes)
+    put_submission(run, request, command_line())
+    return _submit_and_attend(run, request.config.total_steps, request.cluster, "resume", attend)
+
+
+def stop(folder: str, *, now: bool) -> int:
+    """Ask a run to save and stop (`now`: to end without saving) and wait until it has; the exit code."""
+    run = open_run(folder)
+    job = read_job(run)
+    if job is None or state(job) == "ended":
+        raise LaunchError(f"{folder} is not running. `outlast status {folder}` says how it ended.")
+    request_stop(run, "outlast stop --now" if now else "outlast stop", now=now)
+    click.echo("ending it without saving" if now else "saving, then stopping", err=True)
+    while state(job) != "ended":
+        time.sleep(0.2 if job.executor == "local" else 5.0)
+    outcome = outcome_of(run, job)
+    click.echo(outcome.cause, err=True)
+    # Doing what was asked is success, also when the last step was done before the request was seen.
+    return 0 if now or outcome.exit_code in (0, 75) else outcome.exit_code
+
+
+def show_plan(request: Request) -> None:
+    """The plan of a request on standard output, aligned."""
+    for name, value in table(plan(request.config, request.cluster, request.train_tokens)):
+        click.echo(f"{name:<32}{value}")
+
+
+def show_warnings(request: Request) -> None:
+    """The warnings of a request on standard error."""
+    for warning in request.warnings:
+        click.echo(f"warning: {warning}", err=True)
+
+
+def command_line() -> list[str]:
+    """The command as it was typed, for provenance.json."""
+    return ["outlast", *sys.argv[1:]]
+
+
+def _submit_and_attend(
+    run: RunDir, total_steps: int, cluster: ClusterConfig, reason: str, attend: bool | None
+) -> int:
+    follower = Follower(run)
+    job: Job = submit(run, reason)
+    stays = cluster.kind == "local" if attend is None else attend
+    code = 0
+    if stays:
+        outcome = watch(run, job, follower, total_steps)
+        code = outcome.exit_code
+        click.echo(outcome.cause if code == 0 else f"exit code {code}: {outcome.cause}", err=True)
+        if code == 75:
+            click.echo(f"`outlast resume {run.path}` continues it", err=True)
+    else:
+        click.echo(
+            f"submitted: {job.executor} job {job.job_id}; `outlast status {run.path}` shows it", err=True
+        )
+    click.echo(run.path)
+    return code
+
+
+def _without_other_total(tables: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    names = {"schedule.total_steps": "total_tokens", "schedule.total_tokens": "total_steps"}
+    given = {override.partition("=")[0].strip() for override in overrides}
+    dropped = {other for name, other in names.items() if name in given}
+    schedule = {key: value for key, value in tables["schedule"].items() if key not in dropped}
+    return {**tables, "schedule": schedule}
+
+
+def _refuse_changes(changes: dict[str, Any]) -> None:
+    problems = []
+    for name, (old, new) in changes.items():
+        if name in WARNED_FIELDS:
+            click.echo(
+                f"warning: {name} changes from {old} to {new}; the schedule follows it from here", err=True
+            )
+        elif not name.startswith(FREE_FIELDS):
+            problems.append(
+                f"{name} cannot change in the middle of a run: {old} → {new}. "
+                "A run with another value is another run: launch it."
+            )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _rewind(run: RunDir, step: int) -> None:
+    """Make the checkpoint of `step` the newest: later ones are put aside under names that do not count."""
+    checkpoints = committed(run.checkpoints)
+    steps = [number for number, _ in checkpoints]
+    if step not in steps:
+        there = ", ".join(map(str, steps)) or "none"
+        raise LaunchError(f"there is no checkpoint of step {step}; there are: {there}.")
+    aside = f".before-{int(time.time())}-"
+    for number, path in checkpoints:
+        if number > step:
+            path.rename(path.with_name(aside + path.name))
+            click.echo(f"step {number} is put aside as checkpoints/{aside}{path.name}", err=True)
+    fsync_dir(run.checkpoints)

@@ -1,0 +1,64 @@
+"""The output of a run, merged: torchrun's and the early workers' in submission/, each rank's in attempts/.
+
+Lines carry where they come from. Order within a file is kept; between files it is that of arrival when
+followed, and file by file otherwise (the workers' lines carry no time of their own).
+"""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from data_pipeline.errors import LaunchError
+from gpt.run_dir import RunDir
+from launcher.submit import read_job, state
+
+_POLL_S = 0.3
+_PIECE_BYTES = 1 << 20
+
+
+def log_files(run: RunDir, attempt: int | None, node: int | None) -> list[tuple[str, Path]]:
+    """Label and path of the logs of `attempt` (default: the newest submission and attempt) and `node`."""
+    node_name = "node-*" if node is None else f"node-{node}"
+    files = []
+    numbers = run.attempt_numbers()
+    if attempt is None:
+        submissions = sorted(entry for entry in run.submission.glob("[0-9]*") if entry.is_dir())
+        for folder in submissions[-1:]:
+            files += [
+                (f"job {folder.name} {path.stem}", path) for path in sorted(folder.glob(f"{node_name}.log"))
+            ]
+        numbers = numbers[-1:]
+    elif attempt in numbers:
+        numbers = [attempt]
+    else:
+        raise LaunchError(
+            f"there is no attempt {attempt}; there are: {', '.join(map(str, numbers)) or 'none'}"
+        )
+    for number in numbers:
+        for path in sorted(run.attempt(number).glob(f"{node_name}/*.log")):
+            files.append((f"attempt {number} {path.parent.name} {path.stem}", path))
+    return files
+
+
+def lines(run: RunDir, *, follow: bool, attempt: int | None, node: int | None) -> Iterator[str]:
+    """The log lines, each with its origin; with `follow` until the job has ended, new attempts included."""
+    offsets: dict[Path, int] = {}
+    while True:
+        job = read_job(run)
+        is_over = not follow or job is None or state(job) == "ended"
+        for label, path in log_files(run, attempt, node):
+            for text in _new_lines(path, offsets, is_over):
+                yield f"[{label}] {text}"
+        if is_over:
+            return
+        time.sleep(_POLL_S)
+
+
+def _new_lines(path: Path, offsets: dict[Path, int], is_last: bool) -> Iterator[str]:
+    with path.open("rb") as file:
+        file.seek(offsets.get(path, 0))
+        for raw in file:
+            if not raw.endswith(b"\n") and not is_last and len(raw) < _PIECE_BYTES:
+                return  # the rest of this line is on its way
+            offsets[path] = offsets.get(path, 0) + len(raw)
+            yield raw.decode(errors="replace").rstrip("\n")

@@ -1,0 +1,227 @@
+"""All that can be known before a job queues, all problems at once, each with its remedy.
+
+Runs on a login node: no torch, no GPU, no network. Refuses to start anything and writes nothing.
+"""
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.config_file import validate
+from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.manifest import Manifest, check, read_manifest, verify
+from gpt.config import DataConfig, RunConfig
+from launcher.cluster import ClusterConfig, load_cluster
+from launcher.plan import CHECKPOINT_BYTES_PER_PARAMETER, memory_problem, plan, size
+
+READ_WHOLE_BYTES = 64 << 20  # data sets up to this size are checked byte for byte: 10 ms of xxh3
+EPOCHS_WARNING = 4.0  # repeating data beyond it buys little (Muennighoff et al., arXiv:2305.16264)
+_UNSET = "/nowhere"  # stands in for a missing data.path while everything else is checked
+
+
+@dataclass
+class Findings:
+    """Problems forbid the launch; warnings are shown and it goes on."""
+
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def problem(self, sentence: str | None) -> None:
+        """Add a problem where there is one."""
+        if sentence:
+            self.problems.append(sentence)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A launch that may start: the resolved config, where it runs, what it reads, what to warn of."""
+
+    config: RunConfig
+    cluster: ClusterConfig
+    manifests: tuple[Manifest, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def train_tokens(self) -> int:
+        """Tokens of the training data, all sources."""
+        return sum(manifest.train_tokens for manifest in self.manifests)
+
+
+def examine(
+    tables: dict[str, Any], source: str, cluster: str | ClusterConfig, folder: Path | None
+) -> Request:
+    """The launch that `tables` (read from `source`) asks for, into the run directory `folder`.
+
+    Without a folder nothing is asked of this machine: the request is only to be planned. Raises
+    ConfigError with every problem of run config, cluster, data, machine and folder.
+    """
+    findings = Findings()
+    run = _read_run(tables, source, findings)
+    cluster_config = _read_cluster(cluster, findings) if isinstance(cluster, str) else cluster
+    sources = _readable_sources(tables)
+    manifests = [manifest for path in sources for manifest in _read_data(path, findings)]
+    config = None
+    if run is not None and 0 < len(sources) == len(manifests):
+        config = run.resolve(max(manifest.encoding.vocab_size for manifest in manifests))
+        check_data(config, manifests, findings)
+    if run is not None and cluster_config is not None:
+        findings.problem(run.batch_problem(cluster_config.world_size))
+    if config is not None and cluster_config is not None:
+        findings.problem(memory_problem(config, cluster_config))
+    if folder is not None:
+        _check_folder(folder, findings)
+        if config is not None:
+            check_disk(config, folder, findings)
+        if cluster_config is not None:
+            check_machine(cluster_config, findings)
+    if findings.problems:
+        raise ConfigError(findings.problems)
+    assert config is not None and cluster_config is not None
+    return Request(config, cluster_config, tuple(manifests), tuple(findings.warnings))
+
+
+def check_data(config: RunConfig, manifests: Sequence[Manifest], findings: Findings) -> None:
+    """A resolved `config` against the data that it reads."""
+    if len({manifest.encoding.fingerprint for manifest in manifests}) > 1:
+        findings.problem("the sources of data.mixture have different tokenizers; prepare them with one.")
+    needed = config.total_steps * config.batch.global_batch_tokens
+    weight = sum(source.weight for source in config.data.sources)
+    for source, manifest in zip(config.data.sources, manifests, strict=True):
+        vocabulary, train = manifest.encoding.vocab_size, manifest.train_tokens
+        if config.model.vocabulary < vocabulary:
+            findings.problem(
+                f"model.vocab_size = {config.model.vocabulary} is less than the {vocabulary} ids of "
+                f"{source.path}. Leave model.vocab_size out, or use at least {vocabulary}."
+            )
+        if train <= config.model.context:
+            findings.problem(
+                f"{source.path} has {train} training tokens, not one sequence of model.context = "
+                f"{config.model.context} (+ 1 target). Prepare more text, or use a shorter context."
+            )
+            continue
+        if manifest.val_tokens <= config.model.context:
+            findings.problem(
+                f"{source.path} has {manifest.val_tokens} validation tokens, not one sequence of "
+                f"model.context = {config.model.context} (+ 1 target). "
+                "Prepare it with --val-fraction 0.01, or more."
+            )
+        elif manifest.val_tokens < config.evaluation.tokens:
+            findings.warnings.append(
+                f"evaluation.tokens = {config.evaluation.tokens} is more than the {manifest.val_tokens} "
+                f"validation tokens of {source.path}; all of them are scored."
+            )
+        epochs = needed * source.weight / weight / train
+        limit = config.data.max_epochs
+        if limit is not None and epochs > limit:
+            findings.problem(
+                f"the run reads {source.path} {epochs:.2f} times: {needed * source.weight / weight:.0f} "
+                f"tokens of {train}. data.max_epochs = {limit:g}. "
+                "Train on fewer tokens, prepare more, or raise it."
+            )
+        elif epochs > EPOCHS_WARNING:
+            findings.warnings.append(
+                f"the run reads {source.path} {epochs:.1f} times; beyond {EPOCHS_WARNING:.0f} epochs "
+                "repeated data teaches little."
+            )
+
+
+def check_disk(config: RunConfig, folder: Path, findings: Findings) -> None:
+    """Whether the checkpoints that `config` keeps, and one on its way, fit the disk of `folder`."""
+    parent = nearest_existing(folder)
+    free = shutil.disk_usage(parent).free
+    needed = plan(config, ClusterConfig(kind="local"), None).disk_bytes
+    sentence = (
+        f"checkpoints need {size(needed)} ({CHECKPOINT_BYTES_PER_PARAMETER} bytes a parameter × "
+        f"(checkpoint.keep_last {config.checkpoint.keep_last} + 1)), {parent} has {size(free)} free."
+    )
+    if free < needed:
+        findings.problem(f"{sentence} Use another --run-dir, or keep fewer.")
+    elif free < 2 * needed:
+        findings.warnings.append(sentence)
+
+
+def check_machine(cluster: ClusterConfig, findings: Findings) -> None:
+    """What this machine must have: its GPUs for a local run, Slurm's commands for the others."""
+    if cluster.kind == "slurm":
+        if shutil.which("sbatch") is None:
+            findings.problem(
+                "kind = 'slurm', but there is no sbatch here. Launch from a login node of the cluster."
+            )
+        return
+    if cluster.gpus_per_node:
+        present = len(list(Path("/dev").glob("nvidia[0-9]*")))
+        if present < cluster.gpus_per_node:
+            findings.problem(
+                f"gpus_per_node = {cluster.gpus_per_node}, but this machine has {present} NVIDIA GPUs."
+            )
+        return
+    cores = len(os.sched_getaffinity(0))
+    if cluster.processes > cores:
+        findings.warnings.append(f"{cluster.processes} processes share {cores} CPU cores: it will be slow.")
+
+
+def nearest_existing(path: Path) -> Path:
+    """`path`, or the closest folder above it that exists."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _read_run(tables: dict[str, Any], source: str, findings: Findings) -> RunConfig | None:
+    data = tables.get("data", {})
+    if isinstance(data, dict) and "path" not in data and "mixture" not in data:
+        findings.problem(
+            f"{source}: data.path is not set: give the folder that `outlast prepare` made, "
+            "for example --set data.path=data/mine"
+        )
+        tables = {**tables, "data": {**data, "path": _UNSET}}
+    try:
+        return validate(RunConfig, tables, source)
+    except ConfigError as error:
+        findings.problems += error.problems
+        return None
+
+
+def _read_cluster(name: str, findings: Findings) -> ClusterConfig | None:
+    try:
+        return load_cluster(name)
+    except ConfigError as error:
+        findings.problems += error.problems
+        return None
+
+
+def _readable_sources(tables: dict[str, Any]) -> list[Path]:
+    """The data directories, also of a run config that is wrong elsewhere."""
+    try:
+        data = validate(DataConfig, tables.get("data", {}), "data")
+    except ConfigError:
+        return []
+    return [source.path for source in data.sources]
+
+
+def _read_data(path: Path, findings: Findings) -> list[Manifest]:
+    try:
+        manifest = read_manifest(path)
+    except (DataError, ConfigError) as error:
+        findings.problem(str(error))
+        return []
+    found = check(path, manifest)
+    size_bytes = sum(shard.bin.size_bytes for shard in (*manifest.train, *manifest.val))
+    if not found and size_bytes <= READ_WHOLE_BYTES:
+        found = [f"{bad.path}: byte {bad.offset}: {bad.reason}" for bad in verify(path)]
+    findings.problems += found
+    return [manifest]
+
+
+def _check_folder(folder: Path, findings: Findings) -> None:
+    parent = nearest_existing(folder)
+    if (folder / "config.json").exists():
+        findings.problem(f"{folder} is a run already. `outlast resume {folder}` continues it.")
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        findings.problem(f"{folder} exists and is not an empty folder. Give another --run-dir.")
+    elif not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        findings.problem(f"{parent} is not a folder that you may write to. Give another --run-dir.")

@@ -1,0 +1,92 @@
+"""Who is alive on this host, and how a tree of processes is ended whole.
+
+A process id alone is not an identity: ids are used again, soonest after a reboot. Linux only; refuses to
+signal anything that is not a descendant of the caller.
+"""
+
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def identity(pid: int) -> str | None:
+    """What tells process `pid` from a later one with the same id; None when it is dead or a zombie."""
+    fields = _stat(pid)
+    if fields is None or fields[0] in "ZX":
+        return None
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return f"{boot}/{fields[19]}"  # field 22 of proc(5): start time in ticks since boot
+
+
+def end_with_parent(signal_number: int) -> Callable[[], None]:
+    """A `preexec_fn`: the child gets `signal_number` when the thread that started it ends."""
+    libc = ctypes.CDLL(None, use_errno=True)  # loaded here: between fork and exec nothing may allocate much
+    parent = os.getpid()
+
+    def prepare() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal_number)
+        if os.getppid() != parent:  # the parent ended before the request was made
+            os.kill(os.getpid(), signal_number)
+
+    return prepare
+
+
+def end_self_with_parent(signal_number: int) -> None:
+    """This process gets `signal_number` when its parent ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal_number)
+
+
+def adopt_orphans() -> None:
+    """Descendants whose parent ends become children of this process, so that none can leave its tree."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def descendants(root: int, spare: int | None = None) -> list[int]:
+    """The living processes below `root`, `root` left out, and `spare` with all that is below it."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            fields = _stat(int(entry.name))
+            if fields is not None and fields[0] not in "ZX":
+                children.setdefault(int(fields[1]), []).append(int(entry.name))
+    return list(_below(children, root, spare))
+
+
+def kill_descendants(spare: int | None = None, patience_s: float = 10.0) -> None:
+    """End everything below this process with SIGKILL, except the tree of `spare`; returns when it is gone.
+
+    One in uninterruptible sleep cannot be waited for: after `patience_s` it is left to its kernel.
+    """
+    deadline = time.monotonic() + patience_s
+    while time.monotonic() < deadline:
+        left = descendants(os.getpid(), spare)
+        if not left:
+            return
+        for pid in left:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        time.sleep(0.02)
+
+
+def _below(children: dict[int, list[int]], root: int, spare: int | None) -> Iterator[int]:
+    for child in children.get(root, ()):
+        if child != spare:
+            yield child
+            yield from _below(children, child, spare)
+
+
+def _stat(pid: int) -> list[str] | None:
+    """The fields of /proc/PID/stat from the third on (the second, the name, may hold anything)."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return text.rpartition(")")[2].split()

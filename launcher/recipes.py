@@ -1,0 +1,56 @@
+"""RUN on the command line: a recipe's name or a TOML file, with `--set` on top, as plain tables.
+
+Relative data paths are taken against the caller's directory and made absolute here, once. Refuses nothing
+but what it cannot find: whether the tables make a run is preflight's to say.
+"""
+
+import difflib
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.config_file import read_toml, with_overrides
+from data_pipeline.errors import ConfigError
+
+
+def recipe_names() -> list[str]:
+    """The run configs that ship with Outlast, by name."""
+    folder = resources.files("gpt.recipes")
+    return sorted(
+        entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")
+    )
+
+
+def run_tables(name_or_path: str, overrides: Sequence[str]) -> tuple[dict[str, Any], str]:
+    """The tables of a run config and the name to blame in messages. Raises ConfigError."""
+    path = Path(name_or_path)
+    if not path.suffix and not path.exists():
+        if name_or_path not in recipe_names():
+            near = difflib.get_close_matches(name_or_path, recipe_names(), n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}?" if near else f"recipes: {', '.join(recipe_names())}"
+            raise ConfigError(f"{name_or_path}: neither a file nor a recipe; {hint}")
+        path = Path(str(resources.files("gpt.recipes") / f"{name_or_path}.toml"))
+    return with_absolute_paths(with_overrides(read_toml(path), overrides)), path.name
+
+
+def with_absolute_paths(tables: dict[str, Any]) -> dict[str, Any]:
+    """`tables` with data.path and the paths of data.mixture absolute, against the caller's directory."""
+    data = tables.get("data")
+    if not isinstance(data, dict):
+        return tables
+    absolute = dict(data)
+    if isinstance(data.get("path"), str):
+        absolute["path"] = _absolute(data["path"])
+    if isinstance(data.get("mixture"), list):
+        absolute["mixture"] = [
+            {**source, "path": _absolute(source["path"])}
+            if isinstance(source, dict) and isinstance(source.get("path"), str)
+            else source
+            for source in data["mixture"]
+        ]
+    return {**tables, "data": absolute}
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())

@@ -1,0 +1,176 @@
+"""Run directories: where they are made, what a submission puts into them, how they are found again.
+
+A run directory holds everything that its workers need, the code included, and never its own path.
+"""
+
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.config_file import validate
+from data_pipeline.errors import LaunchError
+from gpt.config import RunConfig
+from gpt.run_dir import RunDir, read_json, write_json
+from launcher.cluster import ClusterConfig
+from launcher.preflight import Request
+
+_PACKAGES = ("launcher", "gpt", "data_pipeline")
+_RECORDED = ("outlast", "torch", "deepspeed", "numpy", "mlflow", "submitit", "tiktoken")
+
+
+def runs_folder() -> Path:
+    """Where runs are made by default: $OUTLAST_RUNS, else `runs` under the caller's directory."""
+    return Path(os.environ.get("OUTLAST_RUNS", "runs")).absolute()
+
+
+def next_run_folder(name: str, folder: Path | None = None) -> Path:
+    """The first free `NAME-NNNN` in `folder` (default: among the runs); nothing is made."""
+    folder = folder or runs_folder()
+    taken = [
+        int(entry.name.removeprefix(f"{name}-"))
+        for entry in folder.glob(f"{name}-*")
+        if entry.name.removeprefix(f"{name}-").isdigit()
+    ]
+    return folder / f"{name}-{max(taken, default=0) + 1:04d}"
+
+
+def open_run(folder: str | Path) -> RunDir:
+    """The run in `folder`. Raises LaunchError when there is none."""
+    run = RunDir(Path(folder).absolute())
+    if not run.config.exists():
+        raise LaunchError(
+            f"{folder} is not a run directory: it has no config.json. `outlast status` lists runs."
+        )
+    return run
+
+
+def list_runs() -> list[RunDir]:
+    """All runs in the default folder, by name."""
+    folder = runs_folder()
+    if not folder.is_dir():
+        return []
+    return [RunDir(entry) for entry in sorted(folder.iterdir()) if (entry / "config.json").exists()]
+
+
+def read_config(run: RunDir) -> RunConfig:
+    """The resolved config of a run."""
+    return validate(RunConfig, read_json(run.config) or {}, "config.json")
+
+
+def read_cluster(run: RunDir) -> ClusterConfig:
+    """The cluster that the run was submitted to last."""
+    return validate(ClusterConfig, read_json(run.cluster) or {}, "cluster.json")
+
+
+def create_run(folder: Path, request: Request, command: list[str]) -> RunDir:
+    """A new run directory with config, cluster, provenance and code. Raises LaunchError when it exists."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(exist_ok=folder.is_dir() and not any(folder.iterdir()))
+    except FileExistsError:
+        raise LaunchError(f"{folder} was made by someone else just now; launch again.") from None
+    run = RunDir(folder)
+    run.attempts.mkdir()
+    run.checkpoints.mkdir()
+    put_submission(run, request, command)
+    return run
+
+
+def put_submission(run: RunDir, request: Request, command: list[str]) -> None:
+    """Write what a submission decides: cluster, provenance, code, and last the config."""
+    snapshot_code(run)
+    write_json(run.cluster, explicit(request.cluster))
+    write_json(run.provenance, {**(read_json(run.provenance) or {}), **provenance(request, command)})
+    write_json(run.config, request.config.model_dump(mode="json", exclude_none=True))
+
+
+def explicit(cluster: ClusterConfig) -> dict[str, Any]:
+    """The fields that a cluster file set; what it leaves out must stay unasked of Slurm."""
+    return cluster.model_dump(mode="json", exclude_unset=True)
+
+
+def snapshot_code(run: RunDir) -> None:
+    """Copy our packages, so that a queued or restarted job runs the code that was submitted."""
+    source = Path(__file__).resolve().parent.parent
+    temporary = run.path / f".code.{os.getpid()}"
+    ignore = shutil.ignore_patterns("__pycache__", "*.pyc", "*.gz")  # the packaged corpus is not code
+    for package in _PACKAGES:
+        shutil.copytree(source / package, temporary / package, ignore=ignore)
+    if run.code.exists():
+        shutil.rmtree(run.code)
+    temporary.rename(run.code)
+
+
+def provenance(request: Request, command: list[str]) -> dict[str, Any]:
+    """Where the run comes from: command line, versions, commit, host, data."""
+    return {
+        "command": command,
+        "submitted_at": time.time(),
+        "host": socket.gethostname(),
+        "user": os.environ.get("USER", str(os.getuid())),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": _versions(),
+        "git_commit": _git_commit(),
+        "data_fingerprints": [manifest.fingerprint for manifest in request.manifests],
+        "data_paths": [str(source.path) for source in request.config.data.sources],
+    }
+
+
+def changed_fields(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted name → [old, new] of every field in which two configs differ."""
+    changes: dict[str, Any] = {}
+    for key in sorted({*before, *after}):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            changes.update(changed_fields(old, new, f"{prefix}{key}."))
+        elif old != new:
+            changes[prefix + key] = [old, new]
+    return changes
+
+
+def job_environment(run: RunDir) -> dict[str, str]:
+    """The caller's environment with the run's own code in front of whatever is installed."""
+    environment = dict(os.environ)
+    environment["PYTHONPATH"] = str(run.code)
+    environment["PYTHONSAFEPATH"] = "1"  # or `-m` would find a checkout in the current folder first
+    return environment
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _RECORDED:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _git_commit() -> str | None:
+    """Commit of the checkout that our code stands in, with `+changes` when it is not clean."""
+    here = Path(__file__).resolve().parent
+    try:
+        commit = _git(here, "rev-parse", "HEAD")
+        changes = _git(here, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return f"{commit}+changes" if changes else commit
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+
+def python_module(module: str, *arguments: str) -> list[str]:
+    """The command that runs `module` with this interpreter, unbuffered so that logs are live."""
+    return [sys.executable, "-u", "-m", module, *arguments]

@@ -1,0 +1,210 @@
+"""ClusterConfig → submitit, and the job that came of it: local and Slurm through one interface.
+
+The submission itself happens in a child (`python -m launcher.submit RUN_DIR`), in a session of its own and
+with the run's snapshot of the code in front: whatever it starts is out of reach of the terminal's Ctrl-C and
+hang-up, holds none of the caller's pipes open, and imports what was submitted. Submitting to Slurm goes the
+same way; only the local executor has been proved so far.
+"""
+
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import LaunchError
+from gpt import record
+from gpt.run_dir import RunDir, read_json, write_json
+from launcher.cluster import ClusterConfig
+from launcher.processes import identity
+from launcher.runs import job_environment, python_module, read_cluster
+
+_LOCAL_TIMEOUT_MIN = 60 * 24 * 365 * 10  # submitit's local default is 2 minutes
+
+
+@dataclass(frozen=True)
+class Job:
+    """One submission. `process` identifies a local job's controller beyond its reusable process id."""
+
+    submission: int
+    executor: str
+    job_id: str
+    host: str
+    pid: int | None
+    process: str | None
+    run_inode: int
+    submitted_at: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended, as its node task wrote it: the exit code of commands, and the cause in words."""
+
+    exit_code: int
+    cause: str
+    attempt: int | None
+
+
+def submit(run: RunDir, reason: str) -> Job:
+    """Start a job for `run` and return once its executor has taken it. Raises LaunchError.
+
+    A standing stop request is removed; `reason` ("launch", "resume") goes into the event "submitted".
+    """
+    run.stop.unlink(missing_ok=True)
+    folder = submission_folder(run, _last_submission(run) + 1)
+    folder.mkdir(parents=True)
+    output = folder / "controller.log"
+    with output.open("ab") as log:
+        child = subprocess.run(
+            python_module("launcher.submit", str(run.path), folder.name, reason),
+            env=job_environment(run),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    job = read_job(run)
+    if child.returncode != 0 or job is None:
+        raise LaunchError(f"the submission failed:\n{output.read_text(encoding='utf-8').rstrip()}")
+    return job
+
+
+def read_job(run: RunDir) -> Job | None:
+    """The newest job of this very run directory; None before the first, and in a copy of a run."""
+    content = read_json(run.job)
+    if content is None or content["run_inode"] != run.path.stat().st_ino:
+        return None
+    return Job(**content)
+
+
+def read_outcome(run: RunDir, job: Job) -> Outcome | None:
+    """How `job` ended; None while it runs, or when its node was lost."""
+    content = read_json(outcome_path(submission_folder(run, job.submission)))
+    return Outcome(**content) if content is not None else None
+
+
+def state(job: Job) -> str:
+    """ "running", "pending", "ended", or "unknown" where nobody can say from here."""
+    if job.executor == "local":
+        if job.host != socket.gethostname():
+            return "unknown"
+        return "running" if job.pid is not None and identity(job.pid) == job.process else "ended"
+    return _slurm_state(job.job_id)
+
+
+def refuse_while_alive(run: RunDir) -> None:
+    """Raise LaunchError while the newest job of `run` lives."""
+    job = read_job(run)
+    if job is not None and state(job) in ("running", "pending"):
+        raise LaunchError(
+            f"{run.path} has a job already ({job.executor} {job.job_id} on {job.host}, {state(job)}). "
+            f"`outlast stop {run.path}` ends it; `outlast logs {run.path} --follow` shows it."
+        )
+
+
+def submission_folder(run: RunDir, number: int) -> Path:
+    """Pickles, logs and outcome of submission `number`."""
+    return run.submission / f"{number:04d}"
+
+
+def outcome_path(folder: Path) -> Path:
+    """Where the first node's task writes how the job ended."""
+    return folder / "outcome.json"
+
+
+def slurm_parameters(cluster: ClusterConfig, name: str) -> dict[str, Any]:
+    """submitit's parameters: one task a node; what the cluster file omits is not asked of Slurm."""
+    wanted: dict[str, Any] = {
+        "job_name": name,
+        "nodes": cluster.nodes,
+        "ntasks_per_node": 1,
+        "time": cluster.time_limit_min,
+        "gpus_per_node": cluster.gpus_per_node or None,
+        "cpus_per_task": cluster.cpus_per_process and cluster.cpus_per_process * cluster.processes,
+        "mem": cluster.mem,
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "constraint": cluster.constraint,
+        "exclude": cluster.exclude,
+        "gres": cluster.gres,
+        "setup": list(cluster.setup) or None,
+        "signal_delay_s": cluster.signal_delay_s,
+        "srun_args": ["--kill-on-bad-exit=1"],
+    }
+    additional = dict(cluster.sbatch)
+    if cluster.reservation is not None:
+        additional["reservation"] = cluster.reservation
+    if additional:
+        wanted["additional_parameters"] = additional
+    return {key: value for key, value in wanted.items() if value is not None}
+
+
+def _last_submission(run: RunDir) -> int:
+    if not run.submission.is_dir():
+        return 0
+    return max((int(entry.name) for entry in run.submission.iterdir() if entry.name.isdigit()), default=0)
+
+
+def _slurm_state(job_id: str) -> str:
+    if shutil.which("squeue") is None:
+        return "unknown"
+    command = ["squeue", "--noheader", "--jobs", job_id, "--format", "%T"]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    if answer.returncode != 0 and "Invalid job id" not in answer.stderr:
+        return "unknown"
+    states = answer.stdout.split()
+    if not states:
+        return "ended"
+    return "running" if states[0] in ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED") else "pending"
+
+
+def main() -> None:
+    """The child of `submit`: hand the node task to submitit and write job.json."""
+    from submitit import LocalExecutor, SlurmExecutor, helpers
+
+    from launcher.node import NodeTask
+
+    run = RunDir(Path(sys.argv[1]))
+    folder, reason = run.submission / sys.argv[2], sys.argv[3]
+    cluster = read_cluster(run)
+    executor: LocalExecutor | SlurmExecutor
+    if cluster.kind == "local":
+        executor = LocalExecutor(folder)
+        executor.update_parameters(
+            timeout_min=_LOCAL_TIMEOUT_MIN, gpus_per_node=cluster.gpus_per_node, tasks_per_node=1
+        )
+    else:
+        executor = SlurmExecutor(folder, max_num_timeout=1_000_000)
+        executor.update_parameters(**slurm_parameters(cluster, run.path.name))
+    with helpers.clean_env():
+        submitted = executor.submit(NodeTask(str(run.path), folder.name))
+    is_local = cluster.kind == "local"
+    pid = int(submitted.job_id) if is_local else None
+    job = Job(
+        submission=int(folder.name),
+        executor=cluster.kind,
+        job_id=submitted.job_id,
+        host=socket.gethostname(),
+        pid=pid,
+        process=identity(pid) if pid is not None else None,
+        run_inode=run.path.stat().st_ino,
+        submitted_at=time.time(),
+    )
+    write_json(run.job, asdict(job))
+    record.event(
+        run.events,
+        "submitted",
+        submission=job.submission,
+        reason=reason,
+        executor=job.executor,
+        job_id=job.job_id,
+        world_size=cluster.world_size,
+    )
+
+
+if __name__ == "__main__":
+    main()

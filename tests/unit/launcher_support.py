@@ -1,0 +1,117 @@
+"""Small runs for the launcher's tests: a real run directory whose workers are a few lines of Python.
+
+The worker stands in for gpt.train only (it is put into the run's own snapshot of the code); submitit, the
+node task, torchrun and the processes are real.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from data_pipeline.config_file import validate
+from gpt.config import RunConfig
+from gpt.run_dir import RunDir, write_json
+from launcher.cluster import ClusterConfig
+from launcher.processes import descendants, identity
+from launcher.runs import explicit, snapshot_code
+from launcher.submit import Job, submit
+
+# What the fake workers share: rank, attempt, a way to finish as gpt.train does, the parent-death signal.
+WORKER_PRELUDE = """
+import json, os, signal, sys, time
+from pathlib import Path
+from gpt.run_dir import RunDir, write_json
+from launcher.processes import end_self_with_parent
+end_self_with_parent(signal.SIGKILL)
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    signal.signal(number, signal.SIG_IGN)
+run = RunDir(Path(sys.argv[1]))
+rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+generation = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+(run.path / f"worker-{generation}-{rank}").write_text(str(os.getpid()))
+
+def claim():
+    number = max(run.attempt_numbers(), default=0) + 1
+    run.attempt(number).mkdir()
+    return number
+
+def finish(number, exit_code, cause):
+    write_json(run.attempt(number) / "result.json", {"exit_code": exit_code, "cause": cause})
+"""
+
+TINY = {"name": "tiny", "data": {"path": "/nowhere"}, "schedule": {"total_steps": 10}}
+
+
+def make_run(folder: Path, worker: str, *, processes: int = 1, tracking: str | None = None) -> RunDir:
+    """A run directory in `folder` whose workers run `worker` after WORKER_PRELUDE."""
+    run = RunDir(folder)
+    run.attempts.mkdir(parents=True)
+    run.checkpoints.mkdir()
+    config = validate(RunConfig, {**TINY, "tracking": {"enabled": tracking is not None}}, "tiny").resolve(
+        4096
+    )
+    write_json(run.config, config.model_dump(mode="json", exclude_none=True))
+    cluster = ClusterConfig(kind="local", processes_per_node=processes)
+    write_json(run.cluster, explicit(cluster))
+    snapshot_code(run)
+    shutil.rmtree(run.code / "gpt" / "__pycache__", ignore_errors=True)
+    (run.code / "gpt" / "train.py").write_text(WORKER_PRELUDE + worker)
+    if tracking is not None:
+        (run.code / "gpt" / "tracking.py").write_text(tracking)
+    return run
+
+
+def start(run: RunDir) -> Job:
+    """Submit `run` as any launch does."""
+    return submit(run, "launch")
+
+
+def wait_for(condition: Callable[[], object], timeout_s: float = 30.0) -> None:
+    """Return once `condition` holds; fail loudly when it does not within `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"waited {timeout_s} s in vain")
+        time.sleep(0.02)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether process `pid` lives (a zombie does not)."""
+    return identity(pid) is not None
+
+
+def tree(job: Job) -> list[int]:
+    """The controller of a local job and every process below it."""
+    assert job.pid is not None
+    return [job.pid, *descendants(job.pid)]
+
+
+def worker_pid(run: RunDir, generation: int, rank: int) -> int | None:
+    """Process id of a fake worker, once it has started."""
+    path = run.path / f"worker-{generation}-{rank}"
+    return int(path.read_text()) if path.exists() and path.read_text() else None
+
+
+def outcome(run: RunDir) -> dict[str, object]:
+    """outcome.json of the newest submission."""
+    newest = max(run.submission.iterdir())
+    content: dict[str, object] = json.loads((newest / "outcome.json").read_text())
+    return content
+
+
+def processes_naming(text: str) -> list[int]:
+    """Living processes whose command line holds `text`, this one left out."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            command = (entry / "cmdline").read_bytes()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if text.encode() in command and is_alive(int(entry.name)):
+            found.append(int(entry.name))
+    return found
