@@ -266,6 +266,9 @@ def _from_json(content: Any) -> Manifest:
         raise ValueError(f"dtype {dtype!r}")
     encoding = EncodingRecord(**content["encoding"])
     _require_counts(encoding.vocab_size, encoding.end_of_text, encoding.size_bytes)
+    _require_hex(encoding.fingerprint, encoding.xxh3_128)
+    if not isinstance(encoding.name, str):
+        raise ValueError(f"encoding name {encoding.name!r}")
     manifest = Manifest(
         dtype=dtype,
         encoding=encoding,
@@ -299,8 +302,7 @@ def shard_from_json(content: Any) -> Shard:
 def _record(content: Any) -> FileRecord:
     record = FileRecord(**content)
     _require_counts(record.size_bytes)
-    if not _HEX.fullmatch(record.xxh3_128):
-        raise ValueError(f"checksum {record.xxh3_128!r}")
+    _require_hex(record.xxh3_128)
     return record
 
 
@@ -308,3 +310,9 @@ def _require_counts(*values: object) -> None:
     for value in values:
         if type(value) is not int or not 0 <= value < 2**62:
             raise ValueError(f"{value!r} is not a count")
+
+
+def _require_hex(*values: object) -> None:
+    for value in values:
+        if not isinstance(value, str) or not _HEX.fullmatch(value):
+            raise ValueError(f"checksum {value!r}")

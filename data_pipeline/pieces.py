@@ -8,27 +8,22 @@ by one rename of its folder. Ids go from the encoder to the file in the process 
 import hashlib
 import json
 import os
-import signal
-import traceback
 from array import array
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from multiprocessing import connection, get_context
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.documents import BadDocument, DocumentReader, SourceFile, Span, is_held_out
+from data_pipeline.documents import BadDocument, DocumentReader, Span, is_held_out
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import Shard, Split, shard_from_json
 from data_pipeline.shards import ShardWriter, fsync_folder, write_durably
-from data_pipeline.tokenizer import Encoding, load_encoding
+from data_pipeline.sources import SourceFile
+from data_pipeline.tokenizer import Encoding
 
 # At most this many broken documents are listed; all are counted.
 MOST_LISTED = 100
@@ -268,96 +263,3 @@ class _Writer:
         self._flush()
         self._close()
         return self._shards
-
-
-def encode_all(
-    folder: Path, pieces: Sequence[Piece], settings: Settings, workers: int
-) -> Iterator[Advance | Piece]:
-    """Encode and commit `pieces` on `workers` processes: yields advances, and each piece when committed.
-
-    With one worker it all happens in this process. Raises DataError where a worker is killed or fails.
-    """
-    if workers == 1 or len(pieces) < 2:
-        encoding = load_encoding(settings.encoding)
-        for piece in pieces:
-            yield from encode_piece(folder, piece, settings, encoding)
-            yield piece
-        return
-    crew = _Crew(folder, settings, min(workers, len(pieces)))
-    try:
-        yield from crew.work(pieces)
-    finally:
-        crew.end()
-
-
-class _Crew:
-    """Worker processes, each on a pipe of its own: one that dies is noticed, and none outlives the pipe."""
-
-    def __init__(self, folder: Path, settings: Settings, size: int) -> None:
-        context = get_context("spawn")  # a fork would take locks of the caller's threads along
-        self._processes: dict[Connection, BaseProcess] = {}
-        for _ in range(size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, folder, settings), daemon=True)
-            process.start()
-            theirs.close()
-            self._processes[ours] = process
-
-    def work(self, pieces: Sequence[Piece]) -> Iterator[Advance | Piece]:
-        waiting = deque(pieces)
-        busy: dict[Connection, Piece] = {}
-        for pipe in self._processes:
-            busy[pipe] = waiting.popleft()
-            self._tell(pipe, busy[pipe])
-        while busy:
-            for ready in connection.wait(list(busy)):
-                pipe = cast(Connection, ready)
-                message = self._hear(pipe)
-                if isinstance(message, Advance):
-                    yield message
-                    continue
-                yield busy.pop(pipe)
-                if waiting:
-                    busy[pipe] = waiting.popleft()
-                    self._tell(pipe, busy[pipe])
-
-    def _tell(self, pipe: Connection, piece: Piece) -> None:
-        with suppress(BrokenPipeError):  # its death is heard of next
-            pipe.send(piece)
-
-    def _hear(self, pipe: Connection) -> Any:
-        try:
-            message = pipe.recv()
-        except (EOFError, ConnectionResetError):
-            process = self._processes[pipe]
-            process.join()
-            raise DataError(
-                f"a worker process ended with exit code {process.exitcode} (-9 is a kill, mostly for want of "
-                f"memory). What is finished stays: run again to continue, with fewer workers if need be"
-            ) from None
-        if isinstance(message, Exception):
-            raise message
-        return message
-
-    def end(self) -> None:
-        for pipe, process in self._processes.items():
-            pipe.close()
-            process.terminate()
-            process.join()
-
-
-def _serve(pipe: Connection, folder: Path, settings: Settings) -> None:
-    """A worker's life: pieces in; advances, None for a committed piece, or an exception out."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
-    with suppress(EOFError, ConnectionError):  # the parent is gone
-        try:
-            encoding = load_encoding(settings.encoding)
-            while True:
-                for advance in encode_piece(folder, pipe.recv(), settings, encoding):
-                    pipe.send(advance)
-                pipe.send(None)
-        except (EOFError, ConnectionError):
-            raise
-        except Exception as error:
-            error.add_note(traceback.format_exc())
-            pipe.send(error)

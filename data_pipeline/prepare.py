@@ -12,25 +12,22 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
 from data_pipeline.config_file import Section
-from data_pipeline.documents import SourceFile, find_files, line_number
+from data_pipeline.crew import encode_all
+from data_pipeline.documents import line_number
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.indexed import dtype_for
 from data_pipeline.manifest import (
     ENCODING_FILE,
     FILE_NAME,
-    EncodingRecord,
     Manifest,
-    Shard,
-    Split,
     check,
     read_manifest,
 )
@@ -42,9 +39,10 @@ from data_pipeline.pieces import (
     Settings,
     committed,
     cut_into_pieces,
-    encode_all,
 )
-from data_pipeline.shards import fsync_folder, write_durably
+from data_pipeline.publish import publish, take_back
+from data_pipeline.shards import write_durably
+from data_pipeline.sources import SourceFile, find_files
 from data_pipeline.tokenizer import Encoding, load_encoding
 
 # Raised when the same settings and sources would give other bytes than before.
@@ -111,13 +109,16 @@ def prepare(config: DataPrepConfig, progress: Callable[[Progress], None] | None 
     out, work = config.out, config.out / ".prepare"
     if (out / FILE_NAME).exists() and not work.exists():
         return _require_identical(config, encoding, files)
+    if out.exists() and not work.exists():
+        _require_free(out)
     try:
         with _locked(work):
             if (out / FILE_NAME).exists():  # ended between the manifest and the tidying
                 manifest = _require_identical(config, encoding, files)
             else:
                 manifest = _build(config, encoding, files, tell)
-            shutil.rmtree(work)
+        # After the lock's file is closed, or NFS keeps it; whoever takes the lock now finds the manifest.
+        shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
         raise DataError(
             f"preparation of {out} stopped: {error}. What is finished stays; run again to continue"
@@ -150,7 +151,7 @@ def _build(
     config: DataPrepConfig, encoding: Encoding, files: Sequence[SourceFile], tell: "_Teller"
 ) -> Manifest:
     out, work = config.out, config.out / ".prepare"
-    _take_back_names(out, work)
+    take_back(out, work)
     _require_free(out)
     _require_same_settings(config, encoding, work)
     write_durably(work / ENCODING_FILE, encoding.to_json())
@@ -162,7 +163,11 @@ def _build(
     if not any(record.train for record in records.values()):
         held_out = sum(record.documents for record in records.values())
         raise DataError(f"the sources hold no document for training ({held_out} were held out)")
-    return _publish(config, encoding, files, pieces, records)
+    if config.val_fraction and not any(record.val for record in records.values()):
+        tell.message(
+            f"val_fraction = {config.val_fraction:g} held out no document: there is no validation split"
+        )
+    return publish(out, work, encoding, _preparation(config), files, pieces, records)
 
 
 def _encode(
@@ -185,66 +190,17 @@ def _encode(
     )
     workers = config.workers or len(os.sched_getaffinity(0))
     missing = [piece for piece in pieces if piece not in records]
-    for done in encode_all(work, missing, settings, workers):
-        if isinstance(done, Advance):
-            tell.advance(done)
-            continue
-        record = committed(work, done)
-        assert record is not None
-        records[done] = record
-        if config.on_bad == "fail" and sum(len(r.listed) for r in records.values()) >= MOST_LISTED:
-            break
+    with closing(encode_all(work, missing, settings, workers)) as encoded:
+        for done in encoded:
+            if isinstance(done, Advance):
+                tell.advance(done)
+                continue
+            record = committed(work, done)
+            assert record is not None
+            records[done] = record
+            if config.on_bad == "fail" and sum(len(r.listed) for r in records.values()) >= MOST_LISTED:
+                break
     return records
-
-
-def _publish(
-    config: DataPrepConfig,
-    encoding: Encoding,
-    files: Sequence[SourceFile],
-    pieces: Sequence[Piece],
-    records: Mapping[Piece, PieceRecord],
-) -> Manifest:
-    """Give every file its final name, then write the manifest."""
-    out, work = config.out, config.out / ".prepare"
-    names = {ENCODING_FILE: ENCODING_FILE}
-    shards: dict[Split, list[Shard]] = {"train": [], "val": []}
-    for split, numbered in shards.items():
-        for piece in pieces:
-            for shard in records[piece].shards(split):
-                final = replace(shard, name=f"{split}-{len(numbered):05d}")
-                numbered.append(final)
-                for name, below in zip(final.files, shard.files, strict=True):
-                    names[name] = f"{piece.name}/{below}"
-    manifest = Manifest(
-        dtype=dtype_for(encoding.vocab_size),
-        encoding=_encoding_record(encoding),
-        train=tuple(shards["train"]),
-        val=tuple(shards["val"]),
-        skipped=_skipped(records.values()),
-        preparation=_preparation(config),
-        versions={"outlast": _version("outlast"), "tiktoken": _version("tiktoken")},
-        sources=tuple(_sources(files, pieces, records)),
-    )
-    # Written first, so that a preparation that is killed among the renames can take the names back.
-    write_durably(work / "names.json", json.dumps(names).encode())
-    for name, below in names.items():
-        (work / below).rename(out / name)
-    fsync_folder(out)
-    write_durably(work / FILE_NAME, manifest.to_bytes())
-    (work / FILE_NAME).rename(out / FILE_NAME)
-    fsync_folder(out)
-    return manifest
-
-
-def _take_back_names(out: Path, work: Path) -> None:
-    """Undo the renames of a preparation that ended among them."""
-    names = work / "names.json"
-    if not names.exists():
-        return
-    for name, below in json.loads(names.read_bytes()).items():
-        if (out / name).exists() and not (work / below).exists():
-            (out / name).rename(work / below)
-    names.unlink()
 
 
 def _remove_stale(work: Path, keep: set[str]) -> None:
@@ -351,47 +307,6 @@ def _broken(pieces: Sequence[Piece], records: Mapping[Piece, PieceRecord], bad: 
             'Repair them and run again, or leave them out with on_bad = "skip"',
         ]
     )
-
-
-def _skipped(records: Iterator[PieceRecord] | Any) -> dict[str, int]:
-    """How many documents were left out, by reason."""
-    total: Counter[str] = Counter()
-    for record in records:
-        total += record.bad
-        total["empty"] += record.empty
-    return {reason: total[reason] for reason in sorted(total) if total[reason]}
-
-
-def _sources(
-    files: Sequence[SourceFile], pieces: Sequence[Piece], records: Mapping[Piece, PieceRecord]
-) -> Iterator[dict[str, Any]]:
-    ranges: dict[SourceFile, list[dict[str, Any]]] = {file: [] for file in files}
-    for piece in pieces:
-        for span, checksum in zip(piece.spans, records[piece].checksums, strict=True):
-            ranges[span.file].append({"start": span.start, "stop": span.stop, "xxh3_128": checksum})
-    for file in files:
-        yield {"name": file.name, "size_bytes": file.size_bytes, "ranges": ranges[file]}
-
-
-def _encoding_record(encoding: Encoding) -> EncodingRecord:
-    import xxhash
-
-    content = encoding.to_json()
-    return EncodingRecord(
-        name=encoding.name,
-        fingerprint=encoding.fingerprint,
-        vocab_size=encoding.vocab_size,
-        end_of_text=encoding.end_of_text,
-        size_bytes=len(content),
-        xxh3_128=xxhash.xxh3_128_hexdigest(content),
-    )
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 @contextmanager

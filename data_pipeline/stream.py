@@ -30,8 +30,8 @@ class TokenStream:
         counts = np.array([shard.tokens for shard in self._shards], dtype=np.int64)
         self._ends = np.cumsum(counts)
         self._open: OrderedDict[int, MappedShard] = OrderedDict()
-        # Each mapping holds two file descriptors; leave most of them to the rest of the process.
-        self._most_open = max(4, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8)
+        # Each mapping holds two file descriptors; most are for the rest of the process.
+        self._most_open = min(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8)
         self.tokens = int(counts.sum())
 
     def read(self, start: int, out: NDArray[np.int64]) -> None:

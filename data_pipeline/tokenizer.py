@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.documents import BadDocument, DocumentReader, Span, find_files, is_held_out
+from data_pipeline.documents import BadDocument, DocumentReader, Span, is_held_out
 from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.sources import find_files
 
 if TYPE_CHECKING:
     import tiktoken
@@ -35,7 +36,7 @@ PATTERN = (
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# o200k's pattern panics on 1,000,000 whitespace characters in a row and takes 999,023.
+# `\s+(?!\S)` runs out of stack at 1,000,000 whitespace characters in a row and takes 999,023.
 _LONGEST_WHITESPACE = 100_000
 
 
@@ -81,21 +82,22 @@ class Encoding:
         """The ids of `text`, without an end-of-text. Raises DataError where tiktoken cannot encode it."""
         try:
             return self._encode(text)
-        except _PanicError:
+        except _GaveUpError:
             pass
         try:
             return np.concatenate([self._encode(part) for part in _cut_whitespace(text)])
-        except _PanicError as error:
+        except _GaveUpError as error:
             raise DataError(f"the tokenizer cannot encode it: {error}") from None
 
     def _encode(self, text: str) -> NDArray[np.uint32]:
         try:
             return self._bpe.encode_to_numpy(text, disallowed_special=())
         except BaseException as error:
-            # A panic inside tiktoken is a BaseException of a class that cannot be imported.
-            if type(error).__name__ != "PanicException":
+            # encode_to_numpy raises ValueError where the other methods panic, and a panic is a BaseException
+            # of a class that cannot be imported.
+            if not isinstance(error, ValueError) and type(error).__name__ != "PanicException":
                 raise
-            raise _PanicError(str(error)[:200]) from None
+            raise _GaveUpError(str(error)[:200]) from None
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
@@ -123,8 +125,8 @@ class Encoding:
         return (json.dumps(content, indent=0) + "\n").encode()
 
 
-class _PanicError(Exception):
-    """tiktoken's native code panicked."""
+class _GaveUpError(Exception):
+    """tiktoken's regular expressions ran out of stack."""
 
 
 def _cut_whitespace(text: str) -> Iterator[str]:

@@ -1,0 +1,113 @@
+"""The processes that encode pieces: started, fed, listened to, ended.
+
+Nothing but pieces and counts goes through the parent. A worker that dies ends the preparation with an
+error; a worker whose parent died ends at its next word.
+"""
+
+import signal
+import traceback
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import suppress
+from multiprocessing import connection, get_context
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, cast
+
+from data_pipeline.errors import DataError
+from data_pipeline.pieces import Advance, Piece, Settings, encode_piece
+from data_pipeline.tokenizer import load_encoding
+
+
+def encode_all(
+    folder: Path, pieces: Sequence[Piece], settings: Settings, workers: int
+) -> Generator[Advance | Piece, None, None]:
+    """Encode and commit `pieces` on `workers` processes: yields advances, and each piece when committed.
+
+    With one worker it all happens in this process. Raises DataError where a worker is killed or fails.
+    """
+    if workers == 1 or len(pieces) < 2:
+        encoding = load_encoding(settings.encoding)
+        for piece in pieces:
+            yield from encode_piece(folder, piece, settings, encoding)
+            yield piece
+        return
+    crew = _Crew(folder, settings, min(workers, len(pieces)))
+    try:
+        yield from crew.work(pieces)
+    finally:
+        crew.end()
+
+
+class _Crew:
+    """Worker processes, each on a pipe of its own: one that dies is noticed, and none outlives the pipe."""
+
+    def __init__(self, folder: Path, settings: Settings, size: int) -> None:
+        context = get_context("spawn")  # a fork would take locks of the caller's threads along
+        self._processes: dict[Connection, BaseProcess] = {}
+        for _ in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, folder, settings), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes[ours] = process
+
+    def work(self, pieces: Sequence[Piece]) -> Iterator[Advance | Piece]:
+        waiting = deque(pieces)
+        busy: dict[Connection, Piece] = {}
+        for pipe in self._processes:
+            busy[pipe] = waiting.popleft()
+            self._tell(pipe, busy[pipe])
+        while busy:
+            for ready in connection.wait(list(busy)):
+                pipe = cast(Connection, ready)
+                message = self._hear(pipe)
+                if isinstance(message, Advance):
+                    yield message
+                    continue
+                yield busy.pop(pipe)
+                if waiting:
+                    busy[pipe] = waiting.popleft()
+                    self._tell(pipe, busy[pipe])
+
+    def _tell(self, pipe: Connection, piece: Piece) -> None:
+        with suppress(BrokenPipeError):  # its death is heard of next
+            pipe.send(piece)
+
+    def _hear(self, pipe: Connection) -> Any:
+        try:
+            message = pipe.recv()
+        except (EOFError, ConnectionResetError):
+            process = self._processes[pipe]
+            process.join()
+            raise DataError(
+                f"a worker process ended with exit code {process.exitcode} (-9 is a kill, mostly for want of "
+                f"memory). What is finished stays: run again to continue, with fewer workers if need be"
+            ) from None
+        if isinstance(message, Exception):
+            raise message
+        return message
+
+    def end(self) -> None:
+        for pipe, process in self._processes.items():
+            pipe.close()
+            process.terminate()
+            process.join()
+
+
+def _serve(pipe: Connection, folder: Path, settings: Settings) -> None:
+    """A worker's life: pieces in; advances, None for a committed piece, or an exception out."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
+    with suppress(EOFError, ConnectionError):  # the parent is gone
+        try:
+            encoding = load_encoding(settings.encoding)
+            while True:
+                for advance in encode_piece(folder, pipe.recv(), settings, encoding):
+                    pipe.send(advance)
+                pipe.send(None)
+        except (EOFError, ConnectionError):
+            raise
+        except Exception as error:
+            error.add_note(traceback.format_exc())
+            pipe.send(error)

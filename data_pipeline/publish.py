@@ -1,0 +1,111 @@
+"""The last act of a preparation: every file gets its final name, then the manifest is written.
+
+Until the manifest stands all of it can be taken back, so a kill among the renames costs nothing.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from data_pipeline.indexed import dtype_for
+from data_pipeline.manifest import ENCODING_FILE, FILE_NAME, EncodingRecord, Manifest, Shard, Split
+from data_pipeline.pieces import Piece, PieceRecord
+from data_pipeline.shards import fsync_folder, write_durably
+from data_pipeline.sources import SourceFile
+from data_pipeline.tokenizer import Encoding
+
+
+def publish(
+    out: Path,
+    work: Path,
+    encoding: Encoding,
+    preparation: Mapping[str, Any],
+    files: Sequence[SourceFile],
+    pieces: Sequence[Piece],
+    records: Mapping[Piece, PieceRecord],
+) -> Manifest:
+    """Move what `pieces` became from `work` to `out`, in order, and write the manifest."""
+    names = {ENCODING_FILE: ENCODING_FILE}
+    shards: dict[Split, list[Shard]] = {"train": [], "val": []}
+    for split, numbered in shards.items():
+        for piece in pieces:
+            for shard in records[piece].shards(split):
+                final = replace(shard, name=f"{split}-{len(numbered):05d}")
+                numbered.append(final)
+                for name, below in zip(final.files, shard.files, strict=True):
+                    names[name] = f"{piece.name}/{below}"
+    manifest = Manifest(
+        dtype=dtype_for(encoding.vocab_size),
+        encoding=_encoding_record(encoding),
+        train=tuple(shards["train"]),
+        val=tuple(shards["val"]),
+        skipped=_skipped(records.values()),
+        preparation=preparation,
+        versions={"outlast": _version("outlast"), "tiktoken": _version("tiktoken")},
+        sources=tuple(_sources(files, pieces, records)),
+    )
+    # Written first, so that a preparation that is killed among the renames can take the names back.
+    write_durably(work / "names.json", json.dumps(names).encode())
+    for name, below in names.items():
+        (work / below).rename(out / name)
+    fsync_folder(out)
+    write_durably(work / FILE_NAME, manifest.to_bytes())
+    (work / FILE_NAME).rename(out / FILE_NAME)
+    fsync_folder(out)
+    return manifest
+
+
+def take_back(out: Path, work: Path) -> None:
+    """Undo the renames of a preparation that ended among them."""
+    names = work / "names.json"
+    if not names.exists():
+        return
+    for name, below in json.loads(names.read_bytes()).items():
+        if (out / name).exists() and not (work / below).exists():
+            (out / name).rename(work / below)
+    names.unlink()
+
+
+def _skipped(records: Iterable[PieceRecord]) -> dict[str, int]:
+    """How many documents were left out, by reason."""
+    total: Counter[str] = Counter()
+    for record in records:
+        total += record.bad
+        total["empty"] += record.empty
+    return {reason: total[reason] for reason in sorted(total) if total[reason]}
+
+
+def _sources(
+    files: Sequence[SourceFile], pieces: Sequence[Piece], records: Mapping[Piece, PieceRecord]
+) -> Iterator[dict[str, Any]]:
+    ranges: dict[SourceFile, list[dict[str, Any]]] = {file: [] for file in files}
+    for piece in pieces:
+        for span, checksum in zip(piece.spans, records[piece].checksums, strict=True):
+            ranges[span.file].append({"start": span.start, "stop": span.stop, "xxh3_128": checksum})
+    for file in files:
+        yield {"name": file.name, "size_bytes": file.size_bytes, "ranges": ranges[file]}
+
+
+def _encoding_record(encoding: Encoding) -> EncodingRecord:
+    content = encoding.to_json()
+    return EncodingRecord(
+        name=encoding.name,
+        fingerprint=encoding.fingerprint,
+        vocab_size=encoding.vocab_size,
+        end_of_text=encoding.end_of_text,
+        size_bytes=len(content),
+        xxh3_128=xxhash.xxh3_128_hexdigest(content),
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

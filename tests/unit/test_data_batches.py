@@ -1,0 +1,312 @@
+import hashlib
+import struct
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from data_pipeline.batches import Batch, BatchReader, EvaluationReader
+from data_pipeline.errors import DataError, DataExhausted
+from data_pipeline.indexed import Header
+from data_pipeline.manifest import FileRecord, read_manifest
+from data_pipeline.tokenizer import Encoding, load_encoding
+from tests.unit.data_support import documents_of, packaged_texts, prepared
+
+CONTEXT = 64
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Many short documents in several small shards, so that windows cross both."""
+    verses = [verse for chapter in packaged_texts()[:30] for verse in chapter.split("\n")]
+    out = tmp_path_factory.mktemp("batches") / "data"
+    manifest = prepared(out, verses, val_fraction=0.2, shard_tokens=3000)
+    assert len(manifest.train) > 5
+    assert len(manifest.val) > 2
+    return out
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("batches") / "other"
+    prepared(out, packaged_texts()[100:110], val_fraction=0.0)
+    return out
+
+
+def _reader(*folders: Path, **changes: object) -> BatchReader:
+    settings = {"context": CONTEXT, "global_batch": 12, "seed": 1, **changes}
+    return BatchReader([(folder, 1.0 + n) for n, folder in enumerate(folders)], **settings)  # type: ignore[arg-type]
+
+
+def _expected(
+    documents: list[NDArray[np.int64]], window: int, document_mask: bool
+) -> tuple[NDArray[np.int64], list[int], list[bool]]:
+    """Ids, segment ends and scored targets of one window, token by token."""
+    stream = np.concatenate(documents)
+    owner = np.concatenate([np.full(len(document), n) for n, document in enumerate(documents)])
+    start = window * CONTEXT
+    ends, scored = [], []
+    for place in range(start, start + CONTEXT):
+        is_same = owner[place] == owner[place + 1] or not document_mask
+        scored.append(bool(is_same))
+        if not is_same or place == start + CONTEXT - 1:
+            ends.append(place - start + 1)
+    return stream[start : start + CONTEXT + 1], ends, scored
+
+
+def _segments(batch: Batch) -> list[list[int]]:
+    """Segment ends by row."""
+    rows, context = batch.scored.shape
+    ends = batch.document_ends.tolist()
+    return [
+        [end - row * context for end in ends if row * context < end <= (row + 1) * context]
+        for row in range(rows)
+    ]
+
+
+@pytest.mark.parametrize("document_mask", [True, False])
+def test_an_epoch_is_every_window_once_with_its_ids_and_segments(data: Path, document_mask: bool) -> None:
+    documents = documents_of(data, "train")
+    reader = _reader(data, document_mask=document_mask)
+    windows = (sum(map(len, documents)) - 1) // CONTEXT
+    assert reader.sequences_per_epoch == windows
+    wanted = {}
+    for window in range(windows):
+        ids, ends, scored = _expected(documents, window, document_mask)
+        wanted[ids.tobytes()] = (ends, scored)
+    assert len(wanted) == windows
+    seen = []
+    for step in range(1, windows // 12 + 2):
+        batch = reader.batch(step, 0, 1)
+        assert batch.tokens.dtype == np.int64
+        assert batch.document_ends.dtype == np.int32
+        for row, ends in enumerate(_segments(batch)):
+            if batch.sequence_numbers[row] < windows:
+                key = batch.tokens[row].tobytes()
+                seen.append(key)
+                assert (ends, batch.scored[row].tolist()) == wanted[key]
+    assert sorted(seen) == sorted(wanted)
+
+
+@pytest.mark.parametrize("worlds", [[1], [2], [3], [4], [6], [12], [1, 2, 12, 3, 6, 4]])
+def test_every_sequence_of_an_epoch_is_seen_once_whatever_the_world_sizes_on_the_way(
+    data: Path, other: Path, worlds: list[int]
+) -> None:
+    reader = _reader(data, other)
+    reference = _reader(data, other)
+    for step in range(1, 40):
+        world_size = worlds[step % len(worlds)]
+        parts = [reader.batch(step, rank, world_size) for rank in range(world_size)]
+        whole = reference.batch(step, 0, 1)
+        numbers = np.concatenate([part.sequence_numbers for part in parts])
+        assert numbers.tolist() == list(range((step - 1) * 12, step * 12))
+        assert np.array_equal(np.concatenate([part.tokens for part in parts]), whole.tokens)
+        assert np.array_equal(np.concatenate([part.scored for part in parts]), whole.scored)
+        assert [row for part in parts for row in _segments(part)] == _segments(whole)
+
+
+def test_a_batch_is_a_function_of_its_step_alone(data: Path) -> None:
+    reader = _reader(data)
+    forward = [reader.batch(step, 1, 2).tokens for step in (1, 2, 500, 3)]
+    backward = [_reader(data).batch(step, 1, 2).tokens for step in (3, 500, 2, 1)]
+    for one, two in zip(forward, backward[::-1], strict=True):
+        assert np.array_equal(one, two)
+
+
+def test_the_batches_never_change_between_versions(data: Path) -> None:
+    # Runs in progress depend on them.
+    reader = _reader(data)
+    digest = hashlib.sha256(b"".join(reader.batch(step, 0, 1).tokens.tobytes() for step in (1, 2, 1000)))
+    assert digest.hexdigest()[:16] == "781e58b04c653f4c"
+
+
+def test_no_document_sees_another_and_none_is_scored_across(data: Path) -> None:
+    end_of_text = read_manifest(data).encoding.end_of_text
+    batch = _reader(data).batch(1, 0, 1)
+    inputs = batch.tokens[:, :-1].reshape(-1)
+    starts = np.concatenate([[0], batch.document_ends[:-1]])
+    for start, end in zip(starts, batch.document_ends, strict=True):
+        # an end-of-text stands at the end of a segment or nowhere in it
+        assert end_of_text not in inputs[start : end - 1]
+    assert np.array_equal(batch.scored, batch.tokens[:, :-1] != end_of_text)
+
+
+@given(size=st.integers(1, 12), step=st.integers(1, 50))
+@settings(max_examples=30, deadline=None)
+def test_micro_batches_are_the_batch_in_parts(data: Path, size: int, step: int) -> None:
+    batch = _reader(data).batch(step, 0, 1)
+    parts = list(batch.micro_batches(size))
+    assert [len(part.tokens) for part in parts][:-1] == [size] * (len(parts) - 1)
+    for name in ("tokens", "scored", "sequence_numbers"):
+        assert np.array_equal(np.concatenate([getattr(part, name) for part in parts]), getattr(batch, name))
+    assert [row for part in parts for row in _segments(part)] == _segments(batch)
+    for part in parts:
+        assert part.document_ends[-1] == part.scored.size
+        assert (np.diff(part.document_ends, prepend=0) > 0).all()
+
+
+def test_skipped_sequences_are_passed_over_and_all_others_stay_in_order(data: Path) -> None:
+    skipped = [(30, 41), (5, 9), (7, 12), (100, 101)]
+    reader = _reader(data, skipped=skipped)
+    plain = _reader(data)
+    rows = {
+        int(n): plain.batch(s, 0, 1).tokens[r]
+        for s in range(1, 12)
+        for r, n in enumerate(range(12 * (s - 1), 12 * s))
+    }
+    gone = {number for first, stop in skipped for number in range(first, stop)}
+    kept = iter(number for number in range(1000) if number not in gone)
+    for step in range(1, 9):
+        for rank in range(3):
+            batch = reader.batch(step, rank, 3)
+            for number, ids in zip(batch.sequence_numbers.tolist(), batch.tokens, strict=True):
+                assert number == next(kept)
+                assert np.array_equal(ids, rows[number])
+
+
+def test_a_skipped_range_that_is_none_is_refused(data: Path) -> None:
+    for bad in ((5, 5), (-1, 3)):
+        with pytest.raises(ValueError, match="skipped range"):
+            _reader(data, skipped=[bad])
+
+
+def test_shares_of_sources_follow_their_weights(data: Path, other: Path) -> None:
+    reader = _reader(data, other)  # weights 1 and 2
+    assert reader.counts_at(1000) == [4000, 8000]
+    assert reader.tokens == sum(read_manifest(folder).train_tokens for folder in (data, other))
+    windows = [(read_manifest(folder).train_tokens - 1) // CONTEXT for folder in (data, other)]
+    assert reader.epochs_at(1000) == max(4000 / windows[0], 8000 / windows[1])
+    assert reader.epochs_at(0) == 0
+    known = set(
+        map(bytes, np.concatenate(documents_of(data, "train"))[: windows[0] * CONTEXT].reshape(-1, CONTEXT))
+    )
+    batch = reader.batch(1, 0, 1)
+    assert sum(bytes(row[:-1]) in known for row in batch.tokens) == 4
+
+
+def test_epochs_end_where_they_are_told_to(data: Path, other: Path) -> None:
+    windows = _reader(data).sequences_per_epoch
+    reader = _reader(data, max_epochs=1.5)
+    last = int(1.5 * windows) // 12
+    reader.batch(last, 0, 1)
+    with pytest.raises(DataExhausted) as error:
+        reader.batch(last + 1, 0, 1)
+    assert str(error.value) == (
+        f"step {last + 1} would read {data} more than data.max_epochs = 1.5 times; prepare more text, train "
+        f"fewer steps, or raise data.max_epochs"
+    )
+    with pytest.raises(DataExhausted, match=f"would read {other} more than"):
+        _reader(data, other, max_epochs=1).batch(10**6, 0, 1)
+
+
+def test_ranks_and_steps_that_cannot_be_are_refused(data: Path) -> None:
+    for step, rank, world_size in ((0, 0, 1), (1, 2, 2), (1, -1, 2), (1, 0, 5)):
+        with pytest.raises(
+            ValueError, match=f"step {step}, rank {rank} of {world_size}, 12 sequences a step"
+        ):
+            _reader(data).batch(step, rank, world_size)
+
+
+def test_a_source_without_one_sequence_is_refused(data: Path) -> None:
+    tokens = read_manifest(data).train_tokens
+    assert _reader(data, context=tokens - 1).sequences_per_epoch == 1
+    with pytest.raises(
+        DataError, match=rf"{tokens} training tokens are less than one sequence of context {tokens} \+"
+    ):
+        _reader(data, context=tokens)
+
+
+def test_sources_of_different_encodings_are_refused(data: Path, tmp_path: Path) -> None:
+    known = load_encoding("outlast-4k")
+    specials = {**known.special_tokens, "<|more|>": 4096}
+    extended = Encoding("more", known.pattern, known.ranks, specials)
+    (tmp_path / "e.json").write_bytes(extended.to_json())
+    prepared(tmp_path / "b", ["x y z " * 1000], tokenizer=str(tmp_path / "e.json"), val_fraction=0)
+    with pytest.raises(
+        DataError, match=r"was prepared with tokenizer 'more' and .* with 'outlast-4k': their ids"
+    ):
+        _reader(data, tmp_path / "b")
+
+
+@pytest.mark.parametrize("document_mask", [True, False])
+@pytest.mark.parametrize("tokens", [1, CONTEXT - 1, CONTEXT, CONTEXT + 1, 3 * CONTEXT, 1000, 10**9])
+def test_evaluation_covers_the_first_targets_of_the_split_once(
+    data: Path, tokens: int, document_mask: bool
+) -> None:
+    documents = documents_of(data, "val")
+    stream = np.concatenate(documents)
+    first_of_document = np.cumsum([0, *map(len, documents)])[1:-1]
+    reader = EvaluationReader(data, context=CONTEXT, tokens=tokens, document_mask=document_mask)
+    count = min(tokens, len(stream) - 1)
+    assert reader.tokens == count
+    assert len(reader) == -(-count // CONTEXT)
+    batch = reader.windows(0, len(reader) + 2)  # two windows of nothing but padding
+    assert batch.tokens.shape == (len(reader) + 2, CONTEXT + 1)
+    targets = batch.tokens[:, 1:].reshape(-1)
+    assert np.array_equal(targets[:count], stream[1 : count + 1])
+    assert np.array_equal(batch.tokens[:, :-1].reshape(-1)[:count], stream[:count])
+    assert not targets[count:].any()
+    unscored = first_of_document - 1 if document_mask else np.empty(0, np.int64)
+    wanted = np.ones(batch.scored.size, bool)
+    wanted[count:] = False
+    wanted[unscored[unscored < count]] = False
+    assert np.array_equal(batch.scored.reshape(-1), wanted)
+    row_ends = np.arange(1, len(batch.tokens) + 1) * CONTEXT
+    real_ends = first_of_document[first_of_document <= count] if document_mask else []
+    assert batch.document_ends.tolist() == sorted(
+        {*row_ends.tolist(), *real_ends, count} if count % CONTEXT else {*row_ends.tolist(), *real_ends}
+    )
+    assert list(batch.sequence_numbers) == list(range(len(batch.tokens)))
+
+
+def test_evaluation_windows_do_not_depend_on_how_they_are_asked_for(data: Path) -> None:
+    reader = EvaluationReader(data, context=CONTEXT, tokens=1000, document_mask=True)
+    whole = reader.windows(0, len(reader))
+    for window in range(len(reader)):
+        one = reader.windows(window, 1)
+        assert np.array_equal(one.tokens[0], whole.tokens[window])
+        assert _segments(one)[0] == _segments(whole)[window]
+
+
+def test_a_data_set_without_validation_split_says_how_to_get_one(other: Path) -> None:
+    with pytest.raises(DataError, match="has no validation split; prepare it with a val_fraction above 0"):
+        EvaluationReader(other, context=CONTEXT, tokens=100, document_mask=True)
+
+
+def test_a_data_set_of_1e12_tokens_opens_at_once_and_needs_few_open_files(tmp_path: Path) -> None:
+    """Sparse files in 2,000 shards: nothing is scanned or cached, and not all of them are kept open."""
+    manifest = prepared(tmp_path / "small", ["word " * 100], val_fraction=0)
+    tokens, shards = 500_000_000, 2000
+    data = tmp_path / "large"
+    data.mkdir()
+    index = Header("uint16", 1, 1).pack() + struct.pack("<iqqq", tokens, 0, 0, 1)
+    shard = replace(
+        manifest.train[0],
+        tokens=tokens,
+        documents=1,
+        bin=FileRecord(2 * tokens, "0"),
+        idx=FileRecord(len(index), "0"),
+        sum=FileRecord(0, "0"),
+    )
+    train = tuple(replace(shard, name=f"train-{number:05d}") for number in range(shards))
+    for one in train:
+        with (data / f"{one.name}.bin").open("wb") as file:
+            file.truncate(2 * tokens)
+        (data / f"{one.name}.idx").write_bytes(index)
+        (data / f"{one.name}.sum").touch()
+    (data / "manifest.json").write_bytes(replace(manifest, train=train).to_bytes())
+    began = time.perf_counter()
+    reader = BatchReader([(data, 1.0)], context=2048, global_batch=512, seed=1)
+    first = reader.batch(1, 0, 64)
+    took_s = time.perf_counter() - began
+    assert reader.tokens == 10**12
+    assert first.tokens.shape == (8, 2049)
+    assert took_s < 3  # 0.1 s where nothing else runs
+    reader.batch(2, 0, 1)
+    reader.batch(3, 0, 1)
+    assert len(list(Path("/proc/self/fd").iterdir())) < 600
