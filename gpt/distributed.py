@@ -43,11 +43,24 @@ def join(timeout_s: float) -> World:
     if has_gpu:
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=timeout_s)
-    dist.init_process_group("nccl" if has_gpu else "gloo", timeout=timeout)
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    backend = "nccl" if has_gpu else "gloo"
+    dist.init_process_group(backend, store=_store(size, timeout), rank=rank, world_size=size, timeout=timeout)
     control = dist.new_group(backend="gloo", timeout=timeout)
     assert control is not None
     node = int(os.environ.get("GROUP_RANK", "0"))
     return World(dist.get_rank(), dist.get_world_size(), local_rank, node, device, control)
+
+
+def _store(size: int, timeout: timedelta) -> dist.Store:
+    """The agent's key-value store, a part of it for each restart.
+
+    torchrun's static rendezvous keeps one store over restarts, and torch 2.13 no longer separates them: a
+    new worker would find the addresses of the dead and fail to connect.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, size, is_master=False, timeout=timeout)
+    return dist.PrefixStore(f"restart-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 def from_first(world: World, value: T) -> T:

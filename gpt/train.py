@@ -6,8 +6,10 @@ ends the process, the agent starts the next attempt, and that one continues from
 """
 
 # ruff: noqa: E402 - the handlers must stand before torch's import, which takes seconds
+import os
 import sys
 import time
+import traceback
 
 from gpt.stop import StopRequest, die_with_parent
 
@@ -245,4 +247,10 @@ def _open_data(run: RunConfig) -> tuple[BatchReader, EvaluationReader]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    try:
+        main(Path(sys.argv[1]))
+    except BaseException:
+        # At once: an orderly exit waits for collectives whose other side may be dead, and the agent for it.
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)

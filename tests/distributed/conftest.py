@@ -1,0 +1,174 @@
+"""Real runs of two or more processes: torchrun, DeepSpeed, gloo, on a small part of the packaged corpus."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_pipeline.config_file import validate
+from data_pipeline.manifest import read_manifest
+from gpt import record
+from gpt.checkpoint.format import committed
+from gpt.checkpoint.reader import CheckpointReader
+from gpt.config import RunConfig
+from gpt.run_dir import RunDir, read_json, write_json
+from tests.distributed.data import small_data_set
+
+CONTEXT = 32
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_data_set(tmp_path_factory.mktemp("data") / "kjv")
+
+
+@dataclass
+class Run:
+    """A run directory without a launcher: what torchrun and the worker do, nothing else."""
+
+    dir: RunDir
+
+    def configure(self, **overrides: Any) -> None:
+        tables = read_json(self.dir.config)
+        assert tables is not None
+        for name, value in overrides.items():
+            table, _, key = name.partition("__")
+            if key:
+                tables[table][key] = value
+            else:
+                tables[table] = value
+        write_json(self.dir.config, tables)
+
+    def start(self, processes: int = 2, max_restarts: int = 0) -> "subprocess.Popen[bytes]":
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={processes}"]
+        command += ["--master-addr=127.0.0.1", f"--master-port={port}", f"--max-restarts={max_restarts}"]
+        command += ["--monitor-interval=0.1", "--shutdown-timeout=20"]
+        command += ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with (self.dir.path / "torchrun.log").open("ab") as log:
+            return subprocess.Popen(
+                [*command, "-m", "gpt.train", str(self.dir.path)], env=environment, stdout=log, stderr=log
+            )
+
+    def train(self, processes: int = 2, max_restarts: int = 0) -> dict[str, Any]:
+        """Train to the end; the result of the newest attempt."""
+        agent = self.start(processes, max_restarts)
+        try:
+            agent.wait(timeout=180)
+        finally:
+            agent.kill()
+        return self.result()
+
+    def result(self) -> dict[str, Any]:
+        newest = self.dir.attempt_numbers()[-1]
+        result = read_json(self.dir.attempt(newest) / "result.json")
+        assert result is not None, self.logs()
+        return result
+
+    def wait_for_step(self, step: int, timeout_s: float = 120) -> None:
+        self.wait(lambda: ((record.last(self.dir.metrics) or {"step": 0})["step"]) >= step, timeout_s)
+
+    def wait(self, condition: Callable[[], bool], timeout_s: float = 120) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < deadline, f"waited {timeout_s} s\n{self.logs()}"
+            time.sleep(0.02)
+
+    def kill_worker(self, rank: int, number: signal.Signals = signal.SIGKILL) -> None:
+        owner = read_json(self.dir.attempt(self.dir.attempt_numbers()[-1]) / "OWNER.json")
+        assert owner is not None
+        os.kill(owner["workers"][rank]["pid"], number)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        return list(record.read(self.dir.metrics))
+
+    def losses(self) -> list[float]:
+        lines = self.metrics()
+        assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+        return [line["train/loss"] for line in lines]
+
+    def events(self, name: str) -> list[Mapping[str, Any]]:
+        return [line for line in record.read(self.dir.events) if line["event"] == name]
+
+    def steps(self) -> list[int]:
+        return [step for step, _ in committed(self.dir.checkpoints)]
+
+    def state(self, step: int) -> dict[str, np.ndarray]:
+        """Every state of every parameter at a checkpoint, without padding, whatever the world that wrote it."""
+        reader = CheckpointReader(dict(committed(self.dir.checkpoints))[step])
+        return {
+            f"{group.name}.{state}": reader.read(group.name, state, 0, group.numel)
+            for group in reader.index.groups
+            for state in group.states
+        }
+
+    def logs(self) -> str:
+        files = [self.dir.path / "torchrun.log", *sorted(self.dir.attempts.glob("*/*/*.log"))]
+        return "\n".join(f"== {file}\n{file.read_text()[-3000:]}" for file in files if file.exists())
+
+
+def same_state(first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray]) -> bool:
+    return first.keys() == second.keys() and all(np.array_equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture
+def new_run(tmp_path: Path, data_dir: Path) -> Iterator[Callable[..., Run]]:
+    """Makes run directories of a tiny model; keyword `table__key` sets a field."""
+    made: list[Run] = []
+
+    def make(**overrides: Any) -> Run:
+        tables: dict[str, Any] = {
+            "name": "tiny",
+            "precision": "fp32",
+            "model": {"n_layers": 2, "d_model": 32, "n_heads": 4, "n_kv_heads": 2, "context": CONTEXT},
+            "data": {"path": str(data_dir)},
+            "batch": {"global_batch_tokens": 8 * CONTEXT, "micro_batch": 4},
+            "optimizer": {"peak_lr": 3e-3},
+            "schedule": {"total_steps": 8, "warmup_steps": 2},
+            "zero": {"stage": 1},
+            "checkpoint": {"every_steps": 4},
+            "evaluation": {"every_steps": 4, "tokens": 20 * CONTEXT},
+            "tracking": {"enabled": False},
+            "launch": {"collective_timeout_s": 60},
+        }
+        for name, value in overrides.items():
+            table, _, key = name.partition("__")
+            if key:
+                tables[table][key] = value
+            else:
+                tables[table] = value
+        run = Run(RunDir(tmp_path / f"run-{len(made)}"))
+        run.dir.checkpoints.mkdir(parents=True)
+        config = validate(RunConfig, tables, "test").resolve(read_manifest(data_dir).encoding.vocab_size)
+        run.dir.config.write_text(json.dumps(config.model_dump(mode="json")))
+        made.append(run)
+        return run
+
+    yield make
+    for run in made:
+        for pid in _workers(run):
+            if Path(f"/proc/{pid}/cmdline").exists() and str(run.dir.path) in _command_line(pid):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _command_line(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text()
+
+
+def _workers(run: Run) -> Iterator[int]:
+    for number in run.dir.attempt_numbers():
+        owner = read_json(run.dir.attempt(number) / "OWNER.json") or {"workers": []}
+        yield from (worker["pid"] for worker in owner["workers"])

@@ -1,0 +1,139 @@
+"""A run is a pure function of (config, data, step): stops, kills and other worlds leave no trace in it."""
+
+import json
+import random
+import signal
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from gpt.checkpoint.format import committed
+from tests.distributed.conftest import Run, same_state
+
+NewRun = Callable[..., Run]
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "micro_batch"), [(1, "fp32", 4), (1, "bf16", 4), (1, "bf16", 2), (2, "bf16", 2)]
+)
+def test_resume_continues_bit_for_bit(new_run: NewRun, stage: int, precision: str, micro_batch: int) -> None:
+    fields = {"zero__stage": stage, "precision": precision, "batch__micro_batch": micro_batch}
+    whole, cut = new_run(**fields), new_run(**fields)
+    assert whole.train()["exit_code"] == 0
+    agent = cut.start()
+    cut.wait_for_step(4)  # the checkpoint of step 4 is being written, or is there
+    agent.kill()
+    agent.wait()
+    cut.wait(lambda: 4 in cut.steps() or not _is_alive(cut))
+    assert cut.train()["exit_code"] == 0
+    assert cut.losses() == whole.losses()
+    assert same_state(cut.state(8), whole.state(8))
+    assert cut.metrics()[-1]["val/loss"] == whole.metrics()[-1]["val/loss"]
+
+
+def test_a_killed_worker_is_restarted_and_leaves_no_trace(new_run: NewRun) -> None:
+    whole, killed = new_run(schedule__total_steps=40), new_run(schedule__total_steps=40)
+    assert whole.train()["exit_code"] == 0
+    agent = killed.start(max_restarts=3)
+    killed.wait_for_step(random.Random(time.time()).randint(5, 30))
+    killed.kill_worker(1)
+    assert agent.wait(timeout=120) == 0, killed.logs()
+    assert len(killed.dir.attempt_numbers()) == 2
+    assert len(killed.events("resumed")) == 1
+    assert killed.losses() == whole.losses()
+    assert same_state(killed.state(40), whole.state(40))
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_another_world_size_continues_from_the_same_state(new_run: NewRun, stage: int) -> None:
+    steady, moved = (new_run(zero__stage=stage, schedule__name="constant") for _ in range(2))
+    steady.train(processes=2)
+    moved.configure(schedule__total_steps=4)
+    moved.train(processes=2)
+    moved.configure(schedule__total_steps=8)
+    before = moved.state(4)
+    assert moved.train(processes=1)["exit_code"] == 0
+    assert [event["step"] for event in moved.events("resumed")] == [4]
+    assert same_state(before, moved.state(4))
+    np.testing.assert_allclose(moved.losses()[4:], steady.losses()[4:], rtol=1e-4)
+
+
+def test_a_stop_request_saves_and_ends_with_75(new_run: NewRun) -> None:
+    run = new_run(schedule__total_steps=10_000, checkpoint__every_steps=5000, evaluation__every_steps=5000)
+    agent = run.start()
+    run.wait_for_step(3)
+    run.dir.stop.write_text(json.dumps({"reason": "a test"}))
+    assert agent.wait(timeout=60) == 0
+    assert run.result()["exit_code"] == 75
+    assert "a test" in run.result()["cause"]
+    assert run.steps() == [len(run.losses())]
+
+
+def test_a_signal_to_one_worker_stops_all_at_the_same_step(new_run: NewRun) -> None:
+    run = new_run(schedule__total_steps=10_000, checkpoint__every_steps=5000, evaluation__every_steps=5000)
+    agent = run.start()
+    run.wait_for_step(3)
+    run.kill_worker(1, signal.SIGUSR1)
+    assert agent.wait(timeout=60) == 0
+    assert run.result()["exit_code"] == 75
+    assert run.steps() == [len(run.losses())]
+
+
+def test_a_bad_checkpoint_is_named_passed_over_and_set_aside(new_run: NewRun) -> None:
+    whole, damaged = new_run(), new_run()
+    whole.train()
+    damaged.train()
+    damaged.configure(schedule__total_steps=8)
+    path = damaged.dir.checkpoints / "step-00000008" / "rank-00001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert damaged.train()["exit_code"] == 0
+    (rejected,) = damaged.events("checkpoint_rejected")
+    assert rejected["path"] == "step-00000008"
+    assert "rank-00001.safetensors" in rejected["reason"]
+    assert [event["step"] for event in damaged.events("resumed")] == [4]
+    assert len(list(damaged.dir.checkpoints.glob(".bad-step-00000008-*"))) == 1
+    assert same_state(damaged.state(8), whole.state(8))
+    assert damaged.losses() == whole.losses()
+
+
+def test_no_intact_checkpoint_means_93_and_never_step_0(new_run: NewRun) -> None:
+    run = new_run()
+    run.train()
+    for _, folder in committed(run.dir.checkpoints):
+        (folder / "checkpoint.json").write_text("{}")
+    assert run.train()["exit_code"] == 93
+    assert "none is intact" in run.result()["cause"]
+    assert len(run.losses()) == 8
+
+
+def test_attempts_without_progress_end_with_93(new_run: NewRun) -> None:
+    run = new_run(schedule__total_steps=10_000, checkpoint__every_steps=5000, evaluation__every_steps=5000)
+    for _ in range(3):
+        agent = run.start()
+        attempts = len(run.dir.attempt_numbers())
+        run.wait(lambda seen=attempts: len(run.dir.attempt_numbers()) > seen)  # type: ignore[misc]
+        run.wait(lambda: (run.dir.attempt(run.dir.attempt_numbers()[-1]) / "OWNER.json").exists())
+        run.kill_worker(0)
+        agent.wait(timeout=60)
+    assert run.train()["exit_code"] == 93
+    assert "3 attempts in a row" in run.result()["cause"]
+
+
+def test_a_checkpoint_of_another_model_is_refused(new_run: NewRun) -> None:
+    run = new_run()
+    run.train()
+    run.configure(schedule__total_steps=12, model__d_ff=64)
+    assert run.train()["exit_code"] == 2
+    assert "blocks.0.ffn.up.weight is [256, 32] there and [128, 32] in the config" in run.result()["cause"]
+
+
+def _is_alive(run: Run) -> bool:
+    try:
+        run.kill_worker(0, signal.Signals(0))  # type: ignore[arg-type]
+    except (ProcessLookupError, ValueError):
+        return False
+    return True

@@ -1,0 +1,516 @@
+import fcntl
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipeline import pieces
+from data_pipeline.crew import encode_all
+from data_pipeline.documents import is_held_out, packaged_corpus
+from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.indexed import dtype_for
+from data_pipeline.manifest import check, read_manifest, verify
+from data_pipeline.pieces import Settings, cut_into_pieces
+from data_pipeline.prepare import Progress, prepare
+from data_pipeline.sources import find_files
+from data_pipeline.tokenizer import load_encoding
+from tests.unit.data_support import config, documents_of, files_of, packaged_texts, prepared, write_jsonl
+
+# Small shards make many pieces of a small corpus.
+SMALL = {"shard_tokens": 10_000, "val_fraction": 0.1}
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of inputs of several kinds, with empty documents among them."""
+    folder = tmp_path_factory.mktemp("raw")
+    texts = packaged_texts()
+    write_jsonl(folder / "a.jsonl", [*texts[:200], "", *texts[200:400]])
+    write_jsonl(folder / "sub" / "b.jsonl", texts[400:420])
+    (folder / "c.txt").write_text(texts[500])
+    (folder / "d.txt").touch()
+    (folder / "e.jsonl.gz").write_bytes(packaged_corpus().read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("uninterrupted") / "data"
+    prepare(config(out, raw, **SMALL))
+    return files_of(out)
+
+
+def test_every_document_stands_in_its_split_in_order_and_ends_with_end_of_text(
+    raw: Path, tmp_path: Path
+) -> None:
+    manifest = prepare(config(tmp_path / "data", raw, **SMALL))
+    encoding = load_encoding("outlast-4k")
+    texts = packaged_texts()
+    inputs = [*texts[:400], texts[500], *texts, *texts[400:420]]  # by path: a, c, e, sub/b
+    for split in ("train", "val"):
+        wanted = [text for text in inputs if is_held_out(text.encode(), 0.1, 0) == (split == "val")]
+        found = documents_of(tmp_path / "data", split)
+        assert len(found) == len(wanted)
+        for ids, text in zip(found, wanted, strict=True):
+            assert ids[-1] == encoding.end_of_text
+            assert np.array_equal(ids[:-1], encoding.encode(text))
+    assert manifest.skipped == {"empty": 2}
+    assert manifest.documents == len(inputs)
+    assert [source["name"] for source in manifest.sources] == [
+        f"{raw.name}/{name}" for name in ("a.jsonl", "c.txt", "d.txt", "e.jsonl.gz", "sub/b.jsonl")
+    ]
+    assert check(tmp_path / "data", manifest) == []
+    assert list(verify(tmp_path / "data")) == []
+    assert max(shard.tokens for shard in manifest.train) < 20_000
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_the_number_of_workers_cannot_be_seen_in_the_result(
+    raw: Path, tmp_path: Path, uninterrupted: dict[str, bytes], workers: int
+) -> None:
+    prepare(config(tmp_path / "data", raw, **SMALL, workers=workers))
+    assert files_of(tmp_path / "data") == uninterrupted
+
+
+_PREPARE = """
+import sys
+from pathlib import Path
+from data_pipeline.prepare import DataPrepConfig, prepare
+if __name__ == "__main__":
+    prepare(DataPrepConfig.model_validate_json(sys.argv[1]), lambda p: print(p.bytes_done, flush=True))
+"""
+
+
+def _start(settings_json: str, program: Path) -> subprocess.Popen[bytes]:
+    program.write_text(_PREPARE)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.Popen(
+        [sys.executable, str(program), settings_json],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+        start_new_session=True,
+    )
+
+
+def _session(leader: int) -> list[int]:
+    """The processes of a session that still run."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[3]) == leader and fields[0] != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_killed_at_random_moments_and_run_again_it_gives_the_same_bytes(
+    raw: Path, tmp_path: Path, uninterrupted: dict[str, bytes], seed: int
+) -> None:
+    out = tmp_path / "data"
+    settings = config(out, raw, **SMALL, workers=2).model_dump_json()
+    choose = random.Random(seed)
+    kills = 0
+    while kills < 4:
+        process = _start(settings, tmp_path / "program.py")
+        assert process.stdout is not None
+        process.stdout.readline()  # it works: the first piece is on its way
+        time.sleep(choose.uniform(0, 0.25))
+        if process.poll() is not None:
+            break
+        process.kill()
+        process.wait()
+        kills += 1
+        assert not (out / "manifest.json").exists() or list(verify(out)) == []
+        for _ in range(100):
+            if not _session(process.pid):
+                break
+            time.sleep(0.1)
+        else:
+            pytest.fail("workers outlive the preparation that started them")
+    assert kills >= 2
+    process = _start(settings, tmp_path / "program.py")
+    process.communicate()
+    assert process.returncode == 0
+    assert files_of(out) == uninterrupted
+
+
+class _Killed(BaseException):
+    """Ends a preparation where a kill would: nothing in it catches this."""
+
+
+@pytest.mark.parametrize("renames", [*range(0, 60, 7), -1])
+def test_killed_among_the_renames_at_the_end_it_gives_the_same_bytes(
+    raw: Path, tmp_path: Path, uninterrupted: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, renames: int
+) -> None:
+    out = tmp_path / "data"
+    done = 0
+    rename = Path.rename
+
+    def counted(path: Path, target: Path) -> Path:
+        nonlocal done
+        if target.parent == out and (done == renames or (renames == -1 and target.name == "manifest.json")):
+            raise _Killed
+        done += target.parent == out
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", counted)
+    with pytest.raises(_Killed):
+        prepare(config(out, raw, **SMALL))
+    monkeypatch.undo()
+    assert not (out / "manifest.json").exists()
+    prepare(config(out, raw, **SMALL))
+    assert files_of(out) == uninterrupted
+
+
+def test_killed_between_the_manifest_and_the_tidying_the_rest_is_tidied(
+    raw: Path, tmp_path: Path, uninterrupted: dict[str, bytes]
+) -> None:
+    out = tmp_path / "data"
+    prepare(config(out, raw, **SMALL))
+    (out / ".prepare").mkdir()
+    (out / ".prepare" / "names.json").write_text("{}")
+    prepare(config(out, raw, **SMALL))
+    assert files_of(out) == uninterrupted
+
+
+def test_it_continues_from_the_pieces_that_were_finished(raw: Path, tmp_path: Path) -> None:
+    out = tmp_path / "data"
+    work = out / ".prepare"
+    seen: list[Progress] = []
+
+    def stop_later(progress: Progress) -> None:
+        if len(list(work.glob("[0-9a-f]*/piece.json"))) >= 5:
+            raise _Killed
+
+    with pytest.raises(_Killed):
+        prepare(config(out, raw, **SMALL), stop_later)
+    (work / ".torn.123").mkdir()
+    before = {path: path.stat().st_mtime_ns for path in work.glob("[0-9a-f]*/piece.json")}
+    assert len(before) == 5
+
+    def look(progress: Progress) -> None:
+        seen.append(progress)
+        if (work / "names.json").exists():
+            return
+        assert {path: path.stat().st_mtime_ns for path in before} == before
+        assert not (work / ".torn.123").exists()
+
+    prepare(config(out, raw, **SMALL), look)
+    messages = [progress.message for progress in seen if progress.message]
+    assert len(messages) == 1
+    assert messages[0].startswith("continuing: 5 of ")
+    assert seen[-1].bytes_done == seen[-1].bytes_total
+
+
+def test_a_source_that_changed_meanwhile_is_encoded_again(raw: Path, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", [*packaged_texts()[:100], 5])
+    out = tmp_path / "data"
+    with pytest.raises(DataError, match="1 × 'text' is int, not a string"):
+        prepare(config(out, source, **SMALL))
+    texts = [*packaged_texts()[:100], "6"]
+    write_jsonl(source, texts)
+    prepare(config(out, source, **SMALL))
+    prepare(config(tmp_path / "fresh", source, **SMALL))
+    assert files_of(out) == files_of(tmp_path / "fresh")
+
+
+def test_a_complete_and_identical_data_set_is_left_alone(raw: Path, tmp_path: Path) -> None:
+    out = tmp_path / "data"
+    first = prepare(config(out, raw, **SMALL))
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert prepare(config(out, raw, **SMALL, workers=2)) == first
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+
+
+def test_a_complete_but_damaged_data_set_is_named(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", packaged_texts()[:5])
+    prepare(config(tmp_path / "data", source))
+    (tmp_path / "data" / "train-00000.bin").unlink()
+    with pytest.raises(DataError, match=r"train-00000\.bin: missing\nRemove .*data to prepare it anew"):
+        prepare(config(tmp_path / "data", source))
+
+
+def test_a_complete_data_set_of_other_settings_is_refused(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", packaged_texts()[:5])
+    out = tmp_path / "data"
+    prepare(config(out, source))
+    with pytest.raises(ConfigError) as error:
+        prepare(config(out, source, val_fraction=0.1, seed=3, on_bad="skip"))
+    assert str(error.value) == (
+        f"{out} holds a complete data set that was prepared otherwise: val_fraction = 0.005, now 0.1; "
+        f"seed = 0, now 3; on_bad = 'fail', now 'skip'. Choose another `out`, or remove {out} to prepare it anew"
+    )
+    other = write_jsonl(tmp_path / "b.jsonl", ["more"])
+    with pytest.raises(ConfigError, match=r"otherwise: sources \(for example b\.jsonl\)\. Choose"):
+        prepare(config(out, source, other))
+    write_jsonl(source, packaged_texts()[:6])
+    with pytest.raises(ConfigError, match=r"otherwise: sources \(for example a\.jsonl\)\. Choose"):
+        prepare(config(out, source))
+    prepare(config(tmp_path / "two", source, other))
+    with pytest.raises(ConfigError, match="otherwise: the order of sources"):
+        prepare(config(tmp_path / "two", other, source))
+
+
+def test_an_unfinished_data_set_of_other_settings_is_refused(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", ["fine", 5])
+    out = tmp_path / "data"
+    with pytest.raises(DataError, match="broken documents"):
+        prepare(config(out, source))
+    tokenizer = json.loads(load_encoding("outlast-4k").to_json())
+    (tmp_path / "other.json").write_text(json.dumps(tokenizer | {"name": "other"}))
+    with pytest.raises(ConfigError) as error:
+        prepare(config(out, source, seed=3, tokenizer=str(tmp_path / "other.json")))
+    assert str(error.value) == (
+        f"{out} holds an unfinished preparation with other settings: tokenizer = 'outlast-4k', now 'other'; "
+        f"seed = 0, now 3. Continue it with those, choose another `out`, or remove {out / '.prepare'} to begin anew"
+    )
+    manifest = prepare(config(out, source, on_bad="skip"))
+    assert manifest.skipped == {"'text' is int, not a string": 1}
+
+
+def test_a_folder_with_foreign_shards_is_refused(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", ["fine"])
+    out = tmp_path / "data"
+    out.mkdir()
+    (out / "train-00000.bin").touch()
+    with pytest.raises(ConfigError, match=r"data holds train-00000\.bin but no manifest\.json"):
+        prepare(config(out, source))
+    assert [path.name for path in out.iterdir()] == ["train-00000.bin"]
+
+
+def test_all_that_is_wrong_with_the_input_is_reported_at_once(tmp_path: Path) -> None:
+    (tmp_path / "out").touch()
+    with pytest.raises(ConfigError) as error:
+        prepare(config(tmp_path / "out", tmp_path / "none.jsonl", tokenizer="gpt-2"))
+    tokenizer, source, out = error.value.problems
+    assert tokenizer.startswith("tokenizer 'gpt-2' is neither a file nor an encoding; did you mean 'gpt2'?")
+    assert source == f"{tmp_path / 'none.jsonl'}: no such file or folder"
+    assert out == f"out = {tmp_path / 'out'} is a file; a folder to make is needed"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_broken_documents_are_counted_by_reason_and_listed_with_file_and_line(
+    tmp_path: Path, workers: int
+) -> None:
+    texts: list[object] = [f"document {n} with some words in it" for n in range(2000)]
+    texts[7] = None
+    texts[1500] = 3
+    texts[1999] = None
+    source = write_jsonl(tmp_path / "a.jsonl", texts)
+    out = tmp_path / "data"
+    with pytest.raises(DataError) as error:
+        prepare(config(out, source, shard_tokens=1000, workers=workers))
+    assert str(error.value).split("\n") == [
+        "broken documents: 2 × 'text' is null, 1 × 'text' is int, not a string",
+        f"{source}:8: 'text' is null",
+        f"{source}:1501: 'text' is int, not a string",
+        f"{source}:2000: 'text' is null",
+        'Repair them and run again, or leave them out with on_bad = "skip"',
+    ]
+    assert error.value.exit_code == 2
+    assert not (out / "manifest.json").exists()
+    manifest = prepare(config(out, source, shard_tokens=1000, workers=workers, on_bad="skip"))
+    assert manifest.skipped == {"'text' is int, not a string": 1, "'text' is null": 2}
+    assert manifest.documents == 1997
+
+
+def test_at_most_a_hundred_broken_documents_are_listed_and_then_it_stops(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", [None] * 250)
+    with pytest.raises(DataError) as error:
+        prepare(config(tmp_path / "data", source))
+    lines = str(error.value).split("\n")
+    assert lines[0] == "broken documents: 250 × 'text' is null"
+    assert len(lines) == 103
+    assert lines[100] == f"{source}:100: 'text' is null"
+    assert lines[101] == "… and 150 more"
+    seen: list[Progress] = []
+    source = write_jsonl(tmp_path / "b.jsonl", [None] * 200 + ["a long document " * 50] * 500)
+    with pytest.raises(DataError, match="200 × 'text' is null"):
+        prepare(config(tmp_path / "b", source, shard_tokens=2000), seen.append)
+    assert seen[-1].bytes_done < seen[-1].bytes_total / 4
+
+
+def test_a_document_that_the_tokenizer_cannot_encode_is_a_broken_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: object, text: str) -> np.ndarray:
+        raise DataError("the tokenizer cannot encode it: why")
+
+    monkeypatch.setattr("data_pipeline.tokenizer.Encoding.encode", refuse)
+    source = write_jsonl(tmp_path / "a.jsonl", ["", "one"])
+    with pytest.raises(DataError, match=r"a\.jsonl:2: the tokenizer cannot encode it: why"):
+        prepare(config(tmp_path / "data", source))
+
+
+def test_sources_without_a_document_to_train_on_are_refused(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", ["", ""])
+    with pytest.raises(DataError, match=r"the sources hold no document for training \(0 were held out\)"):
+        prepare(config(tmp_path / "data", source))
+
+
+def test_a_split_without_a_document_is_told(tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    source = write_jsonl(tmp_path / "a.jsonl", ["one document"])
+    (tmp_path / "notes.pdf").touch()
+    manifest = prepare(config(tmp_path.parent / "data", tmp_path), seen.append)
+    assert manifest.val == ()
+    assert source.exists()
+    assert [progress.message for progress in seen if progress.message] == [
+        "1 files in the folders are of other kinds and are ignored",
+        "val_fraction = 0.005 held out no document: there is no validation split",
+    ]
+
+
+def test_two_preparations_of_one_folder_are_refused(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", ["one"])
+    work = tmp_path / "data" / ".prepare"
+    work.mkdir(parents=True)
+    with (work / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="data: another preparation is writing here; wait for it"):
+            prepare(config(tmp_path / "data", source))
+    prepare(config(tmp_path / "data", source))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_disk_that_is_full_is_named_and_space_later_lets_it_continue(
+    raw: Path, tmp_path: Path, uninterrupted: dict[str, bytes], workers: int
+) -> None:
+    # A limit on the size of files stands in for the full disk: the write fails with EFBIG instead of ENOSPC.
+    out = tmp_path / "data"
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16_000, limits[1]))
+    try:
+        with pytest.raises(DataError, match=r"stopped: .*File too large.*What is finished stays; run again"):
+            prepare(config(out, raw, **SMALL, workers=workers, tokenizer=_small_encoding(tmp_path)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    manifest = prepare(config(out, raw, **SMALL, workers=workers, tokenizer=_small_encoding(tmp_path)))
+    assert list(verify(out)) == []
+    assert manifest.documents == 1189 + 400 + 1 + 20
+
+
+def _small_encoding(folder: Path) -> str:
+    """An encoding of bytes alone, so that encoding.json is smaller than a shard."""
+    from data_pipeline.tokenizer import Encoding
+
+    path = folder / "bytes.json"
+    if not path.exists():
+        bytes_alone = {bytes([value]): value for value in range(256)}
+        path.write_bytes(Encoding("bytes", r"\s+|\S+", bytes_alone, {"<|endoftext|>": 256}).to_json())
+    return str(path)
+
+
+def test_a_killed_worker_ends_the_preparation_with_its_cause(raw: Path, tmp_path: Path) -> None:
+    encoding = tmp_path / "encoding.json"
+    encoding.write_bytes(load_encoding("outlast-4k").to_json())
+    settings = Settings(encoding, "uint16", "text", 0.1, 0, 10_000)
+    (tmp_path / "work").mkdir()
+    work = encode_all(tmp_path / "work", cut_into_pieces(find_files([raw])[0], 10_000), settings, workers=2)
+    next(work)
+    (victim, *_) = [pid for pid in _children() if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+    os.kill(victim, signal.SIGKILL)
+    with pytest.raises(DataError, match=r"a worker process ended with exit code -9 .* run again to continue"):
+        list(work)
+
+
+def _children() -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+
+
+def test_a_mistake_in_a_worker_comes_out_with_its_traceback(raw: Path, tmp_path: Path) -> None:
+    settings = Settings(tmp_path / "no-encoding.json", "uint16", "text", 0.1, 0, 10_000)
+    found = cut_into_pieces(find_files([raw])[0], 10_000)
+    with pytest.raises(ConfigError, match="neither a file nor an encoding") as error:
+        list(encode_all(tmp_path, found, settings, workers=2))
+    assert any("_serve" in note for note in error.value.__notes__)
+
+
+def test_large_vocabularies_take_four_bytes_a_token(tmp_path: Path) -> None:
+    from data_pipeline.tokenizer import Encoding
+
+    known = load_encoding("outlast-4k")
+    wide = Encoding("wide", known.pattern, known.ranks, {"<|endoftext|>": 70_000})
+    (tmp_path / "wide.json").write_bytes(wide.to_json())
+    texts = packaged_texts()[:3]
+    manifest = prepared(tmp_path / "data", texts, tokenizer=str(tmp_path / "wide.json"), val_fraction=0)
+    assert manifest.dtype == "int32"
+    for ids, text in zip(documents_of(tmp_path / "data", "train"), texts, strict=True):
+        assert ids.tolist() == [*known.encode(text).tolist(), 70_000]
+    assert [dtype_for(size) for size in (65_499, 65_500)] == ["uint16", "int32"]
+
+
+def test_pieces_cover_every_byte_once_and_depend_on_the_sources_alone(raw: Path, tmp_path: Path) -> None:
+    files, _ = find_files([raw])
+    for shard_tokens in (1000, 30_000, 10**8):
+        covered: Counter[str] = Counter()
+        found = cut_into_pieces(files, shard_tokens)
+        position: dict[str, int] = {}
+        for piece in found:
+            for span in piece.spans:
+                assert position.get(span.file.name, 0) == span.start
+                position[span.file.name] = span.stop
+                covered[span.file.name] += span.size_bytes
+        assert covered == Counter({file.name: file.size_bytes for file in files})
+        assert len({piece.name for piece in found}) == len(found)
+    assert len(cut_into_pieces(files, 10**8)) == 2, "a piece is four megabytes at least"
+    large = [files[0].__class__("x.jsonl", tmp_path / "x.jsonl", 10**12, 0)]
+    assert 2400 < len(cut_into_pieces(large, 100_000_000)) < 2600
+    large = [files[0].__class__("x.jsonl", tmp_path / "x.jsonl", 10**9, 0)]
+    assert 60 < len(cut_into_pieces(large, 100_000_000)) < 70
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
+    """60 MB of text and 16 M tokens of two bytes; a list of ids would take 500 MB."""
+    line = json.dumps({"text": "a b c d e f g h " * 100}) + "\n"
+    for name, copies in (("small", 2_000), ("large", 36_000)):
+        (tmp_path / f"{name}.jsonl").write_text(line * copies)
+    peaks = {}
+    for name in ("small", "large"):
+        program = (
+            "import resource, sys\nfrom data_pipeline.prepare import DataPrepConfig, prepare\n"
+            "prepare(DataPrepConfig.model_validate_json(sys.argv[1]))\n"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        )
+        settings = config(tmp_path / name, tmp_path / f"{name}.jsonl").model_dump_json()
+        result = subprocess.run(
+            [sys.executable, "-c", program, settings], capture_output=True, text=True, check=True
+        )
+        peaks[name] = int(result.stdout)
+    assert peaks["large"] - peaks["small"] < 60_000  # KiB
+
+
+def test_the_checksums_of_the_sources_are_in_the_manifest(raw: Path, tmp_path: Path) -> None:
+    import xxhash
+
+    prepare(config(tmp_path / "data", raw, **SMALL))
+    manifest = read_manifest(tmp_path / "data")
+    (source,) = [source for source in manifest.sources if source["name"].endswith("a.jsonl")]
+    content = (raw / "a.jsonl").read_bytes()
+    assert source["size_bytes"] == len(content)
+    assert len(source["ranges"]) > 5
+    for part in source["ranges"]:
+        assert xxhash.xxh3_128_hexdigest(content[part["start"] : part["stop"]]) == part["xxh3_128"]
+
+
+def test_the_gathering_of_tokens_does_not_show_in_the_result(
+    raw: Path, tmp_path: Path, uninterrupted: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pieces, "_READ_AHEAD", 1, raising=False)
+    prepare(config(tmp_path / "data", raw, **SMALL))
+    assert files_of(tmp_path / "data") == uninterrupted
