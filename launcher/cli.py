@@ -196,7 +196,10 @@ def status(run_dirs: tuple[str, ...], as_json: bool) -> int:
     if as_json:
         click.echo(json.dumps([status(run).as_json() for run in runs], indent=2))
     elif runs:
-        Console().print(table(runs))
+        console = Console()
+        if not console.is_terminal:
+            console.width = 160  # a pipe has no width to keep to
+        console.print(table(runs))
     else:
         click.echo(f"no runs in {runs_folder()}", err=True)
     return 0

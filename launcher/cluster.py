@@ -136,7 +136,7 @@ def cluster_names() -> list[str]:
 def load_cluster(name_or_path: str) -> ClusterConfig:
     """The cluster of a file, or of a name in cluster_configs. Raises ConfigError."""
     path = Path(name_or_path)
-    if not path.suffix and not path.exists():
+    if not path.suffix and not path.is_file():
         if name_or_path not in cluster_names():
             near = difflib.get_close_matches(name_or_path, cluster_names(), n=1, cutoff=0.4)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(cluster_names())}"

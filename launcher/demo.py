@@ -33,7 +33,7 @@ from launcher.follow import Attendance, Display, Follower, Update, duration, out
 from launcher.launch import command_line, show_warnings
 from launcher.plan import plan, size
 from launcher.preflight import examine
-from launcher.recipes import run_tables
+from launcher.recipes import recipe_path, run_tables
 from launcher.runs import create_run, next_run_folder
 from launcher.submit import Outcome, submit
 
@@ -86,7 +86,7 @@ def demo(out: Path) -> int:
 
     _stage(2, "Launch: check everything, then start two processes")
     settings = [f"data.path={data}", f"evaluation.tokens={manifest.val_tokens}"]
-    tables, source = run_tables("demo", settings)
+    tables, source = run_tables(str(recipe_path("demo")), settings)
     folder = next_run_folder("demo", out / "runs")
     request = examine(tables, source, ClusterConfig(kind="local", processes_per_node=2), folder)
     show_warnings(request)

@@ -6,9 +6,11 @@ way, the stop request, and kills nothing.
 
 import signal
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -24,6 +26,7 @@ from launcher.submit import Job, Outcome, read_outcome, state, submission_folder
 _POLL_S = 0.2
 _SCHEDULER_POLL_S = 5.0  # squeue is a shared service
 _PLAIN_LINE_S = 10.0
+_RECENT_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ class Display:
         self._task = self._progress.add_task("starting", total=total_steps, numbers="")
         self._is_live = self.console.is_terminal
         self._next_line = 0.0
+        self._step_seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._attempts = 0
 
     def __enter__(self) -> Self:
@@ -108,11 +112,12 @@ class Display:
             if "val/loss" in line:
                 self.note(f"step {line['step']}: {_validation(line)}")
         if update.metrics:
+            self._step_seconds.extend(float(line["train/step_seconds"]) for line in update.metrics)
             self._show_step(update.metrics[-1])
 
     def _show_step(self, line: dict[str, Any]) -> None:
         step = int(line["step"])
-        left_s = (self.total_steps - step) * float(line["train/step_seconds"])
+        left_s = (self.total_steps - step) * fmean(self._step_seconds)
         numbers = (
             f"loss {line['train/loss']:.3f}  {line['train/tokens_per_second']:,.0f} tokens/s  "
             f"{duration(left_s)} left"

@@ -8,7 +8,6 @@ trains nothing, imports no torch, and never decides to go on after a result that
 
 import os
 import signal
-import socket
 import subprocess
 import time
 from dataclasses import asdict, dataclass
@@ -35,12 +34,12 @@ _TAIL_LINES = 20
 
 @dataclass(frozen=True)
 class Place:
-    """This node's place in the job."""
+    """This node's place in the job, and where the first node listens (port 0: one that is free)."""
 
     node: int
     nodes: int
-    master_address: str
-    master_port: int
+    address: str
+    port: int
 
 
 @dataclass
@@ -158,14 +157,20 @@ def request_stop(run: RunDir, reason: str, *, now: bool = False) -> None:
 def torchrun_command(
     run: RunDir, config: RunConfig, cluster: ClusterConfig, place: Place, folder: Path
 ) -> list[str]:
-    """torchrun with a static rendezvous: ranks are where the cluster config says, on every restart."""
+    """torchrun with its c10d rendezvous, which restarts the workers of all nodes together.
+
+    The static rendezvous lets each node restart on its own, and needs a port that is known beforehand.
+    """
+    workers_address = ["--local-addr=127.0.0.1"] if place.nodes == 1 else []  # never a name lookup
     return python_module(
         "torch.distributed.run",
         f"--nnodes={place.nodes}",
         f"--nproc-per-node={cluster.processes}",
-        f"--node-rank={place.node}",
-        f"--master-addr={place.master_address}",
-        f"--master-port={place.master_port}",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint={place.address}:{place.port}",
+        f"--rdzv-id={run.path.name}",
+        f"--rdzv-conf=is_host={int(place.node == 0)}",
+        *workers_address,
         f"--max-restarts={config.launch.max_restarts}",
         "--monitor-interval=0.2",
         f"--signals-to-handle={_FORWARDED}",
@@ -195,7 +200,7 @@ def worker_environment(cluster: ClusterConfig, inherited: dict[str, str]) -> dic
 def find_place(cluster: ClusterConfig) -> Place:
     """This node's rank, and where the first node listens. Raises LaunchError outside a job."""
     if cluster.kind == "local":
-        return Place(0, 1, "127.0.0.1", _free_port())
+        return Place(0, 1, "127.0.0.1", 0)
     try:
         node, job_id, node_list = (
             os.environ[name] for name in ("SLURM_NODEID", "SLURM_JOB_ID", "SLURM_JOB_NODELIST")
@@ -206,13 +211,6 @@ def find_place(cluster: ClusterConfig) -> Place:
     hosts = subprocess.run(listing, capture_output=True, text=True, check=True).stdout.split()
     # Every node computes the same port without talking to another; below the kernel's ephemeral range.
     return Place(int(node), cluster.nodes, hosts[0], 12_000 + int(job_id) % 18_000)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _drain(tracking: subprocess.Popen[bytes]) -> None:

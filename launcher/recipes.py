@@ -22,15 +22,20 @@ def recipe_names() -> list[str]:
     )
 
 
+def recipe_path(name: str) -> Path:
+    """The file of a recipe."""
+    return Path(str(resources.files("gpt.recipes") / f"{name}.toml"))
+
+
 def run_tables(name_or_path: str, overrides: Sequence[str]) -> tuple[dict[str, Any], str]:
     """The tables of a run config and the name to blame in messages. Raises ConfigError."""
     path = Path(name_or_path)
-    if not path.suffix and not path.exists():
+    if not path.suffix and not path.is_file():
         if name_or_path not in recipe_names():
             near = difflib.get_close_matches(name_or_path, recipe_names(), n=1, cutoff=0.4)
             hint = f"did you mean {near[0]!r}?" if near else f"recipes: {', '.join(recipe_names())}"
             raise ConfigError(f"{name_or_path}: neither a file nor a recipe; {hint}")
-        path = Path(str(resources.files("gpt.recipes") / f"{name_or_path}.toml"))
+        path = recipe_path(name_or_path)
     return with_absolute_paths(with_overrides(read_toml(path), overrides)), path.name
 
 

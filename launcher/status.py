@@ -88,7 +88,7 @@ def table(runs: Sequence[RunDir]) -> Table:
         "left",
         "seen",
     ):
-        result.add_column(heading, justify="left" if heading in ("run", "state") else "right")
+        result.add_column(heading, justify="left" if heading in ("run", "state") else "right", no_wrap=True)
     for run in runs:
         try:
             now = status(run)
