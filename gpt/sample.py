@@ -70,7 +70,7 @@ def main() -> None:
     run = RunConfig.model_validate_json(run_dir.config.read_text())
     encoding = load_encoding(run.data.sources[0].path)
     model, _ = load_model(run_dir, run, arguments.step)
-    prompt = [encoding.end_of_text, *encoding.encode(arguments.prompt)]
+    prompt = [encoding.end_of_text, *encoding.encode(arguments.prompt).tolist()]
     sampled = generate(
         model,
         prompt,
