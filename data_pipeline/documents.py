@@ -18,6 +18,8 @@ import xxhash
 from data_pipeline.sources import SourceFile
 
 _READ_BYTES = 1 << 20
+# Compressed data are handed to the decompressor in parts of this size: all that a part holds comes at once.
+_INFLATE_BYTES = 1 << 15
 # A .txt file is one document and is held in memory whole, as is its encoding.
 _LARGEST_TEXT_BYTES = 1 << 30
 
@@ -217,14 +219,16 @@ def _inflate(chunks: Iterable[bytes], member: Callable[[], _Decompressor], kind:
     current: _Decompressor | None = None
     try:
         for chunk in chunks:
-            while chunk:
-                if current is None:
-                    current = member()
-                if plain := current.decompress(chunk):
-                    yield plain
-                if not current.eof:
-                    break
-                chunk, current = current.unused_data, None
+            for start in range(0, len(chunk), _INFLATE_BYTES):
+                part = chunk[start : start + _INFLATE_BYTES]
+                while part:
+                    if current is None:
+                        current = member()
+                    if plain := current.decompress(part):
+                        yield plain
+                    if not current.eof:
+                        break
+                    part, current = current.unused_data, None
     except (zlib.error, zstandard.ZstdError) as error:
         raise _DamagedError(f"damaged {kind} data: {error}") from None
     if current is not None:

@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 from array import array
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -85,7 +84,7 @@ class PieceRecord:
     documents: int = 0
     tokens: int = 0
     empty: int = 0
-    bad: Counter[str] = field(default_factory=Counter)
+    bad: dict[str, int] = field(default_factory=dict)
     listed: list[Listed] = field(default_factory=list)
     checksums: list[str] = field(default_factory=list)
 
@@ -95,7 +94,7 @@ class PieceRecord:
 
     def list_bad(self, bad: Listed) -> None:
         """Count a broken document, and list it if there is room."""
-        self.bad[bad.reason] += 1
+        self.bad[bad.reason] = self.bad.get(bad.reason, 0) + 1
         if len(self.listed) < MOST_LISTED:
             self.listed.append(bad)
 
@@ -155,7 +154,7 @@ def committed(folder: Path, piece: Piece) -> PieceRecord | None:
         documents=content["documents"],
         tokens=content["tokens"],
         empty=content["empty"],
-        bad=Counter(content["bad"]),
+        bad=content["bad"],
         listed=[Listed(*entry) for entry in content["listed"]],
         checksums=content["checksums"],
     )

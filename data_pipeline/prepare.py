@@ -157,7 +157,7 @@ def _build(
     write_durably(work / ENCODING_FILE, encoding.to_json())
     pieces = cut_into_pieces(files, config.shard_tokens)
     records = _encode(config, encoding, pieces, work, tell)
-    bad = sum((record.bad for record in records.values()), Counter())
+    bad = sum((Counter(record.bad) for record in records.values()), Counter())
     if bad and config.on_bad == "fail":
         raise DataError(_broken(pieces, records, bad))
     if not any(record.train for record in records.values()):

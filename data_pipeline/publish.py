@@ -76,7 +76,7 @@ def _skipped(records: Iterable[PieceRecord]) -> dict[str, int]:
     """How many documents were left out, by reason."""
     total: Counter[str] = Counter()
     for record in records:
-        total += record.bad
+        total.update(record.bad)
         total["empty"] += record.empty
     return {reason: total[reason] for reason in sorted(total) if total[reason]}
 

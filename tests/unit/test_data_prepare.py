@@ -1,4 +1,5 @@
 import fcntl
+import gzip
 import json
 import os
 import random
@@ -13,9 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline import pieces
 from data_pipeline.crew import encode_all
-from data_pipeline.documents import is_held_out, packaged_corpus
+from data_pipeline.documents import is_held_out
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.indexed import dtype_for
 from data_pipeline.manifest import check, read_manifest, verify
@@ -38,7 +38,8 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_jsonl(folder / "sub" / "b.jsonl", texts[400:420])
     (folder / "c.txt").write_text(texts[500])
     (folder / "d.txt").touch()
-    (folder / "e.jsonl.gz").write_bytes(packaged_corpus().read_bytes())
+    packed = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts[600:700])
+    (folder / "e.jsonl.gz").write_bytes(gzip.compress(packed))
     return folder
 
 
@@ -55,7 +56,7 @@ def test_every_document_stands_in_its_split_in_order_and_ends_with_end_of_text(
     manifest = prepare(config(tmp_path / "data", raw, **SMALL))
     encoding = load_encoding("outlast-4k")
     texts = packaged_texts()
-    inputs = [*texts[:400], texts[500], *texts, *texts[400:420]]  # by path: a, c, e, sub/b
+    inputs = [*texts[:400], texts[500], *texts[600:700], *texts[400:420]]  # by path: a, c, e, sub/b
     for split in ("train", "val"):
         wanted = [text for text in inputs if is_held_out(text.encode(), 0.1, 0) == (split == "val")]
         found = documents_of(tmp_path / "data", split)
@@ -151,7 +152,7 @@ class _Killed(BaseException):
     """Ends a preparation where a kill would: nothing in it catches this."""
 
 
-@pytest.mark.parametrize("renames", [*range(0, 60, 7), -1])
+@pytest.mark.parametrize("renames", [0, 1, 30, 100, -1])
 def test_killed_among_the_renames_at_the_end_it_gives_the_same_bytes(
     raw: Path, tmp_path: Path, uninterrupted: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, renames: int
 ) -> None:
@@ -191,7 +192,7 @@ def test_it_continues_from_the_pieces_that_were_finished(raw: Path, tmp_path: Pa
     work = out / ".prepare"
     seen: list[Progress] = []
 
-    def stop_later(progress: Progress) -> None:
+    def stop_later(_: Progress) -> None:
         if len(list(work.glob("[0-9a-f]*/piece.json"))) >= 5:
             raise _Killed
 
@@ -215,7 +216,7 @@ def test_it_continues_from_the_pieces_that_were_finished(raw: Path, tmp_path: Pa
     assert seen[-1].bytes_done == seen[-1].bytes_total
 
 
-def test_a_source_that_changed_meanwhile_is_encoded_again(raw: Path, tmp_path: Path) -> None:
+def test_a_source_that_changed_meanwhile_is_encoded_again(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", [*packaged_texts()[:100], 5])
     out = tmp_path / "data"
     with pytest.raises(DataError, match="1 × 'text' is int, not a string"):
@@ -251,7 +252,8 @@ def test_a_complete_data_set_of_other_settings_is_refused(tmp_path: Path) -> Non
         prepare(config(out, source, val_fraction=0.1, seed=3, on_bad="skip"))
     assert str(error.value) == (
         f"{out} holds a complete data set that was prepared otherwise: val_fraction = 0.005, now 0.1; "
-        f"seed = 0, now 3; on_bad = 'fail', now 'skip'. Choose another `out`, or remove {out} to prepare it anew"
+        f"seed = 0, now 3; on_bad = 'fail', now 'skip'. Choose another `out`, or remove {out} to prepare it "
+        f"anew"
     )
     other = write_jsonl(tmp_path / "b.jsonl", ["more"])
     with pytest.raises(ConfigError, match=r"otherwise: sources \(for example b\.jsonl\)\. Choose"):
@@ -265,7 +267,7 @@ def test_a_complete_data_set_of_other_settings_is_refused(tmp_path: Path) -> Non
 
 
 def test_an_unfinished_data_set_of_other_settings_is_refused(tmp_path: Path) -> None:
-    source = write_jsonl(tmp_path / "a.jsonl", ["fine", 5])
+    source = write_jsonl(tmp_path / "a.jsonl", ["one document", 5])
     out = tmp_path / "data"
     with pytest.raises(DataError, match="broken documents"):
         prepare(config(out, source))
@@ -275,7 +277,8 @@ def test_an_unfinished_data_set_of_other_settings_is_refused(tmp_path: Path) -> 
         prepare(config(out, source, seed=3, tokenizer=str(tmp_path / "other.json")))
     assert str(error.value) == (
         f"{out} holds an unfinished preparation with other settings: tokenizer = 'outlast-4k', now 'other'; "
-        f"seed = 0, now 3. Continue it with those, choose another `out`, or remove {out / '.prepare'} to begin anew"
+        f"seed = 0, now 3. Continue it with those, choose another `out`, or remove {out / '.prepare'} to "
+        f"begin anew"
     )
     manifest = prepare(config(out, source, on_bad="skip"))
     assert manifest.skipped == {"'text' is int, not a string": 1}
@@ -346,7 +349,7 @@ def test_at_most_a_hundred_broken_documents_are_listed_and_then_it_stops(tmp_pat
 def test_a_document_that_the_tokenizer_cannot_encode_is_a_broken_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(_: object, text: str) -> np.ndarray:
+    def refuse(*_: object) -> None:
         raise DataError("the tokenizer cannot encode it: why")
 
     monkeypatch.setattr("data_pipeline.tokenizer.Encoding.encode", refuse)
@@ -387,7 +390,7 @@ def test_two_preparations_of_one_folder_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_disk_that_is_full_is_named_and_space_later_lets_it_continue(
-    raw: Path, tmp_path: Path, uninterrupted: dict[str, bytes], workers: int
+    raw: Path, tmp_path: Path, workers: int
 ) -> None:
     # A limit on the size of files stands in for the full disk: the write fails with EFBIG instead of ENOSPC.
     out = tmp_path / "data"
@@ -402,7 +405,7 @@ def test_a_disk_that_is_full_is_named_and_space_later_lets_it_continue(
         signal.signal(signal.SIGXFSZ, handler)
     manifest = prepare(config(out, raw, **SMALL, workers=workers, tokenizer=_small_encoding(tmp_path)))
     assert list(verify(out)) == []
-    assert manifest.documents == 1189 + 400 + 1 + 20
+    assert manifest.documents == 400 + 1 + 100 + 20
 
 
 def _small_encoding(folder: Path) -> str:
@@ -468,7 +471,7 @@ def test_pieces_cover_every_byte_once_and_depend_on_the_sources_alone(raw: Path,
                 covered[span.file.name] += span.size_bytes
         assert covered == Counter({file.name: file.size_bytes for file in files})
         assert len({piece.name for piece in found}) == len(found)
-    assert len(cut_into_pieces(files, 10**8)) == 2, "a piece is four megabytes at least"
+    assert len(cut_into_pieces(files, 10**8)) == 1, "not worth cutting"
     large = [files[0].__class__("x.jsonl", tmp_path / "x.jsonl", 10**12, 0)]
     assert 2400 < len(cut_into_pieces(large, 100_000_000)) < 2600
     large = [files[0].__class__("x.jsonl", tmp_path / "x.jsonl", 10**9, 0)]
@@ -476,23 +479,22 @@ def test_pieces_cover_every_byte_once_and_depend_on_the_sources_alone(raw: Path,
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
-    """60 MB of text and 16 M tokens of two bytes; a list of ids would take 500 MB."""
-    line = json.dumps({"text": "a b c d e f g h " * 100}) + "\n"
-    for name, copies in (("small", 2_000), ("large", 36_000)):
-        (tmp_path / f"{name}.jsonl").write_text(line * copies)
-    peaks = {}
-    for name in ("small", "large"):
-        program = (
-            "import resource, sys\nfrom data_pipeline.prepare import DataPrepConfig, prepare\n"
-            "prepare(DataPrepConfig.model_validate_json(sys.argv[1]))\n"
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-        )
-        settings = config(tmp_path / name, tmp_path / f"{name}.jsonl").model_dump_json()
-        result = subprocess.run(
-            [sys.executable, "-c", program, settings], capture_output=True, text=True, check=True
-        )
-        peaks[name] = int(result.stdout)
-    assert peaks["large"] - peaks["small"] < 60_000  # KiB
+    """12.8 M tokens in one piece: as a list they take 100 MB, as an array of two bytes 25."""
+    line = (json.dumps({"text": "a b c d e f g h " * 100}) + "\n").encode()
+    # not getrusage's: that one remembers the process that this one was forked from
+    program = (
+        "import sys\nfrom pathlib import Path\nfrom data_pipeline.prepare import DataPrepConfig, prepare\n"
+        "prepare(DataPrepConfig.model_validate_json(sys.argv[1]))\n"
+        "print(Path('/proc/self/status').read_text().partition('VmHWM:')[2].split()[0])"
+    )
+    peaks_kib = []
+    for name, copies in (("small", 3_000), ("large", 16_000)):
+        source = tmp_path / f"{name}.jsonl.gz"
+        source.write_bytes(gzip.compress(line * copies, compresslevel=1))
+        settings = config(tmp_path / name, source, val_fraction=0).model_dump_json()
+        command = [sys.executable, "-c", program, settings]
+        peaks_kib.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+    assert peaks_kib[1] - peaks_kib[0] < 15_000, peaks_kib
 
 
 def test_the_checksums_of_the_sources_are_in_the_manifest(raw: Path, tmp_path: Path) -> None:
@@ -506,11 +508,3 @@ def test_the_checksums_of_the_sources_are_in_the_manifest(raw: Path, tmp_path: P
     assert len(source["ranges"]) > 5
     for part in source["ranges"]:
         assert xxhash.xxh3_128_hexdigest(content[part["start"] : part["stop"]]) == part["xxh3_128"]
-
-
-def test_the_gathering_of_tokens_does_not_show_in_the_result(
-    raw: Path, tmp_path: Path, uninterrupted: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pieces, "_READ_AHEAD", 1, raising=False)
-    prepare(config(tmp_path / "data", raw, **SMALL))
-    assert files_of(tmp_path / "data") == uninterrupted
