@@ -53,7 +53,13 @@ class Run:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={processes}"]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nnodes=1",
+            f"--nproc-per-node={processes}",
+        ]
         command += ["--master-addr=127.0.0.1", f"--master-port={port}", f"--max-restarts={max_restarts}"]
         command += ["--monitor-interval=0.1", "--shutdown-timeout=20"]
         command += ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"]
@@ -107,7 +113,7 @@ class Run:
         return [step for step, _ in committed(self.dir.checkpoints)]
 
     def state(self, step: int) -> dict[str, np.ndarray]:
-        """Every state of every parameter at a checkpoint, without padding, whatever the world that wrote it."""
+        """Every state of every group at a checkpoint, without padding, whatever the world."""
         reader = CheckpointReader(dict(committed(self.dir.checkpoints))[step])
         return {
             f"{group.name}.{state}": reader.read(group.name, state, 0, group.numel)

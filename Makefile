@@ -1,0 +1,46 @@
+# Each target does its own set-up in .venv; PYTHON picks the interpreter (3.11 or newer).
+PYTHON ?= python3
+BIN := .venv/bin
+OUT ?= demo
+
+.PHONY: demo test check format chaos benchmark clean
+
+demo: .venv/.installed
+	$(BIN)/outlast demo --out $(OUT)
+
+test: .venv/.installed-for-tests
+	$(BIN)/python -m pytest
+
+check: .venv/.installed-for-tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: .venv/.installed-for-tests
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+chaos: .venv/.installed-for-tests
+	$(BIN)/python -m pytest -m chaos
+
+benchmark: .venv/.installed-for-tests
+	$(BIN)/python -m pytest -m benchmark -s
+
+clean:
+	rm -rf .venv demo build *.egg-info
+
+.venv/.installed: pyproject.toml
+	@echo "Installing Outlast and what it needs in .venv (once; a few minutes)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+# flash-attn's kernels need a GPU to build for; its Python layer is tested on the CPU without them.
+# megatron-core reads our shards in the tests; of what it asks for, nothing more than that is needed.
+.venv/.installed-for-tests: .venv/.installed
+	@echo "Installing what the tests need"
+	$(BIN)/pip install --quiet --editable '.[test]'
+	$(BIN)/pip install --quiet --no-deps 'megatron-core==0.16.*'
+	FLASH_ATTENTION_FORCE_BUILD=TRUE FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE \
+		$(BIN)/pip install --quiet --no-build-isolation --no-deps 'flash-attn==2.8.*'
+	touch $@

@@ -1,0 +1,77 @@
+"""The numbers of a run against a hand-written loop: any world, any cut of the batch, the same gradient."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data_pipeline.batches import BatchReader
+from gpt.config import RunConfig
+from gpt.model import GPT
+from gpt.schedule import learning_rate
+from gpt.step import model_inputs
+from tests.distributed.conftest import Run
+
+CPU = torch.device("cpu")
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, tuple[list[float], list[float]]]:
+    return {}
+
+
+def plain_loop(run: RunConfig, data_dir: Path) -> tuple[list[float], list[float]]:
+    """Losses and gradient norms of one process that computes each step's whole batch at once."""
+    model = GPT(run.model)
+    model.initialize(run.seed)
+    model.place(CPU, torch.float32)
+    decay = [p for p in model.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if p.ndim != 2]
+    groups = [{"params": decay, "weight_decay": run.optimizer.weight_decay}]
+    groups += [{"params": others, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, betas=run.optimizer.betas, eps=run.optimizer.eps, fused=False)
+    reader = BatchReader(
+        [(data_dir, 1.0)], context=run.model.context, global_batch=run.global_batch, seed=run.seed
+    )
+    losses, norms = [], []
+    for step in range(1, run.total_steps + 1):
+        batch = reader.batch(step, rank=0, world_size=1)
+        loss = model(*model_inputs(batch, CPU)) / int(batch.scored.sum())
+        adamw.zero_grad()
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), run.optimizer.grad_clip)))
+        for group in adamw.param_groups:
+            group["lr"] = learning_rate(run.schedule, run.optimizer.peak_lr, run.total_steps, step)
+        adamw.step()
+        losses.append(loss.item())
+    return losses, norms
+
+
+@pytest.mark.parametrize(
+    ("stage", "processes", "micro_batch"), [(1, 1, 8), (1, 2, 4), (1, 2, 1), (2, 2, 2), (2, 1, 2)]
+)
+def test_losses_and_norms_are_those_of_a_plain_loop(
+    new_run: Callable[..., Run], data_dir: Path, stage: int, processes: int, micro_batch: int
+) -> None:
+    run = new_run(
+        zero__stage=stage,
+        batch__micro_batch=micro_batch,
+        schedule__total_steps=STEPS,
+        optimizer__grad_clip=0.5,  # low enough to clip on the way
+    )
+    assert run.train(processes)["exit_code"] == 0
+    config = RunConfig.model_validate_json(run.dir.config.read_text())
+    losses, norms = plain_loop(config, data_dir)
+    np.testing.assert_allclose(run.losses(), losses, rtol=1e-5)
+    np.testing.assert_allclose([line["train/grad_norm"] for line in run.metrics()], norms, rtol=1e-4)
+    assert max(norms) > 0.5 > min(norms) or max(norms) > 0.5
+
+
+def test_ranks_have_unequal_counts_of_scored_tokens(data_dir: Path) -> None:
+    """What makes the test above worth something: its batches are not evenly scored."""
+    reader = BatchReader([(data_dir, 1.0)], context=32, global_batch=8, seed=1234)
+    counts = [[int(reader.batch(step, r, 2).scored.sum()) for r in (0, 1)] for step in range(1, STEPS + 1)]
+    assert any(first != second for first, second in counts)

@@ -1,0 +1,63 @@
+"""Run by torchrun from test_zero_contract.py: one Engine, every private attribute that gpt/zero.py uses."""
+
+import json
+import sys
+from importlib.metadata import version as package_version
+
+import torch
+
+from gpt.attention import Documents
+from gpt.config import RunConfig
+from gpt.distributed import join
+from gpt.model import GPT
+from gpt.train import DTYPES
+from gpt.zero import Engine
+
+run = RunConfig.model_validate(json.loads(sys.argv[1]))
+world = join(60)
+model = GPT(run.model)
+model.initialize(run.seed)
+model.place(world.device, DTYPES[run.precision])
+# The constructor compares `_hp_mapping` of each parameter with the layout in closed form.
+engine = Engine(model, run, world)
+version = f"deepspeed {package_version('deepspeed')}"
+tokens = torch.randint(0, run.model.vocabulary, (run.batch.micro_batch, run.model.context + 1))
+ends = range(run.model.context, tokens[:, 1:].numel() + 1, run.model.context)
+documents = Documents.from_ends(torch.tensor(list(ends), dtype=torch.int32).numpy())
+
+
+def take_step(scale: float) -> None:
+    for _ in range(run.micro_batches(world.size)):
+        engine.forward_backward(scale, tokens[:, :-1], tokens[:, 1:], documents)
+        engine.step(1e-2)
+
+
+def weights() -> list[torch.Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+before = weights()
+assert engine.optimizer_steps == 0, version
+take_step(1e-3)
+after = weights()
+assert engine.optimizer_steps == 1 and not engine.was_skipped, version
+assert not all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), version
+
+take_step(float("inf"))
+assert engine.was_skipped, f"{version}: `overflow` does not tell that a step was left out"
+assert all(torch.equal(a, b) for a, b in zip(after, weights(), strict=True)), (
+    f"{version}: inf reached a weight"
+)
+assert engine.optimizer_steps == 1, version
+
+masters = {(group, state): flat for group, state, flat in engine.state()}
+for (group, state), flat in masters.items():
+    start, end = next(g for g in engine.groups if g.name == group).owned(world.rank)
+    assert flat.dtype == torch.float32 and flat.numel() == end - start, version
+    if state == "master":
+        flat.fill_(0.25)
+engine.prepare_load(optimizer_steps=41)
+engine.finish_load()  # update_lp_params
+assert all(torch.all(p == 0.25) for p in model.parameters()), f"{version}: masters do not reach the weights"
+assert engine.optimizer_steps == 41, version
+print("the contract holds", flush=True)
