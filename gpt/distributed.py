@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from data_pipeline.errors import OutlastError
 
@@ -59,8 +60,8 @@ def _store(size: int, timeout: timedelta) -> dist.Store:
     new worker would find the addresses of the dead and fail to connect.
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, size, is_master=False, timeout=timeout)
-    return dist.PrefixStore(f"restart-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    store = TCPStore(address, port, size, is_master=False, timeout=timeout)
+    return PrefixStore(f"restart-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 def from_first(world: World, value: T) -> T:

@@ -8,6 +8,7 @@ holds; tests/distributed/test_zero_contract.py fails when one of them changes it
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -152,8 +153,13 @@ class Engine:
 def _import_deepspeed(device: torch.device) -> Any:
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
+    # DeepSpeed's autotuner takes MLflow along where it is installed: 2 s of every start, for nothing.
+    was_loaded = "mlflow" in sys.modules
+    sys.modules.setdefault("mlflow", None)  # type: ignore[arg-type]
     import deepspeed
 
+    if not was_loaded:
+        del sys.modules["mlflow"]
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if device.type == "cpu":
         # Its shared-memory collectives compile for 40 s at first use and raise without a compiler; to ask
