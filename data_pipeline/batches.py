@@ -205,6 +205,7 @@ class _BatchBuilder:
         self._document_mask = document_mask
         self._tokens = np.empty((count, context + 1), dtype=np.int64)
         self._scored = np.ones((count, context), dtype=np.bool_)
+        self._starts: list[NDArray[np.int64]] = []
         self._ends: list[NDArray[np.int64]] = []
 
     def fill(self, row: int, stream: TokenStream, start: int, targets: int | None = None) -> None:
@@ -213,23 +214,22 @@ class _BatchBuilder:
         targets = context if targets is None else targets
         real = targets + 1 if targets else 0
         stream.read(start if real else 0, self._tokens[row, :real])
-        self._tokens[row, real:] = 0
-        self._scored[row, targets:] = False
-        ends = np.empty(0, dtype=np.int64)
+        if targets < context:
+            self._tokens[row, real:] = 0
+            self._scored[row, targets:] = False
+            self._ends.append(np.array([row * context + targets]))
         if self._document_mask and real:
-            # The target behind a document's last token is another document's first.
-            ends = stream.document_starts(start + 1, start + real) - start
-            self._scored[row, ends - 1] = False
-        if 0 < targets < context:
-            ends = np.union1d(ends, [targets])
-        if not ends.size or ends[-1] != context:
-            ends = np.append(ends, context)
-        self._ends.append(ends + row * context)
+            starts = stream.document_starts(start + 1, start + real)
+            self._starts.append(starts + (row * context - start))
 
     def finish(self, numbers: NDArray[np.int64]) -> Batch:
         """The batch, whose rows are the sequences `numbers`."""
-        ends = np.concatenate(self._ends).astype(np.int32)
-        return Batch(self._tokens, ends, self._scored, numbers)
+        # Where a document starts, the one before ends, and its last input has the other's first as target.
+        starts = np.concatenate([np.empty(0, np.int64), *self._starts])
+        self._scored.reshape(-1)[starts - 1] = False
+        row_ends = np.arange(1, len(self._tokens) + 1) * self._context
+        ends = np.unique(np.concatenate([row_ends, starts, *self._ends]))
+        return Batch(self._tokens, ends[ends > 0].astype(np.int32), self._scored, numbers)
 
 
 class _Skipped:

@@ -5,8 +5,10 @@ disk, whatever the size of the corpus.
 """
 
 import resource
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +29,11 @@ class TokenStream:
         problems = [p for shard in self._shards for p in check_shard(folder, shard, manifest.dtype)]
         if problems:
             raise DataError(problems[0] if len(problems) == 1 else "\n".join(problems))
-        counts = np.array([shard.tokens for shard in self._shards], dtype=np.int64)
-        self._ends = np.cumsum(counts)
+        self._ends = list(accumulate(shard.tokens for shard in self._shards))
         self._open: OrderedDict[int, MappedShard] = OrderedDict()
         # Each mapping holds two file descriptors; most are for the rest of the process.
         self._most_open = min(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8)
-        self.tokens = int(counts.sum())
+        self.tokens = self._ends[-1] if self._ends else 0
 
     def read(self, start: int, out: NDArray[np.int64]) -> None:
         """Copy the tokens [start, start + len(out)) into `out`."""
@@ -44,15 +45,15 @@ class TokenStream:
         parts = [s.document_starts(first, end) + base for s, first, end, base in self._parts(start, stop)]
         starts = parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.int64), *parts])
         # Documents without tokens, which Megatron allows, start where the next one does.
-        return starts[np.diff(starts, prepend=-1) > 0]
+        return np.unique(starts) if (starts[1:] == starts[:-1]).any() else starts
 
     def _parts(self, start: int, stop: int) -> Iterator[tuple[MappedShard, int, int, int]]:
         """(shard, first token, stop, stream position of its token 0) of each shard under [start, stop)."""
         if not 0 <= start <= stop <= self.tokens:
             raise IndexError(f"tokens [{start}, {stop}) of {self.tokens}")
-        index = int(np.searchsorted(self._ends, start, side="right"))
+        index = bisect_right(self._ends, start)
         while start < stop:
-            end = int(self._ends[index])
+            end = self._ends[index]
             base = end - self._shards[index].tokens
             here = min(stop, end)
             if here > start:
