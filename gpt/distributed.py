@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from data_pipeline.errors import OutlastError
 
@@ -53,7 +53,7 @@ def join(timeout_s: float) -> World:
     return World(dist.get_rank(), dist.get_world_size(), local_rank, node, device, control)
 
 
-def _store(size: int, timeout: timedelta) -> dist.Store:
+def _store(size: int, timeout: timedelta) -> Store:
     """The agent's key-value store, a part of it for each restart.
 
     torchrun's static rendezvous keeps one store over restarts, and torch 2.13 no longer separates them: a
