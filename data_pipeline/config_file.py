@@ -38,7 +38,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def with_overrides(tables: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """`tables` with each `a.b=c` set; values are read as TOML, else taken as strings."""
-    result = _deep_copy(tables)
+    result: dict[str, Any] = _deep_copy(tables)
     problems = []
     for override in overrides:
         name, equals, text = override.partition("=")

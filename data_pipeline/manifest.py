@@ -8,7 +8,7 @@ needs the standard library alone; it never repairs and never guesses.
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -117,6 +117,11 @@ class Manifest:
             json.dumps({"format": FORMAT, **asdict(self)}, indent=1, ensure_ascii=False)[2:] + "\n"
         ).encode()
         return b'{"sha256": "' + hashlib.sha256(rest).hexdigest().encode() + b'",\n' + rest
+
+
+def joint_fingerprint(manifests: Iterable[Manifest]) -> str:
+    """What a run over these data sets, in this order, reads: their fingerprints together."""
+    return "+".join(manifest.fingerprint for manifest in manifests)
 
 
 class BadFile(NamedTuple):

@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.documents import BadDocument, DocumentReader, Span, is_held_out
+from data_pipeline.durable import fsync_folder, write_durably
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import Shard, Split, shard_from_json
-from data_pipeline.shards import ShardWriter, fsync_folder, write_durably
+from data_pipeline.shards import ShardWriter
 from data_pipeline.sources import SourceFile
 from data_pipeline.tokenizer import Encoding
 

@@ -22,6 +22,7 @@ from pydantic import Field
 from data_pipeline.config_file import Section
 from data_pipeline.crew import encode_all
 from data_pipeline.documents import line_number
+from data_pipeline.durable import write_durably
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.indexed import dtype_for
 from data_pipeline.manifest import (
@@ -41,7 +42,6 @@ from data_pipeline.pieces import (
     cut_into_pieces,
 )
 from data_pipeline.publish import publish, take_back
-from data_pipeline.shards import write_durably
 from data_pipeline.sources import SourceFile, find_files
 from data_pipeline.tokenizer import Encoding, load_encoding
 

@@ -4,11 +4,12 @@ A run directory never stores its own path, so that it can be moved or copied.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from data_pipeline.durable import write_durably
 
 
 @dataclass(frozen=True)
@@ -95,14 +96,7 @@ class RunDir:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write `content` so that a reader finds the old file or the new one, never a part."""
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    fsync_dir(path.parent)
+    write_durably(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -114,12 +108,3 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {type(content).__name__}, not an object")
     return content
-
-
-def fsync_dir(path: Path) -> None:
-    """Make the names in folder `path` durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from data_pipeline.batches import BatchReader, EvaluationReader
 from data_pipeline.errors import CheckpointError, OutlastError
-from data_pipeline.manifest import read_manifest
+from data_pipeline.manifest import joint_fingerprint, read_manifest
 from data_pipeline.tokenizer import load_encoding
 from gpt import attempt as attempts
 from gpt import record
@@ -109,7 +109,7 @@ class Trainer:
         """Open the data, build the network, and continue from the newest checkpoint. Collective."""
         self.run, self.run_dir, self.world, self.number, self.clock = run, run_dir, world, number, clock
         manifests = together(world, lambda: [read_manifest(source.path) for source in run.data.sources])
-        self.data_fingerprint = "+".join(manifest.fingerprint for manifest in manifests)
+        self.data_fingerprint = joint_fingerprint(manifests)
         self.token_bytes = load_encoding(run.data.sources[0].path).token_bytes()
         self.reader, self.windows = together(world, lambda: _open_data(run))
         clock.lap("data")

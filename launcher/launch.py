@@ -13,10 +13,11 @@ from typing import Any
 import click
 
 from data_pipeline.config_file import with_overrides
+from data_pipeline.durable import fsync_folder
 from data_pipeline.errors import ConfigError, LaunchError
 from gpt import record
 from gpt.checkpoint.format import committed
-from gpt.run_dir import RunDir, fsync_dir, read_json
+from gpt.run_dir import RunDir, read_json
 from launcher.cluster import ClusterConfig
 from launcher.follow import Follower, outcome_of, watch
 from launcher.node import request_stop
@@ -181,4 +182,4 @@ def _rewind(run: RunDir, step: int) -> None:
         if number > step:
             path.rename(path.with_name(aside + path.name))
             click.echo(f"step {number} is put aside as checkpoints/{aside}{path.name}", err=True)
-    fsync_dir(run.checkpoints)
+    fsync_folder(run.checkpoints)

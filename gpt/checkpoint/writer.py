@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.durable import fsync_folder, write_durably
 from gpt.checkpoint.format import (
     CHUNK_BYTES,
     INDEX_NAME,
@@ -25,7 +26,6 @@ from gpt.checkpoint.format import (
     rank_name,
     step_name,
 )
-from gpt.run_dir import fsync_dir
 
 _TEMPORARY = ".tmp-"
 
@@ -77,16 +77,12 @@ def write_rank_file(
 
 def commit(checkpoints: Path, temporary: Path, index: CheckpointIndex) -> Path:
     """Write the index into `temporary` and rename it into place; the committed folder."""
-    with (temporary / INDEX_NAME).open("wb") as file:
-        file.write(index.dumps())
-        file.flush()
-        os.fsync(file.fileno())
-    fsync_dir(temporary)
+    write_durably(temporary / INDEX_NAME, index.dumps())
     final = checkpoints / step_name(index.step)
     if final.exists():  # it did not verify when this attempt started, or it would have been resumed from
         set_aside(final)
     temporary.rename(final)
-    fsync_dir(checkpoints)
+    fsync_folder(checkpoints)
     return final
 
 

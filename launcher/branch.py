@@ -1,0 +1,84 @@
+"""`launch --from RUN_DIR[@STEP]`: a new run that begins with the state of another run's checkpoint.
+
+The new run's own config decides everything from that step on (schedule, data, batch); what it takes over is
+the weights, the moments and the count of steps. The files are checked in full and then shared by hard links
+where the file system allows it, else copied.
+"""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline.durable import fsync_folder, write_durably
+from data_pipeline.errors import ConfigError
+from gpt.checkpoint.format import INDEX_NAME, CheckpointIndex, committed, read_index, step_name, verify
+from gpt.config import RunConfig
+from gpt.flops import parameter_table
+from gpt.run_dir import RunDir
+from launcher.runs import open_run
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A verified checkpoint of another run."""
+
+    folder: Path
+    index: CheckpointIndex
+
+
+def find_origin(text: str, config: RunConfig) -> Origin:
+    """The checkpoint that `RUN_DIR[@STEP]` means, checked byte by byte against `config`.
+
+    Raises ConfigError when there is none, a byte of it is bad, or it belongs to another network.
+    """
+    name, at, number = text.rpartition("@")
+    step = int(number) if at and number.isdigit() else None
+    run = open_run(name if step is not None else text)
+    steps: Mapping[int, Path] = dict(committed(run.checkpoints))
+    if not steps:
+        raise ConfigError(f"--from {text}: {run.path} has no checkpoint yet")
+    folder = steps.get(max(steps) if step is None else step)
+    if folder is None:
+        known = ", ".join(map(str, steps))
+        raise ConfigError(f"--from {text}: there is no checkpoint of step {step}; there are {known}")
+    for bad in verify(folder):
+        raise ConfigError(f"--from {text}: {bad.path}: byte {bad.offset}: {bad.reason}. Choose another step.")
+    index = read_index(folder)
+    theirs = {entry.name: entry.shape for entry in index.parameters}
+    ours = dict(parameter_table(config.model))
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            raise ConfigError(
+                f"--from {text}: parameter {name} is {_shape(theirs.get(name))} there and "
+                f"{_shape(ours.get(name))} in this config; the [model] tables must agree."
+            )
+    if index.step >= config.total_steps:
+        raise ConfigError(
+            f"--from {text}: step {index.step} is not before the end of this run, schedule.total_steps = "
+            f"{config.total_steps}."
+        )
+    return Origin(folder, index)
+
+
+def plant(origin: Origin, run: RunDir, data_fingerprint: str) -> None:
+    """Make `origin` the first checkpoint of the new run, as of the new run's data."""
+    temporary = run.checkpoints / f".tmp-{step_name(origin.index.step)}"
+    temporary.mkdir()
+    for entry in origin.index.files:
+        _share(origin.folder / entry.name, temporary / entry.name)
+    index = origin.index.model_copy(update={"data_fingerprint": data_fingerprint, "attempt": 0})
+    write_durably(temporary / INDEX_NAME, index.dumps())
+    temporary.rename(run.checkpoints / step_name(origin.index.step))
+    fsync_folder(run.checkpoints)
+
+
+def _share(source: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(source)
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(source, target)
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else str(list(shape))
