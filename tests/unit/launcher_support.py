@@ -6,12 +6,16 @@ node task, torchrun and the processes are real.
 
 import json
 import os
+import random
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from data_pipeline.config_file import validate
+from data_pipeline.prepare import DataPrepConfig, prepare
+from data_pipeline.tokenizer import train_tokenizer
 from gpt.config import RunConfig
 from gpt.run_dir import RunDir, write_json
 from launcher.cluster import ClusterConfig
@@ -115,3 +119,28 @@ def processes_naming(text: str) -> list[int]:
         if text.encode() in command and is_alive(int(entry.name)):
             found.append(int(entry.name))
     return found
+
+
+def make_data(folder: Path, *, val_fraction: float = 0.2, tokenizer_of: str | None = None) -> Path:
+    """A small data set of made-up text: about 12,000 tokens, by `outlast-4k` or a BPE learnt from a text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    words = ("light", "water", "and", "the", "days", "of", "stone", "made", "he", "river")
+    texts = [" ".join(random.Random(i).choices(words, k=200)) for i in range(60)]
+    raw = folder / "raw.jsonl"
+    raw.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    tokenizer = "outlast-4k"
+    if tokenizer_of is not None:
+        (folder / "words.txt").write_text(tokenizer_of * 100)
+        tokenizer = str(folder / "own.json")
+        train_tokenizer([folder / "words.txt"], 260, Path(tokenizer))
+    config = DataPrepConfig(
+        sources=(str(raw),), tokenizer=tokenizer, out=folder / "data", val_fraction=val_fraction, workers=1
+    )
+    prepare(config)
+    return folder / "data"
+
+
+def kill_tree(folder: Path) -> None:
+    """End what a failed test left running for the run in `folder`."""
+    for pid in processes_naming(str(folder)):
+        os.kill(pid, signal.SIGKILL)

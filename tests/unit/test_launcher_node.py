@@ -1,0 +1,333 @@
+"""The node task under submitit's local executor and a real torchrun: how it ends, what it leaves behind."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.errors import LaunchError
+from gpt import record
+from gpt.run_dir import RunDir, read_json, write_json
+from launcher.cluster import ClusterConfig
+from launcher.follow import outcome_of
+from launcher.node import find_place, request_stop, worker_environment
+from launcher.processes import identity
+from launcher.submit import Job, Outcome, read_job, refuse_while_alive, state
+from tests.unit.launcher_support import (
+    is_alive,
+    kill_tree,
+    make_run,
+    processes_naming,
+    start,
+    tree,
+    wait_for,
+    worker_pid,
+)
+
+WAIT_FOR_STOP = """
+if rank == 0:
+    number = claim()
+while not run.stop.exists():
+    time.sleep(0.05)
+if rank == 0:
+    finish(number, 75, "stopped: " + json.loads(run.stop.read_text())["reason"])
+"""
+FOREVER = """
+number = claim()
+time.sleep(600)
+"""
+WRITES_75_WHEN_TERMINATED = """
+def drain(*_):
+    (run.path / "drained").write_text("yes")
+    sys.exit(0)
+signal.signal(signal.SIGTERM, drain)
+(run.path / "tracking-pid").write_text(str(os.getpid()))
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """A run directory to be; whatever still names it afterwards is ended, so that one failure stays one."""
+    path = tmp_path / "run"
+    yield path
+    kill_tree(path)
+
+
+def end_of(run: RunDir, job: Job) -> Outcome:
+    """How the job ends; nothing of it may be left."""
+    wait_for(lambda: state(job) == "ended")
+    assert processes_naming(str(run.path)) == []
+    return outcome_of(run, job)
+
+
+def test_the_outcome_is_what_the_workers_wrote(folder: Path) -> None:
+    run = make_run(folder, 'finish(claim(), 0, "all 10 steps are done")')
+    assert end_of(run, start(run)) == Outcome(0, "all 10 steps are done", 1)
+
+
+def test_the_outcome_is_the_result_and_not_torchruns_code(folder: Path) -> None:
+    run = make_run(folder, 'finish(claim(), 93, "no intact checkpoint")')
+    assert end_of(run, start(run)) == Outcome(93, "no intact checkpoint", 1)
+
+
+def test_a_killed_worker_is_restarted_with_the_others(folder: Path) -> None:
+    run = make_run(
+        folder,
+        """
+import torch.distributed as dist
+from datetime import timedelta
+store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+store = dist.PrefixStore(f"restart-{generation}", store)
+dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=20))
+number = claim() if rank == 0 else None
+dist.barrier()
+if generation < 2 and rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+dist.barrier()
+if rank == 0:
+    finish(number, 0, f"generation {generation}")
+""",
+        processes=2,
+    )
+    assert end_of(run, start(run)) == Outcome(0, "generation 2", 3)
+
+
+def test_workers_that_end_without_a_result_are_a_failure_with_their_last_words(folder: Path) -> None:
+    run = make_run(folder, 'print("the last words", flush=True)')
+    outcome = end_of(run, start(run))
+    assert (outcome.exit_code, outcome.attempt) == (1, None)
+    assert outcome.cause == "the workers ended without a result (torchrun: 0)\nthe last words"
+    assert [e["cause"] for e in record.read(run.events) if e["event"] == "failed"] == [
+        "the workers ended without a result (torchrun: 0)"
+    ]
+
+
+def test_an_attempt_without_a_result_gets_the_failure_as_its_result(folder: Path) -> None:
+    run = make_run(folder, "claim()")
+    assert end_of(run, start(run)).attempt == 1
+    result = read_json(run.attempt(1) / "result.json")
+    assert result is not None
+    assert result["exit_code"] == 1
+
+
+def test_the_result_of_an_earlier_submission_does_not_count(folder: Path) -> None:
+    run = make_run(folder, "pass")
+    run.attempt(1).mkdir()
+    write_json(run.attempt(1) / "result.json", {"exit_code": 0, "cause": "done long ago"})
+    assert end_of(run, start(run)).exit_code == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
+def test_a_signal_to_the_node_task_becomes_a_stop_request(folder: Path, number: signal.Signals) -> None:
+    run = make_run(folder, WAIT_FOR_STOP)
+    job = start(run)
+    wait_for(lambda: run.attempt_numbers())
+    [task] = [pid for pid in tree(job) if "submitit.core._submit" in command_line(pid)]
+    os.kill(task, number)
+    assert end_of(run, job) == Outcome(75, f"stopped: {number.name}", 1)
+
+
+def test_sigterm_to_the_controller_saves_and_stops(folder: Path) -> None:
+    run = make_run(folder, WAIT_FOR_STOP)
+    job = start(run)
+    wait_for(lambda: run.attempt_numbers())
+    assert job.pid is not None
+    os.kill(job.pid, signal.SIGTERM)
+    assert end_of(run, job) == Outcome(75, "stopped: SIGTERM", 1)
+
+
+def test_a_stop_request_reaches_the_workers(folder: Path) -> None:
+    run = make_run(folder, WAIT_FOR_STOP, processes=2)
+    job = start(run)
+    wait_for(lambda: run.attempt_numbers())
+    request_stop(run, "outlast stop")
+    assert end_of(run, job) == Outcome(75, "stopped: outlast stop", 1)
+
+
+def test_stop_now_ends_the_workers_without_asking_them(folder: Path) -> None:
+    run = make_run(folder, FOREVER)
+    job = start(run)
+    wait_for(lambda: run.attempt_numbers())
+    request_stop(run, "outlast stop --now", now=True)
+    assert end_of(run, job) == Outcome(1, "stopped at once, without saving, as asked", 1)
+
+
+def test_a_later_request_can_only_make_a_stop_more_urgent(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    seen = []
+    for reason, now in (
+        ("first", False),
+        ("second", False),
+        ("third", True),
+        ("fourth", False),
+        ("fifth", True),
+    ):
+        request_stop(run, reason, now=now)
+        stop = read_json(run.stop)
+        assert stop is not None
+        seen.append((stop["reason"], stop["now"]))
+    assert seen == [("first", False)] * 2 + [("third", True)] * 3
+
+
+def test_submitting_removes_a_standing_stop_request(folder: Path) -> None:
+    run = make_run(folder, 'finish(claim(), 0, "stop stands: " + str(run.stop.exists()))')
+    request_stop(run, "of yesterday", now=True)
+    assert end_of(run, start(run)) == Outcome(0, "stop stands: False", 1)
+
+
+@pytest.mark.parametrize(
+    "victim", ["submitit.core._submit", "submitit.local._local", "torch.distributed.run"]
+)
+def test_a_killed_process_leaves_no_orphan(folder: Path, victim: str) -> None:
+    tracking = "import time\ntime.sleep(600)"
+    run = make_run(folder, FOREVER, processes=2, tracking=tracking)
+    job = start(run)
+    wait_for(lambda: worker_pid(run, 0, 0) and worker_pid(run, 0, 1))
+    family = tree(job)
+    assert len(family) == 6  # controller, node task, mirror, agent, two workers
+    [pid] = [pid for pid in family if victim in command_line(pid)]
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not any(is_alive(pid) for pid in family))
+    assert state(job) == "ended"
+    if victim == "torch.distributed.run":
+        assert outcome_of(run, job).cause.startswith("the workers ended without a result (torchrun: -9)")
+    else:
+        assert outcome_of(run, job).cause.startswith("the job ended without a word, as when its node is lost")
+
+
+def test_a_worker_that_left_its_session_does_not_outlive_the_job(folder: Path) -> None:
+    run = make_run(
+        folder,
+        """
+import subprocess
+command = [sys.executable, "-c", "import time; time.sleep(600)", str(run.path)]
+stray = subprocess.Popen(command, start_new_session=True)
+(run.path / "stray").write_text(str(stray.pid))
+finish(claim(), 0, "done")
+""",
+    )
+    assert end_of(run, start(run)) == Outcome(0, "done", 1)
+    assert not is_alive(int((run.path / "stray").read_text()))
+
+
+def test_the_mirror_is_told_to_drain_and_waited_for(folder: Path) -> None:
+    tracking = "import os, signal, sys, time\nfrom pathlib import Path\nfrom gpt.run_dir import RunDir\n"
+    tracking += "run = RunDir(Path(sys.argv[1]))\n" + WRITES_75_WHEN_TERMINATED
+    worker = """
+while not (run.path / "tracking-pid").exists():
+    time.sleep(0.05)
+finish(claim(), 0, "done")
+"""
+    run = make_run(folder, worker, tracking=tracking)
+    assert end_of(run, start(run)) == Outcome(0, "done", 1)
+    assert (run.path / "drained").read_text() == "yes"
+
+
+def test_a_mirror_that_fails_does_not_matter(folder: Path) -> None:
+    run = make_run(folder, 'time.sleep(1); finish(claim(), 0, "done")', tracking="raise SystemExit(3)")
+    assert end_of(run, start(run)) == Outcome(0, "done", 1)
+
+
+def test_the_job_runs_the_code_as_submitted_and_not_the_current_folders(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoy = tmp_path / "checkout" / "gpt"
+    decoy.mkdir(parents=True)
+    (decoy / "__init__.py").write_text("raise SystemExit('the current folder was imported')")
+    monkeypatch.chdir(decoy.parent)
+    run = make_run(folder, "import gpt.config; finish(claim(), 0, gpt.config.__file__)")
+    assert end_of(run, start(run)) == Outcome(0, str(run.code / "gpt" / "config.py"), 1)
+
+
+def test_the_job_survives_its_submitters_terminal(folder: Path) -> None:
+    run = make_run(folder, WAIT_FOR_STOP)
+    program = (
+        f"from pathlib import Path; from gpt.run_dir import RunDir; from launcher.submit import submit; \
+submit(RunDir(Path({str(folder)!r})), 'launch'); print('submitted')"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as submitter:
+        answer, _ = submitter.communicate(timeout=30)  # would hang if the job held the pipe open
+    assert answer == "submitted\n"
+    job = read_job(run)
+    assert job is not None
+    assert os.getsid(job.pid or 0) != submitter.pid
+    wait_for(lambda: run.attempt_numbers())
+    with pytest.raises(LaunchError, match=rf"has a job already \(local {job.job_id} on .*, running\)"):
+        refuse_while_alive(run)
+    request_stop(run, "test")
+    assert end_of(run, job).exit_code == 75
+    refuse_while_alive(run)
+
+
+def test_a_submission_that_fails_says_why(folder: Path) -> None:
+    run = make_run(folder, "pass")
+    run.cluster.write_text("{}")
+    with pytest.raises(
+        LaunchError, match=r"(?s)^the submission failed:\n.*kind is missing and has no default"
+    ):
+        start(run)
+
+
+def test_a_copy_of_a_run_is_not_held_by_the_originals_job_and_a_moved_one_is(tmp_path: Path) -> None:
+    original, copy = RunDir(tmp_path / "original"), RunDir(tmp_path / "copy")
+    original.path.mkdir()
+    process = identity(os.getpid())
+    inode = original.path.stat().st_ino
+    job = Job(1, "local", str(os.getpid()), os.uname().nodename, os.getpid(), process, inode, 0.0)
+    write_json(original.job, asdict(job))
+    shutil.copytree(original.path, copy.path)
+    assert read_job(copy) is None
+    refuse_while_alive(copy)
+    moved = RunDir(original.path.rename(tmp_path / "moved"))
+    assert read_job(moved) == job
+    with pytest.raises(LaunchError, match=r"has a job already"):
+        refuse_while_alive(moved)
+
+
+def test_a_process_id_used_again_is_not_the_job() -> None:
+    mine = Job(1, "local", "1", os.uname().nodename, os.getpid(), "another-boot/17", 0, 0.0)
+    assert state(mine) == "ended"
+
+
+def test_a_local_job_of_another_host_is_unknown_here() -> None:
+    assert state(Job(1, "local", "1", "elsewhere", os.getpid(), "x", 0, 0.0)) == "unknown"
+
+
+def test_workers_on_a_cpu_share_its_cores() -> None:
+    cores = len(os.sched_getaffinity(0))
+    cluster = ClusterConfig(kind="local", processes_per_node=2)
+    assert worker_environment(cluster, {"A": "b"}) == {"A": "b", "OMP_NUM_THREADS": str(max(1, cores // 2))}
+
+
+def test_the_cluster_files_environment_has_the_last_word() -> None:
+    cluster = ClusterConfig(kind="local", environment={"OMP_NUM_THREADS": "7", "NCCL_DEBUG": "INFO"})
+    environment = worker_environment(cluster, {"OMP_NUM_THREADS": "3"})
+    assert environment == {"OMP_NUM_THREADS": "7", "NCCL_DEBUG": "INFO"}
+
+
+def test_local_gpus_are_taken_from_those_that_the_caller_may_use() -> None:
+    cluster = ClusterConfig(kind="local", gpus_per_node=2)
+    inherited = {"CUDA_VISIBLE_DEVICES": "0,1", "OUTLAST_CUDA_VISIBLE_DEVICES": "5,GPU-7,6"}
+    assert worker_environment(cluster, inherited)["CUDA_VISIBLE_DEVICES"] == "5,GPU-7"
+
+
+def test_a_slurm_node_task_outside_slurm_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_NODEID", raising=False)
+    with pytest.raises(LaunchError, match=r"^not inside a Slurm job: 'SLURM_NODEID' is not set$"):
+        find_place(ClusterConfig(kind="slurm"))
+
+
+def command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except FileNotFoundError:
+        return ""

@@ -1,0 +1,313 @@
+"""What is found before anything starts: each problem in its words, all of them at once, exit code 2."""
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipeline.config_file import with_overrides
+from data_pipeline.errors import ConfigError
+from data_pipeline.manifest import read_manifest
+from gpt.run_dir import read_json
+from launcher.cluster import ClusterConfig
+from launcher.plan import plan
+from launcher.preflight import Findings, Request, check_disk, check_machine, examine
+from launcher.recipes import recipe_names, run_tables
+from launcher.runs import create_run, next_run_folder, read_cluster, read_config
+from tests.unit.launcher_support import make_data
+
+LOCAL = ClusterConfig(kind="local", processes_per_node=2)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+def ask(data: Path, folder: Path | None, *overrides: str, cluster: str | ClusterConfig = LOCAL) -> Request:
+    tables, source = run_tables("tiny", [f"data.path={data}", *overrides])
+    return examine(tables, source, cluster, folder)
+
+
+def refused(ask: Callable[[], object]) -> Sequence[str]:
+    with pytest.raises(ConfigError) as error:
+        ask()
+    assert error.value.exit_code == 2
+    return error.value.problems
+
+
+def test_a_good_request_is_resolved_with_the_datas_vocabulary(data: Path, tmp_path: Path) -> None:
+    request = ask(data, tmp_path / "run")
+    assert request.config.model.vocab_size == 4096
+    assert request.config.model.d_ff == 192  # 8/3 × 64 = 170.7, rounded up to a multiple of 64
+    assert request.train_tokens == read_manifest(data).train_tokens
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_is_complete_but_for_its_data(name: str, data: Path) -> None:
+    tables, source = run_tables(name, [f"data.path={data}"])
+    assert examine(tables, source, LOCAL, None).config.name == name
+
+
+def test_an_unknown_key_suggests_the_nearest(data: Path, tmp_path: Path) -> None:
+    found = refused(lambda: ask(data, tmp_path / "run", "model.n_layer=3"))
+    assert found == ["tiny.toml: unknown key 'model.n_layer'; did you mean 'model.n_layers'?"]
+
+
+def test_a_batch_that_does_not_divide_names_the_nearest_that_does(data: Path, tmp_path: Path) -> None:
+    found = refused(lambda: ask(data, tmp_path / "run", "batch.global_batch_tokens=1000"))
+    assert found == [
+        "batch.global_batch_tokens = 1000 is not a multiple of micro_batch 2 × context 64 × 2 processes "
+        "= 256. "
+        "Nearest: 1024."
+    ]
+
+
+def test_missing_data_says_how_to_give_it(tmp_path: Path) -> None:
+    tables, source = run_tables("tiny", [])
+    assert refused(lambda: examine(tables, source, LOCAL, tmp_path / "run")) == [
+        "tiny.toml: data.path is not set: give the folder that `outlast prepare` made, for example "
+        "--set data.path=data/mine"
+    ]
+
+
+def test_a_folder_without_a_manifest_is_not_a_data_set(tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    [problem] = refused(lambda: ask(tmp_path / "raw", tmp_path / "run"))
+    assert problem.startswith(f"{tmp_path / 'raw'} is not a data set")
+
+
+def test_a_flipped_byte_in_a_shard_names_the_file_and_the_place(data: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(data, tmp_path / "copy")
+    shard = copy / "train-00000.bin"
+    content = bytearray(shard.read_bytes())
+    content[1000] ^= 1
+    shard.write_bytes(content)
+    [problem] = refused(lambda: ask(copy, tmp_path / "run"))
+    assert problem.startswith(f"{shard}: byte 0: its bytes changed")
+
+
+def test_a_truncated_shard_is_named(data: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(data, tmp_path / "copy")
+    shard = copy / "val-00000.bin"
+    size = shard.stat().st_size
+    shard.write_bytes(shard.read_bytes()[:-2])
+    assert refused(lambda: ask(copy, tmp_path / "run")) == [f"{shard}: {size - 2} bytes, should be {size}"]
+
+
+def test_an_encoding_that_did_not_make_the_shards_is_named(data: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(data, tmp_path / "copy")
+    encoding = copy / "encoding.json"
+    encoding.write_text(encoding.read_text().replace("outlast-4k", "outlast-9k", 1))
+    [problem] = refused(lambda: ask(copy, tmp_path / "run"))
+    assert problem.startswith(f"{encoding}: not the encoding that the shards were made with")
+
+
+def test_a_mixture_of_two_tokenizers_is_refused(data: Path, tmp_path: Path) -> None:
+    other = make_data(tmp_path / "other", tokenizer_of="wholly other words, another vocabulary ")
+    tables = read_tables("mixture", data, other)
+    found = refused(lambda: examine(tables, "mine.toml", LOCAL, tmp_path / "run"))
+    assert found == ["the sources of data.mixture have different tokenizers; prepare them with one."]
+
+
+def test_a_vocabulary_smaller_than_the_datas_is_refused(data: Path, tmp_path: Path) -> None:
+    assert refused(lambda: ask(data, tmp_path / "run", "model.vocab_size=4000")) == [
+        f"model.vocab_size = 4000 is less than the 4096 ids of {data}. Leave model.vocab_size out, or use at "
+        "least 4096."
+    ]
+
+
+def test_a_context_longer_than_the_data_is_refused(data: Path, tmp_path: Path) -> None:
+    found = refused(
+        lambda: ask(data, tmp_path / "run", "model.context=1048576", "batch.global_batch_tokens=4194304")
+    )
+    tokens = read_manifest(data).train_tokens
+    assert found == [
+        f"{data} has {tokens} training tokens, not one sequence of model.context = 1048576 (+ 1 target). "
+        "Prepare "
+        "more text, or use a shorter context."
+    ]
+
+
+def test_data_without_a_validation_split_is_refused(tmp_path: Path) -> None:
+    data = make_data(tmp_path / "data", val_fraction=0.0)
+    assert refused(lambda: ask(data, tmp_path / "run")) == [
+        f"{data} has 0 validation tokens, not one sequence of model.context = 64 (+ 1 target). Prepare "
+        "it with "
+        "--val-fraction 0.01, or more."
+    ]
+
+
+def test_reading_the_data_often_warns_and_too_often_is_refused(data: Path, tmp_path: Path) -> None:
+    tokens = read_manifest(data).train_tokens
+    steps = 10 * tokens // 1024
+    epochs = steps * 1024 / tokens
+    warnings = ask(data, tmp_path / "run", f"schedule.total_steps={steps}").warnings
+    assert (
+        f"the run reads {data} {epochs:.1f} times; beyond 4 epochs repeated data teaches little." in warnings
+    )
+    assert ask(data, tmp_path / "run", "evaluation.tokens=1024").warnings == ()
+    found = refused(
+        lambda: ask(data, tmp_path / "run", f"schedule.total_steps={steps}", "data.max_epochs=2.5")
+    )
+    assert found == [
+        f"the run reads {data} {epochs:.2f} times: {steps * 1024} tokens of {tokens}. data.max_epochs = "
+        "2.5. Train "
+        "on fewer tokens, prepare more, or raise it."
+    ]
+
+
+def test_scoring_more_than_there_is_warns(data: Path, tmp_path: Path) -> None:
+    tokens = read_manifest(data).val_tokens
+    [warning] = ask(data, tmp_path / "run", "evaluation.tokens=99999999").warnings
+    assert warning == (
+        f"evaluation.tokens = 99999999 is more than the {tokens} validation tokens of {data}; all of "
+        "them are "
+        "scored."
+    )
+
+
+def test_a_run_directory_that_is_a_run_is_refused(data: Path, tmp_path: Path) -> None:
+    create_run(tmp_path / "run", ask(data, tmp_path / "run"), ["outlast"])
+    assert refused(lambda: ask(data, tmp_path / "run")) == [
+        f"{tmp_path / 'run'} is a run already. `outlast resume {tmp_path / 'run'}` continues it."
+    ]
+
+
+def test_a_run_directory_with_other_files_is_refused(data: Path) -> None:
+    assert refused(lambda: ask(data, data)) == [
+        f"{data} exists and is not an empty folder. Give another --run-dir."
+    ]
+
+
+def test_a_run_directory_below_a_file_is_refused(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert refused(lambda: ask(data, tmp_path / "file" / "run")) == [
+        f"{tmp_path / 'file'} is not a folder that you may write to. Give another --run-dir."
+    ]
+
+
+def test_a_full_disk_is_refused_before_a_nearly_full_one_warns(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ask(data, None).config
+    needed = 12 * parameters_by_hand() * (config.checkpoint.keep_last + 1)
+    assert plan(config, LOCAL, None).disk_bytes == needed
+    seen = []
+    for free in (needed - 1, needed, 2 * needed - 1, 2 * needed):
+        usage = shutil.disk_usage(tmp_path)._replace(free=free)
+        monkeypatch.setattr("shutil.disk_usage", lambda _path, usage=usage: usage)
+        findings = Findings()
+        check_disk(config, tmp_path / "run", findings)
+        seen.append((len(findings.problems), len(findings.warnings)))
+        kept = "(12 bytes a parameter × (checkpoint.keep_last 3 + 1))"
+        for sentence in (*findings.problems, *findings.warnings):
+            assert sentence.startswith(f"checkpoints need {needed / 2**20:.1f} MiB {kept}")
+    assert seen == [(1, 0), (0, 1), (0, 1), (0, 0)]
+
+
+def test_gpus_that_are_not_there_are_missed(data: Path, tmp_path: Path) -> None:
+    cluster = ClusterConfig(kind="local", gpus_per_node=64, processes_per_node=2)
+    [problem] = refused(lambda: ask(data, tmp_path / "run", cluster=cluster))
+    assert problem.startswith("gpus_per_node = 64, but this machine has ")
+
+
+def test_slurm_without_slurm_says_where_to_launch(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert refused(lambda: ask(data, tmp_path / "run", cluster=ClusterConfig(kind="slurm"))) == [
+        "kind = 'slurm', but there is no sbatch here. Launch from a login node of the cluster."
+    ]
+
+
+def test_more_processes_than_cores_warn() -> None:
+    findings = Findings()
+    check_machine(ClusterConfig(kind="local", processes_per_node=4096), findings)
+    assert findings.problems == []
+    [warning] = findings.warnings
+    assert warning.startswith("4096 processes share ")
+
+
+def test_a_state_that_does_not_fit_the_gpu_is_refused(data: Path) -> None:
+    cluster = ClusterConfig(kind="slurm", gpus_per_node=1, accelerator="a100-40gb")
+    big = ["model.n_layers=32", "model.d_model=4096", "model.n_heads=32", "precision=bf16"]
+    [problem] = refused(lambda: ask(data, None, *big, cluster=cluster))
+    # 18 bytes for each of 32 × (4·4096² + 3·4096·10944) + 2·4096·4096 + 65·4096 parameters
+    parameters = 32 * (4 * 4096**2 + 3 * 4096 * 10944) + 2 * 4096 * 4096 + 65 * 4096
+    assert problem == (
+        f"the training state needs {18 * parameters / 2**30:.1f} GiB on each of 1 ranks (zero.stage = "
+        "1), a100-40gb "
+        "has 40.0 GiB. Use more GPUs, zero.stage = 2, or a smaller model."
+    )
+
+
+def test_all_problems_of_run_cluster_data_and_folder_come_at_once(data: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(data, tmp_path / "copy")
+    (copy / "train-00000.idx").unlink()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine").write_text("")
+    tables, source = run_tables("tiny", [f"data.path={copy}", "model.n_layer=3", "optimizer.peak_lr=-1"])
+    found = refused(lambda: examine(tables, source, "lcal", tmp_path / "run"))
+    assert found == [
+        "tiny.toml: unknown key 'model.n_layer'; did you mean 'model.n_layers'?",
+        "tiny.toml: optimizer.peak_lr = -1: input should be greater than 0",
+        "--cluster lcal: neither a file nor a known cluster; did you mean 'local'?",
+        f"{copy / 'train-00000.idx'}: missing",
+        f"{tmp_path / 'run'} exists and is not an empty folder. Give another --run-dir.",
+    ]
+
+
+def test_an_unknown_recipe_suggests_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"^tinny: neither a file nor a recipe; did you mean 'tiny'\?$"):
+        run_tables("tinny", [])
+
+
+def test_data_paths_are_taken_against_the_callers_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_tables("tiny", ["data.path=d"])[0]["data"]["path"] == str(tmp_path / "d")
+    mixture = run_tables("tiny", ['data.mixture=[{path="d", weight=1}]'])[0]["data"]["mixture"]
+    assert mixture == [{"path": str(tmp_path / "d"), "weight": 1}]
+
+
+def test_a_run_directory_holds_config_cluster_provenance_and_code_and_not_its_own_path(
+    data: Path, tmp_path: Path
+) -> None:
+    request = ask(data, tmp_path / "run")
+    run = create_run(tmp_path / "run", request, ["outlast", "launch", "tiny"])
+    assert read_config(run) == request.config
+    assert read_cluster(run) == request.cluster
+    provenance = read_json(run.provenance)
+    assert provenance is not None
+    assert provenance["command"] == ["outlast", "launch", "tiny"]
+    assert provenance["data_fingerprints"] == [read_manifest(data).fingerprint]
+    assert provenance["versions"]["torch"].startswith("2.13")
+    for module in ("launcher/node.py", "gpt/config.py", "data_pipeline/manifest.py"):
+        assert (run.code / module).read_bytes() == (Path(__file__).parents[2] / module).read_bytes()
+    for path in (run.config, run.cluster, run.provenance):
+        assert str(run.path) not in path.read_text()
+
+
+def test_runs_are_numbered_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OUTLAST_RUNS", str(tmp_path))
+    assert next_run_folder("a") == tmp_path / "a-0001"
+    for name in ("a-0001", "a-0009", "a-b-0011", "a-x"):
+        (tmp_path / name).mkdir()
+    assert next_run_folder("a") == tmp_path / "a-0010"
+
+
+def read_tables(kind: str, *paths: Path) -> dict[str, Any]:
+    tables, _ = run_tables("tiny", [])
+    sources = [{"path": str(path), "weight": 1.0} for path in paths]
+    return with_overrides({**tables, "data": {kind: sources}}, [])
+
+
+def parameters_by_hand() -> int:
+    """tiny's parameters, counted from its recipe: 2 layers, width 64, hidden 192, 4,096 ids, untied."""
+    layer = 4 * 64 * 64 + 3 * 64 * 192 + 2 * 64
+    return 2 * layer + 2 * 4096 * 64 + 64
