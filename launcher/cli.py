@@ -134,6 +134,9 @@ def plan(run: str, cluster: str, overrides: tuple[str, ...], as_json: bool) -> i
 @click.option(
     "--run-dir", type=click.Path(path_type=Path), metavar="DIR", help="Default: $OUTLAST_RUNS/NAME-NNNN."
 )
+@click.option(
+    "--from", "origin", metavar="RUN_DIR[@STEP]", help="Begin with the state of another run's checkpoint."
+)
 @click.option("--dry-run", is_flag=True, help="Check and plan; start and write nothing.")
 @_detach_option
 def launch(
@@ -141,12 +144,13 @@ def launch(
     cluster: str,
     overrides: tuple[str, ...],
     run_dir: Path | None,
+    origin: str | None,
     dry_run: bool,
     attend: bool | None,
 ) -> int:
     from launcher.launch import launch
 
-    return launch(run, cluster, overrides, run_dir, dry_run=dry_run, attend=attend)
+    return launch(run, cluster, overrides, run_dir, origin=origin, dry_run=dry_run, attend=attend)
 
 
 @commands.command(

@@ -7,6 +7,7 @@ did not lead to a restart or the model does not beat gzip.
 
 import gzip
 import lzma
+import math
 import os
 import signal
 import subprocess
@@ -186,11 +187,15 @@ def _restart_problem(run: RunDir, saboteur: Saboteur) -> str | None:
 
 
 def _score(run: RunDir, data: Path, manifest: Manifest) -> list[str]:
-    scores = [line for line in record.read(run.metrics) if "val/bits_per_byte" in line]
+    scores = [line for line in record.read(run.metrics) if "val/loss" in line]
     if not scores:
-        return ["the run recorded no val/bits_per_byte"]
-    ours = float(scores[-1]["val/bits_per_byte"])
+        return ["the run recorded no val/loss"]
     text = held_out_text(data, manifest)
+    # The model does not score a document's first token; here each counts in full, as a plain id would.
+    documents = sum(shard.documents for shard in manifest.val)
+    nats = float(scores[-1]["val/loss"]) * (manifest.val_tokens - documents)
+    nats += documents * math.log(manifest.encoding.vocab_size)
+    ours = nats / math.log(2) / len(text)
     rows = {
         "this model": ours,
         "gzip -9": 8 * len(gzip.compress(text, 9)) / len(text),

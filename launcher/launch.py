@@ -15,9 +15,11 @@ import click
 from data_pipeline.config_file import with_overrides
 from data_pipeline.durable import fsync_folder
 from data_pipeline.errors import ConfigError, LaunchError
+from data_pipeline.manifest import joint_fingerprint
 from gpt import record
 from gpt.checkpoint.format import committed
 from gpt.run_dir import RunDir, read_json
+from launcher.branch import find_origin, plant
 from launcher.cluster import ClusterConfig
 from launcher.follow import Follower, outcome_of, watch
 from launcher.node import request_stop
@@ -46,14 +48,19 @@ def launch(
     overrides: Sequence[str],
     folder: Path | None,
     *,
+    origin: str | None,
     dry_run: bool,
     attend: bool | None,
 ) -> int:
-    """Check, make the run directory, submit; the exit code. `attend` None: stay with a local job only."""
+    """Check, make the run directory, submit; the exit code.
+
+    `origin` is the RUN_DIR[@STEP] to begin from. `attend` None: stay with a local job only.
+    """
     tables, source = run_tables(run, overrides)
     if folder is None:
         folder = next_run_folder(str(tables.get("name", "run")))
     request = examine(tables, source, cluster, folder.absolute())
+    start = find_origin(origin, request.config) if origin is not None else None
     show_warnings(request)
     if dry_run:
         show_plan(request)
@@ -61,6 +68,10 @@ def launch(
         click.echo(folder.absolute())
         return 0
     made = create_run(folder.absolute(), request, command_line())
+    if start is not None:
+        plant(start, made, joint_fingerprint(request.manifests))
+        parent = start.folder.parent.parent.name
+        record.event(made.events, "branched", run=parent, step=start.index.step)
     return _submit_and_attend(made, request.config.total_steps, request.cluster, "launch", attend)
 
 
