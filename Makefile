@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= demo
+KILLS ?= 20
 
 .PHONY: demo test check format chaos benchmark clean
 
@@ -21,7 +22,7 @@ format: .venv/.installed-for-tests
 	$(BIN)/ruff check --fix .
 
 chaos: .venv/.installed-for-tests
-	$(BIN)/python -m pytest -m chaos
+	OUTLAST_KILLS=$(KILLS) $(BIN)/python -m pytest -m chaos
 
 benchmark: .venv/.installed-for-tests
 	$(BIN)/python -m pytest -m benchmark -s
