@@ -73,7 +73,7 @@ def start(run: RunDir) -> Job:
     return submit(run, "launch")
 
 
-def wait_for(condition: Callable[[], object], timeout_s: float = 30.0) -> None:
+def wait_for(condition: Callable[[], object], timeout_s: float = 120.0) -> None:
     """Return once `condition` holds; fail loudly when it does not within `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while not condition():
