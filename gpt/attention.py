@@ -1,9 +1,11 @@
-"""Causal attention inside documents, by one of three kernels chosen once.
+"""Causal attention inside documents, by one of the kernels, chosen once.
 
     # B batch, T tokens, H query heads, K key/value heads, E head width, N documents
 
 All compute softmax(Q Kᵀ / √E) V (Vaswani et al. 2017, equation 1) with the causal mask, inside each
-document only. `flash-2` is FlashAttention-2 (Dao 2023, arXiv:2307.08691; the tiling and the online
+document only; with a window (Longformer, arXiv:2004.05150; Mistral 7B, arXiv:2310.06825) a token sees
+the last W tokens, itself included; with a soft-cap (Gemma 2, arXiv:2408.00118, section 2) the scores are
+c · tanh(x / c). `flash-2` is FlashAttention-2 (Dao 2023, arXiv:2307.08691; the tiling and the online
 softmax are those of FlashAttention, Dao et al. 2022, arXiv:2205.14135) through flash-attn's varlen
 kernel; `sdpa` is torch's own flash kernel; `reference` is the formula.
 """
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from data_pipeline.errors import ConfigError
 from gpt.layers import compute_dtype
+from gpt.model_config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -45,22 +48,44 @@ class Documents:
         return cls(tuple(lengths.tolist()), by_length, cumulative, int(lengths.max()))
 
 
-Attention = Callable[[Tensor, Tensor, Tensor, Documents], Tensor]
-"""(q [B·T, H, E], k [B·T, K, E], v [B·T, K, E], documents) → [B·T, H, E]"""
+@dataclass(frozen=True)
+class Scores:
+    """What is done to the scores beside the causal mask."""
+
+    window: int | None = None
+    softcap: float | None = None
+    dropout: float = 0.0
+
+    @classmethod
+    def of(cls, model: ModelConfig, *, is_training: bool) -> "Scores":
+        """Those of the config; dropout only where the network trains."""
+        return cls(model.window, model.attention_softcap, model.dropout if is_training else 0.0)
 
 
-def choose(name: str, device: torch.device, dtype: torch.dtype, head_width: int) -> tuple[str, Attention]:
-    """The kernel that `name` (or "auto") means here. Raises ConfigError when a named one cannot run."""
-    obstacle = _flash_2_obstacle(device, dtype, head_width)
+Attention = Callable[[Tensor, Tensor, Tensor, Documents, Scores], Tensor]
+"""(q [B·T, H, E], k [B·T, K, E], v [B·T, K, E], documents, scores) → [B·T, H, E]"""
+
+
+def choose(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> tuple[str, Attention]:
+    """The kernel that `model.attention` means here. Raises ConfigError when a named one cannot run."""
+    obstacles = {
+        "flash-2": _flash_2_obstacle(device, dtype, model.head_width),
+        "sdpa": "torch's kernel has no soft-cap" if model.attention_softcap else None,
+        "reference": None,
+    }
+    name: str = model.attention
     if name == "auto":
-        name = "sdpa" if obstacle else "flash-2"
-    if name == "flash-2" and obstacle:
-        raise ConfigError(f"model.attention = 'flash-2' cannot run here: {obstacle}. Use 'auto' or 'sdpa'.")
+        name = next(kernel for kernel, obstacle in obstacles.items() if obstacle is None)
+    if obstacles[name] is not None:
+        raise ConfigError(f"model.attention = {name!r} cannot run here: {obstacles[name]}. Use 'auto'.")
     return name, {"flash-2": flash_2, "sdpa": sdpa, "reference": reference}[name]
 
 
-def flash_2(q_xhe: Tensor, k_xke: Tensor, v_xke: Tensor, documents: Documents) -> Tensor:
-    """FlashAttention-2, documents as variable-length sequences: O(B·T) memory, no mask."""
+def flash_2(q_xhe: Tensor, k_xke: Tensor, v_xke: Tensor, documents: Documents, scores: Scores) -> Tensor:
+    """FlashAttention-2, documents as variable-length sequences: O(B·T) memory, no mask.
+
+    Its backward adds up dQ with atomics, in any order, unless torch.use_deterministic_algorithms is on.
+    """
     from flash_attn import flash_attn_varlen_func
 
     bounds = documents.cumulative_n1
@@ -73,13 +98,19 @@ def flash_2(q_xhe: Tensor, k_xke: Tensor, v_xke: Tensor, documents: Documents) -
         cu_seqlens_k=bounds.clone(),
         max_seqlen_q=documents.longest,
         max_seqlen_k=documents.longest,
+        dropout_p=scores.dropout,
         causal=True,
+        # it counts the tokens before a query, we the query too; -1 means no limit
+        window_size=(-1, -1) if scores.window is None else (scores.window - 1, 0),
+        softcap=scores.softcap or 0.0,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
     )
     return out
 
 
-def sdpa(q_xhe: Tensor, k_xke: Tensor, v_xke: Tensor, documents: Documents) -> Tensor:
+def sdpa(q_xhe: Tensor, k_xke: Tensor, v_xke: Tensor, documents: Documents, scores: Scores) -> Tensor:
     """torch's scaled_dot_product_attention, once for all documents of one length: no T × T mask."""
+    assert scores.softcap is None
     dtype = compute_dtype(q_xhe)
     q, k, v = q_xhe.to(dtype), k_xke.to(dtype), v_xke.to(dtype)
     groups = documents.starts_by_length
@@ -93,8 +124,7 @@ def sdpa(q_xhe: Tensor, k_xke: Tensor, v_xke: Tensor, documents: Documents) -> T
             parts = [x[place_nt] for x in (q, k, v)]
         # [N, T, H, E] → [N, H, T, E] and back
         qn, kn, vn = (part.transpose(1, 2) for part in parts)
-        out = F.scaled_dot_product_attention(qn, kn, vn, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-        outs.append(out.transpose(1, 2).flatten(0, 1))
+        outs.append(_sdpa_of_one_length(qn, kn, vn, scores).transpose(1, 2).flatten(0, 1))
     if len(groups) == 1:
         return outs[0].to(q_xhe.dtype)
     back = torch.empty_like(torch.cat(places))
@@ -102,18 +132,57 @@ def sdpa(q_xhe: Tensor, k_xke: Tensor, v_xke: Tensor, documents: Documents) -> T
     return torch.cat(outs)[back].to(q_xhe.dtype)
 
 
-def reference(q_xhe: Tensor, k_xke: Tensor, v_xke: Tensor, documents: Documents) -> Tensor:
+def _sdpa_of_one_length(q_nhte: Tensor, k_nkte: Tensor, v_nkte: Tensor, scores: Scores) -> Tensor:
+    length, window = q_nhte.shape[2], scores.window
+    is_grouped = q_nhte.shape[1] != k_nkte.shape[1]
+    if window is None or window >= length:
+        return F.scaled_dot_product_attention(
+            q_nhte, k_nkte, v_nkte, is_causal=True, dropout_p=scores.dropout, enable_gqa=is_grouped
+        )
+    outs = []
+    for start in range(0, length, window):  # W queries see fewer than 2W keys: O(T·W), never T × T
+        end, first = min(start + window, length), max(0, start - window + 1)
+        out = F.scaled_dot_product_attention(
+            q_nhte[:, :, start:end],
+            k_nkte[:, :, first:end],
+            v_nkte[:, :, first:end],
+            attn_mask=_is_seen(start, end, first, window, q_nhte.device),
+            dropout_p=scores.dropout,
+            enable_gqa=is_grouped,
+        )
+        outs.append(out)
+    return torch.cat(outs, dim=2)
+
+
+def reference(q_xhe: Tensor, k_xke: Tensor, v_xke: Tensor, documents: Documents, scores: Scores) -> Tensor:
     """The formula, document by document, in fp32."""
     outs = []
-    repeats = q_xhe.shape[1] // k_xke.shape[1]
     split = (torch.split(x, list(documents.lengths)) for x in (q_xhe, k_xke, v_xke))
     for q, k, v in zip(*split, strict=True):
-        q_het, k_het, v_het = (x.float().transpose(0, 1) for x in (q, k, v))
-        k_het, v_het = k_het.repeat_interleave(repeats, 0), v_het.repeat_interleave(repeats, 0)
-        scores_htt = q_het @ k_het.transpose(1, 2) / math.sqrt(q.shape[-1])
-        future = torch.ones(scores_htt.shape[1:], dtype=torch.bool, device=q.device).triu(1)
-        outs.append((scores_htt.masked_fill(future, -math.inf).softmax(-1) @ v_het).transpose(0, 1))
+        outs.append(formula(q, k, v, scores))
     return torch.cat(outs).to(q_xhe.dtype)
+
+
+def formula(q_the: Tensor, k_ske: Tensor, v_ske: Tensor, scores: Scores) -> Tensor:
+    """Attention of the last T of S positions of one document to all of them, fp32 [T, H, E]."""
+    t, s, repeats = len(q_the), len(k_ske), q_the.shape[1] // k_ske.shape[1]
+    q_hte, k_hse, v_hse = (x.float().transpose(0, 1) for x in (q_the, k_ske, v_ske))
+    k_hse, v_hse = k_hse.repeat_interleave(repeats, 0), v_hse.repeat_interleave(repeats, 0)
+    x_hts = q_hte @ k_hse.transpose(1, 2) / math.sqrt(q_the.shape[-1])
+    if scores.softcap is not None:
+        x_hts = scores.softcap * torch.tanh(x_hts / scores.softcap)
+    x_hts = x_hts.masked_fill(~_is_seen(s - t, s, 0, scores.window, q_the.device), -math.inf)
+    weights_hts = F.dropout(x_hts.softmax(-1), scores.dropout)
+    return (weights_hts @ v_hse).transpose(0, 1)
+
+
+def _is_seen(start: int, end: int, first: int, window: int | None, device: torch.device) -> Tensor:
+    """Whether queries `start` to `end` see keys `first` to `end`: the causal band, bool [T, S]."""
+    distance = (
+        torch.arange(start, end, device=device)[:, None] - torch.arange(first, end, device=device)[None, :]
+    )
+    seen = distance >= 0
+    return seen if window is None else seen & (distance < window)
 
 
 def _flash_2_obstacle(device: torch.device, dtype: torch.dtype, head_width: int) -> str | None:

@@ -12,94 +12,9 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from data_pipeline.config_file import Section
+from gpt.model_config import Count, ModelConfig, nearest_multiple
 
-Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-class ModelConfig(Section):
-    """The network. Defaults are Llama's: RMSNorm, RoPE, SwiGLU, no bias, untied."""
-
-    n_layers: Count = Field(default=12, description="Transformer blocks.")
-    d_model: Count = Field(default=768, description="Width of the residual stream.")
-    n_heads: Count = Field(default=12, description="Query heads; they divide d_model.")
-    n_kv_heads: Count | None = Field(
-        default=None, description="Key/value heads; they divide n_heads. Default: n_heads."
-    )
-    context: Count = Field(default=1024, description="Tokens a sequence.")
-    vocab_size: Count | None = Field(
-        default=None, description="Rows of the embedding. Default: the data's vocabulary, padded."
-    )
-    vocab_multiple: Count = Field(
-        default=64, description="A vocabulary taken from the data is padded to a multiple of this."
-    )
-    ffn: Literal["swiglu", "geglu", "reglu", "glu", "bilinear", "swish", "gelu", "relu"] = Field(
-        default="swiglu", description="Feed-forward variant (Shazeer 2020)."
-    )
-    d_ff: Count | None = Field(
-        default=None,
-        description="Hidden width of the feed-forward. Default: 4 × d_model, or 2/3 of it where gated, "
-        "rounded up to a multiple of 64.",
-    )
-    norm: Literal["rmsnorm", "layernorm"] = Field(default="rmsnorm", description="Pre-normalisation.")
-    norm_eps: float = Field(default=1e-5, gt=0, description="Added to the variance.")
-    position: Literal["rope", "learned"] = Field(default="rope", description="Position encoding.")
-    rope_theta: float = Field(default=10_000.0, gt=0, description="Base of the rotary wavelengths.")
-    bias: bool = Field(default=False, description="Biases in every linear layer and LayerNorm (GPT-2).")
-    tie_embeddings: bool = Field(default=False, description="The output head is the token embedding.")
-    attention: Literal["auto", "flash-2", "sdpa", "reference"] = Field(
-        default="auto", description="Attention kernel; auto picks by hardware and dtype."
-    )
-
-    @property
-    def head_width(self) -> int:
-        """Width of one head."""
-        return self.d_model // self.n_heads
-
-    @property
-    def kv_heads(self) -> int:
-        """Key/value heads after the default."""
-        return self.n_kv_heads or self.n_heads
-
-    @property
-    def is_gated(self) -> bool:
-        """Whether the feed-forward has a gate (three matrices instead of two)."""
-        return self.ffn in ("swiglu", "geglu", "reglu", "glu", "bilinear")
-
-    @property
-    def ffn_width(self) -> int:
-        """d_ff after the default: Shazeer's 2/3 rule keeps the parameters of gated variants equal."""
-        if self.d_ff is not None:
-            return self.d_ff
-        width = 4 * self.d_model * 2 / 3 if self.is_gated else 4 * self.d_model
-        return ceil(width / 64) * 64
-
-    @property
-    def vocabulary(self) -> int:
-        """vocab_size of a resolved config."""
-        if self.vocab_size is None:
-            raise ValueError("model.vocab_size is not resolved")
-        return self.vocab_size
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> Self:
-        if self.d_model % self.n_heads:
-            raise ValueError(
-                f"model.d_model = {self.d_model} is not a multiple of model.n_heads = {self.n_heads}. "
-                f"Nearest: {_nearest_multiple(self.d_model, self.n_heads)}."
-            )
-        if self.n_heads % self.kv_heads:
-            divisors = [n for n in range(1, self.n_heads + 1) if self.n_heads % n == 0]
-            raise ValueError(
-                f"model.n_kv_heads = {self.kv_heads} does not divide model.n_heads = {self.n_heads}. "
-                f"These do: {', '.join(map(str, divisors))}."
-            )
-        if self.position == "rope" and self.head_width % 2:
-            raise ValueError(
-                f"model.position = 'rope' needs an even head width; "
-                f"d_model {self.d_model} / n_heads {self.n_heads} = {self.head_width}."
-            )
-        return self
 
 
 class Source(Section):
@@ -273,7 +188,7 @@ class RunConfig(Section):
         return (
             f"batch.global_batch_tokens = {tokens} is not a multiple of micro_batch "
             f"{self.batch.micro_batch} × context {self.model.context} × {world_size} processes = {unit}. "
-            f"Nearest: {_nearest_multiple(tokens, unit)}."
+            f"Nearest: {nearest_multiple(tokens, unit)}."
         )
 
     @model_validator(mode="after")
@@ -293,7 +208,3 @@ class RunConfig(Section):
             update={"vocab_size": rows, "d_ff": self.model.ffn_width, "n_kv_heads": self.model.kv_heads}
         )
         return self.model_copy(update={"model": model})
-
-
-def _nearest_multiple(value: int, unit: int) -> int:
-    return max(1, round(value / unit)) * unit

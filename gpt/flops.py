@@ -6,7 +6,7 @@
 from collections.abc import Iterator
 from math import prod
 
-from gpt.config import ModelConfig
+from gpt.model_config import ModelConfig
 
 
 def parameter_table(model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -21,10 +21,14 @@ def parameter_table(model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]
         yield from _norm(model, f"{block}.attention_norm")
         yield from _linear(model, f"{block}.attention.qkv", (heads + 2 * kv_heads) * e, d)
         yield from _linear(model, f"{block}.attention.output", d, heads * e)
+        if model.qk_norm:
+            yield f"{block}.attention.query_norm.weight", (e,)
+            yield f"{block}.attention.key_norm.weight", (e,)
         yield from _norm(model, f"{block}.ffn_norm")
         yield from _linear(model, f"{block}.ffn.up", 2 * f if model.is_gated else f, d)
         yield from _linear(model, f"{block}.ffn.down", d, f)
-    yield from _norm(model, "final_norm")
+    if model.norm_placement == "pre":
+        yield from _norm(model, "final_norm")
     if not model.tie_embeddings:
         yield "head.weight", (model.vocabulary, d)
 
@@ -39,7 +43,7 @@ def flops_per_token(model: ModelConfig) -> int:
 
     6N + 12·L·H·E·T (PaLM, arXiv:2204.02311, appendix B): N is every parameter that multiplies an
     activation, so the output head counts (also where it is tied) and the embedding look-ups do not; the
-    attention term is that of the full T × T matrix, as is usual for MFU.
+    attention term is that of the full T × T matrix, as is usual for MFU, or of W keys a token in a window.
     """
     matrices = sum(
         prod(shape)
@@ -47,7 +51,8 @@ def flops_per_token(model: ModelConfig) -> int:
         if len(shape) == 2 and name not in ("embedding.weight", "position.weight", "head.weight")
     )
     head = model.vocabulary * model.d_model
-    attention = 12 * model.n_layers * model.n_heads * model.head_width * model.context
+    seen = min(model.window or model.context, model.context)
+    attention = 12 * model.n_layers * model.n_heads * model.head_width * seen
     return 6 * (matrices + head) + attention
 
 

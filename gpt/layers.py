@@ -1,4 +1,4 @@
-"""The parts of a block: linear layers, norms, rotary positions, feed-forward variants.
+"""The parts of a block: linear layers, norms, feed-forward variants.
 
 # B batch, T tokens, D model width, F feed-forward width, H heads, E head width
 """
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt.config import ModelConfig
+from gpt.model_config import ModelConfig
 
 
 @cache
@@ -63,27 +63,6 @@ def build_norm(model: ModelConfig) -> nn.Module:
     return nn.LayerNorm(model.d_model, eps=model.norm_eps, bias=model.bias)
 
 
-def rope_table(context: int, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin, fp32 [context, E]: RoFormer (Su et al. 2021, arXiv:2104.09864), equation 15.
-
-    Pairs are (i, i + E/2) as in Llama's published weights, not (2i, 2i + 1) as in the paper: the same
-    map up to a fixed permutation of the head's dimensions.
-    """
-    frequency = theta ** (-torch.arange(0, head_width, 2, dtype=torch.float32) / head_width)
-    angle = torch.outer(torch.arange(context, dtype=torch.float32), frequency)
-    angle = torch.cat((angle, angle), dim=-1)
-    return angle.cos(), angle.sin()
-
-
-def rotate(x_bthe: Tensor, cos_te: Tensor, sin_te: Tensor) -> Tensor:
-    """Queries or keys [B, T, H, E] turned by their positions, in fp32."""
-    x = x_bthe.float()
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    cos, sin = cos_te[:, None, :], sin_te[:, None, :]
-    return (x * cos + turned * sin).to(x_bthe.dtype)
-
-
 # GLU Variants Improve Transformer (Shazeer 2020, arXiv:2002.05202), equations 5 and 6:
 #   FFN_f(x) = f(x W) W2        gated: FFN_f(x) = (f(x W) ⊗ x V) W2
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -95,6 +74,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "reglu": F.relu,
     "geglu": F.gelu,
     "swiglu": F.silu,
+    "relu2": lambda x: F.relu(x).square(),  # Primer (So et al. 2021, arXiv:2109.08668, section 3)
 }
 
 

@@ -1,18 +1,108 @@
-"""Cross-entropy of the next token, summed over what is scored.
+"""Cross-entropy of the next token, summed over what is scored, without the logits of the whole batch.
 
-# X = B·T positions, V vocabulary
+# X = B·T positions, C positions of one chunk, D model width, V vocabulary
+
+The loss is a sum, not a mean: the divisor is the count of scored targets over all ranks and
+micro-batches, so that the gradient does not depend on how a batch is cut.
 """
 
-import torch.nn.functional as F
+from typing import Any
+
+import torch
 from torch import Tensor
+
+from gpt.layers import compute_dtype
 
 IGNORED = -100
 
+# Logits that exist at a time, in fp32: 64 MiB. Fewer make the passes over the weight's gradient dominate
+# (one a chunk), more save nothing.
+_CHUNK_ELEMENTS = 2**24
 
-def cross_entropy_sum(logits_xv: Tensor, targets_x: Tensor) -> Tensor:
+
+def cross_entropy_sum(
+    hidden_xd: Tensor,
+    weight_vd: Tensor,
+    targets_x: Tensor,
+    *,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    chunk_rows: int | None = None,
+) -> Tensor:
     """Sum in nats, fp32, of -log p(target) over the targets that are not IGNORED.
 
-    A sum, not a mean: the divisor is the count of scored targets over all ranks and micro-batches, so
-    that the gradient does not depend on how a batch is cut.
+    p is the softmax of hidden · weightᵀ, capped to c · tanh(x / c) where `softcap` is given. `z_loss` adds
+    that times (log Z)² (PaLM, arXiv:2204.02311, section 5). The gradient is computed in the forward pass,
+    chunk by chunk: no more than `chunk_rows` × V logits exist at a time, and none is computed twice.
     """
-    return F.cross_entropy(logits_xv.float(), targets_x, ignore_index=IGNORED, reduction="sum")
+    rows = chunk_rows or max(1, _CHUNK_ELEMENTS // len(weight_vd))
+    options = (softcap, z_loss, rows, torch.is_grad_enabled())
+    loss: Tensor = _CrossEntropySum.apply(hidden_xd, weight_vd, targets_x, *options)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """c · tanh(logits / c) (Gemma 2, arXiv:2408.00118, section 2), or the logits themselves."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+class _CrossEntropySum(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_xd: Tensor,
+        weight_vd: Tensor,
+        targets_x: Tensor,
+        softcap: float | None,
+        z_loss: float,
+        chunk_rows: int,
+        is_grad_enabled: bool,
+    ) -> Tensor:
+        wants = [is_grad_enabled and needed for needed in ctx.needs_input_grad[:2]]
+        dtype = compute_dtype(hidden_xd)
+        hidden, weight = hidden_xd.to(dtype), weight_vd.to(dtype)
+        d_hidden = torch.empty_like(hidden_xd) if wants[0] else None
+        d_weight = torch.zeros_like(weight_vd, dtype=torch.float32) if wants[1] else None
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for start in range(0, len(hidden), chunk_rows):
+            rows = slice(start, start + chunk_rows)
+            chunk_cd = hidden[rows]
+            logits_cv = capped((chunk_cd @ weight.t()).float(), softcap)
+            part, d_logits_cv = _chunk(logits_cv, targets_x[rows], z_loss, is_gradient=any(wants))
+            loss += part
+            if softcap is not None and any(wants):
+                d_logits_cv *= 1 - (logits_cv / softcap).square()  # of c · tanh(x / c)
+            d_logits_cv = d_logits_cv.to(dtype)
+            if d_hidden is not None:
+                d_hidden[rows] = d_logits_cv @ weight
+            if d_weight is not None and dtype == torch.float32:
+                torch.addmm(d_weight, d_logits_cv.t(), chunk_cd, out=d_weight)
+            elif d_weight is not None:
+                d_weight += d_logits_cv.t() @ chunk_cd
+        ctx.gradients = d_hidden, None if d_weight is None else d_weight.to(weight_vd.dtype)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *d_losses: Tensor) -> tuple[Tensor | None, ...]:
+        (d_loss,) = d_losses
+        gradients, ctx.gradients = ctx.gradients, None
+        assert gradients is not None, "the gradient is scaled in place, so that backward runs once"
+        return (*(None if g is None else g.mul_(d_loss) for g in gradients), None, None, None, None, None)
+
+
+def _chunk(
+    logits_cv: Tensor, targets_c: Tensor, z_loss: float, *, is_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """The summed loss of a chunk, and its gradient with respect to the (capped) logits, fp32 [C, V]."""
+    is_scored_c = targets_c != IGNORED
+    index_c1 = targets_c.where(is_scored_c, 0)[:, None]
+    log_z_c = logits_cv.logsumexp(-1)
+    nats_c = log_z_c - logits_cv.gather(1, index_c1)[:, 0] + z_loss * log_z_c.square()
+    loss = nats_c.where(is_scored_c, 0.0).sum()
+    if not is_gradient:
+        return loss, logits_cv
+    # d(log Z)/dx = softmax(x): d loss/dx = (1 + 2 z log Z) softmax(x) − onehot(target)
+    d_logits_cv = logits_cv.softmax(-1)
+    d_logits_cv *= ((1 + 2 * z_loss * log_z_c) * is_scored_c)[:, None]
+    d_logits_cv.scatter_add_(1, index_c1, -is_scored_c.float()[:, None])
+    return loss, d_logits_cv

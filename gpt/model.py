@@ -1,4 +1,4 @@
-"""The GPT: a pre-norm decoder-only Transformer.
+"""The GPT: a decoder-only Transformer.
 
 Attention Is All You Need (Vaswani et al. 2017, arXiv:1706.03762) with GPT-2's changes (Radford et al.
 2019: norm before each part, a last norm, residual weights scaled by 1/√(2L)) and, by default, Llama's:
@@ -8,14 +8,23 @@ RMSNorm, rotary positions, SwiGLU, no biases.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
+from hashlib import blake2b
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt.attention import Attention, Documents, choose
-from gpt.config import ModelConfig
-from gpt.layers import FeedForward, Linear, build_norm, rope_table, rotate
-from gpt.loss import cross_entropy_sum
+from gpt.attention import Attention, Documents, Scores, choose, formula
+from gpt.layers import FeedForward, Linear, RMSNorm, build_norm
+from gpt.loss import capped, cross_entropy_sum
+from gpt.model_config import ModelConfig
+from gpt.positions import positions, rope_table, rotate, sinusoid_table
+
+Rope = tuple[Tensor, Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(q [B·T, H, E], k [B·T, K, E], v [B·T, K, E]) → [B·T, H, E]"""
 
 
 class SelfAttention(nn.Module):
@@ -27,24 +36,31 @@ class SelfAttention(nn.Module):
         rows = (self.heads + 2 * self.kv_heads) * self.head_width
         self.qkv = Linear(model.d_model, rows, bias=model.bias)
         self.output = Linear(self.heads * self.head_width, model.d_model, bias=model.bias)
+        # Henry et al. 2020 (arXiv:2010.04245); with RMSNorm as in Qwen3 (arXiv:2505.09388, section 2)
+        self.query_norm = RMSNorm(model.head_width, model.norm_eps) if model.qk_norm else None
+        self.key_norm = RMSNorm(model.head_width, model.norm_eps) if model.qk_norm else None
 
-    def forward(
-        self, x_btd: Tensor, rope: tuple[Tensor, Tensor] | None, documents: Documents, attend: Attention
-    ) -> Tensor:
+    def forward(self, x_btd: Tensor, rope: Rope | None, attend: Attend) -> Tensor:
         """[B, T, D] → [B, T, D]."""
         b, t, _ = x_btd.shape
         qkv = self.qkv(x_btd).view(b, t, self.heads + 2 * self.kv_heads, self.head_width)
         q_bthe, k_btke, v_btke = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
+        if self.query_norm is not None and self.key_norm is not None:
+            q_bthe, k_btke = self.query_norm(q_bthe), self.key_norm(k_btke)
         if rope is not None:
             q_bthe, k_btke = rotate(q_bthe, *rope), rotate(k_btke, *rope)
         # [B, T, H, E] → [B·T, H, E]: documents are ranges of the flattened tokens
-        out = attend(q_bthe.flatten(0, 1), k_btke.flatten(0, 1), v_btke.flatten(0, 1), documents)
+        out = attend(q_bthe.flatten(0, 1), k_btke.flatten(0, 1), v_btke.flatten(0, 1))
         mixed: Tensor = self.output(out.reshape(b, t, -1))
         return mixed
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
+    """Attention, then feed-forward, each added to the residual stream.
+
+    pre: x + f(norm(x)) (GPT-2); post: norm(x + f(x)) (Vaswani et al. 2017, section 3.1). What is added
+    goes through dropout (section 5.4).
+    """
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
@@ -52,14 +68,61 @@ class Block(nn.Module):
         self.attention = SelfAttention(model)
         self.ffn_norm = build_norm(model)
         self.ffn = FeedForward(model)
+        self.is_pre_norm = model.norm_placement == "pre"
+        self.dropout = model.dropout
 
-    def forward(
-        self, x_btd: Tensor, rope: tuple[Tensor, Tensor] | None, documents: Documents, attend: Attention
-    ) -> Tensor:
+    def forward(self, x_btd: Tensor, rope: Rope | None, attend: Attend) -> Tensor:
         """[B, T, D] → [B, T, D]."""
-        x_btd = x_btd + self.attention(self.attention_norm(x_btd), rope, documents, attend)
-        fed_btd: Tensor = self.ffn(self.ffn_norm(x_btd))
-        return x_btd + fed_btd
+        if self.is_pre_norm:
+            x_btd = x_btd + self._dropped(self.attention(self.attention_norm(x_btd), rope, attend))
+            return x_btd + self._dropped(self.ffn(self.ffn_norm(x_btd)))
+        x_btd = self.attention_norm(x_btd + self._dropped(self.attention(x_btd, rope, attend)))
+        normed: Tensor = self.ffn_norm(x_btd + self._dropped(self.ffn(x_btd)))
+        return normed
+
+    def _dropped(self, x_btd: Tensor) -> Tensor:
+        return F.dropout(x_btd, self.dropout, self.training) if self.dropout else x_btd
+
+
+class Head(Linear):
+    """The projection to the vocabulary, and the loss fused with it."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__(model.d_model, model.vocabulary, bias=False)
+        self.softcap, self.z_loss = model.logit_softcap, model.z_loss
+
+    def forward(self, input: Tensor, targets: Tensor | None = None) -> Tensor:
+        """[..., D] → logits [..., V]; with targets int64 [...], their summed loss (gpt.loss)."""
+        if targets is None:
+            return capped(super().forward(input), self.softcap)
+        return cross_entropy_sum(
+            input.flatten(0, -2),
+            self.weight,
+            targets.flatten(),
+            softcap=self.softcap,
+            z_loss=self.z_loss if self.training else 0.0,
+        )
+
+
+class Cache:
+    """Keys and values of the tokens so far of one sequence, a layer each: [context, K, E]."""
+
+    def __init__(self, gpt: "GPT") -> None:
+        model, weight = gpt.model, gpt.embedding.weight
+        shape = (model.n_layers, 2, model.context, model.kv_heads, model.head_width)
+        self._kv = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+        self.length = 0
+
+    def attend(
+        self, layer: int, prefill: Attend, scores: Scores, q_the: Tensor, k_tke: Tensor, v_tke: Tensor
+    ) -> Tensor:
+        """Remember `k` and `v` at positions `length` and on; attention of `q` to all that is known."""
+        end = self.length + len(q_the)
+        keys, values = self._kv[layer, 0], self._kv[layer, 1]
+        keys[self.length : end], values[self.length : end] = k_tke, v_tke
+        if self.length == 0:
+            return prefill(q_the, k_tke, v_tke)
+        return formula(q_the, keys[:end], values[:end], scores).to(q_the.dtype)
 
 
 class GPT(nn.Module):
@@ -71,18 +134,16 @@ class GPT(nn.Module):
         self.embedding = nn.Embedding(model.vocabulary, model.d_model)
         self.position = nn.Embedding(model.context, model.d_model) if model.position == "learned" else None
         self.blocks = nn.ModuleList(Block(model) for _ in range(model.n_layers))
-        self.final_norm = build_norm(model)
-        self.head = Linear(model.d_model, model.vocabulary, bias=False)
+        self.final_norm = build_norm(model) if model.norm_placement == "pre" else nn.Identity()
+        self.head = Head(model)
         if model.tie_embeddings:
             self.head.weight = self.embedding.weight
         self.attention_name = ""
         self._attend: Attention | None = None
         # Plain attributes, not buffers: a cast to bf16 must leave the angles in fp32.
-        self._rope = (
-            rope_table(model.context, model.head_width, model.rope_theta)
-            if model.position == "rope"
-            else None
-        )
+        self._rope = rope_table(model) if model.position == "rope" else None
+        is_sinusoidal = model.position == "sinusoidal"
+        self._sinusoid_td = sinusoid_table(model.context, model.d_model) if is_sinusoidal else None
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
@@ -104,38 +165,60 @@ class GPT(nn.Module):
 
     def place(self, device: torch.device, dtype: torch.dtype) -> "GPT":
         """Move to `device` and `dtype` and choose the attention kernel there."""
-        name, attend = choose(self.model.attention, device, dtype, self.model.head_width)
-        self.attention_name, self._attend = name, attend
+        self.attention_name, self._attend = choose(self.model, device, dtype)
         if self._rope is not None:
             self._rope = (self._rope[0].to(device), self._rope[1].to(device))
+        if self._sinusoid_td is not None:
+            self._sinusoid_td = self._sinusoid_td.to(device)
         return self.to(device=device, dtype=dtype)
 
-    def hidden(self, tokens_bt: Tensor, documents: Documents) -> Tensor:
-        """The last norm's output [B, T, D] for ids int64 [B, T]."""
+    def hidden(self, tokens_bt: Tensor, documents: Documents, cache: Cache | None = None) -> Tensor:
+        """The last block's output, normalised, [B, T, D] for ids int64 [B, T].
+
+        With a cache the one row continues what the cache holds, as one document, and is added to it.
+        """
         assert self._attend is not None, "place() comes first"
-        t = tokens_bt.shape[1]
-        x_btd = self.embedding(tokens_bt)
-        if self.position is not None:
-            x_btd = x_btd + self.position(positions(documents, tokens_bt))
-        rope = None if self._rope is None else (self._rope[0][:t], self._rope[1][:t])
-        for block in self.blocks:
-            x_btd = block(x_btd, rope, documents, self._attend)
+        start = 0 if cache is None else cache.length
+        end = start + tokens_bt.shape[1]
+        scores = Scores.of(self.model, is_training=self.training)
+        dense = partial(_with_documents, self._attend, documents, scores)
+        rope = None if self._rope is None else (self._rope[0][start:end], self._rope[1][start:end])
+        x_btd = self._embedded(tokens_bt, start + positions(documents, tokens_bt))
+        for layer, block in enumerate(self.blocks):
+            attend = dense if cache is None else partial(cache.attend, layer, dense, scores)
+            x_btd = block(x_btd, rope, attend)
+        if cache is not None:
+            cache.length = end
         normed: Tensor = self.final_norm(x_btd)
         return normed
 
-    def logits(self, tokens_bt: Tensor, documents: Documents) -> Tensor:
+    def _embedded(self, tokens_bt: Tensor, positions_bt: Tensor) -> Tensor:
+        x_btd: Tensor = self.embedding(tokens_bt)
+        if self.position is not None:
+            x_btd = x_btd + self.position(positions_bt)
+        if self._sinusoid_td is not None:  # √D: Vaswani et al. 2017, section 3.4
+            scaled = x_btd.float() * math.sqrt(self.model.d_model)
+            x_btd = (scaled + self._sinusoid_td[positions_bt]).to(x_btd.dtype)
+        return F.dropout(x_btd, self.model.dropout, self.training) if self.model.dropout else x_btd
+
+    def logits(self, tokens_bt: Tensor, documents: Documents, cache: Cache | None = None) -> Tensor:
         """Scores of the next token [B, T, V]."""
-        scores: Tensor = self.head(self.hidden(tokens_bt, documents))
+        scores: Tensor = self.head(self.hidden(tokens_bt, documents, cache))
         return scores
 
     def forward(self, tokens_bt: Tensor, targets_bt: Tensor, documents: Documents) -> Tensor:
         """Summed cross-entropy in nats of `targets_bt`, int64 [B, T], IGNORED where not scored."""
-        return cross_entropy_sum(self.logits(tokens_bt, documents).flatten(0, 1), targets_bt.flatten())
+        loss: Tensor = self.head(self.hidden(tokens_bt, documents), targets_bt)
+        return loss
 
 
-def positions(documents: Documents, tokens_bt: Tensor) -> Tensor:
-    """Distance of each token from the start of its document, int64 [B, T]."""
-    starts = documents.cumulative_n1[:-1].long()
-    lengths = documents.cumulative_n1.diff().long()
-    place = torch.arange(tokens_bt.numel(), device=tokens_bt.device)
-    return (place - starts.repeat_interleave(lengths)).view_as(tokens_bt)
+def _with_documents(
+    attend: Attention, documents: Documents, scores: Scores, q_xhe: Tensor, k_xke: Tensor, v_xke: Tensor
+) -> Tensor:
+    return attend(q_xhe, k_xke, v_xke, documents, scores)
+
+
+def seed_dropout(seed: int, step: int, rank: int) -> None:
+    """Make what dropout draws on this rank from here on a function of the three alone."""
+    digest = blake2b(f"dropout {seed} {step} {rank}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest) >> 1)

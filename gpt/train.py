@@ -34,7 +34,7 @@ from gpt import record
 from gpt.checkpoint.save_load import Superseded, load_newest, save
 from gpt.config import RunConfig
 from gpt.distributed import PendingTick, Tick, World, from_first, join, together, total
-from gpt.model import GPT
+from gpt.model import GPT, seed_dropout
 from gpt.prefetch import AHEAD, Prefetcher
 from gpt.run_dir import RunDir
 from gpt.schedule import learning_rate
@@ -142,6 +142,8 @@ class Trainer:
             started = time.monotonic()
             micro_batches = self.batches.get(step).micro_batches
             lr = learning_rate(run.schedule, run.optimizer.peak_lr, last, step)
+            if run.model.dropout:
+                seed_dropout(run.seed, step, world.rank)
             loss_sum = train_step(self.engine, micro_batches, lr, self.scored[step])
             line = self._line(step, lr, time.monotonic() - started)
             if self.unsettled is not None:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import ConfigError
-from gpt.attention import Documents, choose, flash_2, reference
+from gpt.attention import Documents, Scores, choose, flash_2, reference
+from gpt.config import ModelConfig
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -118,7 +119,7 @@ def test_flash_2_equals_the_formula_forward_and_backward(kv_heads: int, ends: tu
     results = []
     for attend in (flash_2, reference):
         qkv = [x.clone().requires_grad_() for x in inputs]
-        out = attend(*qkv, documents)
+        out = attend(*qkv, documents, Scores())
         (out.float() ** 2).sum().backward()
         results.append([out.detach(), *(x.grad for x in qkv)])
     for ours, formula in zip(*results, strict=True):
@@ -126,6 +127,6 @@ def test_flash_2_equals_the_formula_forward_and_backward(kv_heads: int, ends: tu
 
 
 def test_auto_is_sdpa_on_a_cpu_and_flash_2_says_why_it_cannot_run() -> None:
-    assert choose("auto", torch.device("cpu"), torch.bfloat16, 64)[0] == "sdpa"
+    assert choose(ModelConfig(), torch.device("cpu"), torch.bfloat16)[0] == "sdpa"
     with pytest.raises(ConfigError, match=r"'flash-2' cannot run here: it needs a CUDA device, this is cpu"):
-        choose("flash-2", torch.device("cpu"), torch.bfloat16, 64)
+        choose(ModelConfig(attention="flash-2"), torch.device("cpu"), torch.bfloat16)

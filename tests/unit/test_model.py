@@ -1,124 +1,19 @@
-"""The network against independent references: transformers, the formula, the closed forms."""
+"""The network against independent references: the formulas and the closed forms."""
 
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from gpt.attention import Documents
 from gpt.config import ModelConfig
 from gpt.flops import flops_per_token, parameter_count, parameter_table
 from gpt.layers import ACTIVATIONS, FeedForward, Linear
-from gpt.model import GPT, positions
-
-CPU = torch.device("cpu")
-VOCABULARY = 101
-
-
-def build(attention: str = "sdpa", **fields: object) -> GPT:
-    shape = {"n_layers": 2, "d_model": 48, "n_heads": 4, "context": 24, "vocab_size": VOCABULARY}
-    gpt = GPT(ModelConfig.model_validate({**shape, **fields, "attention": attention}))
-    gpt.initialize(seed=3)
-    return gpt.place(CPU, torch.float32)
-
-
-def rows(tokens: torch.Tensor) -> Documents:
-    """Each row one document."""
-    b, t = tokens.shape
-    return Documents.from_ends(np.arange(t, b * t + 1, t, dtype=np.int32))
-
-
-def random_tokens(*shape: int) -> torch.Tensor:
-    return torch.randint(0, VOCABULARY, shape, generator=torch.Generator().manual_seed(5))
-
-
-@pytest.mark.parametrize("n_kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("tie", [False, True])
-def test_logits_equal_those_of_transformers_llama(n_kv_heads: int, tie: bool) -> None:
-    ours = build(n_kv_heads=n_kv_heads, tie_embeddings=tie, d_ff=96, rope_theta=5000.0)
-    model = ours.model
-    theirs = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=model.d_model,
-            intermediate_size=model.ffn_width,
-            num_hidden_layers=model.n_layers,
-            num_attention_heads=model.n_heads,
-            num_key_value_heads=n_kv_heads,
-            max_position_embeddings=model.context,
-            rms_norm_eps=model.norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
-            tie_word_embeddings=tie,
-            attn_implementation="eager",
-        )
-    )
-    state = {"model.embed_tokens.weight": ours.embedding.weight, "model.norm.weight": ours.final_norm.weight}
-    state["lm_head.weight"] = ours.head.weight
-    kv = n_kv_heads * model.head_width
-    for i, block in enumerate(ours.blocks):
-        name = f"model.layers.{i}"
-        q, k, v = block.attention.qkv.weight.split((model.d_model, kv, kv))
-        gate, up = block.ffn.up.weight.chunk(2)
-        state |= {
-            f"{name}.self_attn.q_proj.weight": q,
-            f"{name}.self_attn.k_proj.weight": k,
-            f"{name}.self_attn.v_proj.weight": v,
-            f"{name}.self_attn.o_proj.weight": block.attention.output.weight,
-            f"{name}.mlp.gate_proj.weight": gate,
-            f"{name}.mlp.up_proj.weight": up,
-            f"{name}.mlp.down_proj.weight": block.ffn.down.weight,
-            f"{name}.input_layernorm.weight": block.attention_norm.weight,
-            f"{name}.post_attention_layernorm.weight": block.ffn_norm.weight,
-        }
-    theirs.load_state_dict(state)
-    tokens = random_tokens(3, 24)
-    difference = (ours.logits(tokens, rows(tokens)) - theirs(tokens).logits).abs().max()
-    assert difference <= 1e-4
-
-
-def test_logits_equal_those_of_transformers_gpt2() -> None:
-    ours = build(ffn="gelu", norm="layernorm", position="learned", bias=True, tie_embeddings=True)
-    model = ours.model
-    theirs = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=VOCABULARY,
-            n_positions=model.context,
-            n_embd=model.d_model,
-            n_layer=model.n_layers,
-            n_head=model.n_heads,
-            layer_norm_epsilon=model.norm_eps,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            attn_implementation="eager",
-        )
-    ).eval()
-    with torch.no_grad():
-        for parameter in ours.parameters():  # biases and norms that are not 0 and 1
-            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.02)
-    assert ours.position is not None
-    state = {"transformer.wte.weight": ours.embedding.weight, "transformer.wpe.weight": ours.position.weight}
-    state |= {f"transformer.ln_f.{k}": v for k, v in ours.final_norm.named_parameters()}
-    state["lm_head.weight"] = ours.embedding.weight
-    pairs = {"attn.c_attn": "attention.qkv", "attn.c_proj": "attention.output"}
-    pairs |= {"mlp.c_fc": "ffn.up", "mlp.c_proj": "ffn.down"}
-    for i, block in enumerate(ours.blocks):
-        name = f"transformer.h.{i}"
-        state |= {f"{name}.ln_1.{k}": v for k, v in block.attention_norm.named_parameters()}
-        state |= {f"{name}.ln_2.{k}": v for k, v in block.ffn_norm.named_parameters()}
-        for their_name, our_name in pairs.items():
-            linear = block.get_submodule(our_name)
-            assert isinstance(linear, Linear)
-            state[f"{name}.{their_name}.weight"] = linear.weight.t()  # their Conv1D is transposed
-            state[f"{name}.{their_name}.bias"] = linear.bias
-    theirs.load_state_dict(state, strict=False)
-    tokens = random_tokens(3, 24)
-    difference = (ours.logits(tokens, rows(tokens)) - theirs(tokens).logits).abs().max()
-    assert difference <= 1e-4
+from gpt.positions import positions
+from tests.unit.model_support import VOCABULARY, build, random_tokens, rows
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "reference"])
-@pytest.mark.parametrize("position", ["rope", "learned"])
+@pytest.mark.parametrize("position", ["rope", "learned", "sinusoidal", "none"])
 def test_a_token_leaves_the_logits_before_it_unchanged(attention: str, position: str) -> None:
     gpt = build(attention, position=position)
     tokens = random_tokens(2, 24)
@@ -130,7 +25,7 @@ def test_a_token_leaves_the_logits_before_it_unchanged(attention: str, position:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "reference"])
-@pytest.mark.parametrize("position", ["rope", "learned"])
+@pytest.mark.parametrize("position", ["rope", "learned", "sinusoidal", "none"])
 @pytest.mark.parametrize("ends", [(10, 24, 48), (24, 31, 48), (3, 5, 24, 25, 48)])
 def test_no_document_sees_another(attention: str, position: str, ends: tuple[int, ...]) -> None:
     gpt = build(attention, position=position)
@@ -148,7 +43,7 @@ def test_no_document_sees_another(attention: str, position: str, ends: tuple[int
 
 
 def test_a_document_reads_the_same_wherever_it_stands() -> None:
-    for position in ("rope", "learned"):
+    for position in ("rope", "learned", "sinusoidal", "none"):
         gpt = build(position=position)
         document = random_tokens(1, 9)
         alone = gpt.logits(document, rows(document))[0]
@@ -196,6 +91,7 @@ def test_feed_forward_follows_the_equations_of_shazeer(ffn: str) -> None:
             "relu": lambda z: z.clamp(min=0),
             "gelu": lambda z: 0.5 * z * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (z + 0.044715 * z**3))),
             "swish": lambda z: z / (1 + torch.exp(-z)),
+            "relu2": lambda z: z.clamp(min=0) ** 2,  # Primer, arXiv:2109.08668
         }[ffn]
         expected = activation(x @ up.t()) @ down.t()
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-6)
@@ -213,6 +109,8 @@ VARIANTS = [
     {},
     {"n_kv_heads": 2, "tie_embeddings": True},
     {"ffn": "gelu", "norm": "layernorm", "position": "learned", "bias": True},
+    {"ffn": "relu", "norm": "layernorm", "norm_placement": "post", "position": "sinusoidal", "bias": True},
+    {"ffn": "relu2", "qk_norm": True, "d_head": 20, "n_kv_heads": 1, "position": "none"},
 ]
 
 
@@ -241,7 +139,8 @@ def test_gpt2_124m_has_the_published_number_of_parameters() -> None:
 
 def test_initial_weights_are_a_function_of_the_seed() -> None:
     first, again, other = build(), build(), build()
-    other.initialize(seed=4)
+    for gpt, seed in ((first, 3), (again, 3), (other, 4)):
+        gpt.initialize(seed)
     for name, parameter in first.named_parameters():
         assert torch.equal(parameter, again.get_parameter(name))
     assert not torch.equal(first.head.weight, other.head.weight)

@@ -1,0 +1,179 @@
+"""The transformers architecture that computes the same function: its config, and where each tensor goes.
+
+Both directions stand on one table of (their tensor, our tensor, rows, transposed). No tensor is touched
+here, and transformers is not imported.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from gpt.model_config import ModelConfig
+
+# Their names of Shazeer's activations (transformers.activations.ACT2FN); GPT-2's GELU is the tanh form.
+_GATES = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu", "glu": "sigmoid", "bilinear": "linear"}
+_PLAIN = {"gelu": "gelu_pytorch_tanh", "relu": "relu", "swish": "silu", "relu2": "relu2"}
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """Their tensor `theirs` is rows `start` to `end` of our `ours`, transposed where said."""
+
+    theirs: str
+    ours: str
+    start: int | None = None
+    end: int | None = None
+    is_transposed: bool = False
+
+
+def twin_obstacle(model: ModelConfig) -> str | None:
+    """Why no architecture of transformers computes this network, or None."""
+    if model.attention_softcap or model.logit_softcap:
+        return "soft-caps"
+    if model.norm_placement == "post":
+        return "norm_placement = 'post'"
+    if model.position in ("sinusoidal", "none"):
+        return f"position = {model.position!r}"
+    if model.position == "learned":
+        fits = {
+            "norm = 'rmsnorm'": model.norm == "layernorm",
+            "bias = false": model.bias,
+            f"ffn = {model.ffn!r}": not model.is_gated,
+            "grouped-query attention": model.kv_heads == model.n_heads,
+            "d_head": model.head_width * model.n_heads == model.d_model,
+            "qk_norm": not model.qk_norm,
+            "window": model.window is None,
+        }
+        return _first(fits, "with learned positions")
+    fits = {"norm = 'layernorm'": model.norm == "rmsnorm", f"ffn = {model.ffn!r}": model.is_gated}
+    if model.qk_norm or model.window is not None:
+        fits["bias = true with qk_norm or a window"] = not model.bias
+    return _first(fits, "with rotary positions")
+
+
+def _first(fits: dict[str, bool], where: str) -> str | None:
+    return next((f"{what} {where}" for what, fit in fits.items() if not fit), None)
+
+
+def twin_config(model: ModelConfig, dtype: str, end_of_text: int) -> dict[str, Any]:
+    """config.json of the twin of `model`: GPT-2, Llama, Mistral (window) or Qwen3 (QK-norm)."""
+    assert twin_obstacle(model) is None
+    common = {
+        "vocab_size": model.vocabulary,
+        "tie_word_embeddings": model.tie_embeddings,
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
+        "dtype": dtype,
+    }
+    if model.position == "learned":
+        return {
+            "architectures": ["GPT2LMHeadModel"],
+            "model_type": "gpt2",
+            "n_positions": model.context,
+            "n_embd": model.d_model,
+            "n_layer": model.n_layers,
+            "n_head": model.n_heads,
+            "n_inner": model.ffn_width,
+            "activation_function": _PLAIN[model.ffn],
+            "layer_norm_epsilon": model.norm_eps,
+            **{f"{part}_pdrop": model.dropout for part in ("resid", "embd", "attn")},
+            **common,
+        }
+    config = {
+        "hidden_size": model.d_model,
+        "intermediate_size": model.ffn_width,
+        "num_hidden_layers": model.n_layers,
+        "num_attention_heads": model.n_heads,
+        "num_key_value_heads": model.kv_heads,
+        "head_dim": model.head_width,
+        "hidden_act": _GATES[model.ffn],
+        "max_position_embeddings": model.context,
+        "rms_norm_eps": model.norm_eps,
+        "rope_theta": model.rope_theta,  # where readers before transformers 5 look
+        "rope_parameters": _rope_parameters(model),
+        **common,
+    }
+    if model.qk_norm:
+        window = {"sliding_window": model.window, "use_sliding_window": model.window is not None}
+        # Qwen3 slides its window in the layers from this one on
+        window["max_window_layers"] = 0
+        return {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", **config, **window}
+    if model.window is not None:
+        window = {"sliding_window": model.window}
+        return {"architectures": ["MistralForCausalLM"], "model_type": "mistral", **config, **window}
+    biases = {"attention_bias": model.bias, "mlp_bias": model.bias}
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **config, **biases}
+
+
+def _rope_parameters(model: ModelConfig) -> dict[str, Any]:
+    scaling = model.rope_scaling
+    if scaling is None:
+        return {"rope_type": "default", "rope_theta": model.rope_theta}
+    parameters = {
+        "rope_type": scaling.kind,
+        "rope_theta": model.rope_theta,
+        "factor": scaling.factor,
+    }
+    original = scaling.original_context or round(model.context / scaling.factor)
+    if scaling.kind == "llama3":
+        low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+        parameters |= {"low_freq_factor": low, "high_freq_factor": high}
+    elif scaling.kind == "yarn":
+        parameters |= {"beta_slow": scaling.beta_slow, "beta_fast": scaling.beta_fast}
+    if scaling.kind != "linear":
+        parameters["original_max_position_embeddings"] = original
+    return parameters
+
+
+def tensor_places(model: ModelConfig) -> Iterator[TensorPlace]:
+    """Every tensor of the twin and where it stands in ours, in the order of our parameters."""
+    return _gpt2_places(model) if model.position == "learned" else _llama_places(model)
+
+
+def _gpt2_places(model: ModelConfig) -> Iterator[TensorPlace]:
+    yield TensorPlace("transformer.wte.weight", "embedding.weight")
+    yield TensorPlace("transformer.wpe.weight", "position.weight")
+    for i in range(model.n_layers):
+        theirs, ours = f"transformer.h.{i}", f"blocks.{i}"
+        yield from _both(f"{theirs}.ln_1", f"{ours}.attention_norm")
+        # their Conv1D holds [in, out]
+        yield from _both(f"{theirs}.attn.c_attn", f"{ours}.attention.qkv", is_transposed=True)
+        yield from _both(f"{theirs}.attn.c_proj", f"{ours}.attention.output", is_transposed=True)
+        yield from _both(f"{theirs}.ln_2", f"{ours}.ffn_norm")
+        yield from _both(f"{theirs}.mlp.c_fc", f"{ours}.ffn.up", is_transposed=True)
+        yield from _both(f"{theirs}.mlp.c_proj", f"{ours}.ffn.down", is_transposed=True)
+    yield from _both("transformer.ln_f", "final_norm")
+    if not model.tie_embeddings:
+        yield TensorPlace("lm_head.weight", "head.weight")
+
+
+def _llama_places(model: ModelConfig) -> Iterator[TensorPlace]:
+    q, kv, f = model.n_heads * model.head_width, model.kv_heads * model.head_width, model.ffn_width
+    kinds = ("weight", "bias") if model.bias else ("weight",)
+    yield TensorPlace("model.embed_tokens.weight", "embedding.weight")
+    for i in range(model.n_layers):
+        theirs, ours = f"model.layers.{i}", f"blocks.{i}"
+        attention, ffn = f"{theirs}.self_attn", f"{theirs}.mlp"
+        yield TensorPlace(f"{theirs}.input_layernorm.weight", f"{ours}.attention_norm.weight")
+        for kind in kinds:
+            qkv = f"{ours}.attention.qkv.{kind}"
+            yield TensorPlace(f"{attention}.q_proj.{kind}", qkv, 0, q)
+            yield TensorPlace(f"{attention}.k_proj.{kind}", qkv, q, q + kv)
+            yield TensorPlace(f"{attention}.v_proj.{kind}", qkv, q + kv, q + 2 * kv)
+            yield TensorPlace(f"{attention}.o_proj.{kind}", f"{ours}.attention.output.{kind}")
+        if model.qk_norm:
+            yield TensorPlace(f"{attention}.q_norm.weight", f"{ours}.attention.query_norm.weight")
+            yield TensorPlace(f"{attention}.k_norm.weight", f"{ours}.attention.key_norm.weight")
+        yield TensorPlace(f"{theirs}.post_attention_layernorm.weight", f"{ours}.ffn_norm.weight")
+        for kind in kinds:
+            yield TensorPlace(f"{ffn}.gate_proj.{kind}", f"{ours}.ffn.up.{kind}", 0, f)
+            yield TensorPlace(f"{ffn}.up_proj.{kind}", f"{ours}.ffn.up.{kind}", f, 2 * f)
+            yield TensorPlace(f"{ffn}.down_proj.{kind}", f"{ours}.ffn.down.{kind}")
+    yield TensorPlace("model.norm.weight", "final_norm.weight")
+    if not model.tie_embeddings:
+        yield TensorPlace("lm_head.weight", "head.weight")
+
+
+def _both(theirs: str, ours: str, is_transposed: bool = False) -> Iterator[TensorPlace]:
+    yield TensorPlace(f"{theirs}.weight", f"{ours}.weight", is_transposed=is_transposed)
+    yield TensorPlace(f"{theirs}.bias", f"{ours}.bias")

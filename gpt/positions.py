@@ -1,0 +1,81 @@
+"""Positions: rotary (with scaling for longer contexts), sinusoidal, and numbering inside documents.
+
+# B batch, T tokens, D model width, H heads, E head width
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from gpt.attention import Documents
+from gpt.model_config import ModelConfig, RopeScaling
+
+
+def rope_table(model: ModelConfig) -> tuple[Tensor, Tensor]:
+    """cos and sin, fp32 [context, E]: RoFormer (Su et al. 2021, arXiv:2104.09864), equation 15.
+
+    Pairs are (i, i + E/2) as in Llama's published weights, not (2i, 2i + 1) as in the paper: the same
+    map up to a fixed permutation of the head's dimensions.
+    """
+    e, theta = model.head_width, model.rope_theta
+    frequency = theta ** (-torch.arange(0, e, 2, dtype=torch.float32) / e)
+    magnitude = 1.0
+    if model.rope_scaling is not None:
+        frequency, magnitude = _scaled(frequency, model, model.rope_scaling)
+    angle = torch.outer(torch.arange(model.context, dtype=torch.float32), frequency)
+    angle = torch.cat((angle, angle), dim=-1)
+    return angle.cos() * magnitude, angle.sin() * magnitude
+
+
+def _scaled(frequency: Tensor, model: ModelConfig, scaling: RopeScaling) -> tuple[Tensor, float]:
+    """The frequencies of the longer context, and the factor of queries and keys alike."""
+    original = scaling.original_context or model.context / scaling.factor
+    stretched = frequency / scaling.factor
+    if scaling.kind == "linear":  # Chen et al. 2023, arXiv:2306.15595, equation 4
+        return stretched, 1.0
+    if scaling.kind == "llama3":
+        # How far a frequency is kept, by its turns in the original context (Llama 3.1's published code).
+        turns = original * frequency / (2 * math.pi)
+        low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        return stretched * (1 - kept) + frequency * kept, 1.0
+    # YaRN (Peng et al. 2023, arXiv:2309.00071), section 3.2; the ramp runs over the dimension's number, as
+    # in its published code, not over the turns, as in the paper.
+    half = len(frequency)
+
+    def dimension_with(turns: float) -> float:
+        return half * math.log(original / (turns * 2 * math.pi)) / math.log(model.rope_theta)
+
+    first = max(math.floor(dimension_with(scaling.beta_fast)), 0)
+    last = min(math.ceil(dimension_with(scaling.beta_slow)), 2 * half - 1)
+    ramp = (torch.arange(half, dtype=torch.float32) - first) / max(last - first, 1e-3)
+    kept = 1 - ramp.clamp(0, 1)
+    # equation 22: a temperature on the scores, as a factor of q and k
+    return stretched * (1 - kept) + frequency * kept, 0.1 * math.log(scaling.factor) + 1.0
+
+
+def rotate(x_bthe: Tensor, cos_te: Tensor, sin_te: Tensor) -> Tensor:
+    """Queries or keys [B, T, H, E] turned by their positions, in fp32."""
+    x = x_bthe.float()
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    cos, sin = cos_te[:, None, :], sin_te[:, None, :]
+    return (x * cos + turned * sin).to(x_bthe.dtype)
+
+
+def sinusoid_table(context: int, d_model: int) -> Tensor:
+    """Fixed positions, fp32 [context, D]: sin in even columns, cos in odd ones (Vaswani et al. 2017, 3.5)."""
+    frequency = 10_000.0 ** (-torch.arange(0, d_model, 2, dtype=torch.float32) / d_model)
+    angle = torch.outer(torch.arange(context, dtype=torch.float32), frequency)
+    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)
+
+
+def positions(documents: Documents, tokens_bt: Tensor) -> Tensor:
+    """Distance of each token from the start of its document, int64 [B, T]."""
+    starts = documents.cumulative_n1[:-1].long()
+    lengths = documents.cumulative_n1.diff().long()
+    place = torch.arange(tokens_bt.numel(), device=tokens_bt.device)
+    # the output's size is known here; without it a GPU would have to be asked
+    spread = starts.repeat_interleave(lengths, output_size=tokens_bt.numel())
+    return (place - spread).view_as(tokens_bt)
