@@ -1,6 +1,5 @@
 """Real runs of two or more processes: torchrun, DeepSpeed, gloo, on a small part of the packaged corpus."""
 
-import json
 import os
 import signal
 import socket
@@ -41,13 +40,7 @@ class Run:
     def configure(self, **overrides: Any) -> None:
         tables = read_json(self.dir.config)
         assert tables is not None
-        for name, value in overrides.items():
-            table, _, key = name.partition("__")
-            if key:
-                tables[table][key] = value
-            else:
-                tables[table] = value
-        write_json(self.dir.config, tables)
+        write_json(self.dir.config, _with_fields(tables, overrides))
 
     def start(self, processes: int = 2, max_restarts: int = 0) -> "subprocess.Popen[bytes]":
         with socket.socket() as probe:
@@ -98,6 +91,11 @@ class Run:
         assert owner is not None
         os.kill(owner["workers"][rank]["pid"], number)
 
+    def living_workers(self) -> list[int]:
+        """Process ids of this run's workers, of any attempt."""
+        pattern = f"gpt.train\0{self.dir.path}\0"
+        return [int(entry.name) for entry in Path("/proc").glob("[0-9]*") if pattern in _command_line(entry)]
+
     def metrics(self) -> list[dict[str, Any]]:
         return list(record.read(self.dir.metrics))
 
@@ -126,55 +124,61 @@ class Run:
         return "\n".join(f"== {file}\n{file.read_text()[-3000:]}" for file in files if file.exists())
 
 
+def _command_line(process: Path) -> str:
+    try:
+        return (process / "cmdline").read_text()
+    except OSError:
+        return ""
+
+
 def same_state(first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray]) -> bool:
     return first.keys() == second.keys() and all(np.array_equal(first[name], second[name]) for name in first)
 
 
+def make_run(folder: Path, data_dir: Path, **overrides: Any) -> Run:
+    """A run directory of a tiny model; keyword `table__key` sets a field."""
+    tables: dict[str, Any] = {
+        "name": "tiny",
+        "precision": "fp32",
+        "model": {"n_layers": 2, "d_model": 32, "n_heads": 4, "n_kv_heads": 2, "context": CONTEXT},
+        "data": {"path": str(data_dir)},
+        "batch": {"global_batch_tokens": 8 * CONTEXT, "micro_batch": 4},
+        "optimizer": {"peak_lr": 3e-3},
+        "schedule": {"total_steps": 8, "warmup_steps": 2},
+        "zero": {"stage": 1},
+        "checkpoint": {"every_steps": 4},
+        "evaluation": {"every_steps": 4, "tokens": 20 * CONTEXT},
+        "tracking": {"enabled": False},
+        "launch": {"collective_timeout_s": 60},
+    }
+    run = Run(RunDir(folder))
+    run.dir.checkpoints.mkdir(parents=True)
+    config = validate(RunConfig, _with_fields(tables, overrides), "test")
+    config = config.resolve(read_manifest(data_dir).encoding.vocab_size)
+    write_json(run.dir.config, config.model_dump(mode="json"))
+    return run
+
+
 @pytest.fixture
 def new_run(tmp_path: Path, data_dir: Path) -> Iterator[Callable[..., Run]]:
-    """Makes run directories of a tiny model; keyword `table__key` sets a field."""
+    """`make_run` in this test's folder; what is left of the runs is killed at the end."""
     made: list[Run] = []
 
     def make(**overrides: Any) -> Run:
-        tables: dict[str, Any] = {
-            "name": "tiny",
-            "precision": "fp32",
-            "model": {"n_layers": 2, "d_model": 32, "n_heads": 4, "n_kv_heads": 2, "context": CONTEXT},
-            "data": {"path": str(data_dir)},
-            "batch": {"global_batch_tokens": 8 * CONTEXT, "micro_batch": 4},
-            "optimizer": {"peak_lr": 3e-3},
-            "schedule": {"total_steps": 8, "warmup_steps": 2},
-            "zero": {"stage": 1},
-            "checkpoint": {"every_steps": 4},
-            "evaluation": {"every_steps": 4, "tokens": 20 * CONTEXT},
-            "tracking": {"enabled": False},
-            "launch": {"collective_timeout_s": 60},
-        }
-        for name, value in overrides.items():
-            table, _, key = name.partition("__")
-            if key:
-                tables[table][key] = value
-            else:
-                tables[table] = value
-        run = Run(RunDir(tmp_path / f"run-{len(made)}"))
-        run.dir.checkpoints.mkdir(parents=True)
-        config = validate(RunConfig, tables, "test").resolve(read_manifest(data_dir).encoding.vocab_size)
-        run.dir.config.write_text(json.dumps(config.model_dump(mode="json")))
-        made.append(run)
-        return run
+        made.append(make_run(tmp_path / f"run-{len(made)}", data_dir, **overrides))
+        return made[-1]
 
     yield make
     for run in made:
-        for pid in _workers(run):
-            if Path(f"/proc/{pid}/cmdline").exists() and str(run.dir.path) in _command_line(pid):
-                os.kill(pid, signal.SIGKILL)
+        for pid in run.living_workers():
+            os.kill(pid, signal.SIGKILL)
 
 
-def _command_line(pid: int) -> str:
-    return Path(f"/proc/{pid}/cmdline").read_text()
-
-
-def _workers(run: Run) -> Iterator[int]:
-    for number in run.dir.attempt_numbers():
-        owner = read_json(run.dir.attempt(number) / "OWNER.json") or {"workers": []}
-        yield from (worker["pid"] for worker in owner["workers"])
+def _with_fields(tables: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    for name, value in fields.items():
+        table, _, key = name.partition("__")
+        if key:
+            tables[table][key] = value
+        else:
+            tables[table] = value
+    return tables
