@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -163,6 +164,9 @@ def _import_deepspeed(device: torch.device) -> Any:
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*deprecated", category=FutureWarning)
     if not was_loaded:
         del sys.modules["mlflow"]
+    # Its Muon, which nothing here uses, decorates with torch.compile: that alone would load the compiler.
+    with patch.object(torch, "compile", lambda *_, **__: lambda function: function):
+        import deepspeed.runtime.zero.muon.original_muon
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if device.type == "cpu":
         # Its shared-memory collectives compile for 40 s at first use and raise without a compiler; to ask
