@@ -30,8 +30,9 @@ def recipe_path(name: str) -> Path:
 def run_tables(name_or_path: str, overrides: Sequence[str]) -> tuple[dict[str, Any], str]:
     """The tables of a run config and the name to blame in messages. Raises ConfigError."""
     path = Path(name_or_path)
-    if not path.suffix and not path.is_file():
-        if name_or_path not in recipe_names():
+    is_name = name_or_path in recipe_names()  # some have a dot: gpt2-1.5b
+    if (is_name or not path.suffix) and not path.is_file():
+        if not is_name:
             near = difflib.get_close_matches(name_or_path, recipe_names(), n=1, cutoff=0.4)
             hint = f"did you mean {near[0]!r}?" if near else f"recipes: {', '.join(recipe_names())}"
             raise ConfigError(f"{name_or_path}: neither a file nor a recipe; {hint}")

@@ -48,7 +48,8 @@ def test_a_good_request_is_resolved_with_the_datas_vocabulary(data: Path, tmp_pa
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_is_complete_but_for_its_data(name: str, data: Path) -> None:
-    tables, source = run_tables(name, [f"data.path={data}"])
+    # the data set is too small for the context of the large ones
+    tables, source = run_tables(name, [f"data.path={data}", "model.context=64"])
     assert examine(tables, source, LOCAL, None).config.name == name
 
 
