@@ -15,6 +15,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, cast
 
+from data_pipeline.encoder import open_encoder
 from data_pipeline.errors import DataError
 from data_pipeline.pieces import Advance, Piece, Settings, encode_piece
 from data_pipeline.tokenizer import load_encoding
@@ -29,8 +30,11 @@ def encode_all(
     """
     if workers == 1 or len(pieces) < 2:
         encoding = load_encoding(settings.encoding)
+        encoder, message = open_encoder(encoding, settings.encoder)
+        if message:
+            yield Advance(0, 0, 0, message)
         for piece in pieces:
-            yield from encode_piece(folder, piece, settings, encoding)
+            yield from encode_piece(folder, piece, settings, encoding, encoder)
             yield piece
         return
     crew = _Crew(folder, settings, min(workers, len(pieces)))
@@ -102,8 +106,11 @@ def _serve(pipe: Connection, folder: Path, settings: Settings) -> None:
     with suppress(EOFError, ConnectionError):  # the parent is gone
         try:
             encoding = load_encoding(settings.encoding)
+            encoder, message = open_encoder(encoding, settings.encoder)
+            if message:
+                pipe.send(Advance(0, 0, 0, message))
             while True:
-                for advance in encode_piece(folder, pipe.recv(), settings, encoding):
+                for advance in encode_piece(folder, pipe.recv(), settings, encoding, encoder):
                     pipe.send(advance)
                 pipe.send(None)
         except (EOFError, ConnectionError):

@@ -5,21 +5,24 @@ whoever reads decides. Compressed data that ends too early is broken too.
 """
 
 import io
+import itertools
 import json
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import xxhash
 
+from data_pipeline.compression import DamagedError, decompress
+from data_pipeline.errors import DataError
+from data_pipeline.hub import RowSource
 from data_pipeline.sources import SourceFile
 
 _READ_BYTES = 1 << 20
-# Compressed data are handed to the decompressor in parts of this size: all that a part holds comes at once.
-_INFLATE_BYTES = 1 << 15
 # A .txt file is one document and is held in memory whole, as is its encoding.
 _LARGEST_TEXT_BYTES = 1 << 30
 
@@ -33,16 +36,34 @@ class BadDocument(NamedTuple):
 
 @dataclass(frozen=True)
 class Span:
-    """Bytes [start, stop) of a file: the lines that begin there, each of them whole."""
+    """Part [start, stop) of a source: bytes of a file, rows or shards of a data set.
 
-    file: SourceFile
+    Of a file of lines it holds the lines that begin there, each of them whole; of a Parquet file the row
+    groups that begin there. A compressed file can only be read from its beginning: where it is read in
+    several spans, `text` says which bytes of its text are this one's, to the end where the second is None.
+    """
+
+    source: SourceFile | RowSource
     start: int
     stop: int
+    text: tuple[int, int | None] | None = None
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the file in this span."""
-        return self.stop - self.start
+        """Bytes of the source in this span."""
+        source = self.source
+        return source.size_bytes * self.stop // max(1, source.units) - source.size_bytes * self.start // max(
+            1, source.units
+        )
+
+    @property
+    def lines(self) -> tuple[int, int | None]:
+        """Between which bytes of the text the lines of this span begin."""
+        if self.text is not None:
+            return self.text
+        # Only plain lines are cut by the file's own bytes.
+        is_cut = isinstance(self.source, SourceFile) and self.source.suffix == ".jsonl"
+        return (self.start, self.stop) if is_cut else (0, None)
 
 
 def packaged_corpus() -> Path:
@@ -63,7 +84,8 @@ class DocumentReader:
     """The documents of a span in order, as UTF-8 bytes, and a BadDocument for each that is broken.
 
     An empty document comes as b"". `bytes_read` tells how far into the span it has come, `line` which line
-    of the span the last document stands in.
+    of the span the last document stands in; once all is read, `checksum` is xxh3_128 over the bytes of the
+    span, or over the texts of a data set's rows.
     """
 
     def __init__(self, span: Span, text_field: str) -> None:
@@ -71,33 +93,43 @@ class DocumentReader:
         self.line = 0
         self._span = span
         self._text_field = text_field
+        self._rows_sum = xxhash.xxh3_128()
 
     def __iter__(self) -> Iterator[bytes | BadDocument]:
-        suffix = self._span.file.suffix
+        source = self._span.source
+        if isinstance(source, RowSource):
+            return self._rows(source)
+        suffix = source.suffix
         if suffix == ".parquet":
-            return self._parquet()
-        documents = self._text if suffix.startswith(".txt") else self._jsonl
-        if suffix.endswith(".gz"):
-            return documents(_gunzip(self._raw()))
-        if suffix.endswith(".zst"):
-            return documents(_unzstd(self._raw()))
-        return documents(self._raw())
-
-    def _raw(self) -> Iterator[bytes]:
+            return self._parquet(source)
         # A span that starts inside the file begins one byte early: the line that this byte belongs to,
         # up to its newline, is the span's before.
-        with self._span.file.path.open("rb") as file:
-            file.seek(max(0, self._span.start - 1))
+        begin = max(0, self._span.start - 1) if suffix == ".jsonl" else 0
+        chunks = decompress(self._raw(source, begin), suffix)
+        return self._text(chunks) if suffix.startswith(".txt") else self._jsonl(chunks)
+
+    @property
+    def checksum(self) -> str:
+        """xxh3_128 of what was read."""
+        source = self._span.source
+        if isinstance(source, RowSource):
+            return self._rows_sum.hexdigest()
+        return _checksum(source.path, self._span.start, self._span.stop)
+
+    def _raw(self, source: SourceFile, begin: int) -> Iterator[bytes]:
+        with source.path.open("rb") as file:
+            file.seek(begin)
             while chunk := file.read(_READ_BYTES):
-                self.bytes_read = min(self.bytes_read + len(chunk), self._span.size_bytes)
+                self.bytes_read = min(max(0, file.tell() - self._span.start), self._span.size_bytes)
                 yield chunk
 
     def _jsonl(self, chunks: Iterable[bytes]) -> Iterator[bytes | BadDocument]:
-        start = self._span.start
-        # Only plain lines are cut, so only there do offsets in the stream mean offsets in the file.
-        stop = self._span.stop if self._span.file.is_divisible else None
-        behind = max(0, start - 1)
+        start, stop = self._span.lines
+        is_compressed = isinstance(self._span.source, SourceFile) and self._span.source.suffix != ".jsonl"
+        behind = 0 if is_compressed else max(0, start - 1)
         try:
+            if is_compressed and start:
+                behind, chunks = _skip(chunks, start - 1)
             for line in _lines(chunks):
                 begin, behind = behind, behind + len(line) + 1
                 if begin < start:
@@ -109,8 +141,9 @@ class DocumentReader:
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 document = _from_json(line, self._text_field)
                 yield BadDocument(self.line, document) if isinstance(document, str) else document
-        except _DamagedError as error:
-            yield BadDocument(self.line + 1, str(error))
+        except DamagedError as error:
+            if stop is None or self._span.text is None:  # of several spans the last one says it
+                yield BadDocument(self.line + 1, str(error))
 
     def _text(self, chunks: Iterable[bytes]) -> Iterator[bytes | BadDocument]:
         whole = io.BytesIO()
@@ -121,7 +154,7 @@ class DocumentReader:
                 if whole.tell() > _LARGEST_TEXT_BYTES:
                     yield BadDocument(1, "a text file is one document, and this one has more than 1 GiB")
                     return
-        except _DamagedError as error:
+        except DamagedError as error:
             yield BadDocument(1, str(error))
             return
         text = whole.getvalue().removeprefix(b"\xef\xbb\xbf")
@@ -132,58 +165,123 @@ class DocumentReader:
             return
         yield text
 
-    def _parquet(self) -> Iterator[bytes | BadDocument]:
+    def _parquet(self, source: SourceFile) -> Iterator[bytes | BadDocument]:
         import pyarrow
         import pyarrow.parquet
 
         try:
-            with pyarrow.parquet.ParquetFile(self._span.file.path) as table:
+            with pyarrow.parquet.ParquetFile(source.path) as table:
                 names = table.schema_arrow.names
                 if self._text_field not in names:
-                    yield BadDocument(1, f"no column {self._text_field!r}; it has {', '.join(names)}")
+                    if self._span.start == 0:
+                        yield BadDocument(1, f"no column {self._text_field!r}; it has {', '.join(names)}")
                     return
-                rows = table.metadata.num_rows
-                for batch in table.iter_batches(batch_size=1024, columns=[self._text_field]):
+                groups = _row_groups(table.metadata, self._span.start, self._span.stop)
+                rows = sum(table.metadata.row_group(group).num_rows for group in groups)
+                for batch in table.iter_batches(
+                    batch_size=1024, row_groups=groups, columns=[self._text_field]
+                ):
                     for value in batch.column(0):
-                        self.line += 1
-                        try:
-                            document = _from_value(value.as_py(), self._text_field)
-                        except UnicodeDecodeError:
-                            document = "not valid UTF-8"
-                        yield BadDocument(self.line, document) if isinstance(document, str) else document
+                        yield self._cell(value, self._text_field)
                     self.bytes_read = self._span.size_bytes * self.line // max(1, rows)
         except (pyarrow.ArrowException, OSError) as error:
-            first_line = (str(error).splitlines() or [type(error).__name__])[0]
-            yield BadDocument(self.line + 1, f"not a readable Parquet file: {first_line}")
+            if self.line or self._span.start == 0:
+                first_line = (str(error).splitlines() or [type(error).__name__])[0]
+                yield BadDocument(self.line + 1, f"not a readable Parquet file: {first_line}")
+
+    def _rows(self, source: RowSource) -> Iterator[bytes | BadDocument]:
+        import pyarrow
+
+        try:
+            for value in source.values(self._span.start, self._span.stop):
+                document = self._cell(value, source.text_field)
+                text = document if isinstance(document, bytes) else b""
+                self._rows_sum.update(b"%d " % len(text))
+                self._rows_sum.update(text)
+                self.bytes_read = min(self._span.size_bytes, self.bytes_read + len(text))
+                yield document
+        except KeyError:
+            yield BadDocument(self.line + 1, f"no column {source.text_field!r}")
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            # Not a broken document: the same rows may well be readable a minute later.
+            first_line = (str(error).splitlines() or [""])[0]
+            raise DataError(
+                f"{source.name}: reading {source.unit} {self._span.start} to {self._span.stop} failed: "
+                f"{type(error).__name__} {first_line}. What is finished stays; run again to continue"
+            ) from error
+
+    def _cell(self, value: Any, column: str) -> bytes | BadDocument:
+        self.line += 1
+        try:
+            document = _from_value(value.as_py(), column)
+        except UnicodeDecodeError:
+            document = "not valid UTF-8"
+        return BadDocument(self.line, document) if isinstance(document, str) else document
 
 
-def line_number(span: Span, line: int) -> int:
-    """The line of the file, from 1, that is `line` of the span."""
+def place(span: Span, line: int) -> str:
+    """`FILE:LINE` of line `line` of the span, lines and rows counted from 1."""
+    source = span.source
+    if isinstance(source, SourceFile):
+        return f"{source.path}:{_lines_before(span, source) + line}"
+    if source.is_streamed:
+        return f"{source.name}, shards {span.start} to {span.stop}:{line}"
+    return f"{source.name}:{span.start + line}"
+
+
+@lru_cache(maxsize=8)  # many lines of one span are listed together
+def _lines_before(span: Span, source: SourceFile) -> int:
+    """How many lines, or rows, of the file come before the span."""
     if span.start == 0:
-        return line
+        return 0
+    if source.suffix == ".parquet":
+        import pyarrow.parquet
+
+        metadata = pyarrow.parquet.read_metadata(source.path)
+        groups = _row_groups(metadata, 0, span.start)
+        return sum(int(metadata.row_group(group).num_rows) for group in groups)
+    left = span.lines[0] - 1  # the byte before the span belongs to the last line before it
     newlines = 0
-    left = span.start - 1
-    with span.file.path.open("rb") as file:
-        while left and (chunk := file.read(min(left, _READ_BYTES))):
-            newlines += chunk.count(b"\n")
+    with source.path.open("rb") as file, suppress(DamagedError):
+        for chunk in decompress(iter(lambda: file.read(_READ_BYTES), b""), source.suffix):
+            newlines += chunk.count(b"\n", 0, max(0, left))
             left -= len(chunk)
-    return newlines + 1 + line
+            if left <= 0:
+                break
+    return newlines + 1
 
 
-class _Decompressor(Protocol):
-    """What zlib's and zstandard's decompression objects share."""
+def _row_groups(metadata: Any, start: int, stop: int) -> list[int]:
+    """The row groups that begin in [start, stop) of the file, the footer's first column deciding."""
+    found = []
+    for index in range(metadata.num_row_groups):
+        column = metadata.row_group(index).column(0)
+        begin = min(offset for offset in (column.dictionary_page_offset, column.data_page_offset) if offset)
+        if start <= begin < stop:
+            found.append(index)
+    return found
 
-    @property
-    def eof(self) -> bool: ...
 
-    @property
-    def unused_data(self) -> bytes: ...
+def _checksum(path: Path, start: int, stop: int) -> str:
+    digest = xxhash.xxh3_128()
+    left = stop - start
+    with path.open("rb") as file:
+        file.seek(start)
+        while left and (block := file.read(min(left, _READ_BYTES))):
+            digest.update(block)
+            left -= len(block)
+    return digest.hexdigest()
 
-    def decompress(self, data: bytes, /) -> bytes: ...
 
-
-class _DamagedError(Exception):
-    """Compressed data that does not decompress, or ends too early."""
+def _skip(chunks: Iterable[bytes], size: int) -> tuple[int, Iterator[bytes]]:
+    """The chunks from the one that holds byte `size` on, and how many bytes were passed over."""
+    behind = 0
+    rest = iter(chunks)
+    for chunk in rest:
+        if behind + len(chunk) > size:
+            return behind, itertools.chain([chunk], rest)
+        behind += len(chunk)
+    return behind, iter(())
 
 
 def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
@@ -198,41 +296,6 @@ def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
     last = b"".join(parts)
     if last:
         yield last
-
-
-def _gunzip(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    return _inflate(chunks, lambda: zlib.decompressobj(wbits=31), "gzip")
-
-
-def _unzstd(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    import zstandard
-
-    # Not zstandard's stream reader: it takes a file that was cut short for a whole one.
-    decompressor = zstandard.ZstdDecompressor()
-    return _inflate(chunks, lambda: decompressor.decompressobj(), "zstd")
-
-
-def _inflate(chunks: Iterable[bytes], member: Callable[[], _Decompressor], kind: str) -> Iterator[bytes]:
-    """Decompressed chunks of a file of one or more members, which must be whole."""
-    import zstandard
-
-    current: _Decompressor | None = None
-    try:
-        for chunk in chunks:
-            for start in range(0, len(chunk), _INFLATE_BYTES):
-                part = chunk[start : start + _INFLATE_BYTES]
-                while part:
-                    if current is None:
-                        current = member()
-                    if plain := current.decompress(part):
-                        yield plain
-                    if not current.eof:
-                        break
-                    part, current = current.unused_data, None
-    except (zlib.error, zstandard.ZstdError) as error:
-        raise _DamagedError(f"damaged {kind} data: {error}") from None
-    if current is not None:
-        raise _DamagedError(f"the {kind} data end too early: the file was cut short")
 
 
 def _from_json(line: bytes, text_field: str) -> bytes | str:

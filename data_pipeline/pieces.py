@@ -8,8 +8,9 @@ by one rename of its folder. Ids go from the encoder to the file in the process 
 import hashlib
 import json
 import os
+import shutil
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -19,20 +20,18 @@ from numpy.typing import NDArray
 
 from data_pipeline.documents import BadDocument, DocumentReader, Span, is_held_out
 from data_pipeline.durable import fsync_folder, write_durably
+from data_pipeline.encoder import Choice, Disagreement, Encoder, TiktokenEncoder
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import Shard, Split, shard_from_json
 from data_pipeline.shards import ShardWriter
-from data_pipeline.sources import SourceFile
 from data_pipeline.tokenizer import Encoding
 
 # At most this many broken documents are listed; all are counted.
 MOST_LISTED = 100
 
 _RECORD = "piece.json"
-# Encoded documents are gathered to this many tokens before they are written.
-_GATHER_TOKENS = 1 << 20
-# How many bytes of text a byte of the file holds, roughly, so that pieces take about equal time.
-_EXPANSION = {".gz": 4, ".zst": 4, ".parquet": 3}
+# Documents are gathered to this many bytes before they are encoded together.
+_BATCH_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,7 @@ class Settings:
     """All that decides what a piece becomes, besides the piece."""
 
     encoding: Path
+    encoder: Choice
     dtype: str
     text_field: str
     val_fraction: float
@@ -61,10 +61,7 @@ class Piece:
     @property
     def name(self) -> str:
         """A folder name by which to find the piece again as long as its files did not change."""
-        parts = [
-            (str(s.file.path), s.file.name, s.file.size_bytes, s.file.mtime_ns, s.start, s.stop)
-            for s in self.spans
-        ]
+        parts = [(*s.source.identity, s.start, s.stop, s.text) for s in self.spans]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
@@ -78,7 +75,10 @@ class Listed(NamedTuple):
 
 @dataclass
 class PieceRecord:
-    """What a committed piece holds. `checksums` are xxh3_128 over the bytes of each span."""
+    """What a committed piece holds.
+
+    `checksums` are xxh3_128 over each span, as its reader says; `encoder` the package that made the ids.
+    """
 
     train: list[Shard] = field(default_factory=list)
     val: list[Shard] = field(default_factory=list)
@@ -88,6 +88,7 @@ class PieceRecord:
     bad: dict[str, int] = field(default_factory=dict)
     listed: list[Listed] = field(default_factory=list)
     checksums: list[str] = field(default_factory=list)
+    encoder: str = ""
 
     def shards(self, split: Split) -> list[Shard]:
         """The shards of one split, in order."""
@@ -101,46 +102,12 @@ class PieceRecord:
 
 
 class Advance(NamedTuple):
-    """What a worker has done since it last said so."""
+    """What a worker has done since it last said so, and something to tell the user."""
 
     bytes: int
     documents: int
     tokens: int
-
-    def since(self, earlier: "Advance") -> "Advance":
-        """What came after `earlier`."""
-        return Advance(*(now - then for now, then in zip(self, earlier, strict=True)))
-
-
-def cut_into_pieces(files: Sequence[SourceFile], shard_tokens: int) -> list[Piece]:
-    """The pieces of `files`, in order: about 64 of them, but none smaller than is worth it.
-
-    A large file of plain lines is cut, a compressed one is not. None is larger than what makes a shard or so.
-    """
-    total = sum(file.size_bytes * _expansion(file) for file in files)
-    most = 4 * shard_tokens  # a token is about four bytes of text
-    target = max(1, min(max(total // 64, 4 << 20), most))
-    pieces: list[Piece] = []
-    spans: list[Span] = []
-    filled = 0
-    for file in files:
-        start = 0
-        while True:
-            room = target - filled if file.is_divisible else file.size_bytes
-            stop = min(start + max(1, room), file.size_bytes)
-            spans.append(Span(file, start, stop))
-            filled += (stop - start) * _expansion(file)
-            if filled >= target:
-                pieces.append(Piece(tuple(spans)))
-                spans, filled = [], 0
-            start = stop
-            if start >= file.size_bytes:
-                break
-    return [*pieces, Piece(tuple(spans))] if spans else pieces
-
-
-def _expansion(file: SourceFile) -> int:
-    return _EXPANSION.get(file.path.suffix, 1)
+    message: str | None = None
 
 
 def committed(folder: Path, piece: Piece) -> PieceRecord | None:
@@ -158,73 +125,128 @@ def committed(folder: Path, piece: Piece) -> PieceRecord | None:
         bad=content["bad"],
         listed=[Listed(*entry) for entry in content["listed"]],
         checksums=content["checksums"],
+        encoder=content["encoder"],
     )
 
 
-def encode_piece(folder: Path, piece: Piece, settings: Settings, encoding: Encoding) -> Iterator[Advance]:
-    """Encode `piece`, saying how it goes, and at the end commit it as a folder of its name under `folder`."""
-    temporary = folder / f".{piece.name}.{os.getpid()}"
+def encode_piece(
+    folder: Path, piece: Piece, settings: Settings, encoding: Encoding, encoder: Encoder
+) -> Iterator[Advance]:
+    """Encode `piece`, saying how it goes, and at the end commit it as a folder of its name under `folder`.
+
+    Where a fast `encoder` turns out to be wrong its work on the piece is thrown away and tiktoken's taken.
+    """
+    told: list[Advance] = []
+    try:
+        for advance in _encode_piece(folder, piece, settings, encoding, encoder):
+            told.append(advance)
+            yield advance
+    except Disagreement as error:
+        shutil.rmtree(_temporary(folder, piece))
+        behind = [-sum(column) for column in zip(*(advance[:3] for advance in told), strict=True)] or [0] * 3
+        yield Advance(behind[0], behind[1], behind[2], f"tokenizing again with tiktoken: {error}")
+        yield from _encode_piece(folder, piece, settings, encoding, TiktokenEncoder(encoding))
+
+
+def _temporary(folder: Path, piece: Piece) -> Path:
+    return folder / f".{piece.name}.{os.getpid()}"
+
+
+def _encode_piece(
+    folder: Path, piece: Piece, settings: Settings, encoding: Encoding, encoder: Encoder
+) -> Iterator[Advance]:
+    temporary = _temporary(folder, piece)
     temporary.mkdir()
-    record = PieceRecord()
-    writers = {split: _Writer(temporary, split, settings) for split in ("train", "val")}
+    record = PieceRecord(encoder=encoder.name)
+    batch = _Batch(settings, encoding, encoder, record, temporary)
     for number, span in enumerate(piece.spans):
-        record.checksums.append(_checksum(span))
         reader = DocumentReader(span, settings.text_field)
-        told = Advance(0, record.documents, record.tokens)
+        told = 0
         for document in reader:
-            _encode(document, (number, reader.line), settings, encoding, writers, record)
-            if record.tokens - told.tokens > _GATHER_TOKENS // 4:
-                now = Advance(reader.bytes_read, record.documents, record.tokens)
-                yield now.since(told)
+            if isinstance(document, BadDocument):
+                record.list_bad(Listed(number, document.line, document.reason))
+            elif not document:
+                record.empty += 1
+            elif batch.add(document, (number, reader.line)):
+                documents, tokens = batch.encode()
+                now = reader.bytes_read
+                yield Advance(now - told, documents, tokens)
                 told = now
-        yield Advance(span.size_bytes, record.documents, record.tokens).since(told)
-    record.train = writers["train"].finish()
-    record.val = writers["val"].finish()
+        documents, tokens = batch.encode()
+        yield Advance(span.size_bytes - told, documents, tokens)
+        record.checksums.append(reader.checksum)
+    batch.finish()
     write_durably(temporary / _RECORD, (json.dumps(asdict(record)) + "\n").encode())
     temporary.rename(folder / piece.name)
     fsync_folder(folder)
 
 
-def _encode(
-    document: bytes | BadDocument,
-    place: tuple[int, int],
-    settings: Settings,
-    encoding: Encoding,
-    writers: dict[str, "_Writer"],
-    record: PieceRecord,
-) -> None:
-    if isinstance(document, BadDocument):
-        record.list_bad(Listed(place[0], document.line, document.reason))
-        return
-    if not document:
-        record.empty += 1
-        return
-    try:
-        ids = encoding.encode(document.decode())
-    except DataError as error:
-        record.list_bad(Listed(*place, str(error)))
-        return
-    split = "val" if is_held_out(document, settings.val_fraction, settings.seed) else "train"
-    writers[split].add(ids, encoding.end_of_text)
-    record.documents += 1
-    record.tokens += len(ids) + 1
+class _Batch:
+    """Documents that are encoded together, and where their ids go."""
 
+    def __init__(
+        self, settings: Settings, encoding: Encoding, encoder: Encoder, record: PieceRecord, folder: Path
+    ) -> None:
+        self._settings = settings
+        self._end_of_text = encoding.end_of_text
+        self._encoder = encoder
+        self._record = record
+        self._writers = {split: _Writer(folder, split, settings) for split in ("train", "val")}
+        self._texts: list[str] = []
+        self._places: list[tuple[int, int]] = []
+        self._is_val: list[bool] = []
+        self._bytes = 0
 
-def _checksum(span: Span) -> str:
-    import xxhash
+    def add(self, document: bytes, place: tuple[int, int]) -> bool:
+        """Take a document that stands in (span, line); whether it is time to encode."""
+        self._texts.append(document.decode())
+        self._places.append(place)
+        self._is_val.append(is_held_out(document, self._settings.val_fraction, self._settings.seed))
+        self._bytes += len(document)
+        return self._bytes >= _BATCH_BYTES
 
-    digest = xxhash.xxh3_128()
-    left = span.size_bytes
-    with span.file.path.open("rb") as file:
-        file.seek(span.start)
-        while left and (block := file.read(min(left, 1 << 20))):
-            digest.update(block)
-            left -= len(block)
-    return digest.hexdigest()
+    def encode(self) -> tuple[int, int]:
+        """Encode and write what was taken: how many documents and tokens."""
+        if not self._texts:
+            return 0, 0
+        try:
+            ids, offsets = self._encoder.encode(self._texts)
+            is_val = np.array(self._is_val)
+        except DataError:
+            ids, offsets, is_val = self._encode_one_by_one()
+        lengths = np.diff(offsets) + 1
+        ended = np.insert(ids, offsets[1:], self._end_of_text)
+        if is_val.any():
+            of_val = np.repeat(is_val, lengths)
+            self._writers["val"].write(ended[of_val], lengths[is_val])
+            self._writers["train"].write(ended[~of_val], lengths[~is_val])
+        else:
+            self._writers["train"].write(ended, lengths)
+        self._texts, self._places, self._is_val, self._bytes = [], [], [], 0
+        self._record.documents += len(lengths)
+        self._record.tokens += len(ended)
+        return len(lengths), len(ended)
+
+    def _encode_one_by_one(self) -> tuple[NDArray[np.uint32], NDArray[np.int64], NDArray[np.bool_]]:
+        """The same without the documents that cannot be encoded, which are listed as broken."""
+        parts, is_val = [np.empty(0, np.uint32)], []
+        for text, place, held_out in zip(self._texts, self._places, self._is_val, strict=True):
+            try:
+                parts.append(self._encoder.encode([text])[0])
+                is_val.append(held_out)
+            except DataError as error:
+                self._record.list_bad(Listed(*place, str(error)))
+        offsets = np.cumsum([len(part) for part in parts])
+        return np.concatenate(parts), offsets, np.array(is_val, dtype=np.bool_)
+
+    def finish(self) -> None:
+        """Close the shards and put them on record."""
+        self._record.train = self._writers["train"].finish()
+        self._record.val = self._writers["val"].finish()
 
 
 class _Writer:
-    """The shards of one split of a piece: a new one is begun where one has its tokens."""
+    """The shards of one split of a piece: one is closed with the document that fills it."""
 
     def __init__(self, folder: Path, split: str, settings: Settings) -> None:
         self._folder = folder
@@ -232,27 +254,22 @@ class _Writer:
         self._settings = settings
         self._shards: list[Shard] = []
         self._writer: ShardWriter | None = None
-        self._ids: list[NDArray[np.generic]] = []
-        self._lengths = array("i")
-        self._gathered = 0
 
-    def add(self, ids: NDArray[np.uint32], end_of_text: int) -> None:
-        self._ids += [ids, np.array([end_of_text], dtype=np.uint32)]
-        self._lengths.append(len(ids) + 1)
-        self._gathered += len(ids) + 1
-        if self._gathered >= min(_GATHER_TOKENS, self._settings.shard_tokens):
-            self._flush()
-
-    def _flush(self) -> None:
-        if not self._gathered:
-            return
-        if self._writer is None:
-            name = f"{self._split}-{len(self._shards):05d}"
-            self._writer = ShardWriter(self._folder, name, self._settings.dtype)
-        self._writer.write(np.concatenate(self._ids), self._lengths)
-        self._ids, self._lengths, self._gathered = [], array("i"), 0
-        if self._writer.tokens >= self._settings.shard_tokens:
-            self._close()
+    def write(self, ids: NDArray[np.uint32], lengths: NDArray[np.int64]) -> None:
+        """Append documents of `lengths` tokens, whose ids stand in `ids` one after the other."""
+        ends = np.cumsum(lengths)
+        first, behind = 0, 0
+        while first < len(lengths):
+            if self._writer is None:
+                name = f"{self._split}-{len(self._shards):05d}"
+                self._writer = ShardWriter(self._folder, name, self._settings.dtype)
+            room = self._settings.shard_tokens - self._writer.tokens
+            last = min(int(np.searchsorted(ends, behind + room)), len(lengths) - 1)
+            end = int(ends[last])
+            self._writer.write(ids[behind:end], array("i", lengths[first : last + 1].tolist()))
+            first, behind = last + 1, end
+            if self._writer.tokens >= self._settings.shard_tokens:
+                self._close()
 
     def _close(self) -> None:
         if self._writer is not None:
@@ -260,6 +277,6 @@ class _Writer:
             self._writer = None
 
     def finish(self) -> list[Shard]:
-        self._flush()
+        """Every shard that was written, all of them on disk."""
         self._close()
         return self._shards

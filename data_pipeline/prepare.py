@@ -6,7 +6,6 @@ Refused: to write into a folder that holds another data set, and to leave out br
 """
 
 import fcntl
-import json
 import os
 import re
 import shutil
@@ -15,22 +14,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from data_pipeline.config_file import Section
 from data_pipeline.crew import encode_all
-from data_pipeline.documents import line_number
+from data_pipeline.cutting import cut_into_pieces
+from data_pipeline.documents import place
 from data_pipeline.durable import write_durably
+from data_pipeline.encoder import Choice
 from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.hub import HubDataset, RowSource, open_dataset
+from data_pipeline.identity import require_identical, require_same_settings
 from data_pipeline.indexed import dtype_for
 from data_pipeline.manifest import (
     ENCODING_FILE,
     FILE_NAME,
     Manifest,
-    check,
-    read_manifest,
 )
 from data_pipeline.pieces import (
     MOST_LISTED,
@@ -39,7 +40,6 @@ from data_pipeline.pieces import (
     PieceRecord,
     Settings,
     committed,
-    cut_into_pieces,
 )
 from data_pipeline.publish import publish, take_back
 from data_pipeline.sources import SourceFile, find_files
@@ -54,12 +54,24 @@ class DataPrepConfig(Section):
     """What DATA.toml holds: which text becomes which token shards."""
 
     sources: tuple[str, ...] = Field(
-        min_length=1,
+        default=(),
         description="Files, folders and globs: .jsonl, .txt, each also .gz and .zst, and .parquet.",
+    )
+    datasets: tuple[HubDataset, ...] = Field(
+        default=(), description="Hugging Face data sets, by name on the hub or from a local folder."
     )
     tokenizer: str = Field(
         description="A packaged encoding (outlast-4k), a tiktoken name (gpt2, cl100k_base, o200k_base), an "
-        "encoding.json, or a data directory that has one."
+        "encoding.json, a data directory that has one, or a .tiktoken file of ranks."
+    )
+    tokenizer_pattern: str | None = Field(
+        default=None,
+        description="How a .tiktoken file's encoding splits text: a tiktoken name or a regular expression. "
+        "Needed where the file is not one of tiktoken's own by name.",
+    )
+    encoder: Choice = Field(
+        default="auto",
+        description="auto uses fastokens where it is installed and gives tiktoken's ids; tiktoken forces it.",
     )
     out: Path = Field(description="The data directory to make.")
     text_field: str = Field(
@@ -83,6 +95,12 @@ class DataPrepConfig(Section):
         default=None, ge=1, description="Processes that encode. Default: one for each usable core."
     )
 
+    @model_validator(mode="after")
+    def _has_sources(self) -> Self:
+        if not self.sources and not self.datasets:
+            raise ValueError("nothing to prepare: give sources (files, folders, globs) or [[datasets]].")
+        return self
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -102,21 +120,21 @@ def prepare(config: DataPrepConfig, progress: Callable[[Progress], None] | None 
     ConfigError for wrong settings or a folder that holds something else, DataError for broken documents, a
     worker that dies, or a disk that is full; what is finished then stays.
     """
-    encoding, files, ignored = _inputs(config)
-    tell = _Teller(progress, sum(file.size_bytes for file in files))
+    encoding, sources, ignored = _inputs(config)
+    tell = _Teller(progress, sum(source.size_bytes for source in sources))
     if ignored:
         tell.message(f"{ignored} files in the folders are of other kinds and are ignored")
     out, work = config.out, config.out / ".prepare"
     if (out / FILE_NAME).exists() and not work.exists():
-        return _require_identical(config, encoding, files)
+        return require_identical(out, encoding, _preparation(config), sources)
     if out.exists() and not work.exists():
         _require_free(out)
     try:
         with _locked(work):
             if (out / FILE_NAME).exists():  # ended between the manifest and the tidying
-                manifest = _require_identical(config, encoding, files)
+                manifest = require_identical(out, encoding, _preparation(config), sources)
             else:
-                manifest = _build(config, encoding, files, tell)
+                manifest = _build(config, encoding, sources, tell)
         # After the lock's file is closed, or NFS keeps it; whoever takes the lock now finds the manifest.
         shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
@@ -126,36 +144,42 @@ def prepare(config: DataPrepConfig, progress: Callable[[Progress], None] | None 
     return manifest
 
 
-def _inputs(config: DataPrepConfig) -> tuple[Encoding, list[SourceFile], int]:
-    """The encoding and the files, or every problem with either at once."""
+def _inputs(config: DataPrepConfig) -> tuple[Encoding, list[SourceFile | RowSource], int]:
+    """The encoding, the sources and the number of ignored files, or every problem with any of it at once."""
     problems: list[str] = []
     encoding: Encoding | None = None
-    files: list[SourceFile] = []
+    sources: list[SourceFile | RowSource] = []
     ignored = 0
     try:
-        encoding = load_encoding(config.tokenizer)
+        encoding = load_encoding(config.tokenizer, config.tokenizer_pattern)
     except (ConfigError, DataError) as error:
         problems.append(str(error))
     try:
         files, ignored = find_files(config.sources)
+        sources += files
     except ConfigError as error:
         problems += error.problems
+    for dataset in config.datasets:
+        try:
+            sources.append(open_dataset(dataset, config.text_field))
+        except ConfigError as error:
+            problems += error.problems
     if config.out.exists() and not config.out.is_dir():
         problems.append(f"out = {config.out} is a file; a folder to make is needed")
     if problems or encoding is None:
         raise ConfigError(problems)
-    return encoding, files, ignored
+    return encoding, sources, ignored
 
 
 def _build(
-    config: DataPrepConfig, encoding: Encoding, files: Sequence[SourceFile], tell: "_Teller"
+    config: DataPrepConfig, encoding: Encoding, sources: Sequence[SourceFile | RowSource], tell: "_Teller"
 ) -> Manifest:
     out, work = config.out, config.out / ".prepare"
     take_back(out, work)
     _require_free(out)
-    _require_same_settings(config, encoding, work)
+    require_same_settings(out, encoding, _preparation(config))
     write_durably(work / ENCODING_FILE, encoding.to_json())
-    pieces = cut_into_pieces(files, config.shard_tokens)
+    pieces = cut_into_pieces(sources, config.shard_tokens)
     records = _encode(config, encoding, pieces, work, tell)
     bad = sum((Counter(record.bad) for record in records.values()), Counter())
     if bad and config.on_bad == "fail":
@@ -167,7 +191,7 @@ def _build(
         tell.message(
             f"val_fraction = {config.val_fraction:g} held out no document: there is no validation split"
         )
-    return publish(out, work, encoding, _preparation(config), files, pieces, records)
+    return publish(out, work, encoding, _preparation(config), sources, pieces, records)
 
 
 def _encode(
@@ -182,6 +206,7 @@ def _encode(
         tell.message(f"continuing: {len(records)} of {len(pieces)} pieces were finished before")
     settings = Settings(
         encoding=work / ENCODING_FILE,
+        encoder=config.encoder,
         dtype=dtype_for(encoding.vocab_size),
         text_field=config.text_field,
         val_fraction=config.val_fraction,
@@ -231,73 +256,13 @@ def _preparation(config: DataPrepConfig) -> dict[str, Any]:
     }
 
 
-def _require_same_settings(config: DataPrepConfig, encoding: Encoding, work: Path) -> None:
-    """Refuse to continue what was begun with settings that make other ids."""
-    path = work / "settings.json"
-    wanted = {"tokenizer": encoding.name, "fingerprint": encoding.fingerprint, **_preparation(config)}
-    del wanted["on_bad"]  # it decides what happens to broken documents, not what a piece becomes
-    if path.exists():
-        changes = _changes(json.loads(path.read_bytes()), wanted)
-        if changes:
-            raise ConfigError(
-                f"{config.out} holds an unfinished preparation with other settings: {changes}. Continue it "
-                f"with those, choose another `out`, or remove {work} to begin anew"
-            )
-    write_durably(path, json.dumps(wanted).encode())
-
-
-def _require_identical(config: DataPrepConfig, encoding: Encoding, files: Sequence[SourceFile]) -> Manifest:
-    """The manifest of the complete data set in `out`, which must be what `config` would make."""
-    manifest = read_manifest(config.out)
-    before = {
-        "tokenizer": manifest.encoding.name,
-        "fingerprint": manifest.encoding.fingerprint,
-        **manifest.preparation,
-        "sources": [(source["name"], source["size_bytes"]) for source in manifest.sources],
-    }
-    now = {
-        "tokenizer": encoding.name,
-        "fingerprint": encoding.fingerprint,
-        **_preparation(config),
-        "sources": [(file.name, file.size_bytes) for file in files],
-    }
-    changes = _changes(before, now)
-    if changes:
-        raise ConfigError(
-            f"{config.out} holds a complete data set that was prepared otherwise: {changes}. Choose another "
-            f"`out`, or remove {config.out} to prepare it anew"
-        )
-    problems = check(config.out, manifest)
-    if problems:
-        raise DataError("\n".join([*problems, f"Remove {config.out} to prepare it anew"]))
-    return manifest
-
-
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """In words, what differs."""
-    changes = []
-    for key, value in now.items():
-        was = before.get(key)
-        if was == value:
-            continue
-        if key == "sources":
-            changed = sorted({name for name, _ in set(was or ()) ^ set(value)})
-            changes.append(f"sources (for example {changed[0]})" if changed else "the order of sources")
-        elif key == "fingerprint":
-            changes.append("the tokenizer's ids")
-        else:
-            changes.append(f"{key} = {was!r}, now {value!r}")
-    return "; ".join(changes)
-
-
 def _broken(pieces: Sequence[Piece], records: Mapping[Piece, PieceRecord], bad: Counter[str]) -> str:
     reasons = ", ".join(f"{count} × {reason}" for reason, count in bad.most_common())
     lines: list[str] = []
     for piece in pieces:
         for listed in records[piece].listed if piece in records else ():
             if len(lines) < MOST_LISTED:
-                span = piece.spans[listed.span]
-                lines.append(f"{span.file.path}:{line_number(span, listed.line)}: {listed.reason}")
+                lines.append(f"{place(piece.spans[listed.span], listed.line)}: {listed.reason}")
     more = bad.total() - len(lines)
     return "\n".join(
         [
@@ -327,6 +292,7 @@ class _Teller:
     def __init__(self, progress: Callable[[Progress], None] | None, bytes_total: int) -> None:
         self._progress = progress or (lambda _: None)
         self._state = Progress(0, bytes_total, 0, 0)
+        self._told: set[str] = set()
 
     def advance(self, by: Advance) -> None:
         now = self._state
@@ -337,6 +303,10 @@ class _Teller:
             tokens=now.tokens + by.tokens,
         )
         self._progress(self._state)
+        if by.message is not None:
+            self.message(by.message)
 
     def message(self, text: str) -> None:
-        self._progress(replace(self._state, message=text))
+        if text not in self._told:  # every worker may say the same
+            self._told.add(text)
+            self._progress(replace(self._state, message=text))

@@ -14,6 +14,7 @@ from typing import Any
 import xxhash
 
 from data_pipeline.durable import fsync_folder, write_durably
+from data_pipeline.hub import RowSource
 from data_pipeline.indexed import dtype_for
 from data_pipeline.manifest import ENCODING_FILE, FILE_NAME, EncodingRecord, Manifest, Shard, Split
 from data_pipeline.pieces import Piece, PieceRecord
@@ -26,7 +27,7 @@ def publish(
     work: Path,
     encoding: Encoding,
     preparation: Mapping[str, Any],
-    files: Sequence[SourceFile],
+    sources: Sequence[SourceFile | RowSource],
     pieces: Sequence[Piece],
     records: Mapping[Piece, PieceRecord],
 ) -> Manifest:
@@ -47,8 +48,8 @@ def publish(
         val=tuple(shards["val"]),
         skipped=_skipped(records.values()),
         preparation=preparation,
-        versions={"outlast": _version("outlast"), "tiktoken": _version("tiktoken")},
-        sources=tuple(_sources(files, pieces, records)),
+        versions=_versions(records.values()),
+        sources=tuple(_sources(sources, pieces, records)),
     )
     # Written first, so that a preparation that is killed among the renames can take the names back.
     write_durably(work / "names.json", json.dumps(names).encode())
@@ -82,14 +83,22 @@ def _skipped(records: Iterable[PieceRecord]) -> dict[str, int]:
 
 
 def _sources(
-    files: Sequence[SourceFile], pieces: Sequence[Piece], records: Mapping[Piece, PieceRecord]
+    sources: Sequence[SourceFile | RowSource], pieces: Sequence[Piece], records: Mapping[Piece, PieceRecord]
 ) -> Iterator[dict[str, Any]]:
-    ranges: dict[SourceFile, list[dict[str, Any]]] = {file: [] for file in files}
+    ranges: list[list[dict[str, Any]]] = [[] for _ in sources]
+    number = {source.identity: index for index, source in enumerate(sources)}
     for piece in pieces:
         for span, checksum in zip(piece.spans, records[piece].checksums, strict=True):
-            ranges[span.file].append({"start": span.start, "stop": span.stop, "xxh3_128": checksum})
-    for file in files:
-        yield {"name": file.name, "size_bytes": file.size_bytes, "ranges": ranges[file]}
+            part = {"start": span.start, "stop": span.stop, "xxh3_128": checksum}
+            ranges[number[span.source.identity]].append(part)
+    for source, parts in zip(sources, ranges, strict=True):
+        yield {"name": source.name, "size_bytes": source.size_bytes, "unit": source.unit, "ranges": parts}
+
+
+def _versions(records: Iterable[PieceRecord]) -> dict[str, str]:
+    """Of ours, of tiktoken, and of what else made ids."""
+    packages = {"outlast", "tiktoken", *(record.encoder for record in records)}
+    return {package: _version(package) for package in sorted(packages)}
 
 
 def _encoding_record(encoding: Encoding) -> EncodingRecord:

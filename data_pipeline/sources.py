@@ -31,8 +31,23 @@ class SourceFile:
 
     @property
     def is_divisible(self) -> bool:
-        """Whether reading may start at any byte: true for plain lines, false for compressed files."""
-        return self.suffix == ".jsonl"
+        """Whether reading may start anywhere: true for plain lines and tables, false for compressed files."""
+        return self.suffix in (".jsonl", ".parquet")
+
+    @property
+    def units(self) -> int:
+        """What spans count: bytes."""
+        return self.size_bytes
+
+    @property
+    def unit(self) -> str:
+        """What is counted in `units`."""
+        return "bytes"
+
+    @property
+    def identity(self) -> tuple[str | int, ...]:
+        """What changes when the file does."""
+        return (str(self.path), self.name, self.size_bytes, self.mtime_ns)
 
 
 def find_files(sources: Sequence[str | Path]) -> tuple[list[SourceFile], int]:

@@ -17,8 +17,8 @@ from data_pipeline.documents import (
     DocumentReader,
     Span,
     is_held_out,
-    line_number,
     packaged_corpus,
+    place,
 )
 from data_pipeline.errors import ConfigError
 from data_pipeline.sources import find_files
@@ -147,7 +147,7 @@ def test_spans_of_a_file_give_each_line_once_and_know_its_number(
         reader = DocumentReader(span, "text")
         for document in reader:
             found.append(document)
-            assert line_number(span, reader.line) == len(found)
+            assert place(span, reader.line) == f"{path}:{len(found)}"
     assert found == [line.encode() for line in lines]
 
 

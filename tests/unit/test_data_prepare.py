@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 
 from data_pipeline.crew import encode_all
+from data_pipeline.cutting import cut_into_pieces
 from data_pipeline.documents import is_held_out
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.indexed import dtype_for
 from data_pipeline.manifest import check, read_manifest, verify
-from data_pipeline.pieces import Settings, cut_into_pieces
+from data_pipeline.pieces import Settings
 from data_pipeline.prepare import Progress, prepare
 from data_pipeline.sources import find_files
 from data_pipeline.tokenizer import load_encoding
@@ -422,7 +423,7 @@ def _small_encoding(folder: Path) -> str:
 def test_a_killed_worker_ends_the_preparation_with_its_cause(raw: Path, tmp_path: Path) -> None:
     encoding = tmp_path / "encoding.json"
     encoding.write_bytes(load_encoding("outlast-4k").to_json())
-    settings = Settings(encoding, "uint16", "text", 0.1, 0, 10_000)
+    settings = Settings(encoding, "auto", "uint16", "text", 0.1, 0, 10_000)
     (tmp_path / "work").mkdir()
     work = encode_all(tmp_path / "work", cut_into_pieces(find_files([raw])[0], 10_000), settings, workers=2)
     next(work)
@@ -437,7 +438,7 @@ def _children() -> list[int]:
 
 
 def test_a_mistake_in_a_worker_comes_out_with_its_traceback(raw: Path, tmp_path: Path) -> None:
-    settings = Settings(tmp_path / "no-encoding.json", "uint16", "text", 0.1, 0, 10_000)
+    settings = Settings(tmp_path / "no-encoding.json", "auto", "uint16", "text", 0.1, 0, 10_000)
     found = cut_into_pieces(find_files([raw])[0], 10_000)
     with pytest.raises(ConfigError, match="neither a file nor an encoding") as error:
         list(encode_all(tmp_path, found, settings, workers=2))
@@ -466,9 +467,9 @@ def test_pieces_cover_every_byte_once_and_depend_on_the_sources_alone(raw: Path,
         position: dict[str, int] = {}
         for piece in found:
             for span in piece.spans:
-                assert position.get(span.file.name, 0) == span.start
-                position[span.file.name] = span.stop
-                covered[span.file.name] += span.size_bytes
+                assert position.get(span.source.name, 0) == span.start
+                position[span.source.name] = span.stop
+                covered[span.source.name] += span.size_bytes
         assert covered == Counter({file.name: file.size_bytes for file in files})
         assert len({piece.name for piece in found}) == len(found)
     assert len(cut_into_pieces(files, 10**8)) == 1, "not worth cutting"

@@ -1,0 +1,139 @@
+"""Hugging Face data sets, by name or from a local folder, as sources of documents.
+
+A data set is cut by rows, a streamed one by the files that it streams (`datasets` calls them shards), so
+that each part can be read by any process and again after a kill. What is read is `datasets`' affair; what
+is here only asks it for one column of a range.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from data_pipeline.config_file import Section
+from data_pipeline.errors import ConfigError
+
+_ROWS_A_READ = 1024
+_SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` leaves
+
+
+class HubDataset(Section):
+    """A data set that `datasets` loads: one [[datasets]] table of DATA.toml."""
+
+    name: str = Field(min_length=1, description="Name on the Hugging Face hub, or a local folder.")
+    config: str | None = Field(default=None, description="Configuration (subset) of the data set.")
+    split: str = Field(default="train", min_length=1, description="Split, for example train or train[:10%].")
+    revision: str | None = Field(default=None, description="Branch, tag or commit on the hub.")
+    text_field: str | None = Field(
+        default=None, min_length=1, description="Column with the text. Default: the data config's text_field."
+    )
+    streaming: bool = Field(
+        default=False,
+        description="Read over the network while encoding, without a copy on disk; cut by the data set's "
+        "files and no finer.",
+    )
+
+    @property
+    def label(self) -> str:
+        """All that decides the rows, in one line."""
+        config = f" {self.config}" if self.config else ""
+        revision = f"@{self.revision}" if self.revision else ""
+        return f"{self.name}{revision}{config} {self.split}{' (streamed)' if self.streaming else ''}"
+
+
+@dataclass(frozen=True)
+class RowSource:
+    """A loaded data set: `units` rows, or `units` shards where it is streamed.
+
+    `size_bytes` is the size of its rows in memory, and 0 where that is not known beforehand.
+    """
+
+    name: str
+    size_bytes: int
+    units: int
+    fingerprint: str
+    is_streamed: bool
+    text_field: str
+    dataset: Any = field(compare=False, repr=False)
+
+    @property
+    def identity(self) -> tuple[str, ...]:
+        """What changes when the rows do."""
+        return (self.name, self.fingerprint, self.text_field)
+
+    @property
+    def unit(self) -> str:
+        """What is counted in `units`."""
+        return "shards" if self.is_streamed else "rows"
+
+    def values(self, start: int, stop: int) -> Iterator[Any]:
+        """The text column of the units [start, stop), each value an Arrow scalar.
+
+        Raises what `datasets` raises: OSError and its own errors where a file or the network fails, and
+        KeyError where a streamed data set turns out to have no such column.
+        """
+        for part in self._parts(start, stop):
+            for table in part.with_format("arrow").iter(_ROWS_A_READ):
+                yield from table[self.text_field]
+
+    def _parts(self, start: int, stop: int) -> Iterator[Any]:
+        if self.is_streamed:
+            for index in range(start, stop):
+                yield self.dataset.shard(self.units, index)
+        else:
+            yield self.dataset.select_columns([self.text_field]).select(range(start, stop))
+
+
+def open_dataset(wanted: HubDataset, text_field: str) -> RowSource:
+    """The data set `wanted`, downloaded where it is not streamed.
+
+    Raises ConfigError where it, its split or its column is not to be had, with what `datasets` says.
+    """
+    column = wanted.text_field or text_field
+    try:
+        dataset, fingerprint, size_bytes = _streamed(wanted) if wanted.streaming else _loaded(wanted)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError) as error:
+        first_line = (str(error).splitlines() or [""])[0]
+        raise ConfigError(
+            f"datasets: {wanted.label} cannot be loaded: {type(error).__name__} {first_line}"
+        ) from error
+    if dataset.features is not None and column not in dataset.features:
+        raise ConfigError(
+            f"datasets: {wanted.label} has no column {column!r}; it has {', '.join(dataset.features)}. "
+            f"Name one as text_field"
+        )
+    units = dataset.num_shards if wanted.streaming else len(dataset)
+    return RowSource(wanted.label, size_bytes, units, fingerprint, wanted.streaming, column, dataset)
+
+
+def _loaded(wanted: HubDataset) -> tuple[Any, str, int]:
+    import datasets
+
+    if any((Path(wanted.name) / name).exists() for name in _SAVED):
+        dataset: Any = datasets.load_from_disk(wanted.name)
+        if isinstance(dataset, datasets.DatasetDict):
+            if wanted.split not in dataset:
+                raise ValueError(f"no split {wanted.split!r}; it has {', '.join(dataset)}")
+            dataset = dataset[wanted.split]
+    else:
+        dataset = datasets.load_dataset(
+            wanted.name, wanted.config, split=wanted.split, revision=wanted.revision
+        )
+    return dataset, str(dataset._fingerprint), int(dataset.data.nbytes)
+
+
+def _streamed(wanted: HubDataset) -> tuple[Any, str, int]:
+    import datasets
+
+    builder = datasets.load_dataset_builder(wanted.name, wanted.config, revision=wanted.revision)
+    dataset = builder.as_streaming_dataset(split=wanted.split)
+    # A stream has no fingerprint: its files and their times or entity tags are what there is to tell it by.
+    files = builder.config.data_files or {}
+    origins = {str(split): [str(origin) for origin in files[split].origin_metadata] for split in files}
+    known = json.dumps([wanted.label, builder.hash, origins])
+    split = (builder.info.splits or {}).get(wanted.split)
+    return dataset, hashlib.sha256(known.encode()).hexdigest()[:32], int(split.num_bytes) if split else 0

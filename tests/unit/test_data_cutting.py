@@ -1,0 +1,121 @@
+"""Which pieces sources are cut into, and that every document of a cut file is read once."""
+
+import gzip
+import json
+import random
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from data_pipeline.cutting import cut_into_pieces
+from data_pipeline.documents import BadDocument, DocumentReader, place
+from data_pipeline.pieces import Piece
+from data_pipeline.prepare import prepare
+from data_pipeline.sources import find_files
+from tests.unit.data_support import config, documents_of, files_of
+
+
+def _texts(size_bytes: int) -> list[str]:
+    choose = random.Random(5)
+    texts, size = [], 0
+    while size < size_bytes:
+        texts.append(
+            f"{len(texts)} " + "".join(choose.choices("abcdefghijklmnop äß\n", k=choose.randrange(9000)))
+        )
+        size += len(texts[-1].encode())
+    return texts
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    return _texts(6_000_000)
+
+
+def _write(path: Path, texts: list[str]) -> Path:
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(lines, compresslevel=1))
+    elif path.suffix == ".zst":
+        path.write_bytes(zstandard.compress(lines, level=1))
+    elif path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=100)
+    else:
+        path.write_bytes(lines)
+    return path
+
+
+def _pieces(path: Path) -> list[Piece]:
+    # Small shards make small pieces, as a larger file would
+    return cut_into_pieces(find_files([path])[0], shard_tokens=100_000)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"])
+def test_one_large_file_is_cut_for_several_workers_and_each_document_read_once(
+    tmp_path: Path, texts: list[str], suffix: str
+) -> None:
+    pieces = _pieces(_write(tmp_path / f"a{suffix}", texts))
+    assert len(pieces) >= (2 if "." in suffix[1:] else 5)
+    found = [
+        document for piece in pieces for span in piece.spans for document in DocumentReader(span, "text")
+    ]
+    assert found == [text.encode() for text in texts]
+    assert sum(piece.size_bytes for piece in pieces) == (tmp_path / f"a{suffix}").stat().st_size
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".parquet"])
+def test_a_cut_file_gives_the_same_bytes_on_any_number_of_workers(
+    tmp_path: Path, texts: list[str], suffix: str
+) -> None:
+    path = _write(tmp_path / f"a{suffix}", texts)
+    for workers in (1, 2):
+        prepare(config(tmp_path / str(workers), path, workers=workers, shard_tokens=100_000, val_fraction=0))
+    assert files_of(tmp_path / "1") == files_of(tmp_path / "2")
+    assert len(documents_of(tmp_path / "1", "train")) == len(texts)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst", ".parquet"])
+def test_broken_documents_in_later_parts_have_the_file_s_line(
+    tmp_path: Path, texts: list[str], suffix: str
+) -> None:
+    path = tmp_path / f"a{suffix}"
+    _write(path, texts)
+    seen = 0
+    for piece in _pieces(path):
+        for span in piece.spans:
+            reader = DocumentReader(span, "text")
+            for _ in reader:
+                seen += 1
+                if reader.line == 1:  # the first of each span
+                    assert place(span, reader.line) == f"{path}:{seen}"
+    assert seen == len(texts)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
+@pytest.mark.parametrize("keep", [0.2, 0.95])
+def test_a_cut_compressed_file_that_ends_too_early_is_told_once(
+    tmp_path: Path, texts: list[str], suffix: str, keep: float
+) -> None:
+    path = _write(tmp_path / f"a{suffix}", texts)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(keep * len(whole))])
+    pieces = _pieces(path)
+    if keep > 0.5:
+        assert len(pieces) >= 2
+    found: list[bytes] = []
+    bad: list[str] = []
+    for piece in pieces:
+        for span in piece.spans:
+            for document in DocumentReader(span, "text"):
+                if isinstance(document, BadDocument):
+                    bad.append(f"{place(span, document.line)}: {document.reason}")
+                else:
+                    found.append(document)
+    assert found == [text.encode() for text in texts[: len(found)]]
+    assert 0 < len(found) < len(texts)
+    assert len(bad) == 1
+    assert "end too early" in bad[0]
+    line = int(bad[0].removeprefix(f"{path}:").partition(":")[0])
+    assert abs(line - len(found)) <= 1
