@@ -43,7 +43,7 @@ def publish(
                     names[name] = f"{piece.name}/{below}"
     manifest = Manifest(
         dtype=dtype_for(encoding.vocab_size),
-        encoding=_encoding_record(encoding),
+        encoding=encoding_record(encoding),
         train=tuple(shards["train"]),
         val=tuple(shards["val"]),
         skipped=_skipped(records.values()),
@@ -101,7 +101,8 @@ def _versions(records: Iterable[PieceRecord]) -> dict[str, str]:
     return {package: _version(package) for package in sorted(packages)}
 
 
-def _encoding_record(encoding: Encoding) -> EncodingRecord:
+def encoding_record(encoding: Encoding) -> EncodingRecord:
+    """What a manifest says of `encoding`."""
     content = encoding.to_json()
     return EncodingRecord(
         name=encoding.name,

@@ -10,13 +10,14 @@ import mmap
 import os
 from array import array
 from bisect import bisect_left
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.errors import DataError
-from data_pipeline.indexed import ITEM_BYTES, Header, read_header
+from data_pipeline.indexed import HEADER, ITEM_BYTES, Header, read_header
 from data_pipeline.manifest import CHUNK_BYTES, FileRecord, Shard, check_shard
 
 
@@ -52,15 +53,49 @@ class ShardWriter:
         idx.write(offsets.tobytes())
         idx.write(np.arange(len(lengths) + 1, dtype=np.int64).tobytes())
         bin_record, idx_record = self._bin.finish(), idx.finish()
-        sums = {
-            "algorithm": "xxh3_128",
-            "chunk_bytes": CHUNK_BYTES,
-            "bin": self._bin.chunks,
-            "idx": idx.chunks,
-        }
         sum_file = _SummedFile(self._folder / f"{self._name}.sum")
-        sum_file.write((json.dumps(sums, indent=0) + "\n").encode())
+        sum_file.write(sums_content(self._bin.chunks, idx.chunks))
         return Shard(self._name, self.tokens, len(lengths), bin_record, idx_record, sum_file.finish())
+
+
+def sums_content(bin_chunks: Sequence[str], idx_chunks: Sequence[str]) -> bytes:
+    """The content of a .sum file."""
+    sums = {"algorithm": "xxh3_128", "chunk_bytes": CHUNK_BYTES, "bin": bin_chunks, "idx": idx_chunks}
+    return (json.dumps(sums, indent=0) + "\n").encode()
+
+
+class IndexArrays:
+    """The arrays of an .idx file whose size its header has been checked against; mapped, not read."""
+
+    def __init__(self, path: Path) -> None:
+        header = read_header(path)
+        self._path = path
+        raw = _map(path)
+        self._lengths = np.frombuffer(raw, "<i4", header.sequences, HEADER.size)
+        self._offsets = np.frombuffer(raw, "<i8", header.sequences, header.offsets_start)
+        self._first_sequences = np.frombuffer(raw, "<i8", header.documents + 1, header.documents_start)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all sequences."""
+        return int(self._lengths.sum(dtype=np.int64))
+
+    def document_lengths(self) -> NDArray[np.int64]:
+        """The tokens of each document [documents]."""
+        ends = np.zeros(len(self._lengths) + 1, dtype=np.int64)
+        np.cumsum(self._lengths, out=ends[1:])
+        lengths: NDArray[np.int64] = np.diff(ends[self._first_sequences])
+        return lengths
+
+    def require_contiguous(self, item_bytes: int) -> None:
+        """Raises DataError unless the sequences lie one after the other and documents take all of them."""
+        ends = np.cumsum(self._lengths, dtype=np.int64)
+        starts = (ends - self._lengths) * item_bytes
+        first = self._first_sequences
+        if (self._lengths < 0).any() or not np.array_equal(self._offsets, starts):
+            raise DataError(f"{self._path}: its sequences do not lie one after the other in the .bin file")
+        if first[0] != 0 or first[-1] != len(self._lengths) or (np.diff(first) < 0).any():
+            raise DataError(f"{self._path}: its documents are not its sequences in order, each of them once")
 
 
 class _SummedFile:

@@ -71,11 +71,52 @@ def demo(out: Path) -> int:
 @click.option("--workers", type=int, metavar="N", help="Processes that tokenize.")
 @click.option("--val-fraction", type=float, metavar="F", help="Share of the documents that is held out.")
 @click.option("--set", "overrides", multiple=True, metavar="A=C", help="Set a field of the data config.")
-def prepare(sources: tuple[str, ...], overrides: tuple[str, ...], **options: Any) -> int:
+@click.option(
+    "--adopt",
+    "is_adoption",
+    is_flag=True,
+    help="The sources are prefixes of Megatron's .bin/.idx files: make them a data set where they lie.",
+)
+@click.option(
+    "--adopt-val", "val", multiple=True, metavar="PREFIX", help="With --adopt: files to validate on."
+)
+def prepare(
+    sources: tuple[str, ...],
+    overrides: tuple[str, ...],
+    is_adoption: bool,
+    val: tuple[str, ...],
+    **options: Any,
+) -> int:
     """Turn raw text into token shards. Run again after an interruption, it continues."""
-    from launcher.data_commands import prepare
+    from launcher.data_commands import adopt, prepare
 
-    return prepare(sources, {key: value for key, value in options.items() if value is not None}, overrides)
+    given = {key: value for key, value in options.items() if value is not None}
+    if is_adoption:
+        return adopt(sources, val, {**given, **({"set": overrides} if overrides else {})})
+    if val:
+        raise click.UsageError("--adopt-val goes with --adopt")
+    return prepare(sources, given, overrides)
+
+
+@commands.group()
+def data() -> None:
+    """Look into data sets."""
+
+
+@data.command(
+    "inspect",
+    epilog=_example("outlast data inspect data/mine", "outlast data inspect data/mine --documents 0"),
+)
+@click.argument("folder", metavar="DATA_DIR", type=click.Path(path_type=Path))
+@click.option(
+    "--documents", type=click.IntRange(min=0), default=3, show_default=True, help="How many to decode."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Another seed shows other documents.")
+def inspect(folder: Path, documents: int, seed: int) -> int:
+    """Show what a data set holds: counts, how long its documents are, and some of them decoded."""
+    from launcher.data_commands import inspect
+
+    return inspect(folder, documents, seed)
 
 
 @commands.group()

@@ -1,4 +1,4 @@
-"""The commands around data: prepare, tokenizer train, verify. The work is data_pipeline's."""
+"""The commands around data: prepare, inspect, tokenizer train, verify. The work is data_pipeline's."""
 
 import time
 from collections.abc import Sequence
@@ -20,6 +20,8 @@ from gpt.checkpoint import format as checkpoint_format
 from gpt.run_dir import RunDir
 
 _PLAIN_LINE_S = 10.0
+# Of a document that is shown.
+_SHOWN_CHARACTERS = 600
 
 
 def prepare(sources: Sequence[str], options: dict[str, Any], overrides: Sequence[str]) -> int:
@@ -36,14 +38,77 @@ def prepare(sources: Sequence[str], options: dict[str, Any], overrides: Sequence
         tables, name = {"sources": list(sources), **options}, "command line"
     config = validate(DataPrepConfig, with_overrides(tables, overrides), name)
     made = prepare_with_progress(config)
+    _say_counts(made)
+    for reason, count in made.skipped.items():
+        click.echo(f"{count:,} documents left out: {reason}", err=True)
+    click.echo(config.out.absolute())
+    return 0
+
+
+def _say_counts(made: Manifest) -> None:
     click.echo(
         f"{made.train_tokens:,} tokens to train on, {made.val_tokens:,} held out, "
         f"{made.documents:,} documents, {made.encoding.name}",
         err=True,
     )
+
+
+def adopt(prefixes: Sequence[str], val: Sequence[str], options: dict[str, Any]) -> int:
+    """Make existing Megatron files a data set where they lie; the exit code. Its folder is the last line."""
+    from data_pipeline.adopt import adopt
+
+    foreign = sorted(set(options) - {"tokenizer"})
+    if foreign:
+        raise ConfigError(f"--adopt writes beside existing files and does not take --{', --'.join(foreign)}.")
+    if "tokenizer" not in options:
+        raise ConfigError("--tokenizer must be given: the files do not say which one made their ids.")
+    folder, made = adopt(prefixes, val, options["tokenizer"], tell=lambda text: click.echo(text, err=True))
+    _say_counts(made)
+    click.echo(folder)
+    return 0
+
+
+def inspect(folder: Path, documents: int, seed: int) -> int:
+    """Print what a data set holds: counts, lengths of documents, and some of them decoded."""
+    from rich.table import Table
+
+    from data_pipeline.look import lengths, some_documents
+    from data_pipeline.tokenizer import load_encoding
+
+    made = data_manifest.read_manifest(folder)
+    encoding = load_encoding(folder)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 110
+    splits: list[data_manifest.Split] = ["train", "val"]
+    found = {split: lengths(folder, made, split) for split in splits}
+    counts = Table("split", "tokens", "documents", "longest", "shards", "bytes")
+    for split in splits:
+        shards = made.shards(split)
+        row = [
+            sum(shard.tokens for shard in shards),
+            sum(shard.documents for shard in shards),
+            found[split].longest,
+            len(shards),
+            sum(shard.bin.size_bytes for shard in shards),
+        ]
+        counts.add_row(split, *(f"{value:,}" for value in row))
+    console.print(counts)
+    console.print(f"tokenizer {made.encoding.name}, {made.encoding.vocab_size:,} ids, stored as {made.dtype}")
     for reason, count in made.skipped.items():
-        click.echo(f"{count:,} documents left out: {reason}", err=True)
-    click.echo(config.out.absolute())
+        console.print(f"left out: {count:,} × {reason}", markup=False)
+    for source in made.sources:
+        console.print(f"source {source['name']}, {source['size_bytes']:,} bytes", markup=False)
+    histogram = Table("tokens a document", "train", "val", "")
+    most = max((*found["train"].counts, *found["val"].counts), default=0)
+    for power in range(max(len(found["train"].counts), len(found["val"].counts))):
+        train, val = (sum(found[split].counts[power : power + 1]) for split in splits)
+        bar = "█" * round(40 * train / max(1, most))
+        histogram.add_row(f"{2**power:,} – {2 ** (power + 1) - 1:,}", f"{train:,}", f"{val:,}", bar)
+    console.print(histogram)
+    for name, tokens, text in some_documents(folder, made, "train", encoding, documents, seed):
+        console.print(f"── {name}, {tokens:,} tokens", style="bold", markup=False)
+        console.print(text[:_SHOWN_CHARACTERS] + ("…" if len(text) > _SHOWN_CHARACTERS else ""), markup=False)
     return 0
 
 

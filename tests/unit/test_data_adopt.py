@@ -1,0 +1,194 @@
+"""Existing Megatron files made a data set, and looking into data sets."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from data_pipeline.adopt import adopt
+from data_pipeline.batches import BatchReader
+from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.look import lengths, some_documents
+from data_pipeline.manifest import read_manifest, verify
+from data_pipeline.tokenizer import Encoding, load_encoding
+from launcher.cli import commands
+from tests.unit.data_support import documents_of, packaged_texts, prepared
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("adopt") / "data"
+    prepared(out, packaged_texts()[:80], val_fraction=0.2, shard_tokens=20_000)
+    return out
+
+
+@pytest.fixture
+def files(made: Path, tmp_path: Path) -> Path:
+    """Only the .bin and .idx files, under Megatron's names."""
+    folder = tmp_path / "megatron"
+    folder.mkdir()
+    for name in ("train-00000", "train-00001", "val-00000"):
+        for kind in ("bin", "idx"):
+            shutil.copy(made / f"{name}.{kind}", folder / f"{name}_text_document.{kind}")
+    return folder
+
+
+def _prefix(folder: Path, name: str) -> str:
+    return str(folder / f"{name}_text_document")
+
+
+def _adopt(folder: Path, *names: str, tokenizer: str = "outlast-4k") -> None:
+    adopt([_prefix(folder, name) for name in names or ("train-00000",)], [], tokenizer)
+
+
+def test_adopted_files_are_a_data_set_and_stay_as_they_are(made: Path, files: Path) -> None:
+    before = {path: path.read_bytes() for path in files.iterdir()}
+    folder, manifest = adopt(
+        [_prefix(files, "train-00001"), f"{_prefix(files, 'train-00000')}.bin"],
+        [_prefix(files, "val-00000")],
+        "outlast-4k",
+    )
+    assert folder == files
+    assert {path: path.read_bytes() for path in before} == before
+    assert list(verify(files)) == []
+    assert read_manifest(files) == manifest
+    original = read_manifest(made)
+    assert [shard.bin for shard in manifest.train] == [original.train[1].bin, original.train[0].bin]
+    assert [shard.sum for shard in manifest.val] == [original.val[0].sum]
+    reader = BatchReader([(files, 1.0)], context=64, global_batch=4, seed=1)
+    assert reader.tokens == original.train[0].tokens + original.train[1].tokens
+    assert reader.batch(1, 0, 1).tokens.shape == (4, 65)
+
+
+def test_damage_to_adopted_files_is_found(files: Path) -> None:
+    _adopt(files)
+    path = files / "train-00000_text_document.bin"
+    raw = bytearray(path.read_bytes())
+    raw[1000] ^= 1
+    path.write_bytes(raw)
+    (bad,) = verify(files)
+    assert bad.path == path
+
+
+def test_documents_that_end_otherwise_are_told(files: Path) -> None:
+    path = files / "train-00000_text_document.bin"
+    ids = np.fromfile(path, np.uint16)
+    ids[ids == 4095] = 7
+    ids.tofile(path)
+    told: list[str] = []
+    adopt([_prefix(files, "train-00000")], [], "outlast-4k", tell=told.append)
+    count = read_manifest(files).train[0].documents
+    assert told == [
+        f"{count} documents do not end with outlast-4k's end-of-text, 4095: they were written without one, "
+        f"or with another tokenizer"
+    ]
+
+
+def test_files_of_another_tokenizer_are_refused(files: Path, tmp_path: Path) -> None:
+    few = {bytes([value]): value for value in range(256)}
+    (tmp_path / "bytes.json").write_bytes(Encoding("bytes", r".", few, {"<|endoftext|>": 256}).to_json())
+    with pytest.raises(DataError, match=r"holds id \d+, and bytes has 257 ids: it was written with another"):
+        _adopt(files, tokenizer=str(tmp_path / "bytes.json"))
+    assert not (files / "manifest.json").exists()
+
+
+def test_what_cannot_be_adopted_is_refused_with_its_reason(files: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for kind in ("bin", "idx"):
+        shutil.copy(files / f"train-00001_text_document.{kind}", other / f"x.{kind}")
+    with pytest.raises(ConfigError) as error:
+        adopt([_prefix(files, "none"), _prefix(files, "train-00000"), str(other / "x")], [], "outlast-4k")
+    missing_bin, missing_idx, folders = error.value.problems
+    assert missing_bin.endswith("none_text_document.bin: no such file; a prefix names NAME.bin and NAME.idx")
+    assert missing_idx.endswith("none_text_document.idx: no such file; a prefix names NAME.bin and NAME.idx")
+    assert folders == (
+        f"a data set lies in one folder, and these are several: {files}, {other}. Link the files into one"
+    )
+    with pytest.raises(ConfigError, match="a prefix is named twice"):
+        _adopt(files, "train-00000", "train-00000")
+    _adopt(files)
+    with pytest.raises(ConfigError, match=r"holds a data set already: remove its manifest\.json"):
+        _adopt(files)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "reason"),
+    [
+        ("bin", lambda raw: raw[:-2], r"\d+ bytes, but its index describes \d+ tokens in uint16"),
+        ("idx", lambda raw: raw[:-8], r"\d+ bytes, but its header makes \d+: it was cut short"),
+        ("idx", lambda raw: b"X" + raw[1:], "not an index of token shards"),
+        ("idx", lambda raw: raw[:-8] + bytes(8), "its documents are not its sequences in order"),
+    ],
+)
+def test_files_that_are_not_what_their_index_says_are_refused(
+    files: Path, kind: str, change: object, reason: str
+) -> None:
+    path = files / f"train-00000_text_document.{kind}"
+    path.write_bytes(change(path.read_bytes()))  # type: ignore[operator]
+    with pytest.raises(DataError, match=reason):
+        _adopt(files)
+
+
+def test_offsets_that_leave_gaps_are_refused(files: Path) -> None:
+    path = files / "train-00000_text_document.idx"
+    raw = bytearray(path.read_bytes())
+    sequences = int.from_bytes(raw[18:26], "little")
+    raw[34 + 4 * sequences + 8] ^= 2
+    path.write_bytes(raw)
+    with pytest.raises(DataError, match="its sequences do not lie one after the other"):
+        _adopt(files)
+
+
+def test_lengths_and_documents_are_those_of_the_files(made: Path) -> None:
+    manifest = read_manifest(made)
+    documents = documents_of(made, "train")
+    found = lengths(made, manifest, "train")
+    assert found.longest == max(map(len, documents))
+    assert found.empty == 0
+    for power, count in enumerate(found.counts):
+        assert count == sum(2**power <= len(document) < 2 ** (power + 1) for document in documents)
+    assert sum(found.counts) == len(documents)
+    encoding = load_encoding(made)
+    shown = list(some_documents(made, manifest, "train", encoding, 10))
+    assert len({name for name, _, _ in shown}) == 10
+    before = {
+        shard.name: sum(s.documents for s in manifest.train[:n]) for n, shard in enumerate(manifest.train)
+    }
+    for name, tokens, text in shown:
+        shard, _, number = name.partition(":")
+        document = documents[before[shard] + int(number)]
+        assert len(document) == tokens
+        assert encoding.decode(document.tolist()) == text
+    everything = list(some_documents(made, manifest, "train", encoding, 10**6))
+    assert len(everything) == len(documents)
+    assert list(some_documents(made, manifest, "val", encoding, 0)) == []
+
+
+def test_inspect_prints_counts_a_histogram_and_text(made: Path) -> None:
+    done = CliRunner().invoke(commands, ["data", "inspect", str(made)], standalone_mode=False)
+    assert done.exception is None
+    manifest = read_manifest(made)
+    assert f"{manifest.train_tokens:,}" in done.output
+    assert "tokenizer outlast-4k, 4,096 ids, stored as uint16" in done.output
+    assert "512 – 1,023" in done.output
+    assert done.output.count("── train-") == 3
+
+
+def test_the_command_adopts_and_refuses_what_does_not_fit(files: Path) -> None:
+    run = CliRunner()
+    prefix = _prefix(files, "train-00000")
+    arguments = ["prepare", "--adopt", prefix, "--tokenizer", "outlast-4k"]
+    refused = run.invoke(commands, [*arguments, "--out", "x"], standalone_mode=False)
+    assert "does not take --out" in str(refused.exception)
+    refused = run.invoke(commands, arguments[:3], standalone_mode=False)
+    assert "--tokenizer must be given" in str(refused.exception)
+    refused = run.invoke(commands, ["prepare", "x", "--adopt-val", "y"], standalone_mode=False)
+    assert "--adopt-val goes with --adopt" in str(refused.exception)
+    val = ["--adopt-val", _prefix(files, "val-00000")]
+    done = run.invoke(commands, [*arguments, *val], standalone_mode=False)
+    assert done.exception is None
+    assert done.stdout.splitlines()[-1] == str(files)
+    assert len(read_manifest(files).val) == 1
