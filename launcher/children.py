@@ -29,6 +29,14 @@ def sample(folder: str, prompt: str, max_tokens: int, temperature: float, seed: 
     return subprocess.run(sample_command(run, prompt, max_tokens, temperature, seed)).returncode
 
 
+def export(folder: str, out: Path, step: int | None, dtype: str) -> int:
+    """Write a run's checkpoint as a folder that transformers loads; the child's exit code."""
+    arguments = [str(open_run(folder).path), str(out), f"--dtype={dtype}"]
+    if step is not None:
+        arguments.append(f"--step={step}")
+    return subprocess.run(python_module("gpt.export", *arguments)).returncode
+
+
 def tracking_uri(folder: Path) -> str:
     """Where the run in `folder`, or the runs in it, are tracked."""
     if (folder / "config.json").exists():

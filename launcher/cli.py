@@ -296,6 +296,21 @@ def sample(run_dir: str, prompt: str, max_tokens: int, temperature: float, seed:
 
 
 @commands.command(
+    short_help="Write a checkpoint for transformers.",
+    epilog=_example("outlast export runs/demo-0001 exported", "outlast export runs/demo-0001 out --step 60"),
+)
+@click.argument("run_dir")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--step", type=click.IntRange(min=0), metavar="N", help="Default: the newest intact one.")
+@click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), default="bf16", show_default=True)
+def export(run_dir: str, out: Path, step: int | None, dtype: str) -> int:
+    """Write a checkpoint as a folder that transformers loads: weights, config and tokenizer."""
+    from launcher.children import export
+
+    return export(run_dir, out, step, dtype)
+
+
+@commands.command(
     short_help="Open the MLflow UI.", epilog=_example("outlast ui", "outlast ui runs/demo-0001 --port 5001")
 )
 @click.argument("folder", required=False, metavar="[RUN_DIR | RUNS_DIR]", type=click.Path(path_type=Path))

@@ -1,0 +1,191 @@
+"""A checkpoint as a folder that transformers loads, without DeepSpeed and without a process group.
+
+`python -m gpt.export RUN_DIR OUT [--step N] [--dtype fp32]`
+
+Reads one parameter at a time and holds one shard (5 GB) at most. The folder appears under its name when it
+is complete. What transformers has no architecture for is written as plain safetensors with our own names.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from data_pipeline.errors import CheckpointError, ConfigError, OutlastError
+from data_pipeline.tokenizer import load_encoding
+from gpt.checkpoint.format import Corrupt, committed
+from gpt.checkpoint.reader import CheckpointReader
+from gpt.config import RunConfig
+from gpt.flops import parameter_count, parameter_table
+from gpt.huggingface import TensorPlace, tensor_places, twin_config, twin_obstacle
+from gpt.huggingface_tokenizer import write_tokenizer
+from gpt.model_config import ModelConfig
+from gpt.run_dir import RunDir
+
+SHARD_BYTES = 5 * 10**9
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote."""
+
+    step: int
+    architecture: str
+    parameters: int
+    files: int
+
+
+def export(
+    run_dir: RunDir,
+    out: Path,
+    *,
+    step: int | None = None,
+    dtype: str = "bf16",
+    shard_bytes: int = SHARD_BYTES,
+) -> Exported:
+    """Write checkpoint `step`, or the newest intact one, to the new folder `out`.
+
+    Raises ConfigError when `out` exists or there is no such checkpoint, CheckpointError when none is intact.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists and is not an empty folder; name another one.")
+    run = RunConfig.model_validate_json(run_dir.config.read_text())
+    encoding = load_encoding(run.data.sources[0].path)
+    temporary = out.with_name(f".{out.name}.partial")
+    for found, reader in intact_candidates(run_dir, step):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            files = _write_weights(reader, run.model, temporary, DTYPES[dtype], shard_bytes)
+        except Corrupt as error:
+            print(f"step {found} is passed over: {error}", file=sys.stderr)
+            continue
+        architecture = _write_config(run.model, temporary, dtype, encoding.end_of_text)
+        write_tokenizer(encoding, run.model.context, temporary)
+        if out.exists():
+            out.rmdir()
+        temporary.rename(out)
+        return Exported(found, architecture, parameter_count(run.model), files)
+    shutil.rmtree(temporary, ignore_errors=True)
+    raise CheckpointError(f"{run_dir.path} has no intact checkpoint" + (f" of step {step}" if step else ""))
+
+
+def intact_candidates(run_dir: RunDir, step: int | None) -> Iterator[tuple[int, CheckpointReader]]:
+    """Step and reader of checkpoint `step`, or of all, newest first; reads raise Corrupt where one is bad.
+
+    Raises ConfigError when there is none.
+    """
+    candidates = [(s, folder) for s, folder in committed(run_dir.checkpoints) if step in (None, s)]
+    if not candidates:
+        which = "checkpoint" if step is None else f"checkpoint of step {step}"
+        raise ConfigError(f"{run_dir.path} has no {which} yet")
+    for found, folder in reversed(candidates):
+        try:
+            reader = CheckpointReader(folder)
+        except Corrupt as error:
+            print(f"{folder.name} is passed over: {error}", file=sys.stderr)
+            continue
+        yield found, reader
+
+
+def _write_weights(
+    reader: CheckpointReader, model: ModelConfig, folder: Path, dtype: torch.dtype, shard_bytes: int
+) -> int:
+    """The safetensors files, and their index where there are several; how many."""
+    places = _places(model)
+    shapes = dict(parameter_table(model))
+    sizes = [_rows(place, shapes) * prod(shapes[place.ours][1:]) * dtype.itemsize for place in places]
+    shards: list[list[TensorPlace]] = [[]]
+    filled = 0
+    for place, size in zip(places, sizes, strict=True):
+        if filled and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(place)
+        filled += size
+    parameter = lru_cache(maxsize=1)(reader.parameter)  # q, k and v are neighbours in one of ours
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        name = name if len(shards) > 1 else "model.safetensors"
+        tensors = {place.theirs: _tensor(parameter(place.ours), place, dtype) for place in shard}
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, name)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+        _write_json(folder / "model.safetensors.index.json", index)
+    return len(shards)
+
+
+def _places(model: ModelConfig) -> list[TensorPlace]:
+    if twin_obstacle(model) is None:
+        return list(tensor_places(model))
+    return [TensorPlace(name, name) for name, _ in parameter_table(model)]
+
+
+def _rows(place: TensorPlace, shapes: dict[str, tuple[int, ...]]) -> int:
+    rows = shapes[place.ours][0]
+    return (rows if place.end is None else place.end) - (place.start or 0)
+
+
+def _tensor(parameter: np.ndarray, place: TensorPlace, dtype: torch.dtype) -> torch.Tensor:
+    part = torch.from_numpy(parameter[place.start : place.end])
+    # a copy in any case: files hold tensors, not views
+    return (part.t() if place.is_transposed else part).to(dtype, copy=True).contiguous()
+
+
+def _write_config(model: ModelConfig, folder: Path, dtype: str, end_of_text: int) -> str:
+    """config.json and generation_config.json; the name of the architecture."""
+    obstacle = twin_obstacle(model)
+    if obstacle is not None:
+        fields = model.model_dump(mode="json", exclude_none=True)
+        _write_json(folder / "config.json", {"model_type": "outlast", "model": fields})
+        print(
+            f"transformers has no architecture for {obstacle}: the export holds plain safetensors with our "
+            "names, which AutoModelForCausalLM cannot load.",
+            file=sys.stderr,
+        )
+        return "outlast"
+    content = twin_config(model, str(DTYPES[dtype]).removeprefix("torch."), end_of_text)
+    _write_json(folder / "config.json", content)
+    ids = {"bos_token_id": end_of_text, "eos_token_id": end_of_text, "pad_token_id": end_of_text}
+    _write_json(folder / "generation_config.json", {**ids, "max_length": model.context})
+    architecture: str = content["architectures"][0]
+    return architecture
+
+
+def _write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="outlast export")
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--step", type=int)
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    arguments = parser.parse_args()
+    done = export(RunDir(arguments.run_dir), arguments.out, step=arguments.step, dtype=arguments.dtype)
+    print(
+        f"{arguments.out}: {done.architecture} of step {done.step}, {done.parameters:,} parameters in "
+        f"{arguments.dtype}, {done.files} file{'s' if done.files > 1 else ''}"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except OutlastError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

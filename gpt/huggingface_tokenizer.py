@@ -1,0 +1,101 @@
+"""An encoding as a `tokenizers` file, so that transformers gives the same ids offline.
+
+What tiktoken does is a byte-level BPE whose merges follow from the ranks; the file says the same in the
+other library's words, and a sample of texts is encoded by both before it is trusted.
+"""
+
+import json
+import re
+from pathlib import Path
+
+from data_pipeline.errors import ConfigError
+from data_pipeline.tokenizer import END_OF_TEXT, Encoding
+
+# Digits, contractions, scripts, spaces, control characters, an emoji of several code points, and a text
+# that looks like a special token: where two byte-level BPEs differ, one of these shows it.
+SAMPLES = (
+    "Hello, world! It's 1234567890 o'clock; we'LL see.",
+    "  leading,   inner    and trailing spaces   \n\n\n\t\tand\r\ntabs  ",
+    "Größe, naïveté, Ελληνικά, русский, עברית, العربية, हिन्दी, 日本語テキスト, 한국어",
+    "def f(x):\n    return x**2 + 3.14159e-10  # ≈ −1½",
+    "👩‍👩‍👧‍👦 and \u0000\u0007\u200b\ufeff",
+    f"text that says {END_OF_TEXT} in the middle",
+    "aaaaaaaaaaaaaaaaaaaaaaa         ------------------======",
+)
+
+
+def write_tokenizer(encoding: Encoding, context: int, folder: Path) -> None:
+    """tokenizer.json and tokenizer_config.json in `folder`.
+
+    Raises ConfigError where a text is encoded otherwise than by tiktoken: then neither file stays.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    letters = byte_letters()
+    vocabulary = {_spelled(token, letters): id for token, id in encoding.ranks.items()}
+    bpe = models.BPE(
+        vocab=vocabulary | dict(encoding.special_tokens),
+        merges=_merges(encoding, letters),
+        ignore_merges=True,
+    )
+    tokenizer = Tokenizer(bpe)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(oniguruma(encoding.pattern)), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(
+        [AddedToken(token, normalized=False, special=True) for token in encoding.special_tokens]
+    )
+    tokenizer.encode_special_tokens = True  # text that looks like a special token is text
+    for sample in SAMPLES:
+        ours, theirs = encoding.encode(sample).tolist(), tokenizer.encode(sample).ids
+        if ours != theirs:
+            raise ConfigError(
+                f"tokenizer {encoding.name!r} has no equal in a tokenizer.json: {sample!r} is {ours} in "
+                f"tiktoken and {theirs} there. Its pattern is {encoding.pattern!r}."
+            )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": END_OF_TEXT,
+        "eos_token": END_OF_TEXT,
+        "model_max_length": context,
+        "split_special_tokens": True,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def oniguruma(pattern: str) -> str:
+    """A tiktoken pattern for Oniguruma, which reads `{1,3}+` as a repeated group, not as possessive.
+
+    Giving back would not help a match there: what follows such a group in tiktoken's patterns is the next
+    alternative.
+    """
+    return re.sub(r"(\{\d+(?:,\d*)?\})\+", r"\1", pattern)
+
+
+def byte_letters() -> list[str]:
+    """The letter that stands for each byte in a byte-level BPE (GPT-2's published encoder)."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), 256)}
+    stand_ins = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(stand_ins)) for byte in range(256)]
+
+
+def _spelled(token: bytes, letters: list[str]) -> str:
+    return "".join(letters[byte] for byte in token)
+
+
+def _merges(encoding: Encoding, letters: list[str]) -> list[tuple[str, str]]:
+    """Every pair that tiktoken would merge, in its order: any two tokens that make a third, by its rank."""
+    ranks = encoding.ranks
+    merges = []
+    for token, _ in sorted(ranks.items(), key=lambda item: item[1]):
+        cuts = [(token[:at], token[at:]) for at in range(1, len(token))]
+        pairs = [pair for pair in cuts if pair[0] in ranks and pair[1] in ranks]
+        pairs.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+        merges += [(_spelled(left, letters), _spelled(right, letters)) for left, right in pairs]
+    return merges

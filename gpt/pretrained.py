@@ -1,0 +1,166 @@
+"""The first checkpoint of a run that starts from the weights of a transformers folder.
+
+`python -m gpt.pretrained HF_DIR RUN_DIR`
+
+Reads safetensors only. The moments begin at zero and the step is 0: the schedule of the run's config
+decides the rest, as for new weights.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from data_pipeline.errors import ConfigError, OutlastError
+from gpt.checkpoint.format import CheckpointIndex, GroupEntry, ParameterEntry
+from gpt.checkpoint.writer import commit, temporary_folder, write_rank_file
+from gpt.config import RunConfig
+from gpt.flops import parameter_table
+from gpt.huggingface import TensorPlace, tensor_places
+from gpt.model_config import ModelConfig
+from gpt.run_dir import RunDir
+
+_STATES = ("master", "exp_avg", "exp_avg_sq")
+
+
+class PretrainedFolder:
+    """The tensors of a folder that transformers wrote, as our parameters."""
+
+    def __init__(self, folder: Path, model: ModelConfig) -> None:
+        """Open the files. Raises ConfigError where one is missing, unreadable or not of this network."""
+        index = folder / "model.safetensors.index.json"
+        single = folder / "model.safetensors"
+        if index.exists():
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        elif single.exists():
+            names = [single.name]
+        else:
+            raise ConfigError(
+                f"{folder} has no model.safetensors and no index of several. Other formats (pickle) are not "
+                "read; transformers' save_pretrained writes safetensors."
+            )
+        self._files: dict[str, Path] = {}
+        for name in names:
+            try:
+                with safe_open(folder / name, framework="pt") as file:
+                    self._files |= dict.fromkeys(file.keys(), folder / name)
+            except (OSError, SafetensorError) as error:
+                raise ConfigError(f"{folder / name} cannot be read: {error}") from None
+        self._places: dict[str, list[TensorPlace]] = {}
+        for place in tensor_places(model):
+            self._places.setdefault(place.ours, []).append(place)
+        missing = [place.theirs for place in tensor_places(model) if self._stored(place.theirs) is None]
+        if missing:
+            raise ConfigError(
+                f"{folder} lacks {len(missing)} tensors of its config.json, first {missing[0]}."
+            )
+
+    def parameter(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """One of our parameters, fp32. Raises ConfigError when the shape is another."""
+        parts = []
+        for place in self._places[name]:
+            stored = self._stored(place.theirs)
+            assert stored is not None
+            with safe_open(self._files[stored], framework="pt") as file:
+                part = file.get_tensor(stored).to(torch.float32)
+            parts.append(part.t() if place.is_transposed else part)
+        whole = torch.cat(parts)
+        if tuple(whole.shape) != shape:
+            theirs = ", ".join(place.theirs for place in self._places[name])
+            raise ConfigError(f"{theirs}: shape {list(whole.shape)}, config.json says {list(shape)}.")
+        result: NDArray[np.float32] = whole.numpy()
+        return result
+
+    def _stored(self, name: str) -> str | None:
+        # GPT-2's published files leave out the prefix of the language model
+        without = name.removeprefix("transformer.").removeprefix("model.")
+        return next((candidate for candidate in (name, without) if candidate in self._files), None)
+
+
+def write_first_checkpoint(
+    run_dir: RunDir,
+    run: RunConfig,
+    parameter: Callable[[str, tuple[int, ...]], NDArray[np.float32]],
+    data: str,
+) -> Path:
+    """Commit the step 0 of `run` with these weights and zero moments, as of one rank; its folder.
+
+    `data` is the fingerprint of the data set. Memory: one fp32 copy of the model.
+    """
+    entries: list[ParameterEntry] = []
+    flats: dict[str, NDArray[np.float32]] = {}
+    for group in ("decay", "no_decay"):
+        members = [(n, s) for n, s in parameter_table(run.model) if (len(s) >= 2) == (group == "decay")]
+        offset = 0
+        flat = np.empty(sum(int(np.prod(shape)) for _, shape in members), dtype=np.float32)
+        for name, shape in members:
+            entries.append(ParameterEntry(name=name, shape=shape, group=group, offset=offset))
+            flat[offset : offset + entries[-1].numel] = parameter(name, shape).reshape(-1)
+            offset += entries[-1].numel
+        flats[group] = flat
+    hyperparameters = {"betas": run.optimizer.betas, "eps": run.optimizer.eps}
+    decays = {"decay": run.optimizer.weight_decay, "no_decay": 0.0}
+    groups = tuple(
+        GroupEntry(
+            name=name,
+            numel=len(flat),
+            partition_numel=max(1, len(flat)),
+            states=_STATES,
+            hyperparameters={**hyperparameters, "weight_decay": decays[name]},
+        )
+        for name, flat in flats.items()
+        if len(flat)
+    )
+    temporary = temporary_folder(run_dir.checkpoints, 0, 0)
+    temporary.mkdir(parents=True)
+
+    def tensors() -> Iterator[tuple[str, NDArray[np.float32]]]:
+        for group in groups:
+            yield f"{group.name}.master", flats[group.name]
+            for moment in _STATES[1:]:
+                yield f"{group.name}.{moment}", np.zeros(group.numel, dtype=np.float32)
+
+    file = write_rank_file(temporary, 0, tensors())
+    index = CheckpointIndex(
+        step=0,
+        attempt=0,
+        world_size=1,
+        stage=run.zero.stage,
+        optimizer_steps=0,
+        parameters=tuple(entries),
+        groups=groups,
+        data_fingerprint=data,
+        versions={"torch": version("torch")},
+        files=(file,),
+    )
+    return commit(run_dir.checkpoints, temporary, index)
+
+
+def main() -> None:
+    """The command line."""
+    from data_pipeline.manifest import joint_fingerprint, read_manifest
+
+    parser = argparse.ArgumentParser(prog="outlast import")
+    parser.add_argument("hf_dir", type=Path)
+    parser.add_argument("run_dir", type=Path)
+    arguments = parser.parse_args()
+    run_dir = RunDir(arguments.run_dir)
+    run = RunConfig.model_validate_json(run_dir.config.read_text())
+    folder = PretrainedFolder(arguments.hf_dir, run.model)
+    fingerprint = joint_fingerprint([read_manifest(source.path) for source in run.data.sources])
+    write_first_checkpoint(run_dir, run, folder.parameter, fingerprint)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except OutlastError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

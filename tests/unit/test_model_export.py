@@ -1,0 +1,207 @@
+"""Exports as transformers reads them, offline; the checkpoint is read as any other."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from data_pipeline.errors import CheckpointError, ConfigError
+from data_pipeline.tokenizer import END_OF_TEXT, Encoding, load_encoding
+from gpt.config import RunConfig
+from gpt.export import export
+from gpt.huggingface_tokenizer import SAMPLES, write_tokenizer
+from gpt.model import GPT
+from gpt.pretrained import write_first_checkpoint
+from gpt.run_dir import RunDir, write_json
+from tests.unit.data_support import packaged_texts, prepared
+from tests.unit.model_support import GPT2, build, random_tokens, rows
+
+TEXTS = [*SAMPLES, *packaged_texts()[:3]]
+# The split patterns of tiktoken's gpt2, cl100k_base and o200k_base (tiktoken_ext/openai_public.py).
+PATTERNS = {
+    "gpt2": r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s""",
+    "cl100k": r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|"""
+    r"""\s++$|\s*[\r\n]|\s+(?!\S)|\s""",
+    "o200k": "|".join(
+        [
+            r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?""",
+            r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?""",
+            r"""\p{N}{1,3}""",
+            r""" ?[^\s\p{L}\p{N}]+[\r\n/]*""",
+            r"""\s*[\r\n]+""",
+            r"""\s+(?!\S)""",
+            r"""\s+""",
+        ]
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "data"
+    prepared(folder, packaged_texts()[:2])
+    return folder
+
+
+def make_run(folder: Path, data: Path, **model: Any) -> tuple[RunDir, GPT]:
+    """A run directory with one checkpoint, of step 0, and its network."""
+    gpt = build(vocab_size=4096, **model)
+    run = RunConfig.model_validate(
+        {"name": "t", "data": {"path": data}, "schedule": {"total_steps": 1}, "model": gpt.model.model_dump()}
+    )
+    run_dir = RunDir(folder)
+    run_dir.checkpoints.mkdir(parents=True)
+    write_json(run_dir.config, run.model_dump(mode="json", exclude_none=True))
+    weights = {name: p.detach().numpy() for name, p in gpt.named_parameters()}
+    write_first_checkpoint(run_dir, run, lambda name, _: weights[name], "d")
+    return run_dir, gpt.eval()
+
+
+@pytest.mark.parametrize(
+    ("fields", "architecture"),
+    [
+        ({"n_kv_heads": 2}, "LlamaForCausalLM"),
+        ({"tie_embeddings": True, "bias": True, "d_head": 20}, "LlamaForCausalLM"),
+        ({"rope_scaling": {"kind": "llama3", "factor": 4.0}}, "LlamaForCausalLM"),
+        ({"window": 6}, "MistralForCausalLM"),
+        ({"qk_norm": True, "n_kv_heads": 1}, "Qwen3ForCausalLM"),
+        (GPT2, "GPT2LMHeadModel"),
+    ],
+)
+def test_transformers_loads_the_export_and_gives_our_logits(
+    fields: dict[str, object], architecture: str, data: Path, tmp_path: Path
+) -> None:
+    run_dir, gpt = make_run(tmp_path / "run", data, **fields)
+    done = export(run_dir, tmp_path / "out", dtype="fp32")
+    assert (done.step, done.architecture) == (0, architecture)
+    theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert type(theirs).__name__ == architecture
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    tokens = random_tokens(2, 24)
+    with torch.no_grad():
+        assert (gpt.logits(tokens, rows(tokens)) - theirs(tokens).logits).abs().max() <= 1e-4
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_several_shards_hold_every_tensor_once_and_load(data: Path, tmp_path: Path) -> None:
+    run_dir, gpt = make_run(tmp_path / "run", data)
+    done = export(run_dir, tmp_path / "out", dtype="bf16", shard_bytes=500_000)
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert done.files == len(files) > 1
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    sizes, found = 0, {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        assert size <= 500_000 or len(tensors) == 1
+        sizes += size
+        found |= dict.fromkeys(tensors, path.name)
+    assert index == {"metadata": {"total_size": sizes}, "weight_map": found}
+    assert sizes == 2 * sum(p.numel() for p in gpt.parameters())
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert theirs.dtype == torch.bfloat16
+    assert torch.equal(theirs.lm_head.weight, gpt.head.weight.bfloat16())
+
+
+def test_the_exported_tokenizer_gives_our_ids_in_a_process_without_network(
+    data: Path, tmp_path: Path
+) -> None:
+    run_dir, _ = make_run(tmp_path / "run", data)
+    export(run_dir, tmp_path / "out")
+    program = (
+        "import json, sys; from transformers import AutoTokenizer; "
+        "t = AutoTokenizer.from_pretrained(sys.argv[1]); texts = json.load(sys.stdin); "
+        "print(json.dumps([[t(x)['input_ids'] for x in texts], [t.decode(t(x)['input_ids']) for x in texts], "
+        "t.eos_token_id]))"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "out")],
+        input=json.dumps(TEXTS),
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    ids, texts, end = json.loads(done.stdout)
+    encoding = load_encoding(data)
+    assert ids == [encoding.encode(text).tolist() for text in TEXTS]
+    assert texts == TEXTS
+    assert end == encoding.end_of_text
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_the_patterns_of_tiktoken_split_alike(pattern: str, tmp_path: Path) -> None:
+    ranks = load_encoding("outlast-4k").ranks
+    encoding = Encoding("t", PATTERNS[pattern], ranks, {END_OF_TEXT: 4095, "<|fim|>": 4100})
+    write_tokenizer(encoding, 64, tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for text in TEXTS:
+        assert theirs(text)["input_ids"] == encoding.encode(text).tolist()
+    assert theirs.convert_tokens_to_ids("<|fim|>") == 4100
+
+
+def test_a_pattern_that_cannot_be_said_in_a_tokenizer_json_is_refused(tmp_path: Path) -> None:
+    # possessive: `It` gives no letter back and is cut in two; Oniguruma reads the same as greedy
+    ranks = load_encoding("outlast-4k").ranks
+    encoding = Encoding("t", r"\p{L}{1,3}+\p{L}|\s+|\S", ranks, {END_OF_TEXT: 4095})
+    with pytest.raises(ConfigError, match=r"tokenizer 't' has no equal in a tokenizer.json: 'Hello, world!"):
+        write_tokenizer(encoding, 64, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_architecture_without_a_twin_is_exported_under_our_names(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir, gpt = make_run(tmp_path / "run", data, logit_softcap=5.0)
+    assert export(run_dir, tmp_path / "out", dtype="fp32").architecture == "outlast"
+    assert (
+        "transformers has no architecture for soft-caps: the export holds plain safetensors"
+        in capsys.readouterr().err
+    )
+    with safe_open(tmp_path / "out/model.safetensors", framework="pt") as file:
+        for name, parameter in gpt.named_parameters():
+            assert torch.equal(file.get_tensor(name), parameter)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["model"]["logit_softcap"] == 5.0
+
+
+def test_a_folder_that_is_in_use_and_a_step_that_is_not_there_are_refused(data: Path, tmp_path: Path) -> None:
+    run_dir, _ = make_run(tmp_path / "run", data)
+    with pytest.raises(ConfigError, match="has no checkpoint of step 9 yet"):
+        export(run_dir, tmp_path / "out", step=9)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine").touch()
+    with pytest.raises(ConfigError, match="out exists and is not an empty folder"):
+        export(run_dir, tmp_path / "out")
+
+
+def test_a_bad_byte_is_never_exported(data: Path, tmp_path: Path) -> None:
+    run_dir, _ = make_run(tmp_path / "run", data)
+    path = run_dir.checkpoints / "step-00000000/rank-00000.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[5000] ^= 4
+    path.write_bytes(raw)
+    with pytest.raises(CheckpointError, match="no intact checkpoint"):
+        export(run_dir, tmp_path / "out")
+    assert {entry.name for entry in tmp_path.iterdir()} == {"run"}
+
+
+def test_export_needs_neither_deepspeed_nor_a_process_group(data: Path, tmp_path: Path) -> None:
+    run_dir, _ = make_run(tmp_path / "run", data)
+    program = (
+        "import sys; sys.modules['deepspeed'] = None; sys.argv = ['x', *sys.argv[1:]]; "
+        "import gpt.export, torch; gpt.export.main(); assert not torch.distributed.is_initialized()"
+    )
+    command = [sys.executable, "-c", program, str(run_dir.path), str(tmp_path / "out"), "--dtype", "fp32"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "LlamaForCausalLM of step 0, " in done.stdout
