@@ -5,18 +5,16 @@
 
 import argparse
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from data_pipeline.errors import CheckpointError, ConfigError, OutlastError
 from data_pipeline.tokenizer import load_encoding
-from gpt.attention import Documents
 from gpt.checkpoint.format import Corrupt, committed
 from gpt.checkpoint.reader import CheckpointReader
 from gpt.config import RunConfig
+from gpt.generate import Choice, generate, stream
 from gpt.model import GPT
 from gpt.run_dir import RunDir
 
@@ -35,27 +33,6 @@ def load_model(run_dir: RunDir, run: RunConfig, step: int | None = None) -> tupl
     raise CheckpointError(f"{run_dir.path} has no intact checkpoint")
 
 
-def generate(
-    model: GPT, prompt: list[int], *, max_tokens: int, temperature: float, seed: int, end: int
-) -> Iterator[int]:
-    """Ids drawn one by one after `prompt`, at most `max_tokens`, until `end`; the most likely at 0."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = list(prompt)
-    for _ in range(max_tokens):
-        window = tokens[-model.model.context :]
-        documents = Documents.from_ends(np.array([len(window)], dtype=np.int32))
-        with torch.no_grad():
-            scores_v = model.logits(torch.tensor([window]), documents)[0, -1].float()
-        if temperature == 0:
-            token = int(scores_v.argmax())
-        else:
-            token = int(torch.multinomial((scores_v / temperature).softmax(-1), 1, generator=generator))
-        if token == end:
-            return
-        tokens.append(token)
-        yield token
-
-
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="outlast sample")
@@ -63,6 +40,8 @@ def main() -> None:
     parser.add_argument("--prompt", default="")
     parser.add_argument("--max-tokens", type=int, default=200)
     parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--top-k", type=int)
+    parser.add_argument("--top-p", type=float)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--step", type=int)
     arguments = parser.parse_args()
@@ -70,25 +49,18 @@ def main() -> None:
     run = RunConfig.model_validate_json(run_dir.config.read_text())
     encoding = load_encoding(run.data.sources[0].path)
     model, _ = load_model(run_dir, run, arguments.step)
-    prompt = [encoding.end_of_text, *encoding.encode(arguments.prompt).tolist()]
     sampled = generate(
         model,
-        prompt,
+        [encoding.end_of_text, *encoding.encode(arguments.prompt).tolist()],
         max_tokens=arguments.max_tokens,
-        temperature=arguments.temperature,
+        choice=Choice(arguments.temperature, arguments.top_k, arguments.top_p),
         seed=arguments.seed,
         end=encoding.end_of_text,
     )
     sys.stdout.write(arguments.prompt)
-    ids: list[int] = []
-    shown = ""
-    for token in sampled:
-        ids.append(token)
-        text = encoding.decode(ids)
-        if not text.endswith("\ufffd"):  # a character whose bytes are not all there yet
-            sys.stdout.write(text[len(shown) :])
-            sys.stdout.flush()
-            shown = text
+    for text in stream(sampled, encoding):
+        sys.stdout.write(text)
+        sys.stdout.flush()
     sys.stdout.write("\n")
 
 

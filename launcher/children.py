@@ -11,22 +11,19 @@ from gpt.run_dir import RunDir
 from launcher.runs import open_run, python_module, read_config, runs_folder
 
 
-def sample_command(run: RunDir, prompt: str, max_tokens: int, temperature: float, seed: int) -> list[str]:
-    """The command that lets the newest checkpoint of `run` continue `prompt` on standard output."""
-    return python_module(
-        "gpt.sample",
-        str(run.path),
-        f"--prompt={prompt}",
-        f"--max-tokens={max_tokens}",
-        f"--temperature={temperature}",
-        f"--seed={seed}",
-    )
+def sample_command(run: RunDir, prompt: str, **options: float | None) -> list[str]:
+    """The command that lets a checkpoint of `run` continue `prompt` on standard output.
+
+    `options` are those of `outlast sample`, by name; None is left to its default.
+    """
+    given = {name.replace("_", "-"): value for name, value in options.items() if value is not None}
+    arguments = [f"--{name}={value}" for name, value in given.items()]
+    return python_module("gpt.sample", str(run.path), f"--prompt={prompt}", *arguments)
 
 
-def sample(folder: str, prompt: str, max_tokens: int, temperature: float, seed: int) -> int:
-    """Print a text that a run's newest checkpoint writes; the child's exit code."""
-    run = open_run(folder)
-    return subprocess.run(sample_command(run, prompt, max_tokens, temperature, seed)).returncode
+def sample(folder: str, prompt: str, **options: float | None) -> int:
+    """Print a text that a checkpoint of a run writes; the child's exit code."""
+    return subprocess.run(sample_command(open_run(folder), prompt, **options)).returncode
 
 
 def export(folder: str, out: Path, step: int | None, dtype: str) -> int:

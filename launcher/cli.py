@@ -286,13 +286,23 @@ def verify(folder: Path) -> int:
 @click.argument("run_dir")
 @click.option("--prompt", default="", metavar="TEXT", help="What the text begins with.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=200, show_default=True)
-@click.option("--temperature", type=click.FloatRange(min=0.0), default=0.8, show_default=True)
+@click.option(
+    "--temperature", type=click.FloatRange(min=0.0), default=0.8, show_default=True, help="0: the likeliest."
+)
+@click.option("--top-k", type=click.IntRange(min=1), metavar="N", help="Only the N likeliest tokens.")
+@click.option(
+    "--top-p",
+    type=click.FloatRange(min=0.0, max=1.0, min_open=True),
+    metavar="P",
+    help="Only the likeliest tokens that make up P of the probability.",
+)
 @click.option("--seed", type=int, default=0, show_default=True)
-def sample(run_dir: str, prompt: str, max_tokens: int, temperature: float, seed: int) -> int:
-    """Let the newest checkpoint of a run write."""
+@click.option("--step", type=click.IntRange(min=0), metavar="N", help="Default: the newest intact one.")
+def sample(run_dir: str, prompt: str, **options: float | None) -> int:
+    """Let a checkpoint of a run write, until it ends its text; printed as it is drawn."""
     from launcher.children import sample
 
-    return sample(run_dir, prompt, max_tokens, temperature, seed)
+    return sample(run_dir, prompt, **options)
 
 
 @commands.command(

@@ -113,7 +113,8 @@ def demo(out: Path) -> int:
     problems += _score(run, data, manifest)
 
     _stage(5, f"Sample: how it continues {PROMPT!r}")
-    sampled = subprocess.run(sample_command(run, PROMPT, 120, 0.7, 1), capture_output=True, text=True)
+    command = sample_command(run, PROMPT, max_tokens=120, temperature=0.7, seed=1)
+    sampled = subprocess.run(command, capture_output=True, text=True)
     if sampled.returncode != 0:
         problems.append(f"sampling failed:\n{sampled.stderr.rstrip()}")
     _say(*sampled.stdout.strip().splitlines())

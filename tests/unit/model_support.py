@@ -11,6 +11,9 @@ from gpt.huggingface import tensor_places, twin_config, twin_obstacle
 from gpt.model import GPT
 from gpt.model_config import ModelConfig
 
+# What these networks compute takes microseconds; handing it to threads takes longer on a busy machine.
+torch.set_num_threads(1)
+
 CPU = torch.device("cpu")
 VOCABULARY = 101
 GPT2: dict[str, object] = {

@@ -153,7 +153,7 @@ def test_a_pattern_that_cannot_be_said_in_a_tokenizer_json_is_refused(tmp_path: 
     # possessive: `It` gives no letter back and is cut in two; Oniguruma reads the same as greedy
     ranks = load_encoding("outlast-4k").ranks
     encoding = Encoding("t", r"\p{L}{1,3}+\p{L}|\s+|\S", ranks, {END_OF_TEXT: 4095})
-    with pytest.raises(ConfigError, match=r"tokenizer 't' has no equal in a tokenizer.json: 'Hello, world!"):
+    with pytest.raises(ConfigError, match=r"tokenizer 't' has no equal in a tokenizer.json: .Hello, world!"):
         write_tokenizer(encoding, 64, tmp_path)
     assert not list(tmp_path.iterdir())
 

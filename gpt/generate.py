@@ -1,0 +1,88 @@
+"""Text from a network: one token at a time, with a cache of keys and values.
+
+# V vocabulary
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipeline.errors import ConfigError
+from data_pipeline.tokenizer import Encoding
+from gpt.attention import Documents
+from gpt.model import GPT, Cache
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How the next token is drawn: softmax(scores / temperature), cut to the likeliest, renormalised.
+
+    temperature 0 takes the likeliest token. top_k keeps that many; top_p (nucleus sampling, Holtzman et al.
+    2020, arXiv:1904.09751) the fewest whose probabilities reach it, after top_k.
+    """
+
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def draw(self, scores_v: Tensor, generator: torch.Generator) -> int:
+        """One id from the scores (logits) fp32 [V]."""
+        if self.temperature == 0:
+            return int(scores_v.argmax())
+        p_v, ids_v = (scores_v / self.temperature).softmax(-1).sort(descending=True, stable=True)
+        if self.top_k is not None:
+            p_v = p_v[: self.top_k] / p_v[: self.top_k].sum()
+        if self.top_p is not None:
+            before_v = p_v.cumsum(-1) - p_v  # the token that crosses the border stays
+            p_v = p_v.where(before_v < self.top_p, 0.0)
+        return int(ids_v[torch.multinomial(p_v, 1, generator=generator)])
+
+
+@torch.no_grad()
+def generate(
+    gpt: GPT, prompt: list[int], *, max_tokens: int, choice: Choice, seed: int, end: int | None
+) -> Iterator[int]:
+    """Ids drawn one by one after `prompt`, at most `max_tokens`, until `end` is drawn.
+
+    Where the context is full the last half of it is read again, and what lies before is forgotten. Raises
+    ConfigError for an empty prompt: the first token must follow one.
+    """
+    if not prompt:
+        raise ConfigError("the prompt is empty; begin with end-of-text, as documents do.")
+    context = gpt.model.context
+    generator = torch.Generator().manual_seed(seed)
+    tokens, cache = list(prompt), Cache(gpt)
+    unread = tokens[-context:]
+    for _ in range(max_tokens):
+        if cache.length + len(unread) > context:
+            cache, unread = Cache(gpt), tokens[-max(1, context // 2) :]
+        token = choice.draw(_last_scores(gpt, unread, cache), generator)
+        if token == end:
+            return
+        tokens.append(token)
+        unread = [token]
+        yield token
+
+
+def stream(ids: Iterator[int], encoding: Encoding) -> Iterator[str]:
+    """The text of `ids`, piece by piece, as soon as the bytes of a character are all there."""
+    held: list[int] = []
+    for id in ids:
+        held.append(id)
+        text = encoding.decode(held)
+        if not text.endswith("\ufffd"):
+            yield text
+            held.clear()
+    if held:
+        yield encoding.decode(held)
+
+
+def _last_scores(gpt: GPT, tokens: list[int], cache: Cache) -> Tensor:
+    row = torch.tensor([tokens], device=gpt.embedding.weight.device)
+    documents = Documents.from_ends(np.array([len(tokens)], dtype=np.int32), row.device)
+    hidden_btd = gpt.hidden(row, documents, cache)
+    scores_bv: Tensor = gpt.head(hidden_btd[:, -1])
+    return scores_bv[0].float().cpu()

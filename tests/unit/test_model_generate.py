@@ -1,0 +1,97 @@
+"""Drawing tokens: against transformers' generate and its logits processors, and a plain loop."""
+
+from collections import Counter
+
+import pytest
+import torch
+from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+from data_pipeline.errors import ConfigError
+from data_pipeline.tokenizer import load_encoding
+from gpt.generate import Choice, generate, stream
+from tests.unit.model_support import GPT2, build, random_tokens, rows, twin_of
+
+GREEDY = Choice(temperature=0.0)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"n_kv_heads": 2}, {"window": 5}, {"qk_norm": True, "d_head": 20}, {"bias": True}, GPT2]
+)
+def test_greedy_text_is_that_of_transformers_generate(fields: dict[str, object]) -> None:
+    gpt = build(context=40, **fields).eval()
+    theirs = twin_of(gpt)
+    for seed in range(2):
+        prompt = random_tokens(1, 7, seed=seed)
+        ours = list(generate(gpt, prompt[0].tolist(), max_tokens=30, choice=GREEDY, seed=0, end=None))
+        expected = theirs.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=30,
+            do_sample=False,
+            eos_token_id=None,
+        )
+        assert ours == expected[0, 7:].tolist()
+
+
+def test_past_the_context_the_last_half_is_read_again() -> None:
+    gpt = build(context=8, **GPT2).eval()
+    prompt = random_tokens(1, 5)[0].tolist()
+    drawn = list(generate(gpt, prompt, max_tokens=12, choice=GREEDY, seed=0, end=None))
+    tokens, start = list(prompt), 0
+    for _ in range(12):
+        if len(tokens) - start > 8:
+            start = len(tokens) - 4
+        window = torch.tensor([tokens[start:]])
+        tokens.append(int(gpt.logits(window, rows(window))[0, -1].argmax()))
+    assert drawn == tokens[5:]
+
+
+def test_text_ends_with_end_of_text_and_a_long_prompt_keeps_its_end() -> None:
+    gpt = build(context=8).eval()
+    prompt = random_tokens(1, 30)[0].tolist()
+    drawn = list(generate(gpt, prompt, max_tokens=6, choice=GREEDY, seed=0, end=None))
+    assert drawn == list(generate(gpt, prompt[-8:], max_tokens=6, choice=GREEDY, seed=0, end=None))
+    first = drawn.index(drawn[3])
+    assert list(generate(gpt, prompt, max_tokens=6, choice=GREEDY, seed=0, end=drawn[3])) == drawn[:first]
+    with pytest.raises(ConfigError, match="the prompt is empty"):
+        next(generate(gpt, [], max_tokens=6, choice=GREEDY, seed=0, end=None))
+
+
+def test_a_seed_gives_one_text_and_another_seed_another() -> None:
+    gpt = build().eval()
+    texts = [
+        list(generate(gpt, [1, 2], max_tokens=20, choice=Choice(1.0), seed=seed, end=None))
+        for seed in (0, 0, 1)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(None, None), (5, None), (1, None), (None, 0.5), (None, 1e-9), (8, 0.6)]
+)
+def test_tokens_are_drawn_with_the_probabilities_of_transformers_warpers(
+    top_k: int | None, top_p: float | None
+) -> None:
+    scores = torch.randn(30, generator=torch.Generator().manual_seed(2)) * 2
+    warped = scores[None] / 0.7
+    if top_k is not None:
+        warped = TopKLogitsWarper(top_k)(None, warped)
+    if top_p is not None:
+        warped = TopPLogitsWarper(top_p)(None, warped)
+    expected = warped[0].softmax(-1)
+    generator = torch.Generator().manual_seed(1)
+    choice = Choice(0.7, top_k, top_p)
+    counts = Counter(choice.draw(scores, generator) for _ in range(4000))
+    assert set(counts) <= set(expected.nonzero().flatten().tolist())
+    found = torch.tensor([counts[i] / 4000 for i in range(30)])
+    assert (found - expected).abs().max() < 0.035  # 4 standard deviations of the likeliest
+
+
+def test_streamed_pieces_are_whole_characters_and_add_up_to_the_text() -> None:
+    encoding = load_encoding("outlast-4k")
+    text = "naïve 日本 👩‍👩‍👧 end"
+    ids = encoding.encode(text).tolist()
+    pieces = list(stream(iter(ids), encoding))
+    assert "".join(pieces) == text
+    assert len(pieces) > 5 and not any("\ufffd" in piece for piece in pieces)
+    assert list(stream(iter(ids[:-4]), encoding))  # what is cut in a character is shown at last
