@@ -5,7 +5,7 @@ are written next to them. Refused: files whose index does not describe them, and
 not have.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -42,11 +42,12 @@ def adopt(
         kinds = ", ".join(f"{name} has {dtype}" for name, dtype in dtypes.items())
         raise ConfigError(f"shards of one data set have one dtype: {kinds}. Adopt them as several data sets")
     shards = []
-    unended = 0
+    unended = inside = 0
     for path in paths:
-        shard, without_end = _adopt_one(path, dtypes[path.name], encoding)
+        shard, without_end, with_end_inside = _adopt_one(path, dtypes[path.name], encoding)
         shards.append(shard)
         unended += without_end
+        inside += with_end_inside
     if unended:
         tell(
             f"{unended:,} documents do not end with {encoding.name}'s end-of-text, {encoding.end_of_text}: "
@@ -59,7 +60,7 @@ def adopt(
         train=tuple(shards[: len(train)]),
         val=tuple(shards[len(train) :]),
         skipped={},
-        preparation={"adopted": True},
+        preparation={"adopted": True, "is_ended_by_token": not unended and not inside},
         versions={"outlast": version("outlast"), "tiktoken": version("tiktoken")},
         sources=(),
     )
@@ -92,8 +93,11 @@ def _folder(paths: Sequence[Path]) -> Path:
     return folders.pop()
 
 
-def _adopt_one(path: Path, dtype: str, encoding: Encoding) -> tuple[Shard, int]:
-    """The shard, and how many of its documents do not end with end-of-text. Writes its .sum file."""
+def _adopt_one(path: Path, dtype: str, encoding: Encoding) -> tuple[Shard, int, int]:
+    """The shard, how many documents lack end-of-text at their end, and how many of it stand elsewhere.
+
+    Writes the shard's .sum file.
+    """
     bin_path, idx_path = (path.with_name(f"{path.name}.{kind}") for kind in ("bin", "idx"))
     header = read_header(idx_path)
     if idx_path.stat().st_size != header.idx_bytes:
@@ -108,39 +112,44 @@ def _adopt_one(path: Path, dtype: str, encoding: Encoding) -> tuple[Shard, int]:
             f"{bin_path}: {bin_path.stat().st_size} bytes, but its index describes {tokens} tokens in {dtype}"
         )
     index.require_contiguous(ITEM_BYTES[dtype])
-    bin_record, bin_chunks, largest = _summed(bin_path, dtype)
+    bin_record, bin_chunks = _summed(bin_path)
+    ids: NDArray[np.integer] = np.memmap(bin_path, dtype, "r") if tokens else np.empty(0, dtype)
+    largest, ended = _look_through(ids, encoding.end_of_text)
     if largest >= encoding.vocab_size:
         raise DataError(
             f"{bin_path}: holds id {largest}, and {encoding.name} has {encoding.vocab_size} ids: it was "
             f"written with another tokenizer"
         )
-    idx_record, idx_chunks, _ = _summed(idx_path, None)
+    idx_record, idx_chunks = _summed(idx_path)
     sums = sums_content(bin_chunks, idx_chunks)
     write_durably(path.with_name(f"{path.name}.sum"), sums)
     record = FileRecord(len(sums), xxhash.xxh3_128_hexdigest(sums))
-    ids = np.memmap(bin_path, dtype, "r") if tokens else np.empty(0, dtype)
     lengths = index.document_lengths()
     ends = np.cumsum(lengths)[lengths > 0]
-    without_end = int((ids[ends - 1] != encoding.end_of_text).sum())
-    return Shard(path.name, tokens, header.documents, bin_record, idx_record, record), without_end
+    at_end = int((ids[ends - 1] == encoding.end_of_text).sum())
+    shard = Shard(path.name, tokens, header.documents, bin_record, idx_record, record)
+    return shard, len(ends) - at_end, ended - at_end
 
 
-def _summed(path: Path, dtype: str | None) -> tuple[FileRecord, list[str], int]:
-    """A file's size and checksum, the checksums of its chunks, and the largest id in it."""
+def _look_through(ids: NDArray[np.integer], end_of_text: int) -> tuple[int, int]:
+    """The largest id, and how often `end_of_text` stands in `ids`."""
+    largest = -1
+    ended = 0
+    for first in range(0, len(ids), CHUNK_BYTES):
+        part = ids[first : first + CHUNK_BYTES]
+        # Negative ids, which int32 has room for, are as wrong as large ones.
+        largest = max(largest, int(part.max()), int(part.min() < 0) * 2**31)
+        ended += int((part == end_of_text).sum())
+    return largest, ended
+
+
+def _summed(path: Path) -> tuple[FileRecord, list[str]]:
+    """A file's size and checksum, and the checksums of its chunks."""
     whole = xxhash.xxh3_128()
-    chunks, largest, size_bytes = [], -1, 0
-    for block in _blocks(path):
-        whole.update(block)
-        chunks.append(xxhash.xxh3_128_hexdigest(block))
-        size_bytes += len(block)
-        if dtype is not None:
-            ids: NDArray[np.integer] = np.frombuffer(block, dtype)
-            # Negative ids, which int32 has room for, are as wrong as large ones.
-            largest = max(largest, int(ids.max()), int(ids.min() < 0) * 2**31)
-    return FileRecord(size_bytes, whole.hexdigest()), chunks, largest
-
-
-def _blocks(path: Path) -> Iterator[bytes]:
+    chunks, size_bytes = [], 0
     with path.open("rb") as file:
         while block := file.read(CHUNK_BYTES):
-            yield block
+            whole.update(block)
+            chunks.append(xxhash.xxh3_128_hexdigest(block))
+            size_bytes += len(block)
+    return FileRecord(size_bytes, whole.hexdigest()), chunks

@@ -204,9 +204,9 @@ class _BatchBuilder:
         self._context = context
         self._document_mask = document_mask
         self._tokens = np.empty((count, context + 1), dtype=np.int64)
-        self._scored = np.ones((count, context), dtype=np.bool_)
-        self._starts: list[NDArray[np.int64]] = []
-        self._ends: list[NDArray[np.int64]] = []
+        self._end_of_text: int | None = None
+        self._by_index: list[tuple[int, NDArray[np.int64]]] = []
+        self._short: list[tuple[int, int]] = []
 
     def fill(self, row: int, stream: TokenStream, start: int, targets: int | None = None) -> None:
         """Row `row` from token `start` on; past its first `targets` targets it is padding."""
@@ -216,20 +216,30 @@ class _BatchBuilder:
         stream.read(start if real else 0, self._tokens[row, :real])
         if targets < context:
             self._tokens[row, real:] = 0
-            self._scored[row, targets:] = False
-            self._ends.append(np.array([row * context + targets]))
-        if self._document_mask and real:
-            starts = stream.document_starts(start + 1, start + real)
-            self._starts.append(starts + (row * context - start))
+            self._short.append((row, targets))
+        if not self._document_mask:
+            return
+        if stream.end_of_text is not None:
+            self._end_of_text = stream.end_of_text
+        elif real:
+            self._by_index.append((row, stream.document_starts(start + 1, start + real) - (start + 1)))
 
     def finish(self, numbers: NDArray[np.int64]) -> Batch:
         """The batch, whose rows are the sequences `numbers`."""
-        # Where a document starts, the one before ends, and its last input has the other's first as target.
-        starts = np.concatenate([np.empty(0, np.int64), *self._starts])
-        self._scored.reshape(-1)[starts - 1] = False
-        row_ends = np.arange(1, len(self._tokens) + 1) * self._context
-        ends = np.unique(np.concatenate([row_ends, starts, *self._ends]))
-        return Batch(self._tokens, ends[ends > 0].astype(np.int32), self._scored, numbers)
+        # Whether a document, or what is real of the row, ends with this input. Its target is another's first
+        # token and is not scored.
+        inputs = self._tokens[:, :-1]
+        is_end = inputs == (-1 if self._end_of_text is None else self._end_of_text)
+        for row, lasts in self._by_index:
+            is_end[row] = False
+            is_end[row, lasts] = True
+        scored = ~is_end
+        for row, targets in self._short:
+            scored[row, targets:] = is_end[row, targets:] = False
+            is_end[row, targets - 1 : targets] = True
+        is_end[:, -1] = True
+        ends = np.flatnonzero(is_end) + 1
+        return Batch(self._tokens, ends.astype(np.int32), scored, numbers)
 
 
 class _Skipped:

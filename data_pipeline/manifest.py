@@ -103,6 +103,11 @@ class Manifest:
         """Documents of both splits."""
         return sum(shard.documents for shard in (*self.train, *self.val))
 
+    @property
+    def is_ended_by_token(self) -> bool:
+        """Whether end-of-text stands at the end of every document and nowhere else: `prepare`'s does."""
+        return "pipeline" in self.preparation or bool(self.preparation.get("is_ended_by_token"))
+
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over what training reads: the encoding, the dtype, the shards and their order."""

@@ -20,7 +20,11 @@ from data_pipeline.shards import MappedShard
 
 
 class TokenStream:
-    """The tokens of one split [tokens]. Raises DataError that names every shard that is not as recorded."""
+    """The tokens of one split [tokens]. Raises DataError that names every shard that is not as recorded.
+
+    Where `end_of_text` is an id, it stands at the end of every document and nowhere else, so that documents
+    can be told by the tokens alone; else only `document_starts` knows.
+    """
 
     def __init__(self, folder: Path, manifest: Manifest, split: Split) -> None:
         self._folder = folder
@@ -30,6 +34,8 @@ class TokenStream:
         if problems:
             raise DataError(problems[0] if len(problems) == 1 else "\n".join(problems))
         self._ends = list(accumulate(shard.tokens for shard in self._shards))
+        self._bases = [end - shard.tokens for end, shard in zip(self._ends, self._shards, strict=True)]
+        self.end_of_text = manifest.encoding.end_of_text if manifest.is_ended_by_token else None
         self._open: OrderedDict[int, MappedShard] = OrderedDict()
         # Each mapping holds two file descriptors; most are for the rest of the process.
         self._most_open = min(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8)
@@ -37,8 +43,14 @@ class TokenStream:
 
     def read(self, start: int, out: NDArray[np.int64]) -> None:
         """Copy the tokens [start, start + len(out)) into `out`."""
-        for shard, first, stop, base in self._parts(start, start + len(out)):
-            out[base + first - start : base + stop - start] = shard.ids[first:stop]
+        stop = start + len(out)
+        index = bisect_right(self._ends, start)
+        if 0 <= start < stop <= self.tokens and stop <= self._ends[index]:
+            base = self._bases[index]
+            out[:] = self._shard(index).ids[start - base : stop - base]
+            return
+        for shard, first, end, base in self._parts(start, stop):
+            out[base + first - start : base + end - start] = shard.ids[first:end]
 
     def document_starts(self, start: int, stop: int) -> NDArray[np.int64]:
         """Where documents start among the tokens [start, stop) of the stream, strictly ascending."""
@@ -54,7 +66,7 @@ class TokenStream:
         index = bisect_right(self._ends, start)
         while start < stop:
             end = self._ends[index]
-            base = end - self._shards[index].tokens
+            base = self._bases[index]
             here = min(stop, end)
             if here > start:
                 yield self._shard(index), start - base, here - base, base

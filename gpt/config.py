@@ -37,6 +37,11 @@ class DataConfig(Section):
         gt=0,
         description="Stop with an error before a source is read more often. Default: no limit.",
     )
+    verify: Literal["sizes", "full"] = Field(
+        default="sizes",
+        description="What is checked before a launch: sizes and headers of all files, or every byte of them; "
+        "small data sets are checked whole always.",
+    )
 
     @property
     def sources(self) -> tuple[Source, ...]:

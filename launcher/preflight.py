@@ -61,8 +61,10 @@ def examine(
     findings = Findings()
     run = _read_run(tables, source, findings)
     cluster_config = _read_cluster(cluster, findings) if isinstance(cluster, str) else cluster
-    sources = _readable_sources(tables)
-    manifests = [manifest for path in sources for manifest in _read_data(path, findings)]
+    data = _readable_data(tables)
+    sources = [] if data is None else [source.path for source in data.sources]
+    is_full = data is not None and data.verify == "full"
+    manifests = [manifest for path in sources for manifest in _read_data(path, findings, is_full)]
     config = None
     if run is not None and 0 < len(sources) == len(manifests):
         config = run.resolve(max(manifest.encoding.vocab_size for manifest in manifests))
@@ -194,16 +196,15 @@ def _read_cluster(name: str, findings: Findings) -> ClusterConfig | None:
         return None
 
 
-def _readable_sources(tables: dict[str, Any]) -> list[Path]:
-    """The data directories, also of a run config that is wrong elsewhere."""
+def _readable_data(tables: dict[str, Any]) -> DataConfig | None:
+    """What to read, also of a run config that is wrong elsewhere."""
     try:
-        data = validate(DataConfig, tables.get("data", {}), "data")
+        return validate(DataConfig, tables.get("data", {}), "data")
     except ConfigError:
-        return []
-    return [source.path for source in data.sources]
+        return None
 
 
-def _read_data(path: Path, findings: Findings) -> list[Manifest]:
+def _read_data(path: Path, findings: Findings, is_full: bool) -> list[Manifest]:
     try:
         manifest = read_manifest(path)
     except (DataError, ConfigError) as error:
@@ -211,7 +212,7 @@ def _read_data(path: Path, findings: Findings) -> list[Manifest]:
         return []
     found = check(path, manifest)
     size_bytes = sum(shard.bin.size_bytes for shard in (*manifest.train, *manifest.val))
-    if not found and size_bytes <= READ_WHOLE_BYTES:
+    if not found and (is_full or size_bytes <= READ_WHOLE_BYTES):
         found = [f"{bad.path}: byte {bad.offset}: {bad.reason}" for bad in verify(path)]
     findings.problems += found
     return [manifest]

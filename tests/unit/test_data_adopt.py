@@ -54,6 +54,7 @@ def test_adopted_files_are_a_data_set_and_stay_as_they_are(made: Path, files: Pa
     assert {path: path.read_bytes() for path in before} == before
     assert list(verify(files)) == []
     assert read_manifest(files) == manifest
+    assert manifest.is_ended_by_token
     original = read_manifest(made)
     assert [shard.bin for shard in manifest.train] == [original.train[1].bin, original.train[0].bin]
     assert [shard.sum for shard in manifest.val] == [original.val[0].sum]
@@ -79,11 +80,25 @@ def test_documents_that_end_otherwise_are_told(files: Path) -> None:
     ids.tofile(path)
     told: list[str] = []
     adopt([_prefix(files, "train-00000")], [], "outlast-4k", tell=told.append)
+    assert not read_manifest(files).is_ended_by_token
     count = read_manifest(files).train[0].documents
     assert told == [
         f"{count} documents do not end with outlast-4k's end-of-text, 4095: they were written without one, "
         f"or with another tokenizer"
     ]
+
+
+def test_end_of_text_inside_a_document_does_not_end_it(files: Path) -> None:
+    path = files / "train-00000_text_document.bin"
+    ids = np.fromfile(path, np.uint16)
+    ids[3] = 4095
+    ids.tofile(path)
+    _adopt(files)
+    assert not read_manifest(files).is_ended_by_token
+    reader = BatchReader([(files, 1.0)], context=len(ids) - 1, global_batch=1, seed=1)
+    batch = reader.batch(1, 0, 1)
+    assert bool(batch.scored[0, 3])
+    assert int((~batch.scored).sum()) == read_manifest(files).documents - 1
 
 
 def test_files_of_another_tokenizer_are_refused(files: Path, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import hashlib
+import shutil
 import struct
 import time
 from dataclasses import replace
@@ -108,6 +109,28 @@ def test_every_sequence_of_an_epoch_is_seen_once_whatever_the_world_sizes_on_the
         assert np.array_equal(np.concatenate([part.tokens for part in parts]), whole.tokens)
         assert np.array_equal(np.concatenate([part.scored for part in parts]), whole.scored)
         assert [row for part in parts for row in _segments(part)] == _segments(whole)
+
+
+def test_documents_are_told_by_the_index_where_end_of_text_does_not_tell_them(
+    data: Path, tmp_path: Path
+) -> None:
+    """The same files under a manifest that does not say how documents end give the same batches."""
+    copy = tmp_path / "copy"
+    shutil.copytree(data, copy)
+    (copy / "manifest.json").write_bytes(replace(read_manifest(data), preparation={}).to_bytes())
+    assert read_manifest(data).is_ended_by_token
+    assert not read_manifest(copy).is_ended_by_token
+    for step in range(1, 20):
+        by_token, by_index = (_reader(folder).batch(step, 0, 1) for folder in (data, copy))
+        assert np.array_equal(by_token.document_ends, by_index.document_ends)
+        assert np.array_equal(by_token.scored, by_index.scored)
+    for tokens in (1, 63, 64, 200, 10**9):
+        windows = []
+        for folder in (data, copy):
+            reader = EvaluationReader(folder, context=CONTEXT, tokens=tokens, document_mask=True)
+            windows.append(reader.windows(0, len(reader) + 2))
+        assert np.array_equal(windows[0].document_ends, windows[1].document_ends)
+        assert np.array_equal(windows[0].scored, windows[1].scored)
 
 
 def test_a_batch_is_a_function_of_its_step_alone(data: Path) -> None:

@@ -91,6 +91,20 @@ def test_a_flipped_byte_in_a_shard_names_the_file_and_the_place(data: Path, tmp_
     assert problem.startswith(f"{shard}: byte 0: its bytes changed")
 
 
+def test_large_data_sets_are_read_whole_where_data_verify_says_so(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launcher.preflight.READ_WHOLE_BYTES", 0)
+    copy = shutil.copytree(data, tmp_path / "copy")
+    shard = copy / "train-00000.bin"
+    content = bytearray(shard.read_bytes())
+    content[1000] ^= 1
+    shard.write_bytes(content)
+    ask(copy, tmp_path / "run")
+    [problem] = refused(lambda: ask(copy, tmp_path / "run", "data.verify=full"))
+    assert problem.startswith(f"{shard}: byte 0: its bytes changed")
+
+
 def test_a_truncated_shard_is_named(data: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(data, tmp_path / "copy")
     shard = copy / "val-00000.bin"
