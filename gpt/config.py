@@ -103,8 +103,9 @@ class ScheduleConfig(Section):
 class ZeroConfig(Section):
     """DeepSpeed ZeRO (Rajbhandari et al. 2020)."""
 
-    stage: Literal[1, 2] = Field(
-        default=1, description="1 shards the optimizer's state over the ranks, 2 also the gradients."
+    stage: Literal[1, 2, 3] = Field(
+        default=1,
+        description="1 shards the optimizer's state over the ranks, 2 the gradients too, 3 the weights too.",
     )
 
 

@@ -14,7 +14,9 @@ def parameter_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter
     """Named parameters by group: matrices and embeddings decay, norms and biases do not."""
     groups: dict[str, list[tuple[str, nn.Parameter]]] = {"decay": [], "no_decay": []}
     for name, parameter in model.named_parameters():
-        groups["decay" if parameter.ndim >= 2 else "no_decay"].append((name, parameter))
+        # Stage 3 takes the shapes of its parameters away and keeps them here.
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        groups["decay" if len(shape) >= 2 else "no_decay"].append((name, parameter))
     return {name: members for name, members in groups.items() if members}
 
 

@@ -19,8 +19,9 @@ def validate(
     """val/loss (nats a token), val/perplexity and val/bits_per_byte over all of `windows`. Collective."""
     nats, scored, scored_bytes = 0.0, 0, 0
     model.eval()
-    for first in range(world.rank * micro_batch, len(windows), world.size * micro_batch):
-        batch = windows.windows(first, min(micro_batch, len(windows) - first))
+    for start in range(0, len(windows), world.size * micro_batch):
+        # Every rank computes in every round, at last on padding: stage 3 gathers weights in the forward pass.
+        batch = windows.windows(start + world.rank * micro_batch, micro_batch)
         nats += float(model(*model_inputs(batch, world.device)))
         scored += int(batch.scored.sum())
         scored_bytes += int(token_bytes[batch.tokens[:, 1:][batch.scored]].sum())

@@ -1,9 +1,11 @@
 """DeepSpeed ZeRO: the only file that writes its config or touches its internals.
 
 ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054) stage 1 shards the optimizer's state over the ranks,
-stage 2 the gradients too. What is private in DeepSpeed 0.19 and used here: `_hp_mapping` of a
-parameter, `update_lp_params`, `overflow`, and the flat fp32 partition that each inner parameter group
-holds; tests/distributed/test_zero_contract.py fails when one of them changes its meaning.
+stage 2 the gradients too, stage 3 the weights. What is private in DeepSpeed 0.19 and used here:
+`overflow`; of stages 1 and 2 `_hp_mapping` of a parameter, `update_lp_params`, and the flat fp32 partition
+that each inner parameter group holds; of stage 3 `fp32_partitioned_groups_flat`, their fp16 twins,
+`persistent_parameters` and `checkpoint_event_epilogue`. tests/distributed/test_zero_contract.py fails when
+one of them changes its meaning.
 """
 
 import logging
@@ -11,6 +13,8 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
 from typing import Any
 from unittest.mock import patch
 
@@ -18,6 +22,7 @@ import torch
 from torch import Tensor
 
 from gpt.checkpoint.format import GroupEntry, ParameterEntry
+from gpt.checkpoint.layout import GroupLayout, Kind
 from gpt.config import RunConfig
 from gpt.distributed import World
 from gpt.model import GPT
@@ -49,12 +54,24 @@ def deepspeed_config(run: RunConfig, world_size: int, *, has_gpu: bool) -> dict[
     return config
 
 
+@dataclass(frozen=True)
+class StatePart:
+    """A stretch of a group's fp32 state on this rank: elements `start` to `end` of its logical vector."""
+
+    group: str
+    state: str
+    start: int
+    end: int
+    tensor: Tensor
+
+
 class Engine:
     """A GPT under ZeRO: loss and gradients, the update, and this rank's part of the state."""
 
     def __init__(self, model: GPT, run: RunConfig, world: World) -> None:
         deepspeed = _import_deepspeed(world.device)
         self.run, self.world, self.model = run, world, model
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         self._engine, self._zero, _, _ = deepspeed.initialize(
             model=model,
             optimizer=build_optimizer(model, run.optimizer),
@@ -62,7 +79,7 @@ class Engine:
             dist_init_required=False,
         )
         self._inner: torch.optim.Optimizer = self._zero.optimizer
-        self.parameters, self.groups = self._layout()
+        self._state = (_ShardedState if run.zero.stage == 3 else _FlatState)(self._zero, model, world, shapes)
 
     def forward_backward(self, loss_scale: float, *inputs: Any) -> Tensor:
         """The model's loss for one micro-batch, its gradient times `loss_scale` accumulated.
@@ -94,22 +111,31 @@ class Engine:
     @property
     def optimizer_steps(self) -> int:
         """Updates made so far, skipped steps left out."""
-        for partition in self._partitions():
-            return int(self._inner.state[partition]["step"].item()) if self._inner.state[partition] else 0
-        return 0
+        moments = self._inner.state[self._state.partitions[0]]
+        return int(moments["step"].item()) if moments else 0
 
-    def state(self) -> Iterator[tuple[str, str, Tensor]]:
-        """Group, state name, and this rank's flat fp32 part of it without padding: views, not copies."""
-        for group, partition in zip(self.groups, self._partitions(), strict=True):
-            start, end = group.owned(self.world.rank)
-            moments = self._inner.state[partition]
-            for state in STATES:
-                flat = partition.data if state == "master" else moments[state]
-                yield group.name, state, flat[: end - start]
+    @property
+    def layout(self) -> Kind:
+        """How the state is cut over the ranks."""
+        return self._state.kind
+
+    @property
+    def parameters(self) -> tuple[ParameterEntry, ...]:
+        """Every parameter, and where it stands in the state of its group."""
+        return self._state.parameters
+
+    @property
+    def groups(self) -> tuple[GroupEntry, ...]:
+        """The optimizer's groups, in order."""
+        return self._state.groups
+
+    def state(self) -> Iterator[StatePart]:
+        """This rank's part of the fp32 state without padding, in the order of its file: views, not copies."""
+        return self._state.parts()
 
     def prepare_load(self, optimizer_steps: int) -> None:
         """Make sure that every tensor of `state()` exists, before it is filled from a checkpoint."""
-        for partition in self._partitions():
+        for partition in self._state.partitions:
             moments = self._inner.state[partition]
             # fused AdamW keeps its step count beside the moments
             moments["step"] = torch.tensor(float(optimizer_steps), device=partition.device)
@@ -118,38 +144,112 @@ class Engine:
 
     def finish_load(self) -> None:
         """Refresh the model's weights from the masters."""
+        self._state.refresh_weights()
+
+
+class _FlatState:
+    """Stages 1 and 2: each group is one flat vector, cut into equal parts."""
+
+    kind: Kind = "flat"
+
+    def __init__(self, zero: Any, model: GPT, world: World, shapes: dict[str, tuple[int, ...]]) -> None:
+        self._zero, self._rank = zero, world.rank
+        self.partitions: list[Tensor] = [group["params"][0] for group in zero.optimizer.param_groups]
+        sizes = [partition.numel() for partition in self.partitions]
+        self.parameters, self.groups, self._layouts = _tables(self.kind, zero, model, world, shapes, sizes)
+        # The closed form must be what DeepSpeed did.
+        by_name = dict(model.named_parameters())
+        starts = {group.name: self._layouts[group.name].extents(world.rank)[0][0] for group in self.groups}
+        for entry in self.parameters:
+            mapping = by_name[entry.name]._hp_mapping  # type: ignore[attr-defined]
+            if mapping is not None:
+                reported = starts[entry.group] + mapping.hp_fragment_address.start
+                assert reported == entry.offset + mapping.lp_fragment_address.start, entry.name
+
+    def parts(self) -> Iterator[StatePart]:
+        for group, partition in zip(self.groups, self.partitions, strict=True):
+            ((start, end),) = self._layouts[group.name].extents(self._rank)
+            moments = self._zero.optimizer.state[partition]
+            for state in STATES:
+                flat = partition.data if state == "master" else moments[state]
+                yield StatePart(group.name, state, start, end, flat[: end - start])
+
+    def refresh_weights(self) -> None:
         self._zero.update_lp_params()
 
-    def _partitions(self) -> list[Tensor]:
-        return [group["params"][0] for group in self._inner.param_groups]
 
-    def _layout(self) -> tuple[tuple[ParameterEntry, ...], tuple[GroupEntry, ...]]:
-        """The flat layout in closed form, checked against the addresses that DeepSpeed reports."""
-        parameters, groups = [], []
-        members_by_group = parameter_groups(self.model)
-        for inner, partition in zip(self._inner.param_groups, self._partitions(), strict=True):
-            group_name, offset = str(inner["name"]), 0
-            partition_start = self.world.rank * partition.numel()
-            for name, parameter in members_by_group[group_name]:
-                mapping = parameter._hp_mapping  # type: ignore[attr-defined]
-                if mapping is not None:
-                    reported = partition_start + mapping.hp_fragment_address.start
-                    assert reported == offset + mapping.lp_fragment_address.start, name
-                parameters.append(
-                    ParameterEntry(name=name, shape=tuple(parameter.shape), group=group_name, offset=offset)
-                )
-                offset += parameter.numel()
-            hyperparameters = {key: inner[key] for key in ("betas", "eps", "weight_decay")}
-            groups.append(
-                GroupEntry(
-                    name=group_name,
-                    numel=offset,
-                    partition_numel=partition.numel(),
-                    states=STATES,
-                    hyperparameters=hyperparameters,
-                )
+class _ShardedState:
+    """Stage 3: each parameter is cut into equal parts."""
+
+    kind: Kind = "sharded"
+
+    def __init__(self, zero: Any, model: GPT, world: World, shapes: dict[str, tuple[int, ...]]) -> None:
+        self._zero, self._rank = zero, world.rank
+        self._by_name = dict(model.named_parameters())
+        self.partitions: list[Tensor] = list(zero.fp32_partitioned_groups_flat)
+        sizes = [1] * len(zero.optimizer.param_groups)
+        self.parameters, self.groups, self._layouts = _tables(self.kind, zero, model, world, shapes, sizes)
+
+    def parts(self) -> Iterator[StatePart]:
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+        for group in self.groups:
+            members = [entry for entry in self.parameters if entry.group == group.name]
+            extents = self._layouts[group.name].extents(self._rank)
+            for state in STATES:
+                for entry, (start, end) in zip(members, extents, strict=True):
+                    parameter = self._by_name[entry.name]
+                    padded = (
+                        safe_get_local_fp32_param(parameter)
+                        if state == "master"
+                        else safe_get_local_optimizer_state(parameter, state)
+                    )
+                    yield StatePart(group.name, state, start, end, padded.data[: end - start])
+
+    def refresh_weights(self) -> None:
+        zero = self._zero
+        for i, flat in enumerate(zero.fp16_partitioned_groups_flat):
+            flat.data.copy_(zero.fp32_partitioned_groups_flat[i].data)
+            views = zero.unflatten(flat, zero.fp16_partitioned_groups[i])
+            for part, view in zip(zero.fp16_partitioned_groups[i], views, strict=True):
+                part.data = view.data
+        if zero.persistent_parameters:  # small ones are kept whole on every rank: cut, then gather again
+            zero.persistent_parameters[0].partition(zero.persistent_parameters)
+        zero.checkpoint_event_epilogue()
+
+
+def _tables(
+    kind: Kind,
+    zero: Any,
+    model: GPT,
+    world: World,
+    shapes: dict[str, tuple[int, ...]],
+    partition_numels: list[int],
+) -> tuple[tuple[ParameterEntry, ...], tuple[GroupEntry, ...], dict[str, GroupLayout]]:
+    """Parameters, groups and cuts in closed form; `shapes` are those before stage 3 takes them away."""
+    parameters: list[ParameterEntry] = []
+    groups: list[GroupEntry] = []
+    layouts = {}
+    inner_groups = {str(group["name"]): group for group in zero.optimizer.param_groups}
+    for (name, members), partition_numel in zip(
+        parameter_groups(model).items(), partition_numels, strict=True
+    ):
+        offset = 0
+        for parameter_name, _ in members:
+            shape = shapes[parameter_name]
+            parameters.append(ParameterEntry(name=parameter_name, shape=shape, group=name, offset=offset))
+            offset += prod(shape)
+        groups.append(
+            GroupEntry(
+                name=name,
+                numel=offset,
+                partition_numel=partition_numel,
+                states=STATES,
+                hyperparameters={key: inner_groups[name][key] for key in ("betas", "eps", "weight_decay")},
             )
-        return tuple(parameters), tuple(groups)
+        )
+        layouts[name] = GroupLayout(kind, world.size, [prod(shapes[n]) for n, _ in members], partition_numel)
+    return tuple(parameters), tuple(groups), layouts
 
 
 def _import_deepspeed(device: torch.device) -> Any:

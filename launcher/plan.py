@@ -60,13 +60,15 @@ def state_bytes_per_rank(config: RunConfig, world_size: int) -> int:
     """Bytes of parameters, gradients and optimizer state that one rank holds.
 
     ZeRO, arXiv:1910.02054, section 3: (2 + 2 + 12) bytes a parameter in mixed precision, of which stage 1
-    shards the 12 and stage 2 the gradients too. Gradients are accumulated in fp32 here: 4 instead of 2.
+    shards the 12, stage 2 the gradients too, stage 3 the weights too. Gradients are accumulated in fp32
+    here: 4 instead of 2.
     """
     parameters = parameter_count(config.model)
     weight_bytes = 2 if config.precision == "bf16" else 4
-    gradients = 4 * parameters // (world_size if config.zero.stage == 2 else 1)
+    weights = weight_bytes * parameters // (world_size if config.zero.stage == 3 else 1)
+    gradients = 4 * parameters // (world_size if config.zero.stage >= 2 else 1)
     optimizer = 12 * parameters // world_size
-    return weight_bytes * parameters + gradients + optimizer
+    return weights + gradients + optimizer
 
 
 def activation_bytes_per_rank(config: RunConfig) -> int:
@@ -94,7 +96,7 @@ def memory_problem(config: RunConfig, cluster: ClusterConfig) -> str | None:
     return (
         f"the training state needs {needed:.1f} GiB on each of {cluster.world_size} ranks "
         f"(zero.stage = {config.zero.stage}), {cluster.accelerator} has {available:.1f} GiB. "
-        "Use more GPUs, zero.stage = 2, or a smaller model."
+        "Use more GPUs, a higher zero.stage, or a smaller model."
     )
 
 

@@ -18,15 +18,18 @@ import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import Annotated, Any, BinaryIO, Literal, Self
 
 import xxhash
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from data_pipeline.config_file import Section
 from data_pipeline.errors import CheckpointError
+from gpt.checkpoint.layout import GroupLayout, Kind
 
 FORMAT_VERSION = 1
 CHUNK_BYTES = 4 << 20  # large enough for streaming reads, small enough to name where a file is bad
@@ -55,18 +58,16 @@ class ParameterEntry(Section):
 
 
 class GroupEntry(Section):
-    """One optimizer group: its flat state is cut into parts of `partition_numel`, one a rank."""
+    """One optimizer group: its parameters one after the other make its flat state.
+
+    In the layout "flat" that is cut into parts of `partition_numel`, one a rank.
+    """
 
     name: Name
     numel: Size
     partition_numel: Annotated[int, Field(ge=1)]
     states: tuple[Name, ...]
     hyperparameters: dict[str, float | int | bool | tuple[float, ...] | None]
-
-    def owned(self, rank: int) -> tuple[int, int]:
-        """Start and end of what `rank` owns of the flat state, padding left out."""
-        start = min(rank * self.partition_numel, self.numel)
-        return start, min(start + self.partition_numel, self.numel)
 
 
 class FileEntry(Section):
@@ -85,7 +86,7 @@ class CheckpointIndex(Section):
     attempt: Size
     world_size: Annotated[int, Field(ge=1)]
     stage: int
-    layout: Literal["flat"] = "flat"
+    layout: Kind = "flat"
     optimizer_steps: Size
     skipped: tuple[tuple[Size, Size], ...] = ()
     parameters: tuple[ParameterEntry, ...]
@@ -95,6 +96,30 @@ class CheckpointIndex(Section):
     checksum_algorithm: Literal["xxh3"] = "xxh3"
     chunk_bytes: Annotated[int, Field(ge=4, multiple_of=4)] = CHUNK_BYTES
     files: tuple[FileEntry, ...]
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Self:
+        for group in self.groups:
+            members = [entry for entry in self.parameters if entry.group == group.name]
+            starts = accumulate((entry.numel for entry in members), initial=0)
+            if [entry.offset for entry in members] + [group.numel] != list(starts):
+                raise ValueError(f"the parameters of group {group.name} do not stand one after the other")
+            if self.layout == "flat" and group.partition_numel * self.world_size < group.numel:
+                raise ValueError(f"{self.world_size} parts do not hold group {group.name}")
+        return self
+
+    @cached_property
+    def layouts(self) -> dict[str, GroupLayout]:
+        """How each group's state is cut, by its name."""
+        return {
+            group.name: GroupLayout(
+                self.layout,
+                self.world_size,
+                [entry.numel for entry in self.parameters if entry.group == group.name],
+                group.partition_numel,
+            )
+            for group in self.groups
+        }
 
     def dumps(self) -> bytes:
         """The bytes of checkpoint.json, with their own checksum as the last key."""
@@ -181,8 +206,8 @@ def rank_tensors(index: CheckpointIndex, rank: int) -> dict[str, int]:
     """Name and elements of every state tensor that the file of `rank` holds, in file order."""
     tensors = {}
     for group in index.groups:
-        start, end = group.owned(rank)
-        tensors.update({f"{group.name}.{state}": end - start for state in group.states})
+        numel = index.layouts[group.name].owned_numel(rank)
+        tensors.update({f"{group.name}.{state}": numel for state in group.states})
     return tensors
 
 

@@ -5,7 +5,7 @@ the chunks that it needs, so that another world size, or a laptop that wants the
 ordinary case. Without torch, DeepSpeed or a process group.
 """
 
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from gpt.checkpoint.format import (
     CheckpointIndex,
-    GroupEntry,
     RankLayout,
     read_chunk,
     read_index,
@@ -32,23 +31,15 @@ class CheckpointReader:
         # Neighbouring reads meet in one chunk: keep the last few.
         self._chunk = lru_cache(maxsize=4)(self._read_chunk)
 
-    @cached_property
-    def groups(self) -> dict[str, GroupEntry]:
-        """The optimizer groups by name."""
-        return {group.name: group for group in self.index.groups}
-
     def read(self, group_name: str, state: str, start: int, end: int) -> NDArray[np.float32]:
         """Elements `start` to `end` of one flat state of a group."""
-        group = self.groups[group_name]
         out = np.empty(end - start, dtype="<f4")
-        position = start
-        while position < end:
-            rank = position // group.partition_numel
-            first, last = group.owned(rank)
-            stop = min(end, last)
-            content = self._read_bytes(rank, f"{group_name}.{state}", position - first, stop - first)
-            out[position - start : stop - start] = np.frombuffer(content, dtype="<f4")
-            position = stop
+        done = 0
+        for piece in self.index.layouts[group_name].locate(start, end):
+            name = f"{group_name}.{state}"
+            content = self._read_bytes(piece.rank, name, piece.offset, piece.offset + piece.length)
+            out[done : done + piece.length] = np.frombuffer(content, dtype="<f4")
+            done += piece.length
         return out
 
     def parameter(self, name: str, state: str = "master") -> NDArray[np.float32]:

@@ -5,7 +5,9 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from data_pipeline.errors import CheckpointError, ConfigError
 from gpt.checkpoint.format import CheckpointIndex, Corrupt, FileEntry, committed, verify_rank
@@ -44,6 +46,7 @@ def save(
         attempt=attempt,
         world_size=world.size,
         stage=engine.run.zero.stage,
+        layout=engine.layout,
         optimizer_steps=engine.optimizer_steps,
         parameters=engine.parameters,
         groups=engine.groups,
@@ -109,10 +112,9 @@ def _load(folder: Path, engine: Engine, world: World, data_fingerprint: str) -> 
             reader = CheckpointReader(folder)
             _check_fits(reader.index, engine, data_fingerprint)
             engine.prepare_load(reader.index.optimizer_steps)
-            owned = {group.name: group.owned(world.rank) for group in engine.groups}
-            for group_name, state, tensor in engine.state():
-                content = reader.read(group_name, state, *owned[group_name])
-                tensor.copy_(torch.from_numpy(content))
+            for part in engine.state():
+                content = reader.read(part.group, part.state, part.start, part.end)
+                part.tensor.copy_(torch.from_numpy(content))
         except Corrupt as error:
             return str(error)
         return None
@@ -147,7 +149,9 @@ def _shape(entry: object) -> str:
 
 
 def _write(temporary: Path, engine: Engine, world: World) -> FileEntry:
-    tensors = ((f"{group}.{state}", tensor.cpu().numpy()) for group, state, tensor in engine.state())
+    tensors: dict[str, list[NDArray[np.float32]]] = {}
+    for part in engine.state():
+        tensors.setdefault(f"{part.group}.{part.state}", []).append(part.tensor.cpu().numpy())
     try:
         return write_rank_file(temporary, world.rank, tensors)
     except OSError as error:

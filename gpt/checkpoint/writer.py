@@ -7,7 +7,8 @@ leaves either the whole checkpoint or a `.tmp-` folder that the next start remov
 import os
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -38,18 +39,18 @@ def temporary_folder(checkpoints: Path, attempt: int, step: int) -> Path:
 def write_rank_file(
     folder: Path,
     rank: int,
-    tensors: Iterable[tuple[str, NDArray[np.float32]]],
+    tensors: Mapping[str, Sequence[NDArray[np.float32]]],
     chunk_bytes: int = CHUNK_BYTES,
 ) -> FileEntry:
-    """Write the flat fp32 `tensors` of one rank durably; what the index says of the file."""
-    arrays = dict(tensors)
-    header, _, _ = rank_header({name: array.size for name, array in arrays.items()}, chunk_bytes)
+    """Write the flat fp32 tensors of one rank durably, each in parts; what the index says of it."""
+    sizes = {name: sum(part.size for part in parts) for name, parts in tensors.items()}
+    header, _, _ = rank_header(sizes, chunk_bytes)
     path = folder / rank_name(rank)
     checksums: list[int] = []
     pending = bytearray()
     with path.open("wb") as file:
         file.write(header)
-        for array in arrays.values():
+        for array in chain.from_iterable(tensors.values()):
             view = np.ascontiguousarray(array, dtype="<f4").data.cast("B")
             while len(view):
                 if not pending and len(view) >= chunk_bytes:

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -42,25 +41,19 @@ class Run:
         assert tables is not None
         write_json(self.dir.config, _with_fields(tables, overrides))
 
-    def start(self, processes: int = 2, max_restarts: int = 0) -> "subprocess.Popen[bytes]":
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nnodes=1",
-            f"--nproc-per-node={processes}",
-        ]
-        command += ["--master-addr=127.0.0.1", f"--master-port={port}", f"--max-restarts={max_restarts}"]
+    def torchrun(self, processes: int, max_restarts: int, *program: str) -> list[str]:
+        """The command that runs `program` on `processes` of this machine."""
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+        command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", f"--max-restarts={max_restarts}"]
         command += ["--monitor-interval=0.1", "--shutdown-timeout=20"]
         command += ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"]
+        return [*command, *program]
+
+    def start(self, processes: int = 2, max_restarts: int = 0) -> "subprocess.Popen[bytes]":
+        command = self.torchrun(processes, max_restarts, "-m", "gpt.train", str(self.dir.path))
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with (self.dir.path / "torchrun.log").open("ab") as log:
-            return subprocess.Popen(
-                [*command, "-m", "gpt.train", str(self.dir.path)], env=environment, stdout=log, stderr=log
-            )
+            return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
     def train(self, processes: int = 2, max_restarts: int = 0) -> dict[str, Any]:
         """Train to the end; the result of the newest attempt."""

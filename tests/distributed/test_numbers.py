@@ -51,7 +51,7 @@ def plain_loop(run: RunConfig, data_dir: Path) -> tuple[list[float], list[float]
 
 
 @pytest.mark.parametrize(
-    ("stage", "processes", "micro_batch"), [(1, 1, 8), (1, 2, 4), (1, 2, 1), (2, 2, 2), (2, 1, 2)]
+    ("stage", "processes", "micro_batch"), [(1, 1, 8), (1, 2, 1), (2, 2, 2), (3, 2, 4), (3, 1, 2)]
 )
 def test_losses_and_norms_are_those_of_a_plain_loop(
     new_run: Callable[..., Run], data_dir: Path, stage: int, processes: int, micro_batch: int

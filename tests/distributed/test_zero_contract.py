@@ -25,7 +25,7 @@ def tiny(**fields: object) -> RunConfig:
 
 
 @pytest.mark.parametrize(
-    ("stage", "precision", "micro_batch"), [(1, "fp32", 4), (1, "bf16", 2), (2, "bf16", 2), (2, "fp32", 4)]
+    ("stage", "precision", "micro_batch"), [(1, "fp32", 4), (1, "bf16", 2), (2, "bf16", 2), (3, "bf16", 2)]
 )
 def test_the_private_attributes_mean_what_we_think(stage: int, precision: str, micro_batch: int) -> None:
     batch = {"global_batch_tokens": 128, "micro_batch": micro_batch}

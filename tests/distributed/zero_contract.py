@@ -8,7 +8,7 @@ import torch
 
 from gpt.attention import Documents
 from gpt.config import RunConfig
-from gpt.distributed import join
+from gpt.distributed import join, total
 from gpt.model import GPT
 from gpt.train import DTYPES
 from gpt.zero import Engine
@@ -20,6 +20,8 @@ model.initialize(run.seed)
 model.place(world.device, DTYPES[run.precision])
 # The constructor compares `_hp_mapping` of each parameter with the layout in closed form.
 engine = Engine(model, run, world)
+import deepspeed  # noqa: E402 - after the Engine has set it up
+
 version = f"deepspeed {package_version('deepspeed')}"
 tokens = torch.randint(0, run.model.vocabulary, (run.batch.micro_batch, run.model.context + 1))
 ends = range(run.model.context, tokens[:, 1:].numel() + 1, run.model.context)
@@ -33,7 +35,9 @@ def take_step(scale: float) -> None:
 
 
 def weights() -> list[torch.Tensor]:
-    return [p.detach().clone() for p in model.parameters()]
+    """Every parameter whole, gathered where stage 3 has cut it."""
+    with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=run.zero.stage == 3):
+        return [p.detach().clone() for p in model.parameters()]
 
 
 before = weights()
@@ -50,14 +54,15 @@ assert all(torch.equal(a, b) for a, b in zip(after, weights(), strict=True)), (
 )
 assert engine.optimizer_steps == 1, version
 
-masters = {(group, state): flat for group, state, flat in engine.state()}
-for (group, state), flat in masters.items():
-    start, end = next(g for g in engine.groups if g.name == group).owned(world.rank)
-    assert flat.dtype == torch.float32 and flat.numel() == end - start, version
-    if state == "master":
-        flat.fill_(0.25)
+owned = 0
+for part in engine.state():
+    assert part.tensor.dtype == torch.float32 and part.tensor.numel() == part.end - part.start, version
+    if part.state == "master":
+        owned += part.tensor.numel()
+        part.tensor.fill_(0.25)
+assert total(world, owned) == (sum(group.numel for group in engine.groups),), version
 engine.prepare_load(optimizer_steps=41)
 engine.finish_load()  # update_lp_params
-assert all(torch.all(p == 0.25) for p in model.parameters()), f"{version}: masters do not reach the weights"
+assert all(torch.all(p == 0.25) for p in weights()), f"{version}: masters do not reach the weights"
 assert engine.optimizer_steps == 41, version
 print("the contract holds", flush=True)

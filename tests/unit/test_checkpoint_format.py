@@ -20,6 +20,7 @@ from gpt.checkpoint.format import (
     read_index,
     verify,
 )
+from gpt.checkpoint.layout import GroupLayout, Kind
 from gpt.checkpoint.reader import CheckpointReader
 from gpt.checkpoint.writer import commit, prune, remove_leftovers, temporary_folder, write_rank_file
 
@@ -32,7 +33,9 @@ def flat_state(group: str, state: str, numel: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(numel, dtype=np.float32)
 
 
-def write_checkpoint(checkpoints: Path, step: int = 7, world_size: int = 3, numel: int = 101) -> Path:
+def write_checkpoint(
+    checkpoints: Path, step: int = 7, world_size: int = 3, numel: int = 101, layout: Kind = "flat"
+) -> Path:
     """A checkpoint of two groups, cut over `world_size` ranks as ZeRO cuts it: padded to equal parts."""
     groups = tuple(
         GroupEntry(
@@ -49,32 +52,47 @@ def write_checkpoint(checkpoints: Path, step: int = 7, world_size: int = 3, nume
         ParameterEntry(name="v", shape=(11,), group="decay", offset=numel - 11),
         ParameterEntry(name="g", shape=(5,), group="no_decay", offset=0),
     )
-    temporary = temporary_folder(checkpoints, attempt=1, step=step)
-    temporary.mkdir(parents=True)
-    files = []
-    for rank in range(world_size):
-        tensors = []
-        for group in groups:
-            start, end = group.owned(rank)
-            for state in STATES:
-                tensors.append(
-                    (f"{group.name}.{state}", flat_state(group.name, state, group.numel)[start:end])
-                )
-        files.append(write_rank_file(temporary, rank, tensors, CHUNK_BYTES))
     index = CheckpointIndex(
         step=step,
         attempt=1,
         world_size=world_size,
-        stage=1,
+        stage=3 if layout == "sharded" else 1,
+        layout=layout,
         optimizer_steps=step,
         parameters=parameters,
         groups=groups,
         data_fingerprint="d",
         versions={"torch": "2.13"},
         chunk_bytes=CHUNK_BYTES,
-        files=tuple(files),
+        files=(),
     )
-    return commit(checkpoints, temporary, index)
+    temporary = temporary_folder(checkpoints, attempt=1, step=step)
+    temporary.mkdir(parents=True)
+    files = []
+    for rank in range(world_size):
+        tensors = {
+            f"{group.name}.{state}": [
+                flat_state(group.name, state, group.numel)[start:end]
+                for start, end in index.layouts[group.name].extents(rank)
+            ]
+            for group in groups
+            for state in STATES
+        }
+        files.append(write_rank_file(temporary, rank, tensors, CHUNK_BYTES))
+    return commit(checkpoints, temporary, index.model_copy(update={"files": tuple(files)}))
+
+
+@pytest.mark.parametrize("kind", ["flat", "sharded"])
+@given(numels=st.lists(st.integers(1, 40), min_size=1, max_size=6), world_size=st.integers(1, 7))
+def test_every_element_is_owned_once_and_found_where_it_is(
+    kind: Kind, numels: list[int], world_size: int
+) -> None:
+    partition = -(-sum(numels) // world_size)
+    layout = GroupLayout(kind, world_size, numels, partition)
+    files = [[i for a, b in layout.extents(rank) for i in range(a, b)] for rank in range(world_size)]
+    assert sorted(i for file in files for i in file) == list(range(sum(numels)))
+    found = [i for p in layout.locate(0, sum(numels)) for i in files[p.rank][p.offset : p.offset + p.length]]
+    assert found == list(range(sum(numels)))
 
 
 @settings(deadline=None, max_examples=40)
@@ -83,7 +101,10 @@ def test_any_range_reads_back_whatever_the_world_that_wrote_it(
     tmp_path_factory: pytest.TempPathFactory, world_size: int, data: st.DataObject
 ) -> None:
     numel = data.draw(st.integers(12, 300))
-    folder = write_checkpoint(tmp_path_factory.mktemp("run"), world_size=world_size, numel=numel)
+    layout: Kind = data.draw(st.sampled_from(("flat", "sharded")))
+    folder = write_checkpoint(
+        tmp_path_factory.mktemp("run"), world_size=world_size, numel=numel, layout=layout
+    )
     start = data.draw(st.integers(0, numel))
     end = data.draw(st.integers(start, numel))
     reader = CheckpointReader(folder)

@@ -1,0 +1,24 @@
+"""Run by torchrun from test_resume.py: load the newest checkpoint of a run and save it as the next step."""
+
+import sys
+from pathlib import Path
+
+from gpt.checkpoint.save_load import load_newest, save
+from gpt.config import RunConfig
+from gpt.distributed import join
+from gpt.model import GPT
+from gpt.run_dir import RunDir
+from gpt.train import DTYPES
+from gpt.zero import Engine
+
+run_dir = RunDir(Path(sys.argv[1]))
+run = RunConfig.model_validate_json(run_dir.config.read_text())
+world = join(60)
+model = GPT(run.model)
+model.initialize(seed=99)  # nothing of it may be left after the load
+model.place(world.device, DTYPES[run.precision])
+engine = Engine(model, run, world)
+fingerprint = sys.argv[2]
+step = load_newest(run_dir, engine, world, fingerprint)
+attempt = run_dir.attempt_numbers()[-1]
+save(run_dir, engine, world, step=step + 1, attempt=attempt, data_fingerprint=fingerprint)
