@@ -9,7 +9,7 @@ decides the rest, as for new weights.
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -121,13 +121,14 @@ def write_first_checkpoint(
     temporary = temporary_folder(run_dir.checkpoints, 0, 0)
     temporary.mkdir(parents=True)
 
-    def tensors() -> Iterator[tuple[str, NDArray[np.float32]]]:
-        for group in groups:
-            yield f"{group.name}.master", flats[group.name]
-            for moment in _STATES[1:]:
-                yield f"{group.name}.{moment}", np.zeros(group.numel, dtype=np.float32)
-
-    file = write_rank_file(temporary, 0, tensors())
+    tensors = {
+        f"{group.name}.{state}": [
+            flats[group.name] if state == "master" else np.zeros(group.numel, np.float32)
+        ]
+        for group in groups
+        for state in _STATES
+    }
+    file = write_rank_file(temporary, 0, tensors)
     index = CheckpointIndex(
         step=0,
         attempt=0,
