@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
+from data_pipeline.errors import ConfigError
 from gpt.model_config import ModelConfig
 
 # Their names of Shazeer's activations (transformers.activations.ACT2FN); GPT-2's GELU is the tanh form.
@@ -177,3 +180,115 @@ def _llama_places(model: ModelConfig) -> Iterator[TensorPlace]:
 def _both(theirs: str, ours: str, is_transposed: bool = False) -> Iterator[TensorPlace]:
     yield TensorPlace(f"{theirs}.weight", f"{ours}.weight", is_transposed=is_transposed)
     yield TensorPlace(f"{theirs}.bias", f"{ours}.bias")
+
+
+def model_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """The [model] table of a transformers config.json: GPT-2, Llama, Mistral or Qwen3.
+
+    Raises ConfigError for another architecture, and for a setting that our network does not have.
+    """
+    kind = config.get("model_type")
+    if kind == "gpt2":
+        fields = _gpt2_fields(config)
+    elif kind in ("llama", "mistral", "qwen3"):
+        fields = _llama_fields(config)
+    else:
+        raise ConfigError(f"model_type = {kind!r}: gpt2, llama, mistral and qwen3 can be imported.")
+    try:
+        model = ModelConfig.model_validate(fields)
+    except ValidationError as error:
+        raise ConfigError(f"config.json: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+    twin = twin_config(model, "float32", 0)
+    problems = [
+        f"config.json has {key} = {config[key]!r}; here it is always {twin[key]!r}."
+        for key in sorted(twin.keys() & config.keys() - _FREE)
+        if config[key] not in (twin[key], None)
+    ]
+    changed = {
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "partial_rotary_factor": 1.0,
+    }
+    problems += [
+        f"config.json has {key} = {config[key]!r}; here it is always {value!r}."
+        for key, value in changed.items()
+        if config.get(key, value) != value
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return fields
+
+
+# Not of the network, or said in several ways.
+_FREE = {
+    "architectures",
+    "model_type",
+    "dtype",
+    "bos_token_id",
+    "eos_token_id",
+    "rope_parameters",
+    "rope_theta",
+}
+_FREE |= {"activation_function", "resid_pdrop", "embd_pdrop", "attn_pdrop", "max_window_layers"}
+
+
+def _gpt2_fields(config: dict[str, Any]) -> dict[str, Any]:
+    activation = config.get("activation_function", "gelu_new")
+    activation = "gelu_pytorch_tanh" if activation == "gelu_new" else activation  # one function, two names
+    return {
+        "n_layers": config["n_layer"],
+        "d_model": config["n_embd"],
+        "n_heads": config["n_head"],
+        "d_ff": config.get("n_inner") or 4 * config["n_embd"],
+        "context": config["n_positions"],
+        "vocab_size": config["vocab_size"],
+        "norm_eps": config.get("layer_norm_epsilon", 1e-5),
+        "ffn": _named(_PLAIN, activation),
+        "norm": "layernorm",
+        "position": "learned",
+        "bias": True,
+        "tie_embeddings": config.get("tie_word_embeddings", True),
+    }
+
+
+def _llama_fields(config: dict[str, Any]) -> dict[str, Any]:
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    fields = {
+        "n_layers": config["num_hidden_layers"],
+        "d_model": config["hidden_size"],
+        "n_heads": config["num_attention_heads"],
+        "n_kv_heads": config.get("num_key_value_heads") or config["num_attention_heads"],
+        "d_ff": config["intermediate_size"],
+        "context": config["max_position_embeddings"],
+        "vocab_size": config["vocab_size"],
+        "norm_eps": config.get("rms_norm_eps", 1e-6),
+        "ffn": _named(_GATES, config.get("hidden_act", "silu")),
+        "rope_theta": rope.get("rope_theta") or config.get("rope_theta") or 10_000.0,
+        "bias": bool(config.get("attention_bias") or config.get("mlp_bias")),
+        "tie_embeddings": config.get("tie_word_embeddings", False),
+        "qk_norm": config["model_type"] == "qwen3",
+    }
+    if config.get("head_dim"):
+        fields["d_head"] = config["head_dim"]
+    is_windowed = config["model_type"] == "mistral" or config.get("use_sliding_window")
+    if is_windowed and config.get("sliding_window"):
+        if config.get("max_window_layers", 0) > 0:
+            raise ConfigError(
+                f"max_window_layers = {config['max_window_layers']}: here every layer has the window."
+            )
+        fields["window"] = config["sliding_window"]
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind != "default":
+        ours = {"original_max_position_embeddings": "original_context"}
+        ours |= {"low_freq_factor": "low_frequency_factor", "high_freq_factor": "high_frequency_factor"}
+        known = ("factor", "beta_slow", "beta_fast", *ours)
+        scaling = {ours.get(key, key): rope[key] for key in known if rope.get(key) is not None}
+        fields["rope_scaling"] = {"kind": kind, **scaling}
+    return fields
+
+
+def _named(names: dict[str, str], theirs: str) -> str:
+    for ours, name in names.items():
+        if name == theirs:
+            return ours
+    raise ConfigError(f"config.json has the activation {theirs!r}; known: {', '.join(names.values())}.")

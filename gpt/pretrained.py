@@ -17,13 +17,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
 
 from data_pipeline.errors import ConfigError, OutlastError
+from data_pipeline.manifest import joint_fingerprint, read_manifest
+from data_pipeline.tokenizer import Encoding, load_encoding
 from gpt.checkpoint.format import CheckpointIndex, GroupEntry, ParameterEntry
 from gpt.checkpoint.writer import commit, temporary_folder, write_rank_file
 from gpt.config import RunConfig
 from gpt.flops import parameter_table
 from gpt.huggingface import TensorPlace, tensor_places
+from gpt.huggingface_tokenizer import SAMPLES
 from gpt.model_config import ModelConfig
 from gpt.run_dir import RunDir
 
@@ -144,9 +148,27 @@ def write_first_checkpoint(
     return commit(run_dir.checkpoints, temporary, index)
 
 
+def check_tokenizer(folder: Path, encoding: Encoding) -> None:
+    """Raise ConfigError where the folder's tokenizer.json gives other ids than the data's encoding."""
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        raise ConfigError(f"{folder} has no tokenizer.json to compare with the data's encoding.")
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.encode_special_tokens = True  # as in our data: text that looks like a special token is text
+    for sample in SAMPLES:
+        ours, theirs = (
+            encoding.encode(sample).tolist(),
+            tokenizer.encode(sample, add_special_tokens=False).ids,
+        )
+        if ours != theirs:
+            raise ConfigError(
+                f"{path} gives other ids than the data's encoding {encoding.name!r}: {sample[:20]!r} is "
+                f"{theirs[:6]}… there and {ours[:6]}… here. Prepare the data with the model's own tokenizer."
+            )
+
+
 def main() -> None:
     """The command line."""
-    from data_pipeline.manifest import joint_fingerprint, read_manifest
 
     parser = argparse.ArgumentParser(prog="outlast import")
     parser.add_argument("hf_dir", type=Path)
@@ -155,6 +177,7 @@ def main() -> None:
     run_dir = RunDir(arguments.run_dir)
     run = RunConfig.model_validate_json(run_dir.config.read_text())
     folder = PretrainedFolder(arguments.hf_dir, run.model)
+    check_tokenizer(arguments.hf_dir, load_encoding(run.data.sources[0].path))
     fingerprint = joint_fingerprint([read_manifest(source.path) for source in run.data.sources])
     write_first_checkpoint(run_dir, run, folder.parameter, fingerprint)
 

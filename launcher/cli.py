@@ -321,6 +321,26 @@ def export(run_dir: str, out: Path, step: int | None, dtype: str) -> int:
 
 
 @commands.command(
+    "import",
+    short_help="Make a run from a transformers model.",
+    epilog=_example(
+        "outlast import gpt2/ runs/mine --data data/mine --set schedule.total_steps=1000",
+        "outlast resume runs/mine",
+    ),
+)
+@click.argument("hf_dir", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("run_dir", type=click.Path(path_type=Path))
+@click.option("--data", required=True, metavar="DIR", help="A data directory, prepared with its tokenizer.")
+@_cluster_option
+@_set_option
+def import_(hf_dir: Path, run_dir: Path, data: str, cluster: str, overrides: tuple[str, ...]) -> int:
+    """Make a run that continues the pretraining of a GPT-2, Llama, Mistral or Qwen3 folder."""
+    from launcher.imported import import_run
+
+    return import_run(hf_dir, run_dir, data, cluster, overrides)
+
+
+@commands.command(
     short_help="Open the MLflow UI.", epilog=_example("outlast ui", "outlast ui runs/demo-0001 --port 5001")
 )
 @click.argument("folder", required=False, metavar="[RUN_DIR | RUNS_DIR]", type=click.Path(path_type=Path))

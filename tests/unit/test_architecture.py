@@ -14,6 +14,7 @@ TORCH_FREE_IN_GPT = (
     "gpt",
     "gpt.config",
     "gpt.model_config",
+    "gpt.huggingface",
     "gpt.run_dir",
     "gpt.record",
     "gpt.flops",
