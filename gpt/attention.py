@@ -7,7 +7,8 @@ document only; with a window (Longformer, arXiv:2004.05150; Mistral 7B, arXiv:23
 the last W tokens, itself included; with a soft-cap (Gemma 2, arXiv:2408.00118, section 2) the scores are
 c · tanh(x / c). `flash-2` is FlashAttention-2 (Dao 2023, arXiv:2307.08691; the tiling and the online
 softmax are those of FlashAttention, Dao et al. 2022, arXiv:2205.14135) through flash-attn's varlen
-kernel; `sdpa` is torch's own flash kernel; `reference` is the formula.
+kernel; `flash-3` (Shah et al. 2024, arXiv:2407.08608) and `flash-4` are their successors for Hopper and
+Blackwell; `sdpa` is torch's own flash kernel; `reference` is the formula.
 """
 
 import math
@@ -68,17 +69,20 @@ Attention = Callable[[Tensor, Tensor, Tensor, Documents, Scores], Tensor]
 
 def choose(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> tuple[str, Attention]:
     """The kernel that `model.attention` means here. Raises ConfigError when a named one cannot run."""
-    obstacles = {
-        "flash-2": _flash_2_obstacle(device, dtype, model.head_width),
-        "sdpa": "torch's kernel has no soft-cap" if model.attention_softcap else None,
-        "reference": None,
+    kernels: dict[str, Attention] = {
+        "flash-4": flash_4,
+        "flash-3": flash_3,
+        "flash-2": flash_2,
+        "sdpa": sdpa,
+        "reference": reference,
     }
     name: str = model.attention
     if name == "auto":
-        name = next(kernel for kernel, obstacle in obstacles.items() if obstacle is None)
-    if obstacles[name] is not None:
-        raise ConfigError(f"model.attention = {name!r} cannot run here: {obstacles[name]}. Use 'auto'.")
-    return name, {"flash-2": flash_2, "sdpa": sdpa, "reference": reference}[name]
+        name = next(kernel for kernel in kernels if obstacle(kernel, model, device, dtype) is None)
+    problem = obstacle(name, model, device, dtype)
+    if problem is not None:
+        raise ConfigError(f"model.attention = {name!r} cannot run here: {problem}. Use 'auto'.")
+    return name, kernels[name]
 
 
 def flash_2(q_xhe: Tensor, k_xke: Tensor, v_xke: Tensor, documents: Documents, scores: Scores) -> Tensor:
@@ -102,6 +106,51 @@ def flash_2(q_xhe: Tensor, k_xke: Tensor, v_xke: Tensor, documents: Documents, s
         causal=True,
         # it counts the tokens before a query, we the query too; -1 means no limit
         window_size=(-1, -1) if scores.window is None else (scores.window - 1, 0),
+        softcap=scores.softcap or 0.0,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+    return out
+
+
+def flash_3(q_xhe: Tensor, k_xke: Tensor, v_xke: Tensor, documents: Documents, scores: Scores) -> Tensor:
+    """FlashAttention-3: as flash_2, without dropout."""
+    from flash_attn_3.flash_attn_interface import flash_attn_varlen_func
+
+    assert scores.dropout == 0.0
+    bounds = documents.cumulative_n1
+    out: Tensor = flash_attn_varlen_func(
+        q=q_xhe,
+        k=k_xke,
+        v=v_xke,
+        cu_seqlens_q=bounds,
+        cu_seqlens_k=bounds.clone(),
+        max_seqlen_q=documents.longest,
+        max_seqlen_k=documents.longest,
+        causal=True,
+        window_size=(-1, -1) if scores.window is None else (scores.window - 1, 0),
+        softcap=scores.softcap or 0.0,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+    return out
+
+
+def flash_4(q_xhe: Tensor, k_xke: Tensor, v_xke: Tensor, documents: Documents, scores: Scores) -> Tensor:
+    """FlashAttention-4: as flash_3; no limit is None, and the log-sum-exp always comes along."""
+    from flash_attn.cute import flash_attn_varlen_func
+
+    assert scores.dropout == 0.0
+    bounds = documents.cumulative_n1
+    out: Tensor
+    out, _ = flash_attn_varlen_func(
+        q=q_xhe,
+        k=k_xke,
+        v=v_xke,
+        cu_seqlens_q=bounds,
+        cu_seqlens_k=bounds.clone(),
+        max_seqlen_q=documents.longest,
+        max_seqlen_k=documents.longest,
+        causal=True,
+        window_size=(None, None) if scores.window is None else (scores.window - 1, 0),
         softcap=scores.softcap or 0.0,
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
@@ -185,16 +234,52 @@ def _is_seen(start: int, end: int, first: int, window: int | None, device: torch
     return seen if window is None else seen & (distance < window)
 
 
-def _flash_2_obstacle(device: torch.device, dtype: torch.dtype, head_width: int) -> str | None:
-    """Why FlashAttention-2 cannot run, or None."""
+@dataclass(frozen=True)
+class _Flash:
+    """What a flash kernel needs of a GPU."""
+
+    module: str
+    package: str
+    capabilities: tuple[int, ...]
+    hardware: str
+    has_dropout: bool
+
+
+# Their READMEs: 2 runs from Ampere on; 3 is for Hopper; 4 has a backward on Hopper and Blackwell only.
+_FLASH = {
+    "flash-2": _Flash("flash_attn", "flash-attn", (8, 9, 10, 12), "Ampere (A100) or newer", True),
+    "flash-3": _Flash("flash_attn_3", "flash-attn's hopper/", (9,), "Hopper (H100, H200)", False),
+    "flash-4": _Flash("flash_attn.cute", "flash-attn-4", (9, 10, 12), "Hopper or Blackwell", False),
+}
+
+
+def obstacle(name: str, model: ModelConfig, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernel `name` cannot compute this attention on `device`, or None."""
+    if name == "sdpa" and model.attention_softcap:
+        return "torch's kernel has no soft-cap"
+    if name not in _FLASH:
+        return None
+    kernel, width = _FLASH[name], model.head_width
     if device.type != "cuda":
         return f"it needs a CUDA device, this is {device.type}"
-    if find_spec("flash_attn") is None:
-        return "the package flash-attn is not installed (pip install 'outlast[gpu]')"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "it needs compute capability 8.0 (A100) or newer"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major not in kernel.capabilities:
+        return f"it needs {kernel.hardware}, this GPU has compute capability {major}.{minor}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"it computes in bf16 or fp16, not {dtype}"
-    if head_width > 256 or head_width % 8:
-        return f"head width {head_width} is not a multiple of 8 up to 256"
+    if width > 256 or width % 8 or (name == "flash-4" and major >= 10 and 128 < width < 256):
+        return f"it has no head width of {width}"
+    if model.dropout and not kernel.has_dropout:
+        return f"it has no dropout, and model.dropout = {model.dropout:g}"
+    if not _is_installed(kernel.module):
+        return f"the package {kernel.package} is not installed"
     return None
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        # flash-attn 2 brings an empty flash_attn.cute, which has no kernel in it
+        spec = find_spec(f"{module}.interface" if module.endswith(".cute") else module)
+    except ImportError:
+        return False
+    return spec is not None

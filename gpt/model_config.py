@@ -112,7 +112,7 @@ class ModelConfig(Section):
         ge=0,
         description="Weight of (log Z)² in the training loss (PaLM: 1e-4), train/loss included. 0: off.",
     )
-    attention: Literal["auto", "flash-2", "sdpa", "reference"] = Field(
+    attention: Literal["auto", "flash-4", "flash-3", "flash-2", "sdpa", "reference"] = Field(
         default="auto", description="Attention kernel; auto picks by hardware, dtype, head width and mask."
     )
 
@@ -195,10 +195,15 @@ class ModelConfig(Section):
                 f"model.attention_softcap = {self.attention_softcap:g} with model.dropout = "
                 f"{self.dropout:g}: no kernel has both. Set one of them to its default."
             )
-        if self.attention == "flash-2" and (self.head_width > 256 or self.head_width % 8):
+        if self.attention in ("flash-3", "flash-4") and self.dropout:
             raise ValueError(
-                f"model.attention = 'flash-2' needs a head width that is a multiple of 8 up to 256; it is "
-                f"{self.head_width}. Use 'auto'."
+                f"model.attention = {self.attention!r} has no dropout, and model.dropout = {self.dropout:g}. "
+                "Use 'auto' or 'flash-2'."
+            )
+        if self.attention.startswith("flash") and (self.head_width > 256 or self.head_width % 8):
+            raise ValueError(
+                f"model.attention = {self.attention!r} needs a head width that is a multiple of 8 up to 256; "
+                f"it is {self.head_width}. Use 'auto'."
             )
         return self
 

@@ -229,6 +229,7 @@ def test_dropout_keeps_the_expected_share_of_embeddings_and_attention_weights() 
         ({"window": 1024}, "window = 1024 has no effect: the context has 1024 tokens"),
         ({"attention": "sdpa", "attention_softcap": 50.0}, "'sdpa', has no soft-cap"),
         ({"attention_softcap": 50.0, "dropout": 0.1}, "no kernel has both"),
+        ({"attention": "flash-3", "dropout": 0.1}, "'flash-3' has no dropout, and model.dropout = 0.1"),
         ({"attention": "flash-2", "d_head": 260}, "multiple of 8 up to 256; it is 260"),
         (
             {"rope_scaling": {"kind": "yarn", "factor": 2.0, "beta_slow": 40.0}},
