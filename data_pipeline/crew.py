@@ -7,52 +7,76 @@ error; a worker whose parent died ends at its next word.
 import signal
 import traceback
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from multiprocessing import connection, get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
+from data_pipeline.duplicates import hash_piece
 from data_pipeline.encoder import open_encoder
 from data_pipeline.errors import DataError
 from data_pipeline.pieces import Advance, Piece, Settings, encode_piece
 from data_pipeline.tokenizer import load_encoding
 
+Task = Literal["encode", "hash"]
+
 
 def encode_all(
-    folder: Path, pieces: Sequence[Piece], settings: Settings, workers: int
+    folder: Path, pieces: Sequence[Piece], settings: Settings, workers: int, task: Task = "encode"
 ) -> Generator[Advance | Piece, None, None]:
     """Encode and commit `pieces` on `workers` processes: yields advances, and each piece when committed.
 
-    With one worker it all happens in this process. Raises DataError where a worker is killed or fails.
+    The task "hash" hashes their documents instead. With one worker it all happens in this process. Raises
+    DataError where a worker is killed or fails.
     """
     if workers == 1 or len(pieces) < 2:
-        encoding = load_encoding(settings.encoding)
-        encoder, message = open_encoder(encoding, settings.encoder)
+        do, message = _skill(folder, settings, task)
         if message:
             yield Advance(0, 0, 0, message)
         for piece in pieces:
-            yield from encode_piece(folder, piece, settings, encoding, encoder)
+            yield from do(piece)
             yield piece
         return
-    crew = _Crew(folder, settings, min(workers, len(pieces)))
+    crew = _Crew(folder, settings, min(workers, len(pieces)), task)
     try:
         yield from crew.work(pieces)
     finally:
         crew.end()
 
 
+def _skill(
+    folder: Path, settings: Settings, task: Task
+) -> tuple[Callable[[Piece], Iterator[Advance]], str | None]:
+    """What a worker does with a piece, and a sentence for the user."""
+    if task == "hash":
+        return partial(_hash, folder, settings), None
+    encoding = load_encoding(settings.encoding)
+    encoder, message = open_encoder(encoding, settings.encoder)
+
+    def encode(piece: Piece) -> Iterator[Advance]:
+        return encode_piece(folder, piece, settings, encoding, encoder)
+
+    return encode, message
+
+
+def _hash(folder: Path, settings: Settings, piece: Piece) -> Iterator[Advance]:
+    for _ in hash_piece(folder, piece, settings.text_field):
+        yield Advance(0, 0, 0)
+
+
 class _Crew:
     """Worker processes, each on a pipe of its own: one that dies is noticed, and none outlives the pipe."""
 
-    def __init__(self, folder: Path, settings: Settings, size: int) -> None:
+    def __init__(self, folder: Path, settings: Settings, size: int, task: Task) -> None:
         context = get_context("spawn")  # a fork would take locks of the caller's threads along
         self._processes: dict[Connection, BaseProcess] = {}
         for _ in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, folder, settings), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, folder, settings, task), daemon=True)
             process.start()
             theirs.close()
             self._processes[ours] = process
@@ -100,17 +124,16 @@ class _Crew:
             process.join()
 
 
-def _serve(pipe: Connection, folder: Path, settings: Settings) -> None:
+def _serve(pipe: Connection, folder: Path, settings: Settings, task: Task) -> None:
     """A worker's life: pieces in; advances, None for a committed piece, or an exception out."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
     with suppress(EOFError, ConnectionError):  # the parent is gone
         try:
-            encoding = load_encoding(settings.encoding)
-            encoder, message = open_encoder(encoding, settings.encoder)
+            do, message = _skill(folder, settings, task)
             if message:
                 pipe.send(Advance(0, 0, 0, message))
             while True:
-                for advance in encode_piece(folder, pipe.recv(), settings, encoding, encoder):
+                for advance in do(pipe.recv()):
                     pipe.send(advance)
                 pipe.send(None)
         except (EOFError, ConnectionError):

@@ -12,13 +12,16 @@ import shutil
 from array import array
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from data_pipeline.documents import BadDocument, DocumentReader, Span, is_held_out
+from data_pipeline.duplicates import copies
 from data_pipeline.durable import fsync_folder, write_durably
 from data_pipeline.encoder import Choice, Disagreement, Encoder, TiktokenEncoder
 from data_pipeline.errors import DataError
@@ -45,6 +48,7 @@ class Settings:
     val_fraction: float
     seed: int
     shard_tokens: int
+    deduplicate: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,8 @@ class Listed(NamedTuple):
 class PieceRecord:
     """What a committed piece holds.
 
-    `checksums` are xxh3_128 over each span, as its reader says; `encoder` the package that made the ids.
+    `checksums` are xxh3_128 over each span, as its reader says; `encoder` the package that made the ids;
+    `copies_note` the checksum of the note that says which documents were left out as copies.
     """
 
     train: list[Shard] = field(default_factory=list)
@@ -89,6 +94,8 @@ class PieceRecord:
     listed: list[Listed] = field(default_factory=list)
     checksums: list[str] = field(default_factory=list)
     encoder: str = ""
+    copies: int = 0
+    copies_note: str = ""
 
     def shards(self, split: Split) -> list[Shard]:
         """The shards of one split, in order."""
@@ -126,6 +133,8 @@ def committed(folder: Path, piece: Piece) -> PieceRecord | None:
         listed=[Listed(*entry) for entry in content["listed"]],
         checksums=content["checksums"],
         encoder=content["encoder"],
+        copies=content["copies"],
+        copies_note=content["copies_note"],
     )
 
 
@@ -159,6 +168,9 @@ def _encode_piece(
     temporary.mkdir()
     record = PieceRecord(encoder=encoder.name)
     batch = _Batch(settings, encoding, encoder, record, temporary)
+    note = copies(folder, piece) if settings.deduplicate else b""
+    record.copies_note = xxhash.xxh3_128_hexdigest(note) if note else ""
+    is_copy = iter(note or repeat(False))
     for number, span in enumerate(piece.spans):
         reader = DocumentReader(span, settings.text_field)
         told = 0
@@ -167,6 +179,8 @@ def _encode_piece(
                 record.list_bad(Listed(number, document.line, document.reason))
             elif not document:
                 record.empty += 1
+            elif next(is_copy):
+                record.copies += 1
             elif batch.add(document, (number, reader.line)):
                 documents, tokens = batch.encode()
                 now = reader.bytes_read

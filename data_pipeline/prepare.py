@@ -18,6 +18,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from data_pipeline import duplicates
 from data_pipeline.config_file import Section
 from data_pipeline.crew import encode_all
 from data_pipeline.cutting import cut_into_pieces
@@ -87,6 +88,10 @@ class DataPrepConfig(Section):
     on_bad: Literal["fail", "skip"] = Field(
         default="fail",
         description="Whether broken documents end the preparation or are counted and left out.",
+    )
+    deduplicate: bool = Field(
+        default=False,
+        description="Leave out documents whose text is exactly an earlier one's. Reads the sources twice.",
     )
     shard_tokens: int = Field(
         default=100_000_000, ge=1, description="A shard is closed at this many tokens; most are smaller."
@@ -198,12 +203,6 @@ def _encode(
     config: DataPrepConfig, encoding: Encoding, pieces: Sequence[Piece], work: Path, tell: "_Teller"
 ) -> dict[Piece, PieceRecord]:
     """Every piece's record; with on_bad = "fail" only those up to the hundredth broken document."""
-    records = {piece: record for piece in pieces if (record := committed(work, piece))}
-    _remove_stale(work, {piece.name for piece in records})
-    for piece, record in records.items():
-        tell.advance(Advance(piece.size_bytes, record.documents, record.tokens))
-    if records:
-        tell.message(f"continuing: {len(records)} of {len(pieces)} pieces were finished before")
     settings = Settings(
         encoding=work / ENCODING_FILE,
         encoder=config.encoder,
@@ -212,8 +211,20 @@ def _encode(
         val_fraction=config.val_fraction,
         seed=config.seed,
         shard_tokens=config.shard_tokens,
+        deduplicate=config.deduplicate,
     )
     workers = config.workers or len(os.sched_getaffinity(0))
+    notes = _find_copies(work, pieces, settings, workers, tell) if config.deduplicate else {}
+    records = {
+        piece: record
+        for piece in pieces
+        if (record := committed(work, piece)) and record.copies_note == notes.get(piece, "")
+    }
+    _remove_stale(work, {duplicates.FOLDER, *(piece.name for piece in records)})
+    for piece, record in records.items():
+        tell.advance(Advance(piece.size_bytes, record.documents, record.tokens))
+    if records:
+        tell.message(f"continuing: {len(records)} of {len(pieces)} pieces were finished before")
     missing = [piece for piece in pieces if piece not in records]
     with closing(encode_all(work, missing, settings, workers)) as encoded:
         for done in encoded:
@@ -226,6 +237,20 @@ def _encode(
             if config.on_bad == "fail" and sum(len(r.listed) for r in records.values()) >= MOST_LISTED:
                 break
     return records
+
+
+def _find_copies(
+    work: Path, pieces: Sequence[Piece], settings: Settings, workers: int, tell: "_Teller"
+) -> dict[Piece, str]:
+    """Which documents are copies of earlier ones, as `mark_copies` notes it."""
+    (work / duplicates.FOLDER).mkdir(exist_ok=True)
+    missing = [piece for piece in pieces if not duplicates.is_hashed(work, piece)]
+    if missing:
+        tell.message("looking for duplicates: one pass over the sources comes before tokenizing")
+    with closing(encode_all(work, missing, settings, workers, task="hash")) as hashed:
+        for _ in hashed:
+            pass
+    return duplicates.mark_copies(work, pieces)
 
 
 def _remove_stale(work: Path, keep: set[str]) -> None:
@@ -252,6 +277,7 @@ def _preparation(config: DataPrepConfig) -> dict[str, Any]:
         "val_fraction": config.val_fraction,
         "seed": config.seed,
         "shard_tokens": config.shard_tokens,
+        "deduplicate": config.deduplicate,
         "on_bad": config.on_bad,
     }
 

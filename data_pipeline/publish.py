@@ -79,6 +79,7 @@ def _skipped(records: Iterable[PieceRecord]) -> dict[str, int]:
     for record in records:
         total.update(record.bad)
         total["empty"] += record.empty
+        total["an exact copy of an earlier one"] += record.copies
     return {reason: total[reason] for reason in sorted(total) if total[reason]}
 
 

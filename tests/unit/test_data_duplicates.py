@@ -1,0 +1,90 @@
+"""Exact copies are left out, the first of each stays, and nothing about the run can be seen in the result."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipeline.errors import ConfigError
+from data_pipeline.prepare import Progress, prepare
+from data_pipeline.tokenizer import load_encoding
+from tests.unit.data_support import config, documents_of, files_of, packaged_texts, write_jsonl
+
+SMALL = {"shard_tokens": 2_000, "val_fraction": 0, "deduplicate": True}
+
+
+@pytest.fixture
+def texts() -> list[str]:
+    """Every document one to four times, all over the place, in pieces of their own."""
+    choose = random.Random(3)
+    verses = [verse for chapter in packaged_texts()[:20] for verse in chapter.split("\n") if verse]
+    texts = [verse for verse in dict.fromkeys(verses) for _ in range(choose.randrange(1, 5))]
+    choose.shuffle(texts)
+    return texts
+
+
+def _texts(out: Path) -> list[str]:
+    encoding = load_encoding(out)
+    return [encoding.decode(ids[:-1].tolist()) for ids in documents_of(out, "train")]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_of_equal_documents_the_first_stays(
+    tmp_path: Path, texts: list[str], workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_pipeline.duplicates._BUCKET_BYTES", 5000)  # many buckets
+    half = len(texts) // 2
+    first = write_jsonl(tmp_path / "a.jsonl", [*texts[:half], "", ""])
+    second = write_jsonl(tmp_path / "b.jsonl", [None, *texts[half:]])
+    manifest = prepare(config(tmp_path / "data", first, second, **SMALL, workers=workers, on_bad="skip"))
+    assert _texts(tmp_path / "data") == list(dict.fromkeys(texts))
+    assert manifest.skipped == {
+        "'text' is null": 1,
+        "an exact copy of an earlier one": len(texts) - len(set(texts)),
+        "empty": 2,
+    }
+    assert manifest.documents == len(set(texts))
+
+
+def test_the_number_of_workers_and_a_kill_cannot_be_seen(tmp_path: Path, texts: list[str]) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", texts)
+    prepare(config(tmp_path / "one", source, **SMALL))
+    prepare(config(tmp_path / "two", source, **SMALL, workers=2))
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+
+    class Killed(BaseException):
+        pass
+
+    for pieces in (0, 1, 5):
+
+        def stop(progress: Progress, pieces: int = pieces) -> None:
+            done = len(list((tmp_path / "killed" / ".prepare").glob("[0-9a-f]*/piece.json")))
+            if done >= pieces and progress.message is None:
+                raise Killed
+
+        with pytest.raises(Killed):
+            prepare(config(tmp_path / "killed", source, **SMALL), stop)
+    prepare(config(tmp_path / "killed", source, **SMALL))
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "killed")
+
+
+def test_a_piece_whose_copies_changed_meanwhile_is_encoded_again(tmp_path: Path, texts: list[str]) -> None:
+    """The second source changes between the two runs: what was the first of its kind is a copy now."""
+    out = tmp_path / "data"
+    early = write_jsonl(tmp_path / "a.jsonl", [*texts[:50], 5])
+    late = write_jsonl(tmp_path / "b.jsonl", texts[50:])
+    with pytest.raises(Exception, match="broken documents"):
+        prepare(config(out, early, late, **SMALL))
+    write_jsonl(early, [*texts[:50], texts[-1]])
+    prepare(config(out, early, late, **SMALL))
+    assert _texts(out) == list(dict.fromkeys([*texts[:50], texts[-1], *texts[50:]]))
+
+
+def test_copies_stay_where_nothing_is_said(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", ["twice", "twice"])
+    manifest = prepare(config(tmp_path / "data", source, val_fraction=0))
+    assert manifest.documents == 2
+    with pytest.raises(ConfigError, match="deduplicate = False, now True"):
+        prepare(config(tmp_path / "data", source, val_fraction=0, deduplicate=True))
+    assert np.array_equal(*documents_of(tmp_path / "data", "train"))
