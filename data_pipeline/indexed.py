@@ -54,10 +54,10 @@ def dtype_for(vocab_size: int) -> str:
     return "uint16" if vocab_size < _UINT16_VOCABULARY else "int32"
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path | str) -> Header:
     """The header of the .idx file at `path`. Raises DataError, naming it, where it is none."""
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", buffering=0) as file:  # noqa: PTH123 (of many files)
             raw = file.read(HEADER.size)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None

@@ -7,6 +7,7 @@ needs the standard library alone; it never repairs and never guesses.
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -181,14 +182,15 @@ def check(folder: Path, manifest: Manifest) -> list[str]:
 
 def check_shard(folder: Path, shard: Shard, dtype: str) -> list[str]:
     """What can be seen to be wrong with one shard without reading its data."""
+    # Paths as plain strings: with ten thousand shards pathlib alone takes a third of a second.
     problems = [
-        f"{folder / name}: {problem}"
+        f"{folder}/{name}: {problem}"
         for name, record in shard.files.items()
-        if (problem := _size_problem(folder / name, record.size_bytes))
+        if (problem := _size_problem(f"{folder}/{name}", record.size_bytes))
     ]
     if problems:
         return problems
-    path = folder / f"{shard.name}.idx"
+    path = f"{folder}/{shard.name}.idx"
     try:
         header = read_header(path)
     except DataError as error:
@@ -231,9 +233,9 @@ def verify(folder: Path) -> Iterator[BadFile]:
                 yield bad
 
 
-def _size_problem(path: Path, size_bytes: int) -> str | None:
+def _size_problem(path: Path | str, size_bytes: int) -> str | None:
     try:
-        actual = path.stat().st_size
+        actual = os.stat(path).st_size  # noqa: PTH116 (of many files)
     except FileNotFoundError:
         return "missing"
     except OSError as error:

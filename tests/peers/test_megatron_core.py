@@ -9,6 +9,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from data_pipeline.adopt import adopt
+from data_pipeline.batches import BatchReader
 from data_pipeline.indexed import read_header
 from data_pipeline.manifest import EncodingRecord, FileRecord, Manifest, Shard
 from data_pipeline.prepare import DataPrepConfig, prepare
@@ -146,6 +148,29 @@ def test_we_read_what_megatrons_builder_wrote(megatron: ModuleType, tmp_path: Pa
         assert np.array_equal(stream.document_starts(first, stop), wanted)
     everything = stream.document_starts(0, len(ids))
     assert np.array_equal(everything, starts)
+
+
+def test_we_adopt_what_megatrons_builder_wrote(megatron: ModuleType, tmp_path: Path, dtype: str) -> None:
+    """Documents of several sequences and of none; only the last of each ends with end-of-text."""
+    choose = np.random.default_rng(2)
+    end = load_encoding("outlast-4k").end_of_text
+    documents: list[list[list[int]]] = []
+    for _ in range(100):
+        sequences = [
+            choose.integers(0, 4000, choose.integers(1, 30)).tolist() for _ in range(choose.integers(0, 4))
+        ]
+        if sequences:
+            sequences[-1].append(end)
+        documents.append(sequences)
+    _build(megatron, tmp_path / "web_text_document", documents, dtype)
+    folder, manifest = adopt([str(tmp_path / "web_text_document")], [], "outlast-4k")
+    assert (folder, manifest.dtype, manifest.documents) == (tmp_path, dtype, 100)
+    assert manifest.is_ended_by_token
+    ids = np.array([id for document in documents for sequence in document for id in sequence])
+    batch = BatchReader([(tmp_path, 1.0)], context=len(ids) - 1, global_batch=1, seed=1).batch(1, 0, 1)
+    assert np.array_equal(batch.tokens[0], ids)
+    ends = np.cumsum([sum(map(len, document)) for document in documents if document])
+    assert batch.document_ends.tolist() == [*ends[:-1].tolist(), len(ids) - 1]
 
 
 def _build(megatron: ModuleType, prefix: Path, documents: list[list[list[int]]], dtype: str) -> None:

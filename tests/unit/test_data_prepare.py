@@ -149,6 +149,14 @@ def test_killed_at_random_moments_and_run_again_it_gives_the_same_bytes(
     assert files_of(out) == uninterrupted
 
 
+@pytest.mark.chaos
+@pytest.mark.parametrize("seed", range(10, 16))
+def test_twenty_more_kills_give_the_same_bytes(
+    raw: Path, tmp_path: Path, uninterrupted: dict[str, bytes], seed: int
+) -> None:
+    test_killed_at_random_moments_and_run_again_it_gives_the_same_bytes(raw, tmp_path, uninterrupted, seed)
+
+
 class _Killed(BaseException):
     """Ends a preparation where a kill would: nothing in it catches this."""
 
