@@ -96,13 +96,17 @@ def _chunk(
     """The summed loss of a chunk, and its gradient with respect to the (capped) logits, fp32 [C, V]."""
     is_scored_c = targets_c != IGNORED
     index_c1 = targets_c.where(is_scored_c, 0)[:, None]
-    log_z_c = logits_cv.logsumexp(-1)
-    nats_c = log_z_c - logits_cv.gather(1, index_c1)[:, 0] + z_loss * log_z_c.square()
-    loss = nats_c.where(is_scored_c, 0.0).sum()
+    log_p_cv = logits_cv.log_softmax(-1)
+    nats_c = -log_p_cv.gather(1, index_c1)[:, 0]
+    log_z_c = logits_cv.gather(1, index_c1)[:, 0] + nats_c
+    loss = (nats_c + z_loss * log_z_c.square()).where(is_scored_c, 0.0).sum()
     if not is_gradient:
         return loss, logits_cv
-    # d(log Z)/dx = softmax(x): d loss/dx = (1 + 2 z log Z) softmax(x) − onehot(target)
-    d_logits_cv = logits_cv.softmax(-1)
-    d_logits_cv *= ((1 + 2 * z_loss * log_z_c) * is_scored_c)[:, None]
-    d_logits_cv.scatter_add_(1, index_c1, -is_scored_c.float()[:, None])
+    # d(log Z)/dx = softmax(x): d loss/dx = (1 + 2 z log Z) softmax(x) − onehot(target). Passes over [C, V]
+    # cost as much as the products, so that none is made which changes nothing.
+    d_logits_cv = log_p_cv.exp_()
+    if z_loss:
+        d_logits_cv *= (1 + 2 * z_loss * log_z_c)[:, None]
+    d_logits_cv.scatter_add_(1, index_c1, -torch.ones_like(nats_c)[:, None])
+    d_logits_cv[~is_scored_c] = 0.0
     return loss, d_logits_cv

@@ -1,0 +1,59 @@
+"""Peak memory, or time, of the loss with its gradient, in a process of its own.
+
+`python -m tests.benchmarks.loss_memory plain|ours|both DTYPE ROWS WIDTH VOCABULARY`: JSON, bytes above the
+inputs for one of the two; seconds of each, taken in turns, for both.
+"""
+
+import json
+import resource
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gpt.layers import compute_dtype
+from gpt.loss import cross_entropy_sum
+
+
+def plain(hidden_xd: Tensor, weight_vd: Tensor, targets_x: Tensor) -> Tensor:
+    """The usual way: all logits, then the loss in fp32."""
+    dtype = compute_dtype(hidden_xd)
+    logits_xv = F.linear(hidden_xd.to(dtype), weight_vd.to(dtype)).to(hidden_xd.dtype)
+    return F.cross_entropy(logits_xv.float(), targets_x, reduction="sum")
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main() -> None:
+    """Measure what the command line says."""
+    name, dtype, *sizes = sys.argv[1:]
+    rows, width, vocabulary = map(int, sizes)
+    torch.set_num_threads(2)
+    kind = getattr(torch, dtype)
+    hidden = torch.randn(rows, width).to(kind).requires_grad_()
+    weight = (torch.randn(vocabulary, width) * 0.02).to(kind).requires_grad_()
+    targets = torch.randint(0, vocabulary, (rows,))
+    losses = {"plain": plain, "ours": cross_entropy_sum}
+
+    def seconds(name: str) -> float:
+        hidden.grad = weight.grad = None
+        started = time.perf_counter()
+        losses[name](hidden, weight, targets).backward()
+        return time.perf_counter() - started
+
+    if name == "both":
+        turns = [{name: seconds(name) for name in losses} for _ in range(5)]
+        print(json.dumps({name: min(turn[name] for turn in turns) for name in losses}))
+    else:
+        torch.ones(64, 64) @ torch.ones(64, 64)  # the libraries' own memory
+        before = _peak_bytes()
+        seconds(name)
+        print(json.dumps(_peak_bytes() - before))
+
+
+if __name__ == "__main__":
+    main()
