@@ -11,10 +11,12 @@ import math
 from collections.abc import Callable
 from functools import partial
 from hashlib import blake2b
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from gpt.attention import Attention, Documents, Scores, choose, formula
 from gpt.layers import FeedForward, Linear, RMSNorm, build_norm
@@ -186,7 +188,7 @@ class GPT(nn.Module):
         x_btd = self._embedded(tokens_bt, start + positions(documents, tokens_bt))
         for layer, block in enumerate(self.blocks):
             attend = dense if cache is None else partial(cache.attend, layer, dense, scores)
-            x_btd = block(x_btd, rope, attend)
+            x_btd = self._run(block, x_btd, rope, attend)
         if cache is not None:
             cache.length = end
         normed: Tensor = self.final_norm(x_btd)
@@ -200,6 +202,15 @@ class GPT(nn.Module):
             scaled = x_btd.float() * math.sqrt(self.model.d_model)
             x_btd = (scaled + self._sinusoid_td[positions_bt]).to(x_btd.dtype)
         return F.dropout(x_btd, self.model.dropout, self.training) if self.model.dropout else x_btd
+
+    def _run(self, block: nn.Module, x_btd: Tensor, rope: Rope | None, attend: Attend) -> Tensor:
+        """One block; what the backward pass needs of it is kept or computed again (model.recompute)."""
+        if self.model.recompute == "none" or not torch.is_grad_enabled():
+            return cast(Tensor, block(x_btd, rope, attend))
+        if self.model.recompute == "full":
+            return cast(Tensor, checkpoint(block, x_btd, rope, attend, use_reentrant=False))
+        kept = checkpoint(block, x_btd, rope, attend, use_reentrant=False, context_fn=_keep_products)
+        return cast(Tensor, kept)
 
     def logits(self, tokens_bt: Tensor, documents: Documents, cache: Cache | None = None) -> Tensor:
         """Scores of the next token [B, T, V]."""
@@ -216,6 +227,16 @@ def _with_documents(
     attend: Attention, documents: Documents, scores: Scores, q_xhe: Tensor, k_xke: Tensor, v_xke: Tensor
 ) -> Tensor:
     return attend(q_xhe, k_xke, v_xke, documents, scores)
+
+
+def _keep_products() -> Any:
+    """Keeps the results of matrix products, which are dear to compute again, and of nothing else.
+
+    Korthikanti et al. 2022 (arXiv:2205.05198, section 5): the same trade, there by hand.
+    """
+    aten = torch.ops.aten
+    products = [aten.mm.default, aten.addmm.default]
+    return create_selective_checkpoint_contexts(products)  # type: ignore[no-untyped-call]
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:

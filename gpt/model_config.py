@@ -116,6 +116,12 @@ class ModelConfig(Section):
         default="auto", description="Attention kernel; auto picks by hardware, dtype, head width and mask."
     )
 
+    recompute: Literal["none", "selective", "full"] = Field(
+        default="none",
+        description="What the backward pass computes again to save memory: nothing; a block but its matrix "
+        "products; a whole block (activation checkpointing). The numbers are the same.",
+    )
+
     @property
     def head_width(self) -> int:
         """Width of one head after the default."""

@@ -1,0 +1,49 @@
+"""Activation checkpointing: the same numbers, fewer bytes kept, and what is computed again."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from gpt.model import seed_dropout
+from tests.unit.model_support import build, random_tokens, rows
+
+
+def run(recompute: str, **fields: object) -> tuple[list[torch.Tensor], int, int]:
+    """Loss and gradients; bytes that the forward pass kept beside parameters; FLOPs of both passes."""
+    gpt = build(recompute=recompute, n_layers=3, **fields)
+    tokens = random_tokens(4, 24)
+    own = {p.untyped_storage().data_ptr() for p in gpt.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    seed_dropout(1, 2, 3)
+    with FlopCounterMode(display=False) as counter:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = gpt(tokens, tokens, rows(tokens))
+        kept_bytes = sum(kept.values())
+        loss.backward()
+    gradients = [p.grad for p in gpt.parameters() if p.grad is not None]
+    return [loss.detach(), *gradients], kept_bytes, counter.get_total_flops()
+
+
+@pytest.mark.parametrize("fields", [{}, {"dropout": 0.2}, {"window": 5, "n_kv_heads": 2}])
+def test_losses_and_gradients_are_those_without_recomputation(fields: dict[str, object]) -> None:
+    expected, _, _ = run("none", **fields)
+    for recompute in ("selective", "full"):
+        found, _, _ = run(recompute, **fields)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_block_is_computed_once_more_in_full_and_its_products_never_when_selective() -> None:
+    _, kept, flops = run("none")
+    _, _, flops_selective = run("selective")
+    _, kept_full, flops_full = run("full")
+    assert kept_full < kept / 3
+    assert flops < flops_full
+    # attention is computed again, matrix products are not
+    assert flops <= flops_selective < (flops + flops_full) / 2
