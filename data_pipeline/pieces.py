@@ -179,7 +179,7 @@ def _encode_piece(
                 record.list_bad(Listed(number, document.line, document.reason))
             elif not document:
                 record.empty += 1
-            elif next(is_copy):
+            elif _next_note(is_copy, piece):
                 record.copies += 1
             elif batch.add(document, (number, reader.line)):
                 documents, tokens = batch.encode()
@@ -193,6 +193,14 @@ def _encode_piece(
     write_durably(temporary / _RECORD, (json.dumps(asdict(record)) + "\n").encode())
     temporary.rename(folder / piece.name)
     fsync_folder(folder)
+
+
+def _next_note(is_copy: Iterator[int], piece: Piece) -> int:
+    noted = next(is_copy, None)
+    if noted is None:
+        name = piece.spans[0].source.name
+        raise DataError(f"{name}: it changed after its documents were hashed; run again to begin it anew")
+    return noted
 
 
 class _Batch:

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.errors import ConfigError
+from data_pipeline import duplicates
+from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.prepare import Progress, prepare
 from data_pipeline.tokenizer import load_encoding
 from tests.unit.data_support import config, documents_of, files_of, packaged_texts, write_jsonl
@@ -79,6 +80,23 @@ def test_a_piece_whose_copies_changed_meanwhile_is_encoded_again(tmp_path: Path,
     write_jsonl(early, [*texts[:50], texts[-1]])
     prepare(config(out, early, late, **SMALL))
     assert _texts(out) == list(dict.fromkeys([*texts[:50], texts[-1], *texts[50:]]))
+
+
+def test_a_source_that_grows_between_the_passes_is_named(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", ["twice and again"] * 2)
+
+    hashed = duplicates.mark_copies
+
+    def mark_and_grow(*arguments: object) -> object:
+        notes = hashed(*arguments)  # type: ignore[arg-type]
+        lines = [b'{"text":"%d"}' % number for number in range(3)]  # more lines in no more bytes
+        source.write_bytes(b"\n".join(lines)[: source.stat().st_size])
+        return notes
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(duplicates, "mark_copies", mark_and_grow)
+        with pytest.raises(DataError, match=r"a\.jsonl: it changed after its documents were hashed"):
+            prepare(config(tmp_path / "data", source, val_fraction=0, deduplicate=True))
 
 
 def test_copies_stay_where_nothing_is_said(tmp_path: Path) -> None:
