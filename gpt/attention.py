@@ -32,7 +32,6 @@ class Documents:
     """Where the documents of a batch end, in the flattened B·T tokens; every row's end is one."""
 
     lengths: tuple[int, ...]
-    starts_by_length: dict[int, Tensor]
     cumulative_n1: Tensor
     longest: int
 
@@ -41,12 +40,8 @@ class Documents:
         """`ends_n`: exclusive ends, strictly increasing, the last one B·T."""
         bounds = np.concatenate(([0], ends_n)).astype(np.int32)
         lengths = np.diff(bounds)
-        by_length = {
-            int(length): torch.from_numpy(bounds[:-1][lengths == length].astype(np.int64)).to(device)
-            for length in np.unique(lengths)
-        }
         cumulative = torch.from_numpy(bounds).to(device)
-        return cls(tuple(lengths.tolist()), by_length, cumulative, int(lengths.max()))
+        return cls(tuple(lengths.tolist()), cumulative, int(lengths.max()))
 
 
 @dataclass(frozen=True)
@@ -158,27 +153,25 @@ def flash_4(q_xhe: Tensor, k_xke: Tensor, v_xke: Tensor, documents: Documents, s
 
 
 def sdpa(q_xhe: Tensor, k_xke: Tensor, v_xke: Tensor, documents: Documents, scores: Scores) -> Tensor:
-    """torch's scaled_dot_product_attention, once for all documents of one length: no T × T mask."""
+    """torch's scaled_dot_product_attention, once a document, or once in all where they are equally long.
+
+    There is no T × T mask. Documents are views of the flattened tokens. To gather those of one length into
+    a batch costs more: the backward pass of a gather adds up row by row.
+    """
     assert scores.softcap is None
-    dtype = compute_dtype(q_xhe)
+    dtype, lengths = compute_dtype(q_xhe), documents.lengths
     q, k, v = q_xhe.to(dtype), k_xke.to(dtype), v_xke.to(dtype)
-    groups = documents.starts_by_length
-    outs, places = [], []
-    for length, starts_n in groups.items():
-        if len(groups) == 1:  # every document has this length: plain views do
-            parts = [x.view(-1, length, *x.shape[1:]) for x in (q, k, v)]
-        else:
-            place_nt = starts_n[:, None] + torch.arange(length, device=starts_n.device)
-            places.append(place_nt.flatten())
-            parts = [x[place_nt] for x in (q, k, v)]
+    if len(set(lengths)) == 1:
+        parts = [tuple(x.view(-1, lengths[0], *x.shape[1:]) for x in (q, k, v))]
+    else:
+        split = (torch.split(x[None], list(lengths), dim=1) for x in (q, k, v))
+        parts = list(zip(*split, strict=True))
+    outs = []
+    for part in parts:
         # [N, T, H, E] → [N, H, T, E] and back
-        qn, kn, vn = (part.transpose(1, 2) for part in parts)
+        qn, kn, vn = (x.transpose(1, 2) for x in part)
         outs.append(_sdpa_of_one_length(qn, kn, vn, scores).transpose(1, 2).flatten(0, 1))
-    if len(groups) == 1:
-        return outs[0].to(q_xhe.dtype)
-    back = torch.empty_like(torch.cat(places))
-    back[torch.cat(places)] = torch.arange(len(back), device=back.device)
-    return torch.cat(outs)[back].to(q_xhe.dtype)
+    return (outs[0] if len(outs) == 1 else torch.cat(outs)).to(q_xhe.dtype)
 
 
 def _sdpa_of_one_length(q_nhte: Tensor, k_nkte: Tensor, v_nkte: Tensor, scores: Scores) -> Tensor:

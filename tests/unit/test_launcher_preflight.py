@@ -256,7 +256,7 @@ def test_a_state_that_does_not_fit_the_gpu_is_refused(data: Path) -> None:
     assert problem == (
         f"the training state needs {18 * parameters / 2**30:.1f} GiB on each of 1 ranks (zero.stage = "
         "1), a100-40gb "
-        "has 40.0 GiB. Use more GPUs, zero.stage = 2, or a smaller model."
+        "has 40.0 GiB. Use more GPUs, a higher zero.stage, or a smaller model."
     )
 
 
