@@ -21,7 +21,7 @@ Model = TypeVar("Model", bound=BaseModel)
 class Section(BaseModel):
     """One table of a config file: frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -4,28 +4,38 @@ The number is claimed by mkdir, which one process alone can win, so that it also
 the run. What the launcher acts on is result.json, never an exit code of torchrun.
 """
 
-import json
 import os
 import socket
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from data_pipeline.errors import CheckpointError, ConfigError
 from gpt.checkpoint.format import committed
 from gpt.distributed import World, from_first, gather
 from gpt.record import event
 from gpt.run_dir import RunDir, read_json, write_json
 
+T = TypeVar("T")
+
 FINISHED, STOPPED, DO_NOT_RESTART = 0, 75, 93
+PATIENCE_S = 300.0
+RETRY_S = 5.0
+
+
+class Superseded(CheckpointError):
+    """Another copy of the run has started since: this one must write nothing more."""
 
 
 def claim(run_dir: RunDir, world: World) -> int:
     """This generation's number; from here on each rank writes its output into the attempt's folder."""
-    number = from_first(world, _make_next(run_dir) if world.is_first else 0)
+    number = from_first(world, _patiently(lambda: _make_next(run_dir)) if world.is_first else 0)
     folder = run_dir.attempt(number) / f"node-{world.node}"
-    folder.mkdir(exist_ok=True)
-    _redirect(folder / f"rank-{world.rank:05d}.log")
+    _patiently(lambda: folder.mkdir(exist_ok=True))
+    _patiently(lambda: _redirect(folder / f"rank-{world.rank:05d}.log"))
     workers = gather(world, {"rank": world.rank, "host": socket.gethostname(), "pid": os.getpid()})
     if world.is_first:
         job = read_json(run_dir.job) or {}
@@ -39,7 +49,7 @@ def claim(run_dir: RunDir, world: World) -> int:
             "checkpoint_step": checkpoints[-1][0] if checkpoints else 0,
             "workers": workers,
         }
-        write_json(run_dir.attempt(number) / "OWNER.json", owner)
+        _patiently(lambda: write_json(run_dir.attempt(number) / "OWNER.json", owner))
         event(run_dir.events, "attempt_started", attempt=number, world_size=world.size, host=owner["host"])
     return number
 
@@ -61,7 +71,27 @@ def finish(run_dir: RunDir, attempt: int, exit_code: int, cause: str, step: int 
     """Say how the attempt ended, for the launcher and for people. Rank 0 calls this once, at the end."""
     name = {FINISHED: "finished", STOPPED: "stopped"}.get(exit_code, "failed")
     event(run_dir.events, name, attempt=attempt, exit_code=exit_code, cause=cause, step=step)
-    write_json(run_dir.attempt(attempt) / "result.json", {"exit_code": exit_code, "cause": cause})
+    result = {"exit_code": exit_code, "cause": cause}
+    _patiently(lambda: write_json(run_dir.attempt(attempt) / "result.json", result))
+
+
+def is_superseded(run_dir: RunDir, attempt: int) -> bool:
+    """Whether another attempt has started since `attempt` did: this one is then no longer the run."""
+    return run_dir.attempt(attempt + 1).exists()
+
+
+def _patiently(action: Callable[[], T]) -> T:
+    """`action()`, tried again for PATIENCE_S while the disk does not take it: a restart would not help."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return action()
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise
+            with suppress(OSError):
+                print(f"the run directory cannot be written, trying again: {error}", flush=True)
+            time.sleep(RETRY_S)
 
 
 def _make_next(run_dir: RunDir) -> int:
@@ -78,7 +108,7 @@ def _make_next(run_dir: RunDir) -> int:
 def _owner(run_dir: RunDir, attempt: int) -> dict[str, Any]:
     try:
         return read_json(run_dir.attempt(attempt) / "OWNER.json") or {}
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ConfigError):
         return {}
 
 

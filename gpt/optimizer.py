@@ -30,6 +30,7 @@ def build_optimizer(model: nn.Module, optimizer: OptimizerConfig) -> torch.optim
         }
         for name, members in parameter_groups(model).items()
     ]
-    return torch.optim.AdamW(
+    implementations = {"adamw": torch.optim.AdamW}
+    return implementations[optimizer.name](
         groups, lr=optimizer.peak_lr, betas=optimizer.betas, eps=optimizer.eps, fused=True
     )

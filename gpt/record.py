@@ -4,27 +4,45 @@ The record is the truth about a run; MLflow mirrors it. One JSON object a line; 
 that a kill can tear the last line only, and readers pass over a torn last line.
 """
 
+import errno
 import json
+import math
 import os
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 
 def append(path: Path, /, **fields: Any) -> None:
-    """Add one line with the time (Unix seconds) first."""
-    line = json.dumps({"time": time.time(), **fields}, ensure_ascii=False) + "\n"
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    """Add one line with the time (Unix seconds) first; a number that is not finite becomes null.
+
+    A line that a kill has torn is ended first. Raises OSError with nothing added when the disk is full.
+    """
+    fields = {name: None if _is_not_finite(value) else value for name, value in fields.items()}
+    line = (json.dumps({"time": time.time(), **fields}, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(descriptor, line.encode())
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            line = b"\n" + line
+        written = os.write(descriptor, line)
+        if written != len(line):
+            os.ftruncate(descriptor, os.fstat(descriptor).st_size - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     finally:
         os.close(descriptor)
 
 
 def event(path: Path, event_name: str, /, **fields: Any) -> None:
-    """Add an event to events.jsonl at `path`."""
-    append(path, event=event_name, **fields)
+    """Add an event to events.jsonl at `path`. One that cannot be written is said on standard error."""
+    try:
+        append(path, event=event_name, **fields)
+    except OSError as error:
+        with suppress(OSError):  # where that lies on the same full disk
+            print(f"event {event_name} {fields} is not in {path}: {error}", file=sys.stderr, flush=True)
 
 
 def read(path: Path, offset: int = 0) -> Iterator[dict[str, Any]]:
@@ -66,18 +84,34 @@ def last(path: Path, tail_bytes: int = 65536) -> dict[str, Any] | None:
     return content
 
 
-def cut_back(path: Path, step: int) -> None:
-    """Drop a torn last line and every line past `step`, so that each step stands in the record once."""
+def cut_back(path: Path, step: int) -> str | None:
+    """Drop a torn last line and every line past `step`, so that each step stands in the record once.
+
+    What is wrong with the lines that stay, in words: steps that are missing or stand twice.
+    """
     if not path.exists():
-        return
-    keep = 0
+        return None
+    keep, before, complaint = 0, None, None
     for line, offset in read_from(path, 0):
-        if line["step"] > step:
+        here = line.get("step")
+        if not isinstance(here, int):
+            complaint = complaint or f"a line before byte {offset} has no step"
+            continue
+        if here > step:
             break
-        keep = offset
+        if before is not None and here != before + 1:
+            complaint = complaint or f"step {here} follows step {before}"
+        before, keep = here, offset
+    if before is not None and before != step:
+        complaint = complaint or f"it ends at step {before}, the run continues from step {step}"
     with path.open("r+b") as file:
         file.truncate(keep)
         os.fsync(file.fileno())
+    return complaint
+
+
+def _is_not_finite(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def sync(path: Path) -> None:

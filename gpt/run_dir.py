@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.durable import write_durably
+from data_pipeline.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -100,11 +101,13 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The content of a JSON file, or None where there is none."""
+    """The content of a JSON file, or None where there is none. Raises ConfigError when it is garbled."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise ConfigError(f"{path} is not readable as JSON: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {type(content).__name__}, not an object")
+        raise ConfigError(f"{path} holds {type(content).__name__}, not an object")
     return content

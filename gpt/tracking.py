@@ -42,14 +42,14 @@ class Mirror:
         """Send every line of the record past what was sent; whether there was any."""
         from mlflow.entities import Metric
 
-        lines = (line for line in record.read(self.run_dir.metrics) if line["step"] > self.sent_step)
+        lines = (line for line in record.read(self.run_dir.metrics) if line.get("step", 0) > self.sent_step)
         any_sent = False
         while batch := _take(lines, BATCH_METRICS):
             metrics = [
                 Metric(name, float(value), int(line["time"] * 1000), line["step"])
                 for line in batch
                 for name, value in line.items()
-                if name not in ("time", "step")
+                if name not in ("time", "step") and value is not None
             ]
             self.client.log_batch(self.run_id, metrics=metrics)
             self._remember(batch[-1]["step"])

@@ -10,6 +10,7 @@ import os
 import sys
 import time
 import traceback
+from contextlib import suppress
 
 from gpt.stop import StopRequest, die_with_parent
 
@@ -31,7 +32,9 @@ from data_pipeline.manifest import joint_fingerprint, read_manifest
 from data_pipeline.tokenizer import load_encoding
 from gpt import attempt as attempts
 from gpt import record
-from gpt.checkpoint.save_load import Superseded, load_newest, save
+from gpt.attempt import Superseded, is_superseded
+from gpt.checkpoint.save_load import load_newest, save
+from gpt.checkpoint.writer import remove_leftovers
 from gpt.config import RunConfig
 from gpt.distributed import PendingTick, Tick, World, from_first, join, together, total
 from gpt.model import GPT, seed_dropout
@@ -61,6 +64,8 @@ def main(path: Path) -> None:
     world = join(run.launch.collective_timeout_s)
     clock = _Clock(run_dir, world)
     clock.lap("imports and rendezvous")
+    if world.is_first:
+        remove_leftovers(run_dir.checkpoints)  # before anything is written: a full disk needs the room
     number = attempts.claim(run_dir, world)
     if world.is_first:
         STOP.watch(run_dir.stop)
@@ -70,7 +75,7 @@ def main(path: Path) -> None:
     except OutlastError as error:  # agreed upon: every rank raises it
         outcome = Outcome(error.exit_code, str(error))
     if world.is_first:
-        print(f"attempt {number} ends with {outcome.exit_code}: {outcome.cause}", flush=True)
+        _say(f"attempt {number} ends with {outcome.exit_code}: {outcome.cause}")
         attempts.finish(run_dir, number, outcome.exit_code, outcome.cause, outcome.step)
     dist.barrier(group=world.control)
     dist.destroy_process_group()
@@ -86,6 +91,11 @@ def _give_up(run: RunConfig, run_dir: RunDir, world: World, number: int) -> Outc
         f"{failures} attempts in a row ended without a new checkpoint; the last one's output is in "
         f"attempts/{last.name}. `outlast resume` tries again once the cause is mended.",
     )
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):  # the log may lie on a full disk
+        print(text, flush=True)
 
 
 class _Clock:
@@ -110,7 +120,8 @@ class Trainer:
         self.run, self.run_dir, self.world, self.number, self.clock = run, run_dir, world, number, clock
         manifests = together(world, lambda: [read_manifest(source.path) for source in run.data.sources])
         self.data_fingerprint = joint_fingerprint(manifests)
-        self.token_bytes = load_encoding(run.data.sources[0].path).token_bytes()
+        encoding = together(world, lambda: load_encoding(run.data.sources[0].path))
+        self.token_bytes = encoding.token_bytes()
         self.reader, self.windows = together(world, lambda: _open_data(run))
         clock.lap("data")
         self.model = GPT(run.model)
@@ -122,14 +133,17 @@ class Trainer:
         self.start = load_newest(run_dir, self.engine, world, self.data_fingerprint)
         clock.lap("load")
         if world.is_first:
-            record.cut_back(run_dir.metrics, self.start)
-            print(
+            complaint = record.cut_back(run_dir.metrics, self.start)
+            if complaint is not None:
+                record.event(run_dir.events, "record_damaged", reason=complaint)
+                _say(f"{run_dir.metrics.name} is not whole: {complaint}")
+            _say(
                 f"attempt {number}: {world.size} processes on {world.device.type}, attention "
-                f"{self.model.attention_name}, step {self.start} of {run.total_steps} is done",
-                flush=True,
+                f"{self.model.attention_name}, step {self.start} of {run.total_steps} is done"
             )
         self.scored: dict[int, float] = {}  # scored tokens over all ranks, of the steps that come next
         self.unsettled: tuple[int, PendingTick, dict[str, float]] | None = None
+        self.unwritten: list[dict[str, float]] = []  # lines that a full disk did not take yet
 
     def train(self) -> Outcome:
         """Take the steps that are left, or those until a stop request."""
@@ -185,8 +199,9 @@ class Trainer:
 
     def _tick(self, step: int, loss_sum: float, line: dict[str, float]) -> None:
         """Start telling the others how `step` went; `_settle` reads their answer a step later."""
-        is_broken = self.batches.error(step + AHEAD) is not None
-        ahead = 0 if is_broken else self.batches.scored_tokens(step + AHEAD)
+        has_no_data = self.batches.error(step + AHEAD) is not None
+        is_broken = has_no_data or (self.world.is_first and is_superseded(self.run_dir, self.number))
+        ahead = 0 if has_no_data else self.batches.scored_tokens(step + AHEAD)
         tick = Tick(loss_sum, ahead, stop=float(STOP.is_requested()), error=float(is_broken))
         self.unsettled = (step, PendingTick(self.world, tick), line)
 
@@ -196,7 +211,7 @@ class Trainer:
         (step, pending, line), self.unsettled = self.unsettled, None
         agreed = pending.result()
         if agreed.error:
-            together(self.world, lambda: self.batches.scored_tokens(step + AHEAD))
+            together(self.world, lambda: self._raise_what_is_broken(step))
         self.scored[step + AHEAD] = agreed.scored_ahead
         line["train/loss"] = agreed.loss_sum / self.scored.pop(step)
         if is_due_evaluation:
@@ -204,13 +219,36 @@ class Trainer:
             line |= validate(self.model, self.windows, self.token_bytes, micro_batch, self.world)
         if self.world.is_first:
             tokens = step * self.run.batch.global_batch_tokens
-            record.append(self.run_dir.metrics, step=step, tokens=tokens, **line)
+            self.unwritten.append({"step": step, "tokens": tokens, **line})
+            self._write_lines()
         return agreed.stop > 0
+
+    def _raise_what_is_broken(self, step: int) -> None:
+        self.batches.scored_tokens(step + AHEAD)
+        if self.world.is_first and is_superseded(self.run_dir, self.number):
+            raise Superseded(f"attempt {self.number + 1} has started since: attempt {self.number} ends here.")
+
+    def _write_lines(self) -> None:
+        """Append what is not in the record yet; what the disk does not take waits in memory."""
+        while self.unwritten and not is_superseded(self.run_dir, self.number):
+            try:
+                record.append(self.run_dir.metrics, **self.unwritten[0])
+            except OSError as error:
+                _say(f"{len(self.unwritten)} lines of the record wait for the disk: {error}")
+                return
+            del self.unwritten[0]
+
+    def _finish_record(self) -> None:
+        """Make the record durable up to now. Raises CheckpointError when the disk does not take it."""
+        self._write_lines()
+        if self.unwritten:
+            raise CheckpointError("the record cannot be written, so the checkpoint would be ahead of it")
+        record.sync(self.run_dir.metrics)
 
     def _save(self, step: int, *, must: bool) -> None:
         """Commit a checkpoint. One that cannot be written stops the run only where it is the last chance."""
-        record.sync(self.run_dir.metrics)
         try:
+            together(self.world, lambda: self._finish_record() if self.world.is_first else None)
             save(
                 self.run_dir,
                 self.engine,
@@ -226,7 +264,7 @@ class Trainer:
                 raise
             if self.world.is_first:
                 record.event(self.run_dir.events, "checkpoint_failed", step=step, reason=str(error))
-                print(f"step {step} is not saved, training continues: {error}", flush=True)
+                _say(f"step {step} is not saved, training continues: {error}")
 
 
 def _open_data(run: RunConfig) -> tuple[BatchReader, EvaluationReader]:

@@ -119,7 +119,7 @@ class Display:
         step = int(line["step"])
         left_s = (self.total_steps - step) * fmean(self._step_seconds)
         numbers = (
-            f"loss {line['train/loss']:.3f}  {line['train/tokens_per_second']:,.0f} tokens/s  "
+            f"loss {_number(line['train/loss'], '.3f')}  {line['train/tokens_per_second']:,.0f} tokens/s  "
             f"{duration(left_s)} left"
         )
         if self._is_live:
@@ -204,8 +204,12 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
+def _number(value: float | None, form: str) -> str:
+    return "not finite" if value is None else format(value, form)
+
+
 def _validation(line: dict[str, Any]) -> str:
-    text = f"validation loss {line['val/loss']:.4f}"
+    text = f"validation loss {_number(line['val/loss'], '.4f')}"
     if "val/bits_per_byte" in line:
         text += f", {line['val/bits_per_byte']:.4f} bits per byte"
     return text

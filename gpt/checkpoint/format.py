@@ -170,8 +170,8 @@ def read_index(folder: Path) -> CheckpointIndex:
     path = folder / INDEX_NAME
     try:
         raw = path.read_bytes()
-    except FileNotFoundError:
-        raise Corrupt(BadFile(path, 0, "missing")) from None
+    except OSError as error:
+        raise Corrupt(BadFile(path, 0, _why(error))) from None
     try:
         content = json.loads(raw)
         checksum = content.pop("checksum")
@@ -242,8 +242,8 @@ def read_rank_layout(folder: Path, index: CheckpointIndex, rank: int) -> RankLay
             found = file.read(len(header))
             file.seek(len(header) + data_bytes)
             table = file.read(8 * chunks)
-    except FileNotFoundError:
-        raise Corrupt(BadFile(path, 0, "missing")) from None
+    except OSError as error:
+        raise Corrupt(BadFile(path, 0, _why(error))) from None
     if found != header:
         at = next((i for i, (a, b) in enumerate(zip(found, header, strict=False)) if a != b), 0)
         raise Corrupt(BadFile(path, at, "the header is not as written"))
@@ -261,8 +261,11 @@ def read_rank_layout(folder: Path, index: CheckpointIndex, rank: int) -> RankLay
 def read_chunk(file: BinaryIO, path: Path, layout: RankLayout, number: int) -> bytes:
     """Chunk `number` of an open rank file, verified. Raises Corrupt."""
     start, end = layout.chunk(number)
-    file.seek(start)
-    content = file.read(end - start)
+    try:
+        file.seek(start)
+        content = file.read(end - start)
+    except OSError as error:
+        raise Corrupt(BadFile(path, start, _why(error))) from None
     if len(content) != end - start or chunk_checksum(content) != layout.chunk_checksums[number]:
         raise Corrupt(BadFile(path, start, f"checksum of bytes {start} to {end} differs"))
     return content
@@ -293,6 +296,10 @@ def verify_rank(folder: Path, index: CheckpointIndex, rank: int) -> Iterator[Bad
                 read_chunk(file, path, layout, number)
             except Corrupt as error:
                 yield error.bad
+
+
+def _why(error: OSError) -> str:
+    return "missing" if isinstance(error, FileNotFoundError) else (error.strerror or str(error))
 
 
 def chunk_checksum(content: bytes | memoryview) -> int:

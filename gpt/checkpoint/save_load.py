@@ -1,5 +1,6 @@
 """Taking a run's state out to disk and back, agreed between the ranks."""
 
+import shutil
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -10,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 
 from data_pipeline.errors import CheckpointError, ConfigError
+from gpt.attempt import Superseded, is_superseded
 from gpt.checkpoint.format import CheckpointIndex, Corrupt, FileEntry, committed, verify_rank
 from gpt.checkpoint.reader import CheckpointReader
 from gpt.checkpoint.writer import (
     commit,
     prune,
-    remove_leftovers,
     set_aside,
     temporary_folder,
     write_rank_file,
@@ -26,19 +27,41 @@ from gpt.run_dir import RunDir
 from gpt.zero import Engine
 
 
-class Superseded(CheckpointError):
-    """Another copy of the run has started since: this one must not commit."""
-
-
 def save(
     run_dir: RunDir, engine: Engine, world: World, *, step: int, attempt: int, data_fingerprint: str
 ) -> None:
     """Commit the state after `step`, verified, and prune older ones. Collective.
 
-    Raises CheckpointError on every rank when one of them cannot write; older checkpoints then stand.
+    Raises CheckpointError on every rank when one of them cannot write; older checkpoints then stand, and
+    what was written of this one is gone.
     """
     started = time.monotonic()
     temporary = temporary_folder(run_dir.checkpoints, attempt, step)
+    try:
+        size = _write_and_commit(run_dir, engine, world, temporary, step, attempt, data_fingerprint)
+    except CheckpointError:
+        if world.is_first:
+            shutil.rmtree(temporary, ignore_errors=True)  # a full disk needs the room
+        raise
+    if world.is_first:
+        seconds = round(time.monotonic() - started, 3)
+        event(run_dir.events, "checkpoint_saved", step=step, seconds=seconds, bytes=size, verified=True)
+        try:
+            prune(run_dir.checkpoints, engine.run.checkpoint.keep_last)
+        except OSError as error:
+            event(run_dir.events, "prune_failed", reason=str(error))
+
+
+def _write_and_commit(
+    run_dir: RunDir,
+    engine: Engine,
+    world: World,
+    temporary: Path,
+    step: int,
+    attempt: int,
+    data_fingerprint: str,
+) -> int:
+    """The bytes of the committed files."""
     together(world, _on_first(world, lambda: temporary.mkdir(parents=True)))
     entry = together(world, lambda: _write(temporary, engine, world))
     index = CheckpointIndex(
@@ -57,18 +80,12 @@ def save(
     together(world, lambda: _read_back(temporary, index, world.rank))
 
     def finish() -> None:
-        newest = run_dir.attempt_numbers()[-1]
-        if newest != attempt:
-            raise Superseded(
-                f"attempt {newest} of this run has started since: attempt {attempt} ends without a commit."
-            )
+        if is_superseded(run_dir, attempt):
+            raise Superseded(f"attempt {attempt + 1} has started since: attempt {attempt} ends here.")
         commit(run_dir.checkpoints, temporary, index)
-        size = sum(file.size for file in index.files)
-        seconds = round(time.monotonic() - started, 3)
-        event(run_dir.events, "checkpoint_saved", step=step, seconds=seconds, bytes=size, verified=True)
-        prune(run_dir.checkpoints, engine.run.checkpoint.keep_last)
 
     together(world, _on_first(world, finish))
+    return sum(file.size for file in index.files)
 
 
 def load_newest(run_dir: RunDir, engine: Engine, world: World, data_fingerprint: str) -> int:
@@ -77,8 +94,6 @@ def load_newest(run_dir: RunDir, engine: Engine, world: World, data_fingerprint:
     Collective. A checkpoint with a bad byte in what any rank reads is named, passed over and set aside.
     Raises CheckpointError when there were checkpoints and none is intact.
     """
-    if world.is_first:
-        remove_leftovers(run_dir.checkpoints)
     candidates = from_first(world, committed(run_dir.checkpoints))
     rejected: list[Path] = []
     for step, folder in reversed(candidates):
@@ -94,7 +109,7 @@ def load_newest(run_dir: RunDir, engine: Engine, world: World, data_fingerprint:
             event(run_dir.events, "checkpoint_rejected", path=folder.name, reason=bad)
             print(f"checkpoint {folder.name} is passed over: {bad}", flush=True)
     had_some = bool(candidates) or any(
-        line.get("event") == "checkpoint_saved" for line in read(run_dir.events)
+        line.get("event") in ("checkpoint_saved", "branched") for line in read(run_dir.events)
     )
     if from_first(world, had_some):
         raise CheckpointError(

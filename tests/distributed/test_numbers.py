@@ -67,7 +67,7 @@ def test_losses_and_norms_are_those_of_a_plain_loop(
     losses, norms = plain_loop(config, data_dir)
     np.testing.assert_allclose(run.losses(), losses, rtol=1e-5)
     np.testing.assert_allclose([line["train/grad_norm"] for line in run.metrics()], norms, rtol=1e-4)
-    assert max(norms) > 0.5 > min(norms) or max(norms) > 0.5
+    assert max(norms) > 0.5  # it did clip
 
 
 def test_ranks_have_unequal_counts_of_scored_tokens(data_dir: Path) -> None:

@@ -1,21 +1,24 @@
 """A run is a pure function of (config, data, step): stops, kills and other worlds leave no trace in it."""
 
 import json
+import os
 import random
 import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from data_pipeline.batches import BatchReader
 from data_pipeline.manifest import read_manifest
 from gpt.checkpoint.format import committed
-from gpt.run_dir import RunDir
-from tests.distributed.conftest import Run, make_run, same_state
+from gpt.run_dir import RunDir, read_json
+from tests.distributed.conftest import CONTEXT, Run, make_run, same_state
 
 NewRun = Callable[..., Run]
 CopyRun = Callable[[Run], Run]
@@ -42,16 +45,20 @@ def copy_run(tmp_path: Path) -> CopyRun:
 )
 def test_resume_continues_bit_for_bit(new_run: NewRun, stage: int, precision: str, micro_batch: int) -> None:
     fields = {"zero__stage": stage, "precision": precision, "batch__micro_batch": micro_batch}
+    fields |= {"schedule__total_steps": 40, "checkpoint__every_steps": 10}
     whole, cut = new_run(**fields), new_run(**fields)
     assert whole.train()["exit_code"] == 0
     agent = cut.start()
-    cut.wait_for_step(4)  # the checkpoint of step 4 is being written, or is there
+    cut.wait(lambda: cut.steps() != [])
     agent.kill()
     agent.wait()
     cut.wait(lambda: not cut.living_workers())  # the kernel ends them with their agent
+    saved = cut.steps()[-1]
+    assert saved < 40
     assert cut.train()["exit_code"] == 0
+    assert [event["step"] for event in cut.events("resumed")] == [saved]
     assert cut.losses() == whole.losses()
-    assert same_state(cut.state(8), whole.state(8))
+    assert same_state(cut.state(40), whole.state(40))
     assert cut.metrics()[-1]["val/loss"] == whole.metrics()[-1]["val/loss"]
 
 
@@ -170,3 +177,94 @@ def test_a_checkpoint_of_another_model_is_refused(finished: Run, copy_run: CopyR
     run.configure(schedule__total_steps=12, model__d_ff=64)
     assert run.train()["exit_code"] == 2
     assert "blocks.0.ffn.up.weight is [256, 32] there and [128, 32] in the config" in run.result()["cause"]
+
+
+def test_every_sequence_of_an_epoch_is_seen_once_whatever_the_worlds(
+    new_run: NewRun, data_dir: Path, tmp_path: Path
+) -> None:
+    reader = BatchReader([(data_dir, 1.0)], context=CONTEXT, global_batch=12, seed=1234)
+    steps = reader.sequences_per_epoch // 12
+    run = new_run(
+        batch__global_batch_tokens=12 * CONTEXT,
+        batch__micro_batch=2,
+        schedule__total_steps=steps,
+        checkpoint__every_steps=5,
+    )
+    trace = tmp_path / "trace"
+    trace.mkdir()
+    program = [str(Path(__file__).with_name("traced.py")), str(run.dir.path), str(trace)]
+    agent = subprocess.Popen(
+        run.torchrun(2, 2, *program), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    run.wait_for_step(8)
+    run.kill_worker(1)
+    run.wait(lambda: len(run.dir.attempt_numbers()) == 2 and run.metrics()[-1]["step"] >= 14)
+    agent.kill()
+    agent.wait()
+    run.wait(lambda: not run.living_workers())
+    subprocess.run(run.torchrun(3, 0, *program), capture_output=True, timeout=180, check=True)
+    assert run.result()["exit_code"] == 0
+    seen: dict[int, list[int]] = {step: [] for step in range(1, steps + 1)}
+    for path in trace.iterdir():
+        attempt, step, _ = (int(part) for part in path.name.split("-"))
+        last_of_step = max(int(p.name.split("-")[0]) for p in trace.glob(f"*-{step}-*"))
+        if attempt == last_of_step:
+            seen[step] += [int(number) for number in path.read_text().split()]
+    assert [len(numbers) for numbers in seen.values()] == [12] * steps
+    places = [reader_place(reader, number) for numbers in seen.values() for number in numbers]
+    assert len(set(places)) == 12 * steps
+
+
+def reader_place(reader: BatchReader, number: int) -> bytes:
+    """The text of a sequence: which place of the data set it is."""
+    step, row = divmod(number, 12)
+    return reader.batch(step + 1, 0, 1).tokens[row].tobytes()
+
+
+def test_an_older_copy_stops_within_a_step_and_writes_nothing_more(new_run: NewRun) -> None:
+    run = new_run(
+        schedule__total_steps=100_000, checkpoint__every_steps=50_000, evaluation__every_steps=50_000
+    )
+    agent = run.start()
+    run.wait_for_step(3)
+    run.dir.attempt(2).mkdir()  # what a second copy does first
+    assert agent.wait(timeout=60) == 0
+    result = read_json(run.dir.attempt(1) / "result.json")
+    assert result is not None
+    assert result["exit_code"] == 93
+    assert "attempt 2 has started since" in result["cause"]
+    assert run.steps() == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_disk_keeps_the_old_checkpoints_and_training_goes_on(new_run: NewRun, tmp_path: Path) -> None:
+    run = new_run(schedule__total_steps=10_000, checkpoint__every_steps=20, evaluation__every_steps=5000)
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(small)], check=False)
+    if mounted.returncode != 0:
+        pytest.skip("no file system can be mounted here")
+    try:
+        run = Run(RunDir(Path(shutil.copytree(run.dir.path, small / "run"))))
+        agent = run.start()
+        run.wait(lambda: run.steps() != [])
+        ballast = small / "ballast"
+        with suppress(OSError), ballast.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        run.wait(lambda: not list(run.dir.checkpoints.glob(".tmp-*")) and agent.poll() is None)
+        kept = run.steps()
+        time.sleep(3)
+        assert agent.poll() is None  # many steps and several saves later
+        assert run.steps() == kept
+        assert len(run.dir.attempt_numbers()) == 1
+        ballast.unlink()
+        run.wait(lambda: run.steps()[-1] > kept[-1])
+        run.dir.stop.write_text("")
+        assert agent.wait(timeout=60) == 0
+        assert run.result()["exit_code"] == 75
+        assert run.losses()  # every step stands there once
+    finally:
+        agent.kill()
+        run.wait(lambda: not run.living_workers())
+        subprocess.run(["umount", "-l", str(small)], check=True)
