@@ -228,7 +228,7 @@ def test_an_older_copy_stops_within_a_step_and_writes_nothing_more(new_run: NewR
     agent = run.start()
     run.wait_for_step(3)
     run.dir.attempt(2).mkdir()  # what a second copy does first
-    assert agent.wait(timeout=60) == 0
+    assert agent.wait(timeout=60) == 0, run.logs()
     result = read_json(run.dir.attempt(1) / "result.json")
     assert result is not None
     assert result["exit_code"] == 93
