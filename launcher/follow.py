@@ -148,17 +148,25 @@ class Display:
                 return None
 
 
+_SECOND_THOUGHT_S = 1.0
+
+
 class Attendance:
-    """Ctrl-C while a job is watched: the first saves and stops, the second ends it at once."""
+    """Signals while a job is watched: each saves and stops; a Ctrl-C later than that ends it at once.
+
+    Schedulers and supervisors signal twice, and so does a key that is held: only a Ctrl-C that comes
+    _SECOND_THOUGHT_S after the first signal means "at once".
+    """
 
     def __init__(self, run: RunDir, display: Display) -> None:
         self._run, self._display = run, display
-        self._interrupts = 0
+        self._asked_at: float | None = None
+        self._is_urgent = False
         self._answered = 0
 
     def __enter__(self) -> Self:
         self._before = {
-            number: signal.signal(number, self._count) for number in (signal.SIGINT, signal.SIGTERM)
+            number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
         }
         return self
 
@@ -168,17 +176,22 @@ class Attendance:
 
     def answer(self) -> None:
         """Act on what was pressed since the last call."""
-        if self._interrupts > self._answered:
-            self._answered = self._interrupts
-            if self._answered == 1:
-                request_stop(self._run, "Ctrl-C")
-                self._display.note("saving, then stopping; Ctrl-C again ends it at once, without saving")
-            else:
-                request_stop(self._run, "Ctrl-C twice", now=True)
-                self._display.note("ending it without saving")
+        if self._answered == 0 and self._asked_at is not None:
+            self._answered = 1
+            request_stop(self._run, self._reason)
+            self._display.note("saving, then stopping; Ctrl-C again ends it at once, without saving")
+        if self._answered == 1 and self._is_urgent:
+            self._answered = 2
+            request_stop(self._run, "Ctrl-C twice", now=True)
+            self._display.note("ending it without saving")
 
-    def _count(self, _number: int, _frame: FrameType | None) -> None:
-        self._interrupts += 1
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._asked_at is None:
+            self._asked_at = now
+            self._reason = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        elif number == signal.SIGINT and now - self._asked_at >= _SECOND_THOUGHT_S:
+            self._is_urgent = True
 
 
 def watch(run: RunDir, job: Job, follower: Follower, total_steps: int) -> Outcome:

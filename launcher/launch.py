@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
@@ -33,8 +33,9 @@ from launcher.runs import (
     open_run,
     put_submission,
     read_cluster,
+    read_config,
 )
-from launcher.submit import Job, read_job, refuse_while_alive, state, submit
+from launcher.submit import Job, claim_start, read_job, read_outcome, refuse_while_alive, state, submit
 
 # What a run may change on its way without becoming another run: none of these decides a step's numbers.
 FREE_FIELDS = ("checkpoint.", "evaluation.", "tracking.", "launch.", "zero.stage", "batch.micro_batch")
@@ -80,13 +81,26 @@ def resume(
 ) -> int:
     """Continue a run from its newest checkpoint, or from `step`; the exit code."""
     run = open_run(folder)
+    with claim_start(run) as claim:
+        return _resume(run, cluster, overrides, step, attend, claim)
+
+
+def _resume(
+    run: RunDir,
+    cluster: str | None,
+    overrides: Sequence[str],
+    step: int | None,
+    attend: bool | None,
+    claim: TextIO,
+) -> int:
     refuse_while_alive(run)
     before = read_json(run.config) or {}
     # config.json holds a total in one of two ways; asking for the other replaces it.
     tables = with_absolute_paths(with_overrides(_without_other_total(before, overrides), overrides))
     request = examine(tables, "config.json", cluster if cluster is not None else read_cluster(run), None)
     after = request.config.model_dump(mode="json", exclude_none=True)
-    changes = changed_fields(before, after)
+    # As this version reads it: a field that is new since then has its default on both sides.
+    changes = changed_fields(read_config(run).model_dump(mode="json", exclude_none=True), after)
     _refuse_changes(changes)
     checkpoints = committed(run.checkpoints)
     newest = checkpoints[-1][0] if checkpoints else 0
@@ -100,7 +114,7 @@ def resume(
     if changes:
         record.event(run.events, "config_changed", changes=changes)
     put_submission(run, request, command_line())
-    return _submit_and_attend(run, request.config.total_steps, request.cluster, "resume", attend)
+    return _submit_and_attend(run, request.config.total_steps, request.cluster, "resume", attend, claim)
 
 
 def stop(folder: str, *, now: bool) -> int:
@@ -111,7 +125,7 @@ def stop(folder: str, *, now: bool) -> int:
         raise LaunchError(f"{folder} is not running. `outlast status {folder}` says how it ended.")
     request_stop(run, "outlast stop --now" if now else "outlast stop", now=now)
     click.echo("ending it without saving" if now else "saving, then stopping", err=True)
-    while state(job) != "ended":
+    while state(job) != "ended" and read_outcome(run, job) is None:
         time.sleep(0.2 if job.executor == "local" else 5.0)
     outcome = outcome_of(run, job)
     click.echo(outcome.cause, err=True)
@@ -137,10 +151,17 @@ def command_line() -> list[str]:
 
 
 def _submit_and_attend(
-    run: RunDir, total_steps: int, cluster: ClusterConfig, reason: str, attend: bool | None
+    run: RunDir,
+    total_steps: int,
+    cluster: ClusterConfig,
+    reason: str,
+    attend: bool | None,
+    claim: TextIO | None = None,
 ) -> int:
     follower = Follower(run)
     job: Job = submit(run, reason)
+    if claim is not None:
+        claim.close()  # job.json stands: it refuses the next one
     stays = cluster.kind == "local" if attend is None else attend
     code = 0
     if stays:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from data_pipeline.errors import LaunchError
+from data_pipeline.errors import ConfigError, LaunchError
 from gpt import record
 from gpt.config import RunConfig
 from gpt.run_dir import RunDir, read_json, write_json
@@ -82,10 +82,11 @@ class _Node:
         if not is_first:
             return {}
         outcome = self._outcome(code, max(earlier, default=0))
-        if self.tracking is not None:
+        # Before the tracker is waited for: a node that is killed meanwhile has ended as it ended.
+        write_json(outcome_path(self.folder), asdict(outcome))
+        if self.tracking is not None and not self.stopped_now:
             _drain(self.tracking)
         kill_descendants()
-        write_json(outcome_path(self.folder), asdict(outcome))
         return asdict(outcome)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
@@ -110,7 +111,7 @@ class _Node:
             if self.signal_name is not None:
                 request_stop(self.run, self.signal_name)
                 self.signal_name = None
-            stop = read_json(self.run.stop)
+            stop = standing_stop(self.run)
             if stop is not None and stop.get("now"):
                 self.stopped_now = True
                 torchrun.kill()
@@ -147,9 +148,17 @@ class _Node:
         return outcome
 
 
+def standing_stop(run: RunDir) -> dict[str, Any] | None:
+    """The stop request of `run`, if one stands; an empty or garbled file is a plain one."""
+    try:
+        return read_json(run.stop)
+    except ConfigError:
+        return {}
+
+
 def request_stop(run: RunDir, reason: str, *, now: bool = False) -> None:
     """Ask the workers to save and stop (`now`: to be killed without saving); an earlier request stands."""
-    standing = read_json(run.stop)
+    standing = standing_stop(run)
     if standing is None or (now and not standing.get("now")):
         write_json(run.stop, {"reason": reason, "time": time.time(), "now": now})
 

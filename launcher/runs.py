@@ -36,8 +36,8 @@ def next_run_folder(name: str, folder: Path | None = None) -> Path:
     folder = folder or runs_folder()
     taken = [
         int(entry.name.removeprefix(f"{name}-"))
-        for entry in folder.glob(f"{name}-*")
-        if entry.name.removeprefix(f"{name}-").isdigit()
+        for entry in (folder.iterdir() if folder.is_dir() else ())
+        if entry.name.startswith(f"{name}-") and entry.name.removeprefix(f"{name}-").isdigit()
     ]
     return folder / f"{name}-{max(taken, default=0) + 1:04d}"
 

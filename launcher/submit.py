@@ -6,6 +6,7 @@ hang-up, holds none of the caller's pipes open, and imports what was submitted. 
 same way; only the local executor has been proved so far.
 """
 
+import fcntl
 import shutil
 import socket
 import subprocess
@@ -13,7 +14,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from data_pipeline.errors import LaunchError
 from gpt import record
@@ -75,7 +76,7 @@ def submit(run: RunDir, reason: str) -> Job:
 def read_job(run: RunDir) -> Job | None:
     """The newest job of this very run directory; None before the first, and in a copy of a run."""
     content = read_json(run.job)
-    if content is None or content["run_inode"] != run.path.stat().st_ino:
+    if content is None or content.get("run_inode") != run.path.stat().st_ino:
         return None
     return Job(**content)
 
@@ -91,8 +92,22 @@ def state(job: Job) -> str:
     if job.executor == "local":
         if job.host != socket.gethostname():
             return "unknown"
-        return "running" if job.pid is not None and identity(job.pid) == job.process else "ended"
+        is_alive = job.process is not None and job.pid is not None and identity(job.pid) == job.process
+        return "running" if is_alive else "ended"
     return _slurm_state(job.job_id)
+
+
+def claim_start(run: RunDir) -> TextIO:
+    """The right to start `run`, held until the file is closed. Raises LaunchError when it is taken."""
+    claim = (run.path / ".starting").open("w")
+    try:
+        fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        claim.close()
+        raise LaunchError(f"{run.path} is being started by another command at this moment.") from None
+    except OSError:
+        pass  # a file system without locks: the attempt's number fences what starts twice
+    return claim
 
 
 def refuse_while_alive(run: RunDir) -> None:

@@ -2,8 +2,10 @@
 
 import io
 import os
+import signal
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +18,16 @@ from gpt.run_dir import RunDir, read_json, write_json
 from launcher import launch
 from launcher.children import tracking_uri, ui
 from launcher.cluster import ClusterConfig
-from launcher.follow import Display, Follower, duration, outcome_of
+from launcher.follow import Attendance, Display, Follower, duration, outcome_of
 from launcher.logs import lines, log_files
+from launcher.node import standing_stop
 from launcher.plan import size
 from launcher.preflight import examine
 from launcher.processes import identity
 from launcher.recipes import run_tables
 from launcher.runs import changed_fields, create_run
 from launcher.status import status, table
-from launcher.submit import Job
+from launcher.submit import Job, claim_start, state
 from tests.unit.launcher_support import make_data
 
 
@@ -351,3 +354,53 @@ def test_sizes_for_people(count: int, text: str) -> None:
 )
 def test_durations_for_people(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_a_run_from_before_a_field_existed_can_be_resumed(run: RunDir) -> None:
+    tables = read_json(run.config)
+    assert tables is not None
+    del tables["optimizer"]["eps"]
+    write_json(run.config, tables)
+    commit(run, int(tables["schedule"]["total_steps"]))
+    assert resume(run) == 0
+
+
+def test_a_run_is_started_by_one_command_at_a_time(run: RunDir) -> None:
+    with claim_start(run), pytest.raises(LaunchError, match="is being started by another command"):
+        claim_start(run)
+    claim_start(run).close()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"reason": "x"}'])
+def test_any_stop_file_is_a_request_to_save_and_stop(run: RunDir, content: str) -> None:
+    assert standing_stop(run) is None
+    run.stop.write_text(content)
+    standing = standing_stop(run)
+    assert standing is not None
+    assert not standing.get("now")
+
+
+def test_only_a_second_ctrl_c_after_a_while_ends_a_job_at_once(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("launcher.follow.time.monotonic", lambda: clock[0])
+    with Display(10) as display, Attendance(run, display) as attendance:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+            attendance.answer()
+        standing = standing_stop(run)
+        assert standing is not None
+        assert (standing["reason"], standing["now"]) == ("SIGTERM", False)
+        clock[0] += 5
+        os.kill(os.getpid(), signal.SIGTERM)
+        attendance.answer()
+        assert (standing_stop(run) or {})["now"] is False
+        os.kill(os.getpid(), signal.SIGINT)
+        attendance.answer()
+        assert (standing_stop(run) or {})["now"] is True
+
+
+def test_a_job_whose_process_was_never_seen_has_ended(run: RunDir) -> None:
+    job = give_job(run, alive=False)
+    assert state(replace(job, process=None, pid=2**22 - 1)) == "ended"
