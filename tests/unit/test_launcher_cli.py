@@ -224,8 +224,15 @@ def test_logs_follow_a_run_to_its_end(tmp_path: Path, run: RunDir) -> None:
     assert follower.returncode == 0
 
 
-def test_an_unexpected_error_keeps_its_traceback_and_is_exit_code_1(tmp_path: Path, run: RunDir) -> None:
+def test_a_garbled_file_is_named_and_is_exit_code_2(tmp_path: Path, run: RunDir) -> None:
     run.job.write_text("[]")
+    done = outlast("status", str(run.path), "--json", cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"{run.job} holds list, not an object" in done.stderr
+
+
+def test_an_unexpected_error_keeps_its_traceback_and_is_exit_code_1(tmp_path: Path, run: RunDir) -> None:
+    run.job.write_text(json.dumps({"run_inode": run.path.stat().st_ino}))  # what no version ever wrote
     done = outlast("status", str(run.path), "--json", cwd=tmp_path)
     assert done.returncode == 1
     assert "Traceback" in done.stderr
