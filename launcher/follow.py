@@ -50,7 +50,7 @@ class Follower:
         while True:
             is_over = False
             if time.monotonic() >= next_question:
-                is_over = state(job) == "ended"
+                is_over = state(self.run, job) == "ended"
                 next_question = time.monotonic() + (0.0 if job.executor == "local" else _SCHEDULER_POLL_S)
             yield Update(self._new(self.run.metrics), self._new(self.run.events))
             if is_over:

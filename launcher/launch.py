@@ -35,7 +35,7 @@ from launcher.runs import (
     read_cluster,
     read_config,
 )
-from launcher.submit import Job, claim_start, read_job, read_outcome, refuse_while_alive, state, submit
+from launcher.submit import Job, claim_start, read_job, refuse_while_alive, state, submit
 
 # What a run may change on its way without becoming another run: none of these decides a step's numbers.
 FREE_FIELDS = ("checkpoint.", "evaluation.", "tracking.", "launch.", "zero.stage", "batch.micro_batch")
@@ -121,11 +121,11 @@ def stop(folder: str, *, now: bool) -> int:
     """Ask a run to save and stop (`now`: to end without saving) and wait until it has; the exit code."""
     run = open_run(folder)
     job = read_job(run)
-    if job is None or state(job) == "ended":
+    if job is None or state(run, job) == "ended":
         raise LaunchError(f"{folder} is not running. `outlast status {folder}` says how it ended.")
     request_stop(run, "outlast stop --now" if now else "outlast stop", now=now)
     click.echo("ending it without saving" if now else "saving, then stopping", err=True)
-    while state(job) != "ended" and read_outcome(run, job) is None:
+    while state(run, job) != "ended":
         time.sleep(0.2 if job.executor == "local" else 5.0)
     outcome = outcome_of(run, job)
     click.echo(outcome.cause, err=True)

@@ -45,7 +45,7 @@ def lines(run: RunDir, *, follow: bool, attempt: int | None, node: int | None) -
     offsets: dict[Path, int] = {}
     while True:
         job = read_job(run)
-        is_over = not follow or job is None or state(job) == "ended"
+        is_over = not follow or job is None or state(run, job) == "ended"
         for label, path in log_files(run, attempt, node):
             for text in _new_lines(path, offsets, is_over):
                 yield f"[{label}] {text}"

@@ -117,7 +117,7 @@ def _state(run: RunDir, job: Job | None, outcome: Outcome | None) -> str:
         return "created" if not run.attempt_numbers() else "copied"
     if outcome is not None:
         return _OUTCOME_STATES.get(outcome.exit_code, "failed")
-    word = state(job)
+    word = state(run, job)
     if word == "running" and run.stop.exists():
         return "stopping"
     return "lost" if word == "ended" else word

@@ -87,8 +87,14 @@ def read_outcome(run: RunDir, job: Job) -> Outcome | None:
     return Outcome(**content) if content is not None else None
 
 
-def state(job: Job) -> str:
-    """ "running", "pending", "ended", or "unknown" where nobody can say from here."""
+def state(run: RunDir, job: Job) -> str:
+    """ "running", "pending", "ended", or "unknown" where nobody can say from here.
+
+    A job that has said how it ended is over: what its processes still do (the tracker may take a minute to
+    send the rest of the record) stands in nobody's way.
+    """
+    if read_outcome(run, job) is not None:
+        return "ended"
     if job.executor == "local":
         if job.host != socket.gethostname():
             return "unknown"
@@ -113,9 +119,12 @@ def claim_start(run: RunDir) -> TextIO:
 def refuse_while_alive(run: RunDir) -> None:
     """Raise LaunchError while the newest job of `run` lives."""
     job = read_job(run)
-    if job is not None and state(job) in ("running", "pending"):
+    if job is None:
+        return
+    word = state(run, job)
+    if word in ("running", "pending"):
         raise LaunchError(
-            f"{run.path} has a job already ({job.executor} {job.job_id} on {job.host}, {state(job)}). "
+            f"{run.path} has a job already ({job.executor} {job.job_id} on {job.host}, {word}). "
             f"`outlast stop {run.path}` ends it; `outlast logs {run.path} --follow` shows it."
         )
 

@@ -62,7 +62,8 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 def end_of(run: RunDir, job: Job) -> Outcome:
     """How the job ends; nothing of it may be left."""
-    wait_for(lambda: state(job) == "ended")
+    wait_for(lambda: job.pid is not None and not is_alive(job.pid))
+    assert state(run, job) == "ended"
     assert processes_naming(str(run.path)) == []
     return outcome_of(run, job)
 
@@ -198,7 +199,7 @@ def test_a_killed_process_leaves_no_orphan(folder: Path, victim: str) -> None:
     [pid] = [pid for pid in family if victim in command_line(pid)]
     os.kill(pid, signal.SIGKILL)
     wait_for(lambda: not any(is_alive(pid) for pid in family))
-    assert state(job) == "ended"
+    assert state(run, job) == "ended"
     if victim == "torch.distributed.run":
         assert outcome_of(run, job).cause.startswith("the workers ended without a result (torchrun: -9)")
     else:
@@ -296,13 +297,13 @@ def test_a_copy_of_a_run_is_not_held_by_the_originals_job_and_a_moved_one_is(tmp
         refuse_while_alive(moved)
 
 
-def test_a_process_id_used_again_is_not_the_job() -> None:
+def test_a_process_id_used_again_is_not_the_job(tmp_path: Path) -> None:
     mine = Job(1, "local", "1", os.uname().nodename, os.getpid(), "another-boot/17", 0, 0.0)
-    assert state(mine) == "ended"
+    assert state(RunDir(tmp_path), mine) == "ended"
 
 
-def test_a_local_job_of_another_host_is_unknown_here() -> None:
-    assert state(Job(1, "local", "1", "elsewhere", os.getpid(), "x", 0, 0.0)) == "unknown"
+def test_a_local_job_of_another_host_is_unknown_here(tmp_path: Path) -> None:
+    assert state(RunDir(tmp_path), Job(1, "local", "1", "elsewhere", os.getpid(), "x", 0, 0.0)) == "unknown"
 
 
 def test_workers_on_a_cpu_share_its_cores() -> None:

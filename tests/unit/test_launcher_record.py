@@ -403,4 +403,4 @@ def test_only_a_second_ctrl_c_after_a_while_ends_a_job_at_once(
 
 def test_a_job_whose_process_was_never_seen_has_ended(run: RunDir) -> None:
     job = give_job(run, alive=False)
-    assert state(replace(job, process=None, pid=2**22 - 1)) == "ended"
+    assert state(run, replace(job, process=None, pid=2**22 - 1)) == "ended"
