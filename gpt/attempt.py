@@ -15,13 +15,13 @@ from typing import Any, TypeVar
 
 from data_pipeline.errors import CheckpointError, ConfigError
 from gpt.checkpoint.format import committed
-from gpt.distributed import World, from_first, gather
+from gpt.distributed import World, from_first, gather, together
 from gpt.record import event
 from gpt.run_dir import RunDir, read_json, write_json
 
 T = TypeVar("T")
 
-FINISHED, STOPPED, DO_NOT_RESTART = 0, 75, 93
+FINISHED, FAILED, STOPPED, DO_NOT_RESTART = 0, 1, 75, 93
 PATIENCE_S = 300.0
 RETRY_S = 5.0
 
@@ -32,19 +32,21 @@ class Superseded(CheckpointError):
 
 def claim(run_dir: RunDir, world: World) -> int:
     """This generation's number; from here on each rank writes its output into the attempt's folder."""
+    together(world, lambda: _refuse_if_taken_over(run_dir) if world.is_first else None)
     number = from_first(world, _patiently(lambda: _make_next(run_dir)) if world.is_first else 0)
     folder = run_dir.attempt(number) / f"node-{world.node}"
     _patiently(lambda: folder.mkdir(exist_ok=True))
     _patiently(lambda: _redirect(folder / f"rank-{world.rank:05d}.log"))
-    workers = gather(world, {"rank": world.rank, "host": socket.gethostname(), "pid": os.getpid()})
+    host = os.environ.get("OUTLAST_NODE_NAME") or socket.gethostname()
+    workers = gather(world, {"rank": world.rank, "node": world.node, "host": host, "pid": os.getpid()})
     if world.is_first:
-        job = read_json(run_dir.job) or {}
         checkpoints = committed(run_dir.checkpoints)
         owner = {
             "attempt": number,
             "time": time.time(),
-            "host": socket.gethostname(),
-            "job": job.get("job_id"),
+            "host": host,
+            "job": os.environ.get("OUTLAST_JOB"),
+            "turn": _turn(),
             "world_size": world.size,
             "checkpoint_step": checkpoints[-1][0] if checkpoints else 0,
             "workers": workers,
@@ -55,15 +57,21 @@ def claim(run_dir: RunDir, world: World) -> int:
 
 
 def failures_in_a_row(run_dir: RunDir, attempt: int) -> int:
-    """How many attempts of this job, just before `attempt`, died with no newer checkpoint than now."""
+    """How many attempts of this job, just before `attempt`, died with no newer checkpoint than now.
+
+    One that left no result when its turn of the job ended was ended from outside (preempted, its node
+    lost): that says nothing against the run.
+    """
     owner = _owner(run_dir, attempt)
     count = 0
     for number in reversed([n for n in run_dir.attempt_numbers() if n < attempt]):
         earlier = _owner(run_dir, number)
         is_same = all(earlier.get(key) == owner.get(key) for key in ("job", "checkpoint_step"))
-        if (run_dir.attempt(number) / "result.json").exists() or (earlier and not is_same):
+        result = _read(run_dir.attempt(number) / "result.json")
+        if result.get("exit_code", FAILED) != FAILED or (earlier and not is_same):
             break
-        count += 1
+        if result or not earlier or earlier.get("turn") == owner.get("turn"):
+            count += 1
     return count
 
 
@@ -105,9 +113,33 @@ def _make_next(run_dir: RunDir) -> int:
         return number
 
 
+def _refuse_if_taken_over(run_dir: RunDir) -> None:
+    """Raise Superseded when another job has made an attempt since this turn of this one began.
+
+    A copy of the run that was cut off and comes back would otherwise claim the newest number, and so pass
+    for the run.
+    """
+    after = os.environ.get("OUTLAST_AFTER_ATTEMPT")
+    if after is None:
+        return
+    for number in run_dir.attempt_numbers():
+        owner = _owner(run_dir, number) if number > int(after) else {}
+        if owner and (owner.get("job"), owner.get("turn")) != (os.environ.get("OUTLAST_JOB"), _turn()):
+            raise Superseded(f"attempt {number} of {owner.get('job')} has taken the run over.")
+
+
+def _turn() -> int:
+    """How often the job was put back in the queue before these workers started."""
+    return int(os.environ.get("OUTLAST_TURN", "0"))
+
+
 def _owner(run_dir: RunDir, attempt: int) -> dict[str, Any]:
+    return _read(run_dir.attempt(attempt) / "OWNER.json")
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
-        return read_json(run_dir.attempt(attempt) / "OWNER.json") or {}
+        return read_json(path) or {}
     except (OSError, ConfigError):
         return {}
 

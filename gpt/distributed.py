@@ -46,21 +46,27 @@ def join(timeout_s: float) -> World:
     timeout = timedelta(seconds=timeout_s)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     backend = "nccl" if has_gpu else "gloo"
-    dist.init_process_group(backend, store=_store(size, timeout), rank=rank, world_size=size, timeout=timeout)
+    dist.init_process_group(
+        backend, store=_store(rank, size, timeout), rank=rank, world_size=size, timeout=timeout
+    )
     control = dist.new_group(backend="gloo", timeout=timeout)
     assert control is not None
-    node = int(os.environ.get("GROUP_RANK", "0"))
+    node = int(os.environ.get("OUTLAST_NODE") or os.environ.get("GROUP_RANK", "0"))
     return World(dist.get_rank(), dist.get_world_size(), local_rank, node, device, control)
 
 
-def _store(size: int, timeout: timedelta) -> Store:
-    """The agent's key-value store, a part of it for each restart.
+def _store(rank: int, size: int, timeout: timedelta) -> Store:
+    """The key-value store in which the ranks find each other, another one after each restart.
 
-    torchrun's static rendezvous keeps one store over restarts, and torch 2.13 no longer separates them: a
-    new worker would find the addresses of the dead and fail to connect.
+    On one node the agent keeps one store over restarts, and torch 2.13 no longer separates them: a new
+    worker would find the addresses of the dead and fail to connect. Over several nodes rank 0 serves a
+    fresh one (launcher.torchrun says why).
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = TCPStore(address, port, size, is_master=False, timeout=timeout)
+    is_agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = TCPStore(address, port, size, is_master=not is_agents and rank == 0, timeout=timeout)
+    if not is_agents:
+        return store
     return PrefixStore(f"restart-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 

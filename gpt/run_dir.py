@@ -70,6 +70,11 @@ class RunDir:
         return self.path / "events.jsonl"
 
     @property
+    def bad_nodes(self) -> Path:
+        """Nodes that failed their check or their run, one line each."""
+        return self.path / "bad_nodes.jsonl"
+
+    @property
     def tracking(self) -> Path:
         """How far the mirror in MLflow has come."""
         return self.path / "tracking.json"

@@ -19,8 +19,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from gpt import record
 from gpt.run_dir import RunDir
-from launcher.node import request_stop
 from launcher.plan import size
+from launcher.requests import request_stop
 from launcher.submit import Job, Outcome, read_outcome, state, submission_folder
 
 _POLL_S = 0.2

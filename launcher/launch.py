@@ -22,10 +22,10 @@ from gpt.run_dir import RunDir, read_json
 from launcher.branch import find_origin, plant
 from launcher.cluster import ClusterConfig
 from launcher.follow import Follower, outcome_of, watch
-from launcher.node import request_stop
 from launcher.plan import plan, table
 from launcher.preflight import Request, examine
 from launcher.recipes import run_tables, with_absolute_paths
+from launcher.requests import request_stop
 from launcher.runs import (
     changed_fields,
     create_run,

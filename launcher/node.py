@@ -1,45 +1,49 @@
 """The task on each node: torchrun as a child, stop requests, and one truthful word about how it ended.
 
 submitit calls `NodeTask` once a node. torchrun's exit code is not to be trusted (it is 1 after a clean stop),
-so the outcome is what rank 0 wrote in the newest attempt's result.json; without one, the job failed. Nothing
-is left behind: the children end with this process, and this process ends with the local controller. It
-trains nothing, imports no torch, and never decides to go on after a result that says not to.
+so the outcome is what rank 0 wrote in the attempt's result.json; without one, the job failed. In Slurm the
+first node decides what follows: a stop that the scheduler asked for (preemption, the time limit) and a
+failure that was not the run's own put the job back in the queue, by our own `scontrol requeue`: Slurm
+requeues only what it had to kill. Nothing is left behind: the children end with this process, and this
+process ends with what started it. It trains nothing, imports no torch, and never goes on after a result
+that says not to.
 """
 
 import os
 import signal
 import subprocess
+import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from data_pipeline.errors import ConfigError, LaunchError
 from gpt import record
 from gpt.config import RunConfig
 from gpt.run_dir import RunDir, read_json, write_json
+from launcher import slurm
 from launcher.cluster import ClusterConfig
-from launcher.processes import adopt_orphans, end_self_with_parent, end_with_parent, kill_descendants
+from launcher.place import Place, find_place, meet
+from launcher.processes import (
+    adopt_orphans,
+    children,
+    end_self_with_parent,
+    end_with_parent,
+    kill_descendants,
+)
+from launcher.requests import clear_turn_stop, request_stop, standing_stop
 from launcher.runs import python_module, read_cluster, read_config
-from launcher.submit import Outcome, outcome_path
+from launcher.submit import Outcome, outcome_path, read_job
+from launcher.torchrun import torchrun_command, worker_environment
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-_FORWARDED = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"  # torchrun would die of the last two, and orphan
-_SHUTDOWN_TIMEOUT_S = 60  # torchrun's wait between passing a signal on and SIGKILL: time for a save
 _POLL_S = 0.1
 _TRACKING_DRAIN_S = 60.0
+_HURRIED_DRAIN_S = 5.0  # a grace time may be running, and the next turn sends what is left
+_TO_BE_KILLED_S = 120.0
 _TAIL_LINES = 20
-
-
-@dataclass(frozen=True)
-class Place:
-    """This node's place in the job, and where the first node listens (port 0: one that is free)."""
-
-    node: int
-    nodes: int
-    address: str
-    port: int
 
 
 @dataclass
@@ -60,46 +64,114 @@ class _Node:
         self.folder = run.submission / submission
         self.config: RunConfig = read_config(run)
         self.cluster: ClusterConfig = read_cluster(run)
-        self.place = find_place(self.cluster)
+        self.place: Place = find_place(self.cluster)
         self.signal_name: str | None = None
+        self.was_signalled = False
         self.stopped_now = False
         self.tracking: subprocess.Popen[bytes] | None = None
+        self.after = max(run.attempt_numbers(), default=0)
 
     def work(self) -> dict[str, Any]:
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
+        signal.signal(signal.SIGCONT, signal.SIG_DFL)  # Slurm sends one before each SIGTERM; submitit logs it
         adopt_orphans()
-        if self.cluster.kind == "local":
-            end_self_with_parent(signal.SIGKILL)  # a job whose controller is gone would pass for dead
-        is_first = self.place.node == 0
-        if is_first:
-            outcome_path(self.folder).unlink(missing_ok=True)
-            if self.config.tracking.enabled:
-                self.tracking = self._start_tracking()
-        earlier = self.run.attempt_numbers()
+        end_self_with_parent(signal.SIGKILL)  # a job whose controller or slurmstepd is gone passes for dead
+        self._remove_leftovers_of_submitit()
+        if not self.place.is_first:
+            return self._help()
+        outcome_path(self.folder).unlink(missing_ok=True)
+        clear_turn_stop(self.run)
+        if (newest := read_job(self.run)) is not None and newest.submission > int(self.folder.name):
+            return self._conclude(Outcome(93, f"submission {newest.submission:04d} took the run over", None))
+        record.event(self.run.events, "turn_started", job=self.place.job, turn=self.place.turn)
+        if self.config.tracking.enabled:
+            self.tracking = self._start_tracking()
         code = self._train()
-        kill_descendants(spare=self.tracking.pid if self.tracking else None)
-        if not is_first:
+        kill_descendants(spare=self._spared())
+        if not self._is_current():
+            # Another copy of the run has started since. Not a file of the run is ours to write any more.
+            print("another job has taken the run over; this one ends without a word", flush=True)
             return {}
-        outcome = self._outcome(code, max(earlier, default=0))
+        outcome = self._outcome(code)
+        exclude = self._bad_nodes(outcome)
+        if self.place.job_id is not None and self._goes_on(outcome, self.place.job_id):
+            return self._requeue(outcome, self.place.job_id, exclude)
+        return self._conclude(outcome)
+
+    def _help(self) -> dict[str, Any]:
+        """The part of every node but the first: train, and fail loudly, so that Slurm ends the others."""
+        code = self._train()
+        kill_descendants()
+        attempt = self._own_attempt()
+        has_result = attempt is not None and (self.run.attempt(attempt) / "result.json").exists()
+        if code != 0 and not has_result and standing_stop(self.run) is None:
+            sys.exit(1)  # srun --kill-on-bad-exit
+        return {}
+
+    def _conclude(self, outcome: Outcome) -> dict[str, Any]:
         # Before the tracker is waited for: a node that is killed meanwhile has ended as it ended.
         write_json(outcome_path(self.folder), asdict(outcome))
         if self.tracking is not None and not self.stopped_now:
-            _drain(self.tracking)
+            _drain(self.tracking, _TRACKING_DRAIN_S)
         kill_descendants()
         return asdict(outcome)
+
+    def _goes_on(self, outcome: Outcome, job_id: str) -> bool:
+        """Whether the job is to start again; says so where somebody has ended it for good."""
+        standing = standing_stop(self.run)
+        is_persons_stop = standing is not None and not standing.get("requeue")
+        if is_persons_stop or self.stopped_now or outcome.exit_code not in (1, 75):
+            return False
+        if outcome.exit_code == 1 and self._failed_turns() >= self.config.launch.max_failures:
+            return False
+        return slurm.is_wanted(job_id)
+
+    def _requeue(self, outcome: Outcome, job_id: str, exclude: Sequence[str]) -> dict[str, Any]:
+        """Put the job back in the queue; Slurm then ends this process."""
+        cause = outcome.cause.splitlines()[0]
+        is_failure = outcome.exit_code == 1
+        record.event(
+            self.run.events,
+            "requeued",
+            job=self.place.job,
+            turn=self.place.turn,
+            cause=cause,
+            failed=is_failure,
+            exclude=list(exclude),
+        )
+        if self.tracking is not None:
+            _drain(self.tracking, _HURRIED_DRAIN_S)
+        kill_descendants()
+        clear_turn_stop(self.run)
+        if slurm.requeue(job_id, exclude):
+            time.sleep(_TO_BE_KILLED_S)
+            return {}
+        ended = Outcome(outcome.exit_code, f"{cause}; the job was ended while it was to be requeued", None)
+        return self._conclude(ended)
+
+    def _failed_turns(self) -> int:
+        """Turns of this job that ended in a failure since the last checkpoint, this one included."""
+        count = 1
+        for line in record.read(self.run.events):
+            match line["event"]:
+                case "checkpoint_saved":
+                    count = 1
+                case "requeued" if line.get("failed") and line.get("job") == self.place.job:
+                    count += 1
+        return count
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         self.signal_name = signal.Signals(number).name
 
     def _train(self) -> int:
         """Run torchrun to its end, turning signals into stop requests; its exit code."""
-        log_path = self.folder / f"node-{self.place.node}.log"
-        environment = worker_environment(self.cluster, dict(os.environ))
-        with log_path.open("ab") as log:
+        endpoint = meet(self.place, self.folder)
+        logs = self.folder / "torchrun" / f"{self.place.turn}-{self.place.node}"
+        with (self.folder / f"node-{self.place.node}.log").open("ab") as log:
             torchrun = subprocess.Popen(
-                torchrun_command(self.run, self.config, self.cluster, self.place, self.folder),
-                env=environment,
+                torchrun_command(self.run, self.config, self.cluster, self.place, endpoint, logs),
+                env=worker_environment(self.cluster, self.place, self.after, dict(os.environ)),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -109,14 +181,26 @@ class _Node:
         while torchrun.poll() is None:
             time.sleep(_POLL_S)
             if self.signal_name is not None:
-                request_stop(self.run, self.signal_name)
+                self._pass_on(self.signal_name, torchrun.pid)
                 self.signal_name = None
             stop = standing_stop(self.run)
             if stop is not None and stop.get("now"):
                 self.stopped_now = True
                 torchrun.kill()
-                kill_descendants(spare=self.tracking.pid if self.tracking else None)
+                kill_descendants(spare=self._spared())
         return torchrun.wait()
+
+    def _pass_on(self, signal_name: str, torchrun: int) -> None:
+        """A signal to this task becomes a stop request, for the workers of all nodes and at once for ours.
+
+        Slurm signals the whole tree of processes or the task alone, by its proctrack plugin.
+        """
+        if not self._is_current():
+            return
+        is_schedulers = self.place.job_id is not None
+        request_stop(self.run, signal_name, requeue=is_schedulers)
+        for worker in children(torchrun):
+            os.kill(worker, signal.SIGTERM)
 
     def _start_tracking(self) -> subprocess.Popen[bytes]:
         with (self.folder / "tracking.log").open("ab") as log:
@@ -129,104 +213,65 @@ class _Node:
                 preexec_fn=end_with_parent(signal.SIGTERM),
             )
 
-    def _outcome(self, torchrun_code: int, newest_before: int) -> Outcome:
-        attempt = max(self.run.attempt_numbers(), default=0)
-        is_ours = attempt > newest_before
-        result_path = self.run.attempt(attempt) / "result.json"
-        result = read_json(result_path) if is_ours else None
-        if result is not None:
-            return Outcome(int(result["exit_code"]), str(result["cause"]), attempt)
+    def _spared(self) -> int | None:
+        return self.tracking.pid if self.tracking else None
+
+    def _is_current(self) -> bool:
+        """Whether no other job, and no later turn of this one, has made an attempt since this turn began."""
+        return not any(
+            (owner := self._owner(number)) is not None and owner != (self.place.job, self.place.turn)
+            for number in self.run.attempt_numbers()
+            if number > self.after
+        )
+
+    def _own_attempt(self) -> int | None:
+        """The newest attempt of this turn."""
+        mine = (self.place.job, self.place.turn)
+        numbers = [number for number in self.run.attempt_numbers() if number > self.after]
+        return next((number for number in reversed(numbers) if self._owner(number) in (mine, None)), None)
+
+    def _owner(self, attempt: int) -> tuple[str, int] | None:
+        owner = read_json(self.run.attempt(attempt) / "OWNER.json")
+        return (owner["job"], owner["turn"]) if owner is not None and owner.get("job") else None
+
+    def _outcome(self, torchrun_code: int) -> Outcome:
+        attempt = self._own_attempt()
+        if attempt is not None:
+            result = read_json(self.run.attempt(attempt) / "result.json")
+            if result is not None:
+                return Outcome(int(result["exit_code"]), str(result["cause"]), attempt)
         if self.stopped_now:
-            outcome = Outcome(1, "stopped at once, without saving, as asked", attempt if is_ours else None)
+            outcome = Outcome(1, "stopped at once, without saving, as asked", attempt)
         else:
             cause = f"the workers ended without a result (torchrun: {torchrun_code})"
             tail = _tail(self.folder / f"node-{self.place.node}.log")
-            outcome = Outcome(1, f"{cause}\n{tail}".rstrip(), attempt if is_ours else None)
-        if is_ours:
-            write_json(result_path, {"exit_code": outcome.exit_code, "cause": outcome.cause})
+            outcome = Outcome(1, f"{cause}\n{tail}".rstrip(), attempt)
+        if attempt is not None:
+            result = {"exit_code": outcome.exit_code, "cause": outcome.cause}
+            write_json(self.run.attempt(attempt) / "result.json", result)
         record.event(self.run.events, "failed", cause=outcome.cause.splitlines()[0])
         return outcome
 
+    def _bad_nodes(self, outcome: Outcome) -> list[str]:
+        """The nodes that this attempt's check has named."""
+        if outcome.attempt is None:
+            return []
+        return [
+            line["node"] for line in record.read(self.run.bad_nodes) if line.get("attempt") == outcome.attempt
+        ]
 
-def standing_stop(run: RunDir) -> dict[str, Any] | None:
-    """The stop request of `run`, if one stands; an empty or garbled file is a plain one."""
-    try:
-        return read_json(run.stop)
-    except ConfigError:
-        return {}
-
-
-def request_stop(run: RunDir, reason: str, *, now: bool = False) -> None:
-    """Ask the workers to save and stop (`now`: to be killed without saving); an earlier request stands."""
-    standing = standing_stop(run)
-    if standing is None or (now and not standing.get("now")):
-        write_json(run.stop, {"reason": reason, "time": time.time(), "now": now})
-
-
-def torchrun_command(
-    run: RunDir, config: RunConfig, cluster: ClusterConfig, place: Place, folder: Path
-) -> list[str]:
-    """torchrun with its c10d rendezvous, which restarts the workers of all nodes together.
-
-    The static rendezvous lets each node restart on its own, and needs a port that is known beforehand.
-    """
-    workers_address = ["--local-addr=127.0.0.1"] if place.nodes == 1 else []  # never a name lookup
-    return python_module(
-        "torch.distributed.run",
-        f"--nnodes={place.nodes}",
-        f"--nproc-per-node={cluster.processes}",
-        "--rdzv-backend=c10d",
-        f"--rdzv-endpoint={place.address}:{place.port}",
-        f"--rdzv-id={run.path.name}",
-        f"--rdzv-conf=is_host={int(place.node == 0)}",
-        *workers_address,
-        f"--max-restarts={config.launch.max_restarts}",
-        "--monitor-interval=0.2",
-        f"--signals-to-handle={_FORWARDED}",
-        f"--shutdown-timeout={_SHUTDOWN_TIMEOUT_S}",
-        f"--log-dir={folder / 'torchrun'}",  # its default is a folder in /tmp that stays behind
-        "-m",
-        "gpt.train",
-        str(run.path),
-    )
+    def _remove_leftovers_of_submitit(self) -> None:
+        """A killed turn's half-written result would fail this one, and a whole one would pass for ours."""
+        if self.place.job_id is not None:
+            for left in self.folder.glob(f"{self.place.job_id}_{self.place.node}_result.*"):
+                left.unlink(missing_ok=True)
 
 
-def worker_environment(cluster: ClusterConfig, inherited: dict[str, str]) -> dict[str, str]:
-    """The environment of the workers: the node's, a share of its cores, and what the cluster file sets."""
-    environment = dict(inherited)
-    if not cluster.gpus_per_node:
-        cores = len(os.sched_getaffinity(0))
-        environment["OMP_NUM_THREADS"] = str(max(1, cores // cluster.processes))
-    elif cluster.kind == "local":
-        # submitit numbers the GPUs from 0, whatever the caller may use.
-        allowed = inherited.get("OUTLAST_CUDA_VISIBLE_DEVICES")
-        if allowed:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(allowed.split(",")[: cluster.gpus_per_node])
-    environment.update(cluster.environment)
-    return environment
-
-
-def find_place(cluster: ClusterConfig) -> Place:
-    """This node's rank, and where the first node listens. Raises LaunchError outside a job."""
-    if cluster.kind == "local":
-        return Place(0, 1, "127.0.0.1", 0)
-    try:
-        node, job_id, node_list = (
-            os.environ[name] for name in ("SLURM_NODEID", "SLURM_JOB_ID", "SLURM_JOB_NODELIST")
-        )
-    except KeyError as error:
-        raise LaunchError(f"not inside a Slurm job: {error} is not set") from None
-    listing = ["scontrol", "show", "hostnames", node_list]
-    hosts = subprocess.run(listing, capture_output=True, text=True, check=True).stdout.split()
-    # Every node computes the same port without talking to another; below the kernel's ephemeral range.
-    return Place(int(node), cluster.nodes, hosts[0], 12_000 + int(job_id) % 18_000)
-
-
-def _drain(tracking: subprocess.Popen[bytes]) -> None:
+def _drain(tracking: subprocess.Popen[bytes], patience_s: float) -> None:
     """Let the mirror send what is left of the record; its failure never matters."""
     tracking.terminate()
     try:
-        tracking.wait(timeout=_TRACKING_DRAIN_S)
+        tracking.wait(timeout=patience_s)
     except subprocess.TimeoutExpired:
         tracking.kill()
 

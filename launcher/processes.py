@@ -47,15 +47,14 @@ def adopt_orphans() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
+def children(parent: int) -> list[int]:
+    """The living processes that `parent` has started, or adopted."""
+    return _families().get(parent, [])
+
+
 def descendants(root: int, spare: int | None = None) -> list[int]:
     """The living processes below `root`, `root` left out, and `spare` with all that is below it."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            fields = _stat(int(entry.name))
-            if fields is not None and fields[0] not in "ZX":
-                children.setdefault(int(fields[1]), []).append(int(entry.name))
-    return list(_below(children, root, spare))
+    return list(_below(_families(), root, spare))
 
 
 def kill_descendants(spare: int | None = None, patience_s: float = 10.0) -> None:
@@ -76,11 +75,22 @@ def kill_descendants(spare: int | None = None, patience_s: float = 10.0) -> None
         time.sleep(0.02)
 
 
-def _below(children: dict[int, list[int]], root: int, spare: int | None) -> Iterator[int]:
-    for child in children.get(root, ()):
+def _families() -> dict[int, list[int]]:
+    """Parent → living children, of all processes here."""
+    families: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            fields = _stat(int(entry.name))
+            if fields is not None and fields[0] not in "ZX":
+                families.setdefault(int(fields[1]), []).append(int(entry.name))
+    return families
+
+
+def _below(families: dict[int, list[int]], root: int, spare: int | None) -> Iterator[int]:
+    for child in families.get(root, ()):
         if child != spare:
             yield child
-            yield from _below(children, child, spare)
+            yield from _below(families, child, spare)
 
 
 def _stat(pid: int) -> list[str] | None:

@@ -7,11 +7,13 @@ same way; only the local executor has been proved so far.
 """
 
 import fcntl
-import shutil
+import os
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -19,6 +21,7 @@ from typing import Any, TextIO
 from data_pipeline.errors import LaunchError
 from gpt import record
 from gpt.run_dir import RunDir, read_json, write_json
+from launcher import slurm
 from launcher.cluster import ClusterConfig
 from launcher.processes import identity
 from launcher.runs import job_environment, python_module, read_cluster
@@ -100,7 +103,7 @@ def state(run: RunDir, job: Job) -> str:
             return "unknown"
         is_alive = job.process is not None and job.pid is not None and identity(job.pid) == job.process
         return "running" if is_alive else "ended"
-    return _slurm_state(job.job_id)
+    return slurm.standings([job.job_id])[job.job_id].word
 
 
 def claim_start(run: RunDir) -> TextIO:
@@ -159,11 +162,10 @@ def slurm_parameters(cluster: ClusterConfig, name: str) -> dict[str, Any]:
         "signal_delay_s": cluster.signal_delay_s,
         "srun_args": ["--kill-on-bad-exit=1"],
     }
-    additional = dict(cluster.sbatch)
+    additional: dict[str, Any] = {"requeue": True, **cluster.sbatch}
     if cluster.reservation is not None:
         additional["reservation"] = cluster.reservation
-    if additional:
-        wanted["additional_parameters"] = additional
+    wanted["additional_parameters"] = additional
     return {key: value for key, value in wanted.items() if value is not None}
 
 
@@ -173,22 +175,27 @@ def _last_submission(run: RunDir) -> int:
     return max((int(entry.name) for entry in run.submission.iterdir() if entry.name.isdigit()), default=0)
 
 
-def _slurm_state(job_id: str) -> str:
-    if shutil.which("squeue") is None:
-        return "unknown"
-    command = ["squeue", "--noheader", "--jobs", job_id, "--format", "%T"]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    if answer.returncode != 0 and "Invalid job id" not in answer.stderr:
-        return "unknown"
-    states = answer.stdout.split()
-    if not states:
-        return "ended"
-    return "running" if states[0] in ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED") else "pending"
+@contextmanager
+def _outside_any_job() -> Iterator[None]:
+    """The environment without the job that this command runs in, if it does: sbatch would inherit it.
+
+    Where Slurm's configuration lies stays, and so do the SBATCH_ variables of somebody on a login node.
+    """
+    if "SLURM_JOB_ID" not in os.environ:
+        yield
+        return
+    from submitit import helpers
+
+    kept = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
+    with helpers.clean_env():
+        os.environ.update(kept)
+        yield
 
 
 def main() -> None:
     """The child of `submit`: hand the node task to submitit and write job.json."""
-    from submitit import LocalExecutor, SlurmExecutor, helpers
+    from submitit import LocalExecutor, SlurmExecutor
+    from submitit.core.utils import FailedJobError
 
     from launcher.node import NodeTask
 
@@ -204,8 +211,11 @@ def main() -> None:
     else:
         executor = SlurmExecutor(folder, max_num_timeout=1_000_000)
         executor.update_parameters(**slurm_parameters(cluster, run.path.name))
-    with helpers.clean_env():
-        submitted = executor.submit(NodeTask(str(run.path), folder.name))
+    try:
+        with _outside_any_job():
+            submitted = executor.submit(NodeTask(str(run.path), folder.name))
+    except FailedJobError as error:
+        sys.exit(str(error))  # sbatch's own words
     is_local = cluster.kind == "local"
     pid = int(submitted.job_id) if is_local else None
     job = Job(

@@ -112,6 +112,7 @@ def test_what_the_file_omits_is_not_asked_of_slurm() -> None:
         "nodes": 2,
         "ntasks_per_node": 1,
         "srun_args": ["--kill-on-bad-exit=1"],
+        "additional_parameters": {"requeue": True},
     }
 
 

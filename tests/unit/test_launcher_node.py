@@ -16,9 +16,11 @@ from gpt import record
 from gpt.run_dir import RunDir, read_json, write_json
 from launcher.cluster import ClusterConfig
 from launcher.follow import outcome_of
-from launcher.node import find_place, request_stop, worker_environment
+from launcher.place import Place, find_place
 from launcher.processes import identity
+from launcher.requests import request_stop
 from launcher.submit import Job, Outcome, read_job, refuse_while_alive, state
+from launcher.torchrun import worker_environment
 from tests.unit.launcher_support import (
     is_alive,
     kill_tree,
@@ -50,6 +52,9 @@ signal.signal(signal.SIGTERM, drain)
 (run.path / "tracking-pid").write_text(str(os.getpid()))
 time.sleep(600)
 """
+
+
+HERE = Place("local-1", 0, 0, 1, "here", "127.0.0.1")
 
 
 @pytest.fixture
@@ -309,19 +314,27 @@ def test_a_local_job_of_another_host_is_unknown_here(tmp_path: Path) -> None:
 def test_workers_on_a_cpu_share_its_cores() -> None:
     cores = len(os.sched_getaffinity(0))
     cluster = ClusterConfig(kind="local", processes_per_node=2)
-    assert worker_environment(cluster, {"A": "b"}) == {"A": "b", "OMP_NUM_THREADS": str(max(1, cores // 2))}
+    environment = worker_environment(cluster, HERE, 3, {"A": "b"})
+    assert environment["OMP_NUM_THREADS"] == str(max(1, cores // 2))
+    assert environment["A"] == "b"
+
+
+def test_a_slurm_node_uses_the_cores_that_slurm_gave_it() -> None:
+    here = Place("slurm-7", 0, 0, 1, "node1", "127.0.0.1", "7")
+    environment = worker_environment(ClusterConfig(kind="slurm"), here, 0, {"SLURM_CPUS_ON_NODE": "1"})
+    assert environment["OMP_NUM_THREADS"] == "1"
 
 
 def test_the_cluster_files_environment_has_the_last_word() -> None:
     cluster = ClusterConfig(kind="local", environment={"OMP_NUM_THREADS": "7", "NCCL_DEBUG": "INFO"})
-    environment = worker_environment(cluster, {"OMP_NUM_THREADS": "3"})
-    assert environment == {"OMP_NUM_THREADS": "7", "NCCL_DEBUG": "INFO"}
+    environment = worker_environment(cluster, HERE, 0, {"OMP_NUM_THREADS": "3"})
+    assert (environment["OMP_NUM_THREADS"], environment["NCCL_DEBUG"]) == ("7", "INFO")
 
 
 def test_local_gpus_are_taken_from_those_that_the_caller_may_use() -> None:
     cluster = ClusterConfig(kind="local", gpus_per_node=2)
     inherited = {"CUDA_VISIBLE_DEVICES": "0,1", "OUTLAST_CUDA_VISIBLE_DEVICES": "5,GPU-7,6"}
-    assert worker_environment(cluster, inherited)["CUDA_VISIBLE_DEVICES"] == "5,GPU-7"
+    assert worker_environment(cluster, HERE, 0, inherited)["CUDA_VISIBLE_DEVICES"] == "5,GPU-7"
 
 
 def test_a_slurm_node_task_outside_slurm_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

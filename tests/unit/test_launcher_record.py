@@ -20,11 +20,11 @@ from launcher.children import tracking_uri, ui
 from launcher.cluster import ClusterConfig
 from launcher.follow import Attendance, Display, Follower, duration, outcome_of
 from launcher.logs import lines, log_files
-from launcher.node import standing_stop
 from launcher.plan import size
 from launcher.preflight import examine
 from launcher.processes import identity
 from launcher.recipes import run_tables
+from launcher.requests import standing_stop
 from launcher.runs import changed_fields, create_run
 from launcher.status import status, table
 from launcher.submit import Job, claim_start, state

@@ -1,0 +1,92 @@
+"""Where a node task stands in its job: which node it is, which turn of the job, and where the nodes meet.
+
+A job that is put back in the queue keeps its id; each time it starts again is a *turn*.
+"""
+
+import os
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline.errors import LaunchError
+from gpt.run_dir import read_json, write_json
+from launcher import slurm
+from launcher.cluster import ClusterConfig
+
+_PORTS = range(12_000, 30_000)  # below the kernel's ephemeral ports, so that no client holds one by chance
+_MEETING_PATIENCE_S = 300.0
+_POLL_S = 0.2
+
+
+@dataclass(frozen=True)
+class Place:
+    """One node of one turn of a job. `name` is what the scheduler calls the machine."""
+
+    job: str
+    turn: int
+    node: int
+    nodes: int
+    name: str
+    address: str
+    job_id: str | None = None  # Slurm's
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this node task speaks for the job."""
+        return self.node == 0
+
+
+def find_place(cluster: ClusterConfig) -> Place:
+    """This node task's place, from the scheduler's environment. Raises LaunchError outside a job."""
+    if cluster.kind == "local":
+        job = os.environ.get("SUBMITIT_LOCAL_JOB_ID", str(os.getpid()))
+        return Place(f"local-{job}", 0, 0, 1, socket.gethostname(), "127.0.0.1")
+    try:
+        node, nodes, job_id, name = (
+            os.environ[key] for key in ("SLURM_NODEID", "SLURM_NNODES", "SLURM_JOB_ID", "SLURMD_NODENAME")
+        )
+    except KeyError as error:
+        raise LaunchError(f"not inside a Slurm job: {error} is not set") from None
+    turn = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    address = slurm.node_address(name) if int(nodes) > 1 else "127.0.0.1"
+    return Place(f"slurm-{job_id}", turn, int(node), int(nodes), name, address, job_id)
+
+
+def meet(place: Place, folder: Path) -> str:
+    """ADDRESS:PORT at which the nodes of this turn rendezvous; one node alone takes any free port.
+
+    The first node starts from a port derived from the job id, takes the next one that is free, and says
+    in `folder`, which all nodes share, which it is. Raises LaunchError when it says nothing.
+    """
+    if place.nodes == 1:
+        return f"{place.address}:0"
+    path = folder / f"meeting-{place.job}-{place.turn}.json"
+    if place.is_first:
+        port = _free_port(place.address, _PORTS[(int(place.job_id or 0) * 7) % len(_PORTS)])
+        write_json(path, {"address": place.address, "port": port})
+    deadline = time.monotonic() + _MEETING_PATIENCE_S
+    while (found := read_json(path) if path.name in _names(folder) else None) is None:
+        if time.monotonic() > deadline:
+            raise LaunchError(
+                f"{place.name} waited {_MEETING_PATIENCE_S:.0f} s for the first node's {path.name}: it did "
+                "not start, or the run directory is not on a file system that all nodes share."
+            )
+        time.sleep(_POLL_S)
+    return f"{found['address']}:{found['port']}"
+
+
+def _names(folder: Path) -> list[str]:
+    """What is in `folder`: NFS caches for a while that a name is missing, but not a listing."""
+    return os.listdir(folder)  # noqa: PTH208 - names alone are wanted
+
+
+def _free_port(address: str, wanted: int) -> int:
+    for port in (*range(wanted, _PORTS.stop), *range(_PORTS.start, wanted)):
+        with socket.socket() as probe:
+            try:
+                probe.bind((address, port))
+            except OSError:
+                continue
+            return int(port)
+    raise LaunchError(f"{address} has no free port between {_PORTS.start} and {_PORTS.stop}")

@@ -1,0 +1,150 @@
+"""What Outlast asks of Slurm's commands: where nodes are, how jobs stand, and to put a job back in the queue.
+
+Every question has a time limit and an answer for "nobody can say": the controller may be restarting, and a
+machine that trains locally has none of these commands. Without accounting sacct fails, so squeue and
+scontrol are asked first.
+"""
+
+import re
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from data_pipeline.errors import LaunchError
+
+_QUESTION_S = 30.0
+_PATIENCE_S = 5.0
+_RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT")
+_FORGOTTEN = "Invalid job id"
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a job stands: "running", "pending", "ended" or "unknown"; Slurm's own word; its reason or nodes."""
+
+    word: str
+    slurm_state: str = ""
+    reason: str = ""
+
+
+def hostnames(node_list: str) -> list[str]:
+    """The nodes of Slurm's short form: `node[1-3]` → node1, node2, node3. Raises LaunchError."""
+    return _require(["scontrol", "show", "hostnames", node_list]).split()
+
+
+def node_address(node: str) -> str:
+    """The IP address of a node: its name's, or where the name is known to Slurm alone, its NodeAddr's."""
+    try:
+        return str(socket.getaddrinfo(node, None, socket.AF_INET)[0][4][0])
+    except OSError:
+        found = re.search(r"NodeAddr=(\S+)", _require(["scontrol", "show", "node", node]))
+        if found is None:
+            raise LaunchError(f"neither this machine nor Slurm knows an address of node {node}") from None
+        return socket.gethostbyname(found.group(1))
+
+
+def job_fields(job_id: str) -> dict[str, str] | None:
+    """What `scontrol show job` says, by field; empty when Slurm has forgotten it, None when it is silent."""
+    answer = _ask(["scontrol", "--oneliner", "show", "job", job_id])
+    if answer is None:
+        return None
+    if answer.returncode != 0:
+        return {} if _FORGOTTEN in answer.stderr else None
+    return dict(re.findall(r"(\S+?)=(\S*)", answer.stdout.splitlines()[0]))
+
+
+def standings(job_ids: Iterable[str]) -> dict[str, Standing]:
+    """How each of these jobs stands, with one question for all of them."""
+    wanted = sorted(set(job_ids))
+    if not wanted:
+        return {}
+    # All of this user's jobs: a list of ids that Slurm has forgotten is an error.
+    answer = _ask(["squeue", "--noheader", "--states=all", "--me", "--format=%i|%T|%r|%N"])
+    if answer is None or answer.returncode != 0:
+        return dict.fromkeys(wanted, Standing("unknown"))
+    rows = {row[0]: row for row in (line.split("|") for line in answer.stdout.splitlines()) if len(row) == 4}
+    return {job_id: _standing(rows[job_id]) if job_id in rows else _elsewhere(job_id) for job_id in wanted}
+
+
+def why_ended(job_id: str) -> str | None:
+    """Slurm's last word on a job that has ended (CANCELLED, TIMEOUT, NODE_FAIL…), while it is remembered."""
+    fields = job_fields(job_id)
+    if fields and "JobState" in fields:
+        return fields["JobState"]
+    answer = _ask(["sacct", "--noheader", "--parsable2", "--allocations", "--format=State", "--jobs", job_id])
+    if answer is None or answer.returncode != 0 or not answer.stdout.strip():
+        return None
+    return answer.stdout.split()[0]
+
+
+def is_wanted(job_id: str) -> bool:
+    """Whether the job has its nodes and nobody has cancelled it; waits for a controller that is away."""
+    while (fields := job_fields(job_id)) is None:
+        time.sleep(_PATIENCE_S)
+    return fields.get("JobState") == "RUNNING"
+
+
+def requeue(job_id: str, exclude: Sequence[str] = ()) -> bool:
+    """Put the running job `job_id` back in the queue, away from the nodes `exclude`; False once it is not
+    running any more. A controller that does not answer is asked again.
+
+    Slurm ends this very process soon after: nothing may be left to do.
+    """
+    while is_wanted(job_id):
+        before = (job_fields(job_id) or {}).get("ExcNodeList", "(null)")
+        answer = _ask(["scontrol", "requeue", job_id])
+        if answer is not None and answer.returncode == 0:
+            if exclude:
+                nodes = sorted({*exclude, *([] if before == "(null)" else hostnames(before))})
+                _ask(["scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(nodes)}"])
+            return True
+        print(f"scontrol requeue {job_id}: {answer.stderr.strip() if answer else 'no answer'}", flush=True)
+        time.sleep(_PATIENCE_S)
+    return False
+
+
+def cancel(job_id: str) -> None:
+    """Take a job out of the queue. Raises LaunchError."""
+    _require(["scancel", job_id])
+
+
+def _standing(row: list[str]) -> Standing:
+    _, state, reason, nodes = row
+    if state in _RUNNING:
+        return Standing("running", state, nodes)
+    if state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "CONFIGURING"):
+        return Standing("pending", state, reason)
+    return Standing("ended", state, reason)
+
+
+def _elsewhere(job_id: str) -> Standing:
+    """A job that is not among this user's: another user's run, or one that Slurm has forgotten."""
+    fields = job_fields(job_id)
+    if fields is None:
+        return Standing("unknown")
+    if not fields:
+        return Standing("ended")
+    return _standing(
+        [job_id, fields.get("JobState", ""), fields.get("Reason", ""), fields.get("NodeList", "")]
+    )
+
+
+def _ask(command: list[str]) -> "subprocess.CompletedProcess[str] | None":
+    """The answer, or None when there is no such command or it does not end in time."""
+    if shutil.which(command[0]) is None:
+        return None
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=_QUESTION_S)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _require(command: list[str]) -> str:
+    answer = _ask(command)
+    if answer is None or answer.returncode != 0:
+        said = answer.stderr.strip() if answer is not None else "no such command here, or no answer in time"
+        raise LaunchError(f"`{' '.join(command)}` failed: {said}")
+    return answer.stdout

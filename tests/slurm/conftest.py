@@ -1,0 +1,186 @@
+"""Runs on a real Slurm: submitted by the command as a user types it, watched through their directories."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpt.run_dir import RunDir, read_json
+from tests.distributed.conftest import Run, make_run
+from tests.distributed.data import small_data_set
+from tests.slurm.cluster import SlurmCluster, missing, processes_naming, wait_for
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 400
+# What every run of these tests is, so that one uninterrupted run is the reference of all.
+FIELDS: dict[str, Any] = {
+    "zero__stage": 2,
+    "schedule__total_steps": STEPS,
+    "checkpoint__every_steps": 50,
+    "evaluation__every_steps": 200,
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reason = missing()
+    for item in items:
+        if "tests/slurm/" in item.path.as_posix():
+            item.add_marker(pytest.mark.slurm)
+            if reason is not None:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    cluster = SlurmCluster(tmp_path_factory.mktemp("slurm"))
+    yield cluster
+    cluster.stop()
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_data_set(tmp_path_factory.mktemp("data") / "kjv")
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> list[float]:
+    """The losses of the same run on two processes, never interrupted."""
+    run = make_run(tmp_path_factory.mktemp("reference") / "run", data_dir, **FIELDS)
+    assert run.train(processes=2)["exit_code"] == 0
+    return run.losses()
+
+
+@dataclass
+class SlurmRun(Run):
+    """A run and its job."""
+
+    cluster: SlurmCluster
+    folder: Path
+
+    def outlast(self, *arguments: str, timeout_s: float = 60) -> "subprocess.CompletedProcess[str]":
+        """The command as a user types it on the login node."""
+        environment = {**self.cluster.environment, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
+        return subprocess.run(
+            [sys.executable, "-c", "from launcher.cli import main; main()", *arguments],
+            cwd=self.folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+        )
+
+    def cluster_file(self, **fields: Any) -> Path:
+        path = self.folder / f"cluster-{len(list(self.folder.glob('cluster-*')))}.toml"
+        table = {"kind": "slurm", "nodes": 2, "partition": "low", "time_limit": "00:30:00", **fields}
+        path.write_text("".join(f"{name} = {_toml(value)}\n" for name, value in table.items()))
+        return path
+
+    def launch(self, *options: str, **fields: Any) -> None:
+        """`outlast launch` on a cluster with `fields`; the run's own config is the one made already."""
+        config = self.folder / "run.toml"
+        done = self.outlast(
+            "launch",
+            str(config),
+            "--cluster",
+            str(self.cluster_file(**fields)),
+            "--run-dir",
+            str(self.dir.path),
+            *options,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1] == str(self.dir.path)
+
+    @property
+    def job_id(self) -> str:
+        job = read_json(self.dir.job)
+        assert job is not None
+        return str(job["job_id"])
+
+    def outcome(self) -> dict[str, Any] | None:
+        newest = max(self.dir.submission.glob("[0-9]*"))
+        return read_json(newest / "outcome.json")
+
+    def wait_for_end(self, timeout_s: float = 240) -> dict[str, Any]:
+        """How the job ended; requeued jobs are started at once on the way."""
+        deadline = time.monotonic() + timeout_s
+        while (outcome := self.outcome()) is None:
+            assert time.monotonic() < deadline, f"waited {timeout_s} s\n{self.logs()}"
+            self.hurry()
+            time.sleep(0.3)
+        return outcome
+
+    def hurry(self) -> None:
+        if "BeginTime" in self.cluster.field(self.job_id, "Reason"):
+            self.cluster.start_at_once(self.job_id)
+
+    def wait_for_turn(self, turn: int, timeout_s: float = 120) -> None:
+        """Return once the job has started again for the `turn`th time."""
+        deadline = time.monotonic() + timeout_s
+        while not any(line["turn"] >= turn for line in self.events("turn_started")):
+            assert time.monotonic() < deadline, f"waited {timeout_s} s\n{self.logs()}"
+            self.hurry()
+            time.sleep(0.3)
+
+    def status(self) -> dict[str, Any]:
+        import json
+
+        done = self.outlast("status", str(self.dir.path), "--json")
+        assert done.returncode == 0, done.stderr
+        row: dict[str, Any] = json.loads(done.stdout)[0]
+        return row
+
+    def logs(self) -> str:
+        files = [
+            *self.dir.submission.glob("*/*.log"),
+            *self.dir.submission.glob("*/*.out"),
+            *self.dir.submission.glob("*/*.err"),
+            self.dir.events,
+        ]
+        files += sorted(self.dir.attempts.glob("*/*/*.log"))
+        return "\n".join(f"== {file}\n{file.read_text()[-3000:]}" for file in files if file.exists())
+
+    def assert_nothing_is_left(self) -> None:
+        """No process of the run lives, once Slurm has cleaned up."""
+        wait_for(lambda: not processes_naming(str(self.dir.path)), 30)
+
+
+@pytest.fixture
+def new_slurm_run(tmp_path: Path, data_dir: Path, cluster: SlurmCluster) -> Iterator[Callable[..., SlurmRun]]:
+    """A run that is not launched yet; its jobs are ended and the cluster is whole again afterwards."""
+    made: list[SlurmRun] = []
+
+    def make(**overrides: Any) -> SlurmRun:
+        folder = tmp_path / f"{len(made)}"
+        folder.mkdir()
+        draft = make_run(folder / "draft", data_dir, **{**FIELDS, **overrides})
+        tables = read_json(draft.dir.config) or {}
+        (folder / "run.toml").write_text(_tables(tables))
+        made.append(SlurmRun(RunDir(folder / "run"), cluster, folder))
+        return made[-1]
+
+    yield make
+    cluster.clear()
+    for run in made:
+        run.assert_nothing_is_left()
+
+
+def _toml(value: Any) -> str:
+    import json
+
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + "}"
+    return json.dumps(value)
+
+
+def _tables(tables: dict[str, Any]) -> str:
+    plain = [f"{name} = {_toml(value)}" for name, value in tables.items() if not isinstance(value, dict)]
+    for name, table in tables.items():
+        if isinstance(table, dict):
+            plain.append(f"[{name}]")
+            plain += [f"{key} = {_toml(value)}" for key, value in table.items() if value is not None]
+    return "\n".join(plain) + "\n"

@@ -1,0 +1,38 @@
+"""Preempted, out of time, cancelled: on a real Slurm, two nodes, ZeRO-2, real training."""
+
+from collections.abc import Callable
+
+from tests.slurm.cluster import SlurmCluster
+from tests.slurm.conftest import STEPS, SlurmRun
+
+NewRun = Callable[..., SlurmRun]
+
+
+def test_an_undisturbed_run_ends_and_equals_the_reference(
+    new_slurm_run: NewRun, reference: list[float]
+) -> None:
+    run = new_slurm_run()
+    run.launch()
+    outcome = run.wait_for_end()
+    assert (outcome["exit_code"], outcome["cause"]) == (0, f"all {STEPS} steps are done")
+    assert run.losses() == reference
+    assert run.status()["state"] == "finished"
+
+
+def test_preempted_within_the_grace_time_no_step_is_lost(
+    new_slurm_run: NewRun, reference: list[float], cluster: SlurmCluster
+) -> None:
+    run = new_slurm_run()
+    run.launch()
+    run.wait_for_step(60)
+    for turn in (1, 2):
+        intruder = cluster.occupy()
+        run.wait(lambda turn=turn: len(run.events("requeued")) == turn, 60)
+        cluster.run("scancel", intruder)
+        run.wait_for_turn(turn)
+        saved = run.events("checkpoint_saved")[-1]["step"]
+        run.wait_for_step(saved + 40)
+        assert run.events("resumed")[-1]["step"] == saved
+    assert run.wait_for_end()["exit_code"] == 0
+    assert run.losses() == reference
+    run.assert_nothing_is_left()
