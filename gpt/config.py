@@ -142,8 +142,21 @@ class LaunchConfig(Section):
     max_failures: Count = Field(
         default=3, description="Attempts in a row without a new checkpoint before the run gives up (exit 93)."
     )
+    node_check: bool = Field(
+        default=True,
+        description="Look at every node before training (devices, speed, clock, versions, memory); in Slurm "
+        "a bad one is named in bad_nodes.jsonl, and the job goes on without it.",
+    )
+    hang_timeout_s: float = Field(
+        default=600.0,
+        gt=0,
+        description="Seconds without a step, an evaluation or a save after which the workers are restarted.",
+    )
     collective_timeout_s: float = Field(
-        default=600.0, gt=0, description="Seconds a rank waits for the others in a collective."
+        default=1200.0,
+        gt=0,
+        description="Seconds a rank waits for the others in a collective; more than hang_timeout_s, so that "
+        "a hang is explained before it is an error.",
     )
 
 

@@ -29,6 +29,7 @@ class World:
     node: int
     device: torch.device
     control: dist.ProcessGroup
+    device_problem: str | None = None  # why this rank has no device, where it should have one
 
     @property
     def is_first(self) -> bool:
@@ -38,10 +39,15 @@ class World:
 
 def join(timeout_s: float) -> World:
     """Join the process group that torchrun's environment describes: NCCL on GPUs, gloo without."""
-    has_gpu = torch.cuda.is_available()
     local_rank = int(os.environ["LOCAL_RANK"])
+    # All ranks must choose the same backend, also where one node has lost its GPUs.
+    wanted = os.environ.get("OUTLAST_GPUS_PER_NODE")
+    has_gpu = torch.cuda.is_available() if wanted is None else wanted != "0"
+    problem = None
+    if has_gpu and local_rank >= torch.cuda.device_count():
+        problem = f"{torch.cuda.device_count()} GPUs are there, {wanted or local_rank + 1} were asked for"
     device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
-    if has_gpu:
+    if has_gpu and problem is None:
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=timeout_s)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -52,7 +58,7 @@ def join(timeout_s: float) -> World:
     control = dist.new_group(backend="gloo", timeout=timeout)
     assert control is not None
     node = int(os.environ.get("OUTLAST_NODE") or os.environ.get("GROUP_RANK", "0"))
-    return World(dist.get_rank(), dist.get_world_size(), local_rank, node, device, control)
+    return World(dist.get_rank(), dist.get_world_size(), local_rank, node, device, control, problem)
 
 
 def _store(rank: int, size: int, timeout: timedelta) -> Store:
@@ -108,6 +114,7 @@ class Tick:
 
     loss_sum: float = 0.0
     scored_ahead: float = 0.0
+    digest: float = 0.0
     stop: float = 0.0
     error: float = 0.0
 

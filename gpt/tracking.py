@@ -49,7 +49,7 @@ class Mirror:
                 Metric(name, float(value), int(line["time"] * 1000), line["step"])
                 for line in batch
                 for name, value in line.items()
-                if name not in ("time", "step") and value is not None
+                if name not in ("time", "step", "data/digest") and value is not None
             ]
             self.client.log_batch(self.run_id, metrics=metrics)
             self._remember(batch[-1]["step"])

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline.batches import BatchReader, EvaluationReader
-from data_pipeline.errors import CheckpointError, OutlastError
+from data_pipeline.errors import CheckpointError, LaunchError, OutlastError
 from data_pipeline.manifest import joint_fingerprint, read_manifest
 from data_pipeline.tokenizer import load_encoding
 from gpt import attempt as attempts
@@ -37,7 +37,9 @@ from gpt.checkpoint.save_load import load_newest, save
 from gpt.checkpoint.writer import remove_leftovers
 from gpt.config import RunConfig
 from gpt.distributed import PendingTick, Tick, World, from_first, join, together, total
+from gpt.heartbeat import Heartbeat
 from gpt.model import GPT, seed_dropout
+from gpt.node_check import check_nodes
 from gpt.prefetch import AHEAD, Prefetcher
 from gpt.run_dir import RunDir
 from gpt.schedule import learning_rate
@@ -62,7 +64,7 @@ def main(path: Path) -> None:
     run_dir = RunDir(path)
     run = RunConfig.model_validate_json(run_dir.config.read_text())
     world = join(run.launch.collective_timeout_s)
-    clock = _Clock(run_dir, world)
+    clock = _Clock(run_dir, world, Heartbeat())
     clock.lap("imports and rendezvous")
     if world.is_first:
         remove_leftovers(run_dir.checkpoints)  # before anything is written: a full disk needs the room
@@ -71,6 +73,9 @@ def main(path: Path) -> None:
         STOP.watch(run_dir.stop)
     try:
         outcome = _give_up(run, run_dir, world, number)
+        if outcome is None and run.launch.node_check:
+            outcome = _leave_bad_nodes(run_dir, world, number)
+            clock.lap("node check")
         outcome = outcome or Trainer(run, run_dir, world, number, clock).train()
     except OutlastError as error:  # agreed upon: every rank raises it
         outcome = Outcome(error.exit_code, str(error))
@@ -95,6 +100,31 @@ def _give_up(run: RunConfig, run_dir: RunDir, world: World, number: int) -> Outc
     )
 
 
+def _leave_bad_nodes(run_dir: RunDir, world: World, number: int) -> Outcome | None:
+    """Look at the nodes; in a job that can be requeued elsewhere a bad one ends the attempt."""
+    found = check_nodes(world, run_dir.attempt(number))
+    if world.is_first:
+        gflops, mb = found.slowest_flops_per_second / 1e9, found.all_reduce_bytes_per_second / 1e6
+        record.event(
+            run_dir.events,
+            "nodes_checked",
+            bad=found.bad,
+            gflops=round(gflops),
+            all_reduce_mb_per_s=round(mb),
+        )
+        for node, reason in found.bad.items():
+            record.append(run_dir.bad_nodes, node=node, reason=reason, attempt=number)
+    said = "; ".join(f"{node}: {reason}" for node, reason in found.bad.items())
+    is_elsewhere = (os.environ.get("OUTLAST_JOB") or "").startswith("slurm-")
+    if found.bad and is_elsewhere:
+        return Outcome(attempts.STOPPED, f"bad nodes: {said}")
+    if world.device_problem is not None:
+        raise LaunchError(world.device_problem)
+    if found.bad and world.is_first:
+        _say(f"warning: {said}")
+    return None
+
+
 def _say(text: str) -> None:
     with suppress(OSError):  # the log may lie on a full disk
         print(text, flush=True)
@@ -103,14 +133,15 @@ def _say(text: str) -> None:
 class _Clock:
     """Names the phases of a start in events.jsonl, from rank 0."""
 
-    def __init__(self, run_dir: RunDir, world: World) -> None:
-        self._run_dir, self._world, self._last = run_dir, world, _STARTED
+    def __init__(self, run_dir: RunDir, world: World, heartbeat: Heartbeat) -> None:
+        self._run_dir, self._world, self._last, self.heartbeat = run_dir, world, _STARTED, heartbeat
 
     def lap(self, name: str) -> None:
         """The phase `name` ends now."""
         now = time.monotonic()
         if self._world.is_first:
             record.event(self._run_dir.events, "phase", name=name, seconds=round(now - self._last, 3))
+        self.heartbeat.beat(0, f"starting, after {name}", is_starting=True)
         self._last = now
 
 
@@ -120,6 +151,7 @@ class Trainer:
     def __init__(self, run: RunConfig, run_dir: RunDir, world: World, number: int, clock: _Clock) -> None:
         """Open the data, build the network, and continue from the newest checkpoint. Collective."""
         self.run, self.run_dir, self.world, self.number, self.clock = run, run_dir, world, number, clock
+        self.heartbeat = clock.heartbeat
         manifests = together(world, lambda: [read_manifest(source.path) for source in run.data.sources])
         self.data_fingerprint = joint_fingerprint(manifests)
         encoding = together(world, lambda: load_encoding(run.data.sources[0].path))
@@ -135,7 +167,14 @@ class Trainer:
         self.start = load_newest(run_dir, self.engine, world, self.data_fingerprint)
         clock.lap("load")
         if world.is_first:
+            reached = record.last(run_dir.metrics)
             complaint = record.cut_back(run_dir.metrics, self.start)
+            if reached is not None and (kept := record.last(run_dir.metrics) or reached):
+                lost = {
+                    "lost_steps": reached["step"] - self.start,
+                    "lost_s": round(time.time() - kept["time"], 1),
+                }
+                record.event(run_dir.events, "continued", step=self.start, **lost)
             if complaint is not None:
                 record.event(run_dir.events, "record_damaged", reason=complaint)
                 _say(f"{run_dir.metrics.name} is not whole: {complaint}")
@@ -156,22 +195,25 @@ class Trainer:
         is_stopping = False
         for step in range(first, last + 1):
             started = time.monotonic()
-            micro_batches = self.batches.get(step).micro_batches
+            self.heartbeat.beat(step - 1, "training", is_starting=step == first)
+            loaded = self.batches.get(step)
             lr = learning_rate(run.schedule, run.optimizer.peak_lr, last, step)
             if run.model.dropout:
                 seed_dropout(run.seed, step, world.rank)
-            loss_sum = train_step(self.engine, micro_batches, lr, self.scored[step])
+            loss_sum = train_step(self.engine, loaded.micro_batches, lr, self.scored[step])
             line = self._line(step, lr, time.monotonic() - started)
             if self.unsettled is not None:
                 is_stopping = self._settle()
-            self._tick(step, float(loss_sum), line)
+            self._tick(step, float(loss_sum), loaded.digest, line)
 
             is_last = step == last
             is_due_evaluation = is_last or step % run.evaluation.every_steps == 0
             is_due_save = is_last or step % run.checkpoint.every_steps == 0
             if not (is_due_evaluation or is_due_save or is_stopping):
                 continue
+            self.heartbeat.beat(step, "evaluation" if is_due_evaluation else "saving")
             is_stopping = self._settle(is_due_evaluation) or is_stopping
+            self.heartbeat.beat(step, "saving")
             if is_due_save or is_stopping:
                 self._save(step, must=is_last or is_stopping)
             if is_stopping and not is_last:
@@ -199,12 +241,12 @@ class Trainer:
             "train/tokens_per_second": self.run.batch.global_batch_tokens / seconds,
         }
 
-    def _tick(self, step: int, loss_sum: float, line: dict[str, float]) -> None:
+    def _tick(self, step: int, loss_sum: float, digest: int, line: dict[str, float]) -> None:
         """Start telling the others how `step` went; `_settle` reads their answer a step later."""
         has_no_data = self.batches.error(step + AHEAD) is not None
         is_broken = has_no_data or (self.world.is_first and is_superseded(self.run_dir, self.number))
         ahead = 0 if has_no_data else self.batches.scored_tokens(step + AHEAD)
-        tick = Tick(loss_sum, ahead, stop=float(STOP.is_requested()), error=float(is_broken))
+        tick = Tick(loss_sum, ahead, float(digest), stop=float(STOP.is_requested()), error=float(is_broken))
         self.unsettled = (step, PendingTick(self.world, tick), line)
 
     def _settle(self, is_due_evaluation: bool = False) -> bool:
@@ -215,6 +257,7 @@ class Trainer:
         if agreed.error:
             together(self.world, lambda: self._raise_what_is_broken(step))
         self.scored[step + AHEAD] = agreed.scored_ahead
+        line["data/digest"] = agreed.digest
         line["train/loss"] = agreed.loss_sum / self.scored.pop(step)
         if is_due_evaluation:
             micro_batch = self.run.batch.micro_batch

@@ -223,28 +223,46 @@ def stop(run_dir: str, now: bool) -> int:
 
 
 @commands.command(
+    short_help="Prove on your cluster that a run survives.",
+    epilog=_example("outlast rehearse gpt2-124m --cluster my-cluster.toml --set data.path=data/mine"),
+)
+@click.argument("run", metavar="RUN")
+@_cluster_option
+@_set_option
+@click.option("--run-dir", type=click.Path(path_type=Path), metavar="DIR", help="Default: among the runs.")
+@click.option(
+    "--steps", type=click.IntRange(min=8), default=24, show_default=True, help="Of each of two runs."
+)
+def rehearse(run: str, cluster: str, overrides: tuple[str, ...], run_dir: Path | None, steps: int) -> int:
+    """Train a short version of RUN twice, one of them killed, resumed and resized, and compare."""
+    from launcher.rehearse import rehearse
+
+    return rehearse(run, cluster, overrides, run_dir, steps)
+
+
+@commands.command(
     short_help="Show runs and how they are doing.",
     epilog=_example("outlast status", "outlast status runs/demo-0001 --json"),
 )
 @click.argument("run_dirs", nargs=-1, metavar="[RUN_DIR…]")
 @click.option("--json", "as_json", is_flag=True, help="A JSON list, one object a run.")
-def status(run_dirs: tuple[str, ...], as_json: bool) -> int:
+@click.option("--watch", is_flag=True, help="Show it again every few seconds, until Ctrl-C.")
+def status(run_dirs: tuple[str, ...], as_json: bool, watch: bool) -> int:
     """Show runs: state, step, loss, speed, last checkpoint, restarts. Default: all of $OUTLAST_RUNS."""
     import json
 
-    from rich.console import Console
-
     from launcher.runs import list_runs, open_run, runs_folder
-    from launcher.status import status, table
+    from launcher.status import Status, show, statuses
 
     runs = [open_run(folder) for folder in run_dirs] or list_runs()
     if as_json:
-        click.echo(json.dumps([status(run).as_json() for run in runs], indent=2))
+        found = statuses(runs)
+        for error in found:
+            if isinstance(error, OutlastError):
+                raise error
+        click.echo(json.dumps([row.as_json() for row in found if isinstance(row, Status)], indent=2))
     elif runs:
-        console = Console()
-        if not console.is_terminal:
-            console.width = 160  # a pipe has no width to keep to
-        console.print(table(runs))
+        show(runs, watch=watch)
     else:
         click.echo(f"no runs in {runs_folder()}", err=True)
     return 0

@@ -35,7 +35,7 @@ from launcher.runs import (
     read_cluster,
     read_config,
 )
-from launcher.submit import Job, claim_start, read_job, refuse_while_alive, state, submit
+from launcher.submit import Job, claim_start, read_job, refuse_while_alive, state, submit, take_out_of_queue
 
 # What a run may change on its way without becoming another run: none of these decides a step's numbers.
 FREE_FIELDS = ("checkpoint.", "evaluation.", "tracking.", "launch.", "zero.stage", "batch.micro_batch")
@@ -124,6 +124,8 @@ def stop(folder: str, *, now: bool) -> int:
     if job is None or state(run, job) == "ended":
         raise LaunchError(f"{folder} is not running. `outlast status {folder}` says how it ended.")
     request_stop(run, "outlast stop --now" if now else "outlast stop", now=now)
+    if job.executor == "slurm" and state(run, job) == "pending":
+        take_out_of_queue(run, job)
     click.echo("ending it without saving" if now else "saving, then stopping", err=True)
     while state(run, job) != "ended":
         time.sleep(0.2 if job.executor == "local" else 5.0)

@@ -15,7 +15,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,6 +26,7 @@ from gpt.config import RunConfig
 from gpt.run_dir import RunDir, read_json, write_json
 from launcher import slurm
 from launcher.cluster import ClusterConfig
+from launcher.hangs import Watch, culprits, gather, report
 from launcher.place import Place, find_place, meet
 from launcher.processes import (
     adopt_orphans,
@@ -94,10 +96,11 @@ class _Node:
             print("another job has taken the run over; this one ends without a word", flush=True)
             return {}
         outcome = self._outcome(code)
-        exclude = self._bad_nodes(outcome)
-        if self.place.job_id is not None and self._goes_on(outcome, self.place.job_id):
-            return self._requeue(outcome, self.place.job_id, exclude)
-        return self._conclude(outcome)
+        if self.place.job_id is None or not self._may_go_on(outcome):
+            return self._conclude(outcome)
+        if slurm.is_wanted(self.place.job_id):
+            return self._requeue(outcome, self.place.job_id)
+        return self._conclude(_cancelled(outcome))
 
     def _help(self) -> dict[str, Any]:
         """The part of every node but the first: train, and fail loudly, so that Slurm ends the others."""
@@ -117,20 +120,22 @@ class _Node:
         kill_descendants()
         return asdict(outcome)
 
-    def _goes_on(self, outcome: Outcome, job_id: str) -> bool:
-        """Whether the job is to start again; says so where somebody has ended it for good."""
+    def _may_go_on(self, outcome: Outcome) -> bool:
+        """Whether the job is to start again, as far as the run itself can say."""
         standing = standing_stop(self.run)
         is_persons_stop = standing is not None and not standing.get("requeue")
-        if is_persons_stop or self.stopped_now or outcome.exit_code not in (1, 75):
+        if is_persons_stop or self.stopped_now:
             return False
-        if outcome.exit_code == 1 and self._failed_turns() >= self.config.launch.max_failures:
-            return False
-        return slurm.is_wanted(job_id)
+        is_failure = outcome.exit_code == 1
+        return outcome.exit_code == 75 or (
+            is_failure and self._failed_turns() < self.config.launch.max_failures
+        )
 
-    def _requeue(self, outcome: Outcome, job_id: str, exclude: Sequence[str]) -> dict[str, Any]:
+    def _requeue(self, outcome: Outcome, job_id: str) -> dict[str, Any]:
         """Put the job back in the queue; Slurm then ends this process."""
         cause = outcome.cause.splitlines()[0]
         is_failure = outcome.exit_code == 1
+        exclude = self._bad_nodes(outcome)
         record.event(
             self.run.events,
             "requeued",
@@ -147,8 +152,7 @@ class _Node:
         if slurm.requeue(job_id, exclude):
             time.sleep(_TO_BE_KILLED_S)
             return {}
-        ended = Outcome(outcome.exit_code, f"{cause}; the job was ended while it was to be requeued", None)
-        return self._conclude(ended)
+        return self._conclude(_cancelled(outcome))
 
     def _failed_turns(self) -> int:
         """Turns of this job that ended in a failure since the last checkpoint, this one included."""
@@ -167,11 +171,13 @@ class _Node:
     def _train(self) -> int:
         """Run torchrun to its end, turning signals into stop requests; its exit code."""
         endpoint = meet(self.place, self.folder)
+        watch = Watch(self.config.launch.hang_timeout_s)
+        environment = worker_environment(self.cluster, self.place, self.after, watch.name, dict(os.environ))
         logs = self.folder / "torchrun" / f"{self.place.turn}-{self.place.node}"
         with (self.folder / f"node-{self.place.node}.log").open("ab") as log:
             torchrun = subprocess.Popen(
                 torchrun_command(self.run, self.config, self.cluster, self.place, endpoint, logs),
-                env=worker_environment(self.cluster, self.place, self.after, dict(os.environ)),
+                env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -183,6 +189,8 @@ class _Node:
             if self.signal_name is not None:
                 self._pass_on(self.signal_name, torchrun.pid)
                 self.signal_name = None
+            if watch.silent(workers := children(torchrun.pid)):
+                self._end_hang(watch, workers)
             stop = standing_stop(self.run)
             if stop is not None and stop.get("now"):
                 self.stopped_now = True
@@ -201,6 +209,23 @@ class _Node:
         request_stop(self.run, signal_name, requeue=is_schedulers)
         for worker in children(torchrun):
             os.kill(worker, signal.SIGTERM)
+
+    def _end_hang(self, watch: Watch, workers: Sequence[int]) -> None:
+        """Find out who holds up the run, write it down, and end our workers: torchrun starts all again."""
+        attempt = self._own_attempt()
+        folder = self.run.attempt(attempt or 0)
+        suspects = watch.suspects(self.place.name, folder / f"node-{self.place.node}")
+        if attempt is not None:
+            report(folder, self.place.node, suspects)
+            everyone, silent_nodes = gather(folder, self.place.nodes)
+            if self.place.is_first:
+                culprit = culprits(everyone, silent_nodes)
+                print(f"no step for {watch.timeout_s:.0f} s: {culprit}", flush=True)
+                record.event(self.run.events, "hang", attempt=attempt, culprit=culprit)
+        for worker in workers:
+            with suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGKILL)
+        watch.forget()
 
     def _start_tracking(self) -> subprocess.Popen[bytes]:
         with (self.folder / "tracking.log").open("ab") as log:
@@ -265,6 +290,10 @@ class _Node:
         if self.place.job_id is not None:
             for left in self.folder.glob(f"{self.place.job_id}_{self.place.node}_result.*"):
                 left.unlink(missing_ok=True)
+
+
+def _cancelled(outcome: Outcome) -> Outcome:
+    return replace(outcome, cause=f"cancelled in Slurm; {outcome.cause}", is_cancelled=True)
 
 
 def _drain(tracking: subprocess.Popen[bytes], patience_s: float) -> None:

@@ -47,6 +47,12 @@ def adopt_orphans() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
+def process_state(pid: int) -> str | None:
+    """The letter of proc(5): R, S, D, T (stopped), Z…; None when there is no such process."""
+    fields = _stat(pid)
+    return fields[0] if fields is not None else None
+
+
 def children(parent: int) -> list[int]:
     """The living processes that `parent` has started, or adopted."""
     return _families().get(parent, [])

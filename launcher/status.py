@@ -7,19 +7,25 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rich.console import Console
+from rich.live import Live
 from rich.table import Table
 
 from data_pipeline.errors import OutlastError
 from gpt.checkpoint.format import committed
 from gpt.run_dir import RunDir
+from launcher import slurm
 from launcher.follow import duration
 from launcher.runs import read_config
-from launcher.submit import Job, Outcome, read_job, read_outcome, state
+from launcher.slurm import Standing
+from launcher.submit import Job, Outcome, read_job, read_outcome, standings
 
 _TAIL_BYTES = 1 << 18  # about a thousand steps
+_WATCH_S = 5.0  # squeue is a shared service
 _OUTCOME_STATES = {0: "finished", 75: "stopped"}
 
 
@@ -29,6 +35,7 @@ class Status:
 
     run_dir: str
     state: str
+    reason: str | None
     cause: str | None
     step: int
     total_steps: int
@@ -38,6 +45,8 @@ class Status:
     tokens_per_second: float | None
     checkpoint_step: int | None
     attempts: int
+    requeues: int
+    lost_s: float
     eta_s: float | None
     updated_at: float | None
     job_id: str | None
@@ -49,17 +58,39 @@ class Status:
 
 def status(run: RunDir) -> Status:
     """The status of one run. Raises OutlastError when its config cannot be read."""
+    [found] = statuses([run])
+    if isinstance(found, OutlastError):
+        raise found
+    return found
+
+
+def statuses(runs: Sequence[RunDir]) -> list["Status | OutlastError"]:
+    """The status of each run, or why it cannot be read; the scheduler is asked once for all."""
+    jobs = [(run, job) for run in runs if (job := read_job(run)) is not None]
+    standing = standings(jobs)
+    found: list[Status | OutlastError] = []
+    for run in runs:
+        try:
+            found.append(_status(run, standing.get(run.path)))
+        except OutlastError as error:
+            found.append(error)
+    return found
+
+
+def _status(run: RunDir, standing: Standing | None) -> Status:
     total_steps = read_config(run).total_steps
     job = read_job(run)
     outcome = read_outcome(run, job) if job is not None else None
-    word = _state(run, job, outcome)
+    word, reason = _state(run, job, outcome, standing)
     line, scored = _last_lines(run)
     step = int(line.get("step", 0))
     is_going = word in ("running", "stopping")
     checkpoints = committed(run.checkpoints)
+    continued, requeued = _events(run, "continued"), _events(run, "requeued")
     return Status(
         run_dir=str(run.path),
         state=word,
+        reason=reason or None,
         cause=outcome.cause if outcome is not None else None,
         step=step,
         total_steps=total_steps,
@@ -69,10 +100,26 @@ def status(run: RunDir) -> Status:
         tokens_per_second=line.get("train/tokens_per_second") if is_going else None,
         checkpoint_step=checkpoints[-1][0] if checkpoints else None,
         attempts=len(run.attempt_numbers()),
+        requeues=len(requeued),
+        lost_s=sum(event.get("lost_s", 0.0) for event in continued),
         eta_s=(total_steps - step) * line["train/step_seconds"] if is_going and line else None,
         updated_at=line.get("time"),
         job_id=job.job_id if job is not None else None,
     )
+
+
+def show(runs: Sequence[RunDir], *, watch: bool) -> None:
+    """The table on standard output; `watch`: again and again in its place, until Ctrl-C."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = 180  # a pipe has no width to keep to
+    if not watch:
+        console.print(table(runs))
+        return
+    with suppress(KeyboardInterrupt), Live(table(runs), console=console, auto_refresh=False) as live:
+        while True:
+            time.sleep(_WATCH_S)
+            live.update(table(runs), refresh=True)
 
 
 def table(runs: Sequence[RunDir]) -> Table:
@@ -81,46 +128,70 @@ def table(runs: Sequence[RunDir]) -> Table:
     for heading in (
         "run",
         "state",
+        "reason",
         "step",
         "loss",
         "val loss",
         "tokens/s",
         "saved",
         "restarts",
+        "lost",
         "left",
         "seen",
     ):
-        result.add_column(heading, justify="left" if heading in ("run", "state") else "right", no_wrap=True)
-    for run in runs:
-        try:
-            now = status(run)
-        except OutlastError as error:
-            result.add_row(run.path.name, f"unreadable: {error}")
+        result.add_column(
+            heading, justify="left" if heading in ("run", "state", "reason") else "right", no_wrap=True
+        )
+    for run, now in zip(runs, statuses(runs), strict=True):
+        if isinstance(now, OutlastError):
+            result.add_row(run.path.name, f"unreadable: {now}")
             continue
         result.add_row(
             run.path.name,
             now.state,
+            now.reason or "",
             f"{now.step}/{now.total_steps}",
             _number(now.loss, ".4f"),
             _number(now.val_loss, ".4f"),
             _number(now.tokens_per_second, ",.0f"),
             _number(now.checkpoint_step, "d"),
             str(max(0, now.attempts - 1)),
+            duration(now.lost_s) if now.lost_s else "–",
             duration(now.eta_s) if now.eta_s is not None else "–",
             f"{duration(time.time() - now.updated_at)} ago" if now.updated_at is not None else "–",
         )
     return result
 
 
-def _state(run: RunDir, job: Job | None, outcome: Outcome | None) -> str:
-    if job is None:
-        return "created" if not run.attempt_numbers() else "copied"
+def _state(
+    run: RunDir, job: Job | None, outcome: Outcome | None, standing: Standing | None
+) -> tuple[str, str]:
+    """The state in a word, and the scheduler's reason (where a job runs, why it waits or has ended)."""
+    if job is None or standing is None:
+        return ("created" if not run.attempt_numbers() else "copied"), ""
     if outcome is not None:
-        return _OUTCOME_STATES.get(outcome.exit_code, "failed")
-    word = state(run, job)
-    if word == "running" and run.stop.exists():
-        return "stopping"
-    return "lost" if word == "ended" else word
+        return "cancelled" if outcome.is_cancelled else _OUTCOME_STATES.get(outcome.exit_code, "failed"), ""
+    if standing.word == "running" and run.stop.exists():
+        return "stopping", standing.reason
+    if standing.word != "ended":
+        return standing.word, standing.reason
+    last_word = (slurm.why_ended(job.job_id) or "") if job.executor == "slurm" else ""
+    return "cancelled" if last_word.startswith("CANCELLED") else "lost", last_word
+
+
+def _events(run: RunDir, name: str) -> list[dict[str, Any]]:
+    """The events of one name; only their lines are parsed."""
+    try:
+        lines = run.events.read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    wanted = f'"event": "{name}"'.encode()
+    found = []
+    for raw in lines:
+        if wanted in raw:
+            with suppress(ValueError):
+                found.append(json.loads(raw))
+    return found
 
 
 def _last_lines(run: RunDir) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,11 +20,13 @@ from typing import Any, TextIO
 
 from data_pipeline.errors import LaunchError
 from gpt import record
+from gpt.checkpoint.format import committed
 from gpt.run_dir import RunDir, read_json, write_json
 from launcher import slurm
 from launcher.cluster import ClusterConfig
 from launcher.processes import identity
 from launcher.runs import job_environment, python_module, read_cluster
+from launcher.slurm import Standing
 
 _LOCAL_TIMEOUT_MIN = 60 * 24 * 365 * 10  # submitit's local default is 2 minutes
 
@@ -50,6 +52,7 @@ class Outcome:
     exit_code: int
     cause: str
     attempt: int | None
+    is_cancelled: bool = False  # in the scheduler, by somebody
 
 
 def submit(run: RunDir, reason: str) -> Job:
@@ -91,19 +94,33 @@ def read_outcome(run: RunDir, job: Job) -> Outcome | None:
 
 
 def state(run: RunDir, job: Job) -> str:
-    """ "running", "pending", "ended", or "unknown" where nobody can say from here.
+    """ "running", "pending", "ended", or "unknown" where nobody can say from here."""
+    return standings([(run, job)])[run.path].word
+
+
+def standings(jobs: Iterable[tuple[RunDir, Job]]) -> dict[Path, Standing]:
+    """How each run's job stands, by run directory; Slurm is asked once for all of them.
 
     A job that has said how it ended is over: what its processes still do (the tracker may take a minute to
     send the rest of the record) stands in nobody's way.
     """
-    if read_outcome(run, job) is not None:
-        return "ended"
-    if job.executor == "local":
-        if job.host != socket.gethostname():
-            return "unknown"
-        is_alive = job.process is not None and job.pid is not None and identity(job.pid) == job.process
-        return "running" if is_alive else "ended"
-    return slurm.standings([job.job_id])[job.job_id].word
+    found, questions = {}, {}
+    for run, job in jobs:
+        if read_outcome(run, job) is not None:
+            found[run.path] = Standing("ended")
+        elif job.executor == "local":
+            found[run.path] = Standing(_local_state(job))
+        else:
+            questions[run.path] = job.job_id
+    answers = slurm.standings(questions.values())
+    return found | {path: answers[job_id] for path, job_id in questions.items()}
+
+
+def _local_state(job: Job) -> str:
+    if job.host != socket.gethostname():
+        return "unknown"
+    is_alive = job.process is not None and job.pid is not None and identity(job.pid) == job.process
+    return "running" if is_alive else "ended"
 
 
 def claim_start(run: RunDir) -> TextIO:
@@ -130,6 +147,25 @@ def refuse_while_alive(run: RunDir) -> None:
             f"{run.path} has a job already ({job.executor} {job.job_id} on {job.host}, {word}). "
             f"`outlast stop {run.path}` ends it; `outlast logs {run.path} --follow` shows it."
         )
+
+
+def without_bad_nodes(run: RunDir, cluster: ClusterConfig) -> ClusterConfig:
+    """`cluster` with the nodes of RUN/bad_nodes.jsonl excluded; who mends one takes its line out."""
+    bad = sorted({str(line["node"]) for line in record.read(run.bad_nodes)})
+    if not bad:
+        return cluster
+    return cluster.model_copy(update={"exclude": ",".join([*filter(None, [cluster.exclude]), *bad])})
+
+
+def take_out_of_queue(run: RunDir, job: Job) -> None:
+    """Cancel a job that waits, and say so in its place. Raises LaunchError when Slurm does not."""
+    slurm.cancel(job.job_id)
+    saved = committed(run.checkpoints)
+    what = f"step {saved[-1][0]} is saved" if saved else "it had not begun"
+    write_json(
+        outcome_path(submission_folder(run, job.submission)),
+        asdict(Outcome(75, f"taken out of the queue; {what}", None)),
+    )
 
 
 def submission_folder(run: RunDir, number: int) -> Path:
@@ -210,7 +246,7 @@ def main() -> None:
         )
     else:
         executor = SlurmExecutor(folder, max_num_timeout=1_000_000)
-        executor.update_parameters(**slurm_parameters(cluster, run.path.name))
+        executor.update_parameters(**slurm_parameters(without_bad_nodes(run, cluster), run.path.name))
     try:
         with _outside_any_job():
             submitted = executor.submit(NodeTask(str(run.path), folder.name))

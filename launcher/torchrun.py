@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from gpt.config import RunConfig
+from gpt.heartbeat import VARIABLE as HEARTBEAT
 from gpt.run_dir import RunDir
 from launcher.cluster import ClusterConfig
 from launcher.place import Place
@@ -43,17 +44,20 @@ def torchrun_command(
 
 
 def worker_environment(
-    cluster: ClusterConfig, place: Place, after: int, inherited: dict[str, str]
+    cluster: ClusterConfig, place: Place, after: int, heartbeat: str, inherited: dict[str, str]
 ) -> dict[str, str]:
     """The environment of the workers: the node's, their place, a share of its cores, the cluster file's.
 
     `after` is the newest attempt before this turn: a later one that is another job's ends these workers.
+    `heartbeat` names the socket at which the node task listens.
     """
     environment = {
         **inherited,
         "OUTLAST_JOB": place.job,
         "OUTLAST_TURN": str(place.turn),
         "OUTLAST_AFTER_ATTEMPT": str(after),
+        HEARTBEAT: heartbeat,
+        "OUTLAST_GPUS_PER_NODE": str(cluster.gpus_per_node),
         "OUTLAST_NODE": str(place.node),
         "OUTLAST_NODE_NAME": place.name,
     }

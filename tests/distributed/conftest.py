@@ -80,9 +80,13 @@ class Run:
             time.sleep(0.02)
 
     def kill_worker(self, rank: int, number: signal.Signals = signal.SIGKILL) -> None:
+        os.kill(self.owner()["workers"][rank]["pid"], number)
+
+    def owner(self) -> dict[str, Any]:
+        """OWNER.json of the newest attempt."""
         owner = read_json(self.dir.attempt(self.dir.attempt_numbers()[-1]) / "OWNER.json")
         assert owner is not None
-        os.kill(owner["workers"][rank]["pid"], number)
+        return owner
 
     def living_workers(self) -> list[int]:
         """Process ids of this run's workers, of any attempt."""

@@ -16,7 +16,7 @@ from tests.distributed.data import small_data_set
 from tests.slurm.cluster import SlurmCluster, missing, processes_naming, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 400
+STEPS = 800
 # What every run of these tests is, so that one uninterrupted run is the reference of all.
 FIELDS: dict[str, Any] = {
     "zero__stage": 2,
@@ -125,6 +125,14 @@ class SlurmRun(Run):
             assert time.monotonic() < deadline, f"waited {timeout_s} s\n{self.logs()}"
             self.hurry()
             time.sleep(0.3)
+
+    def preempt(self) -> None:
+        """Have a job of `high` take the nodes, and give them back once this job has lost them."""
+        turn = int(self.cluster.field(self.job_id, "Restarts"))
+        intruder = self.cluster.occupy()
+        self.wait(lambda: int(self.cluster.field(self.job_id, "Restarts") or turn) > turn, 90)
+        self.cluster.run("scancel", intruder)
+        self.wait_for_turn(turn + 1)
 
     def status(self) -> dict[str, Any]:
         import json

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-from tests.slurm.cluster import SlurmCluster
 from tests.slurm.conftest import STEPS, SlurmRun
 
 NewRun = Callable[..., SlurmRun]
@@ -20,16 +19,14 @@ def test_an_undisturbed_run_ends_and_equals_the_reference(
 
 
 def test_preempted_within_the_grace_time_no_step_is_lost(
-    new_slurm_run: NewRun, reference: list[float], cluster: SlurmCluster
+    new_slurm_run: NewRun, reference: list[float]
 ) -> None:
     run = new_slurm_run()
     run.launch()
     run.wait_for_step(60)
     for turn in (1, 2):
-        intruder = cluster.occupy()
-        run.wait(lambda turn=turn: len(run.events("requeued")) == turn, 60)
-        cluster.run("scancel", intruder)
-        run.wait_for_turn(turn)
+        run.preempt()
+        assert len(run.events("requeued")) == turn
         saved = run.events("checkpoint_saved")[-1]["step"]
         run.wait_for_step(saved + 40)
         assert run.events("resumed")[-1]["step"] == saved

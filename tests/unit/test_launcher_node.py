@@ -314,27 +314,27 @@ def test_a_local_job_of_another_host_is_unknown_here(tmp_path: Path) -> None:
 def test_workers_on_a_cpu_share_its_cores() -> None:
     cores = len(os.sched_getaffinity(0))
     cluster = ClusterConfig(kind="local", processes_per_node=2)
-    environment = worker_environment(cluster, HERE, 3, {"A": "b"})
+    environment = worker_environment(cluster, HERE, 3, "", {"A": "b"})
     assert environment["OMP_NUM_THREADS"] == str(max(1, cores // 2))
     assert environment["A"] == "b"
 
 
 def test_a_slurm_node_uses_the_cores_that_slurm_gave_it() -> None:
     here = Place("slurm-7", 0, 0, 1, "node1", "127.0.0.1", "7")
-    environment = worker_environment(ClusterConfig(kind="slurm"), here, 0, {"SLURM_CPUS_ON_NODE": "1"})
+    environment = worker_environment(ClusterConfig(kind="slurm"), here, 0, "", {"SLURM_CPUS_ON_NODE": "1"})
     assert environment["OMP_NUM_THREADS"] == "1"
 
 
 def test_the_cluster_files_environment_has_the_last_word() -> None:
     cluster = ClusterConfig(kind="local", environment={"OMP_NUM_THREADS": "7", "NCCL_DEBUG": "INFO"})
-    environment = worker_environment(cluster, HERE, 0, {"OMP_NUM_THREADS": "3"})
+    environment = worker_environment(cluster, HERE, 0, "", {"OMP_NUM_THREADS": "3"})
     assert (environment["OMP_NUM_THREADS"], environment["NCCL_DEBUG"]) == ("7", "INFO")
 
 
 def test_local_gpus_are_taken_from_those_that_the_caller_may_use() -> None:
     cluster = ClusterConfig(kind="local", gpus_per_node=2)
     inherited = {"CUDA_VISIBLE_DEVICES": "0,1", "OUTLAST_CUDA_VISIBLE_DEVICES": "5,GPU-7,6"}
-    assert worker_environment(cluster, HERE, 0, inherited)["CUDA_VISIBLE_DEVICES"] == "5,GPU-7"
+    assert worker_environment(cluster, HERE, 0, "", inherited)["CUDA_VISIBLE_DEVICES"] == "5,GPU-7"
 
 
 def test_a_slurm_node_task_outside_slurm_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,163 @@
+"""Silence: finds the workers of this node that make no step any more, and says who holds up the others.
+
+Every worker tells how far it is (gpt/heartbeat.py). When one is silent for too long, each node task writes
+down what its workers were doing: the step, the state of the process, and where in the program it is, from
+stacks that the worker writes to its log. The first node reads all of it and names the culprit. Ending the
+workers, so that torchrun starts them again, is left to the node task.
+"""
+
+import json
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from gpt.run_dir import read_json, write_json
+from launcher.processes import process_state
+
+START_PATIENCE_S = 1800.0  # reading a checkpoint and compiling may take long; steps may not
+_STACKS_S = 1.0
+_GATHER_S = 8.0
+_TAIL_BYTES = 1 << 17
+# Where a rank that waits for the others is, seen from its innermost frame of Python.
+_WAITING = re.compile(r'File ".*(torch/distributed/|deepspeed/comm/|gpt/distributed\.py)')
+
+
+@dataclass(frozen=True)
+class Sign:
+    """The last sign of life of one worker."""
+
+    rank: int
+    pid: int
+    step: int
+    doing: str
+    starting: bool
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """One worker in a hang: how far it came, its state in /proc, the innermost frames of its main thread."""
+
+    rank: int
+    host: str
+    step: int
+    doing: str
+    state: str
+    where: str
+    is_waiting: bool
+
+
+class Watch:
+    """Listens to the workers of one node."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        self.name = f"outlast-{os.getpid()}-{time.monotonic_ns()}"
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        self._socket.bind("\0" + self.name)
+        self._heard: dict[int, tuple[float, Sign]] = {}
+
+    def silent(self, workers: Iterable[int]) -> bool:
+        """Whether one of the processes `workers` has been silent for too long."""
+        with suppress(BlockingIOError):
+            while True:
+                sign = Sign(**json.loads(self._socket.recv(4096)))
+                self._heard[sign.pid] = (time.monotonic(), sign)
+        alive = set(workers)
+        self._heard = {pid: heard for pid, heard in self._heard.items() if pid in alive}
+        return any(
+            time.monotonic() - at
+            > (max(self.timeout_s, START_PATIENCE_S) if sign.starting else self.timeout_s)
+            for at, sign in self._heard.values()
+        )
+
+    def forget(self) -> None:
+        """These workers are dealt with."""
+        self._heard.clear()
+
+    def suspects(self, host: str, logs: Path) -> list[Suspect]:
+        """What each worker of this node is doing; those that can still run write their stacks to `logs`."""
+        marks = {}
+        for pid, (_, sign) in self._heard.items():
+            log = logs / f"rank-{sign.rank:05d}.log"
+            marks[pid] = log.stat().st_size if log.exists() else 0
+            if process_state(pid) not in ("T", "t"):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGQUIT)
+        time.sleep(_STACKS_S)
+        found = []
+        for pid, (_, sign) in self._heard.items():
+            frames = _main_thread(logs / f"rank-{sign.rank:05d}.log", marks[pid])
+            found.append(
+                Suspect(
+                    sign.rank,
+                    host,
+                    sign.step,
+                    sign.doing,
+                    process_state(pid) or "gone",
+                    "; ".join(frames[:3]),
+                    bool(frames) and _WAITING.search(frames[0]) is not None,
+                )
+            )
+        return sorted(found, key=lambda suspect: suspect.rank)
+
+
+def report(folder: Path, node: int, suspects: Sequence[Suspect]) -> None:
+    """Put this node's part where the first node finds it."""
+    write_json(folder / f"hang-node-{node}.json", {"workers": [asdict(suspect) for suspect in suspects]})
+
+
+def gather(folder: Path, nodes: int) -> tuple[list[Suspect], list[int]]:
+    """All nodes' suspects, and the nodes that said nothing in time."""
+    deadline = time.monotonic() + _GATHER_S
+    while True:
+        parts = {node: read_json(folder / f"hang-node-{node}.json") for node in range(nodes)}
+        silent = [node for node, part in parts.items() if part is None]
+        if not silent or time.monotonic() > deadline:
+            break
+        time.sleep(0.2)
+    found = [Suspect(**row) for part in parts.values() if part is not None for row in part["workers"]]
+    return sorted(found, key=lambda suspect: suspect.rank), silent
+
+
+def culprits(suspects: Sequence[Suspect], silent_nodes: Sequence[int]) -> str:
+    """Who holds up the others, in words."""
+    if silent_nodes:
+        return f"node {', '.join(map(str, silent_nodes))} says nothing: its task does not run, or is cut off"
+    stopped = [suspect for suspect in suspects if suspect.state in ("T", "t")]
+    if stopped:
+        return _names(stopped) + " is stopped (state T in /proc)"
+    behind = min(suspect.step for suspect in suspects)
+    late = [suspect for suspect in suspects if suspect.step == behind]
+    if len(late) < len(suspects):
+        return f"{_names(late)} has done {behind} steps, the others more; {late[0].doing}: {late[0].where}"
+    busy = [suspect for suspect in suspects if not suspect.is_waiting]
+    if busy and len(busy) < len(suspects):
+        return (
+            f"{_names(busy)} does not wait for the others, they do for it; {busy[0].doing}: {busy[0].where}"
+        )
+    return f"no rank stands out after step {behind}; the stacks are in the ranks' logs"
+
+
+def _names(suspects: Sequence[Suspect]) -> str:
+    return ", ".join(f"rank {suspect.rank} on {suspect.host}" for suspect in suspects)
+
+
+def _main_thread(log: Path, start: int) -> list[str]:
+    """The frames of the main thread in what faulthandler wrote behind byte `start`, innermost first."""
+    try:
+        with log.open("rb") as file:
+            file.seek(start)
+            text = file.read(_TAIL_BYTES).decode(errors="replace")
+    except FileNotFoundError:
+        return []
+    stacks = re.split(r"^(?:Current thread|Thread) 0x.*$", text, flags=re.MULTILINE)
+    if len(stacks) < 2:
+        return []
+    # faulthandler writes the main thread last.
+    return [line.strip() for line in stacks[-1].splitlines() if line.strip().startswith("File ")]

@@ -1,0 +1,81 @@
+"""How jobs end and go on: the time limit, scancel, stop, resume elsewhere, GraceTime 0."""
+
+from collections.abc import Callable
+
+from tests.slurm.cluster import SlurmCluster
+from tests.slurm.conftest import STEPS, SlurmRun
+
+NewRun = Callable[..., SlurmRun]
+
+
+def test_without_a_grace_time_a_preemption_costs_what_came_after_the_last_checkpoint(
+    new_slurm_run: NewRun, reference: list[float]
+) -> None:
+    run = new_slurm_run()
+    run.launch(partition="harsh")
+    run.wait_for_step(60)
+    run.preempt()
+    run.wait(lambda: bool(run.events("resumed")))
+    assert run.events("resumed")[0]["step"] >= 50
+    assert run.wait_for_end()["exit_code"] == 0
+    assert run.losses() == reference
+
+
+def test_a_job_that_needs_longer_than_its_time_limit_takes_several_turns(
+    new_slurm_run: NewRun, reference: list[float]
+) -> None:
+    # Evaluating at every step takes time and leaves the losses as they are.
+    run = new_slurm_run(checkpoint__every_steps=1000, evaluation__every_steps=1, evaluation__tokens=10**6)
+    run.launch(time_limit="00:02:00", signal_delay_s=30)  # Slurm may signal a minute early
+    assert run.wait_for_end(timeout_s=400)["exit_code"] == 0
+    assert run.losses() == reference
+    causes = [line["cause"] for line in run.events("requeued")]
+    assert causes
+    assert all("SIGUSR2" in cause for cause in causes)
+
+
+def test_scancel_ends_a_run_for_good(new_slurm_run: NewRun, cluster: SlurmCluster) -> None:
+    run = new_slurm_run()
+    run.launch()
+    run.wait_for_step(20)
+    cluster.run("scancel", run.job_id)
+    outcome = run.wait_for_end()
+    assert outcome["exit_code"] == 75
+    assert "cancelled in Slurm" in outcome["cause"]
+    assert run.events("requeued") == []
+    assert run.status()["state"] == "cancelled"
+
+
+def test_stop_saves_and_resume_goes_on_with_one_node_and_with_three(new_slurm_run: NewRun) -> None:
+    run = new_slurm_run(batch__global_batch_tokens=12 * 32, batch__micro_batch=2)
+    run.launch()
+    run.wait_for_step(20)
+    for nodes in (1, 3):
+        done = run.outlast("stop", str(run.dir.path))
+        assert done.returncode == 0, done.stderr
+        outcome = run.outcome()
+        assert outcome is not None
+        assert outcome["exit_code"] == 75
+        assert run.status()["state"] == "stopped"
+        stopped = run.events("checkpoint_saved")[-1]["step"]
+        again = run.outlast("resume", str(run.dir.path), "--cluster", str(run.cluster_file(nodes=nodes)))
+        assert again.returncode == 0, again.stderr
+        run.wait_for_step(stopped + 20)
+        assert run.events("attempt_started")[-1]["world_size"] == nodes
+        assert run.events("resumed")[-1]["step"] == stopped
+    assert run.wait_for_end()["exit_code"] == 0
+    assert len(run.losses()) == STEPS
+
+
+def test_a_job_that_waits_in_the_queue_is_taken_out_by_stop(
+    new_slurm_run: NewRun, cluster: SlurmCluster
+) -> None:
+    intruder = cluster.occupy()
+    run = new_slurm_run()
+    run.launch()
+    row = run.status()
+    assert (row["state"], row["reason"]) == ("pending", "Resources")
+    done = run.outlast("stop", str(run.dir.path))
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (0, "taken out of the queue; it had not begun")
+    assert run.status()["state"] == "stopped"
+    cluster.run("scancel", intruder)

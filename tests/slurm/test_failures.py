@@ -1,0 +1,182 @@
+"""Workers, nodes and controllers that die: on a real Slurm, two nodes, ZeRO-2, real training."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+from launcher.processes import descendants
+from tests.slurm.cluster import SlurmCluster, wait_for
+from tests.slurm.conftest import SlurmRun
+
+NewRun = Callable[..., SlurmRun]
+
+
+def test_a_killed_worker_is_restarted_inside_the_job(new_slurm_run: NewRun, reference: list[float]) -> None:
+    run = new_slurm_run()
+    run.launch()
+    for rank, step in ((1, 60), (0, 110)):
+        run.wait_for_step(step)
+        run.kill_worker(rank)
+        attempts = len(run.events("attempt_started"))
+        run.wait(lambda before=attempts: len(run.events("attempt_started")) > before)
+    assert run.wait_for_end()["exit_code"] == 0
+    assert run.losses() == reference
+    assert run.events("requeued") == []
+    assert [line["turn"] for line in run.events("turn_started")] == [0]
+
+
+def test_a_lost_node_costs_its_job_what_came_after_the_last_checkpoint(
+    new_slurm_run: NewRun, reference: list[float], cluster: SlurmCluster
+) -> None:
+    run = new_slurm_run()
+    run.launch()
+    run.wait_for_step(60)
+    node, daemons = step_daemon(run, rank=1)
+    cluster.kill_node(node)
+    for pid in daemons:
+        os.kill(pid, signal.SIGKILL)
+    run.wait_for_turn(1)
+    assert run.wait_for_end()["exit_code"] == 0
+    assert run.losses() == reference
+    assert node not in cluster.field(run.job_id, "NodeList") or node in cluster.nodes[:2]
+
+
+def test_workers_left_alive_on_a_lost_node_find_that_they_are_no_longer_the_run(
+    new_slurm_run: NewRun, reference: list[float], cluster: SlurmCluster
+) -> None:
+    run = new_slurm_run()
+    run.launch(nodes=1)
+    run.wait_for_step(60)
+    node, daemons = step_daemon(run, rank=0)
+    everything = [pid for daemon in daemons for pid in (*descendants(daemon), daemon)]
+    for pid in everything:  # cut off, as by a network that is gone for a while
+        os.kill(pid, signal.SIGSTOP)
+    cluster.kill_node(node)
+    run.wait_for_turn(1)
+    run.wait(lambda: len(run.events("attempt_started")) == 2)
+    run.wait_for_step(120)
+    for pid in reversed(everything):
+        os.kill(pid, signal.SIGCONT)
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in everything[:-1]), 60)
+    assert run.wait_for_end()["exit_code"] == 0
+    assert run.losses() == run_alone(reference, run)
+
+
+def test_the_controller_may_be_away(
+    new_slurm_run: NewRun, reference: list[float], cluster: SlurmCluster
+) -> None:
+    run = new_slurm_run()
+    run.launch()
+    run.wait_for_step(30)
+    cluster.stop_controller()
+    attempt = len(run.events("attempt_started"))
+    run.wait_for_step(60)
+    # A signal that only the task gets: what Slurm does with proctrack/cgroup.
+    os.kill(task_pid(run, node=0), signal.SIGTERM)
+    run.wait(lambda: bool(run.events("stopped")))
+    subprocess.run(["sleep", "8"], check=True)  # the first questions stay without an answer
+    assert len(run.events("attempt_started")) == attempt
+    cluster.start_controller()
+    run.wait_for_turn(1)
+    assert run.wait_for_end()["exit_code"] == 0
+    assert run.losses() == reference
+
+
+def test_a_crash_loop_is_ended_and_not_requeued(new_slurm_run: NewRun) -> None:
+    run = new_slurm_run(launch__max_failures=3)
+    run.launch()
+    for attempt in (1, 2, 3):
+        run.wait(lambda number=attempt: len(run.events("attempt_started")) >= number)
+        run.kill_worker(1)
+    outcome = run.wait_for_end()
+    assert outcome["exit_code"] == 93
+    assert "3 attempts in a row ended without a new checkpoint" in outcome["cause"]
+    assert run.events("requeued") == []
+    assert run.status()["state"] == "failed"
+
+
+def test_a_stopped_rank_is_named_and_the_workers_start_again(
+    new_slurm_run: NewRun, reference: list[float]
+) -> None:
+    run = new_slurm_run(launch__hang_timeout_s=6)
+    run.launch()
+    run.wait_for_step(60)
+    run.kill_worker(1, signal.SIGSTOP)
+    run.wait(lambda: bool(run.events("hang")))
+    [hang] = run.events("hang")
+    host = run.owner()["workers"][1]["host"]
+    assert hang["culprit"] == f"rank 1 on {host} is stopped (state T in /proc)"
+    [log] = run.dir.attempt(1).glob("node-*/rank-00000.log")
+    assert "most recent call first" in log.read_text()
+    assert run.wait_for_end()["exit_code"] == 0
+    assert run.losses() == reference
+
+
+def test_a_rank_that_does_not_come_to_the_collective_is_named(
+    new_slurm_run: NewRun, reference: list[float]
+) -> None:
+    run = new_slurm_run(launch__hang_timeout_s=6)
+    run.launch()
+    run.wait(run.dir.submission.exists)
+    step = run.dir.code / "gpt" / "step.py"
+    step.write_text(step.read_text() + SLEEPING_RANK.format(once=run.dir.path / "slept"))
+    run.wait(lambda: bool(run.events("hang")))
+    [hang] = run.events("hang")
+    assert hang["culprit"].startswith("rank 1 on ")
+    assert "in sleeping_step" in hang["culprit"]
+    assert run.wait_for_end()["exit_code"] == 0
+    assert run.losses() == reference
+
+
+# What a bug on one rank would do, once: it never comes to the collective in which the others wait.
+SLEEPING_RANK = """
+import os, time
+from pathlib import Path
+_real_step, _steps = train_step, []
+def sleeping_step(*arguments):
+    _steps.append(1)
+    if len(_steps) == 30 and os.environ["RANK"] == "1" and not Path("{once}").exists():
+        Path("{once}").touch()
+        time.sleep(1000)
+    return _real_step(*arguments)
+train_step = sleeping_step
+"""
+
+
+def step_daemon(run: SlurmRun, rank: int) -> tuple[str, list[int]]:
+    """The node of `rank`, and its slurmstepd processes for this job's step (not the batch script's)."""
+    owner = run.owner()
+    worker = owner["workers"][rank]
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            name = (entry / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if name.startswith(b"slurmstepd: [") and worker["pid"] in descendants(int(entry.name)):
+            found.append(int(entry.name))
+    assert found
+    return worker["host"], found
+
+
+def task_pid(run: SlurmRun, node: int) -> int:
+    """The node task: submitit's process on `node`."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (entry / "cmdline").read_bytes()
+            variables = (entry / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        is_task = b"submitit.core._submit" in words and not words.startswith(b"srun")
+        if is_task and str(run.dir.path).encode() in words and f"SLURM_NODEID={node}".encode() in variables:
+            return int(entry.name)
+    raise AssertionError("no node task")
+
+
+def run_alone(reference: list[float], run: SlurmRun) -> list[float]:
+    """One node's losses differ from two nodes' in the last bits; the steps must be whole."""
+    losses = run.losses()
+    assert all(abs(mine - theirs) < 1e-3 for mine, theirs in zip(losses, reference, strict=True))
+    return losses
