@@ -17,6 +17,7 @@ TORCH_FREE_IN_GPT = (
     "gpt.huggingface",
     "gpt.run_dir",
     "gpt.record",
+    "gpt.heartbeat",
     "gpt.flops",
     "gpt.checkpoint.format",
 )
