@@ -81,21 +81,43 @@ class OptimizerConfig(Section):
 class ScheduleConfig(Section):
     """Learning rate as a function of the step."""
 
-    name: Literal["cosine", "linear", "constant"] = Field(
-        default="cosine", description="Shape after the warmup."
+    name: Literal["cosine", "linear", "constant", "inverse_sqrt", "wsd"] = Field(
+        default="cosine",
+        description="Shape after the warmup; inverse_sqrt is Vaswani's (2017), wsd stays at the peak until the "
+        "last decay_steps, which `outlast launch --from` can begin at any checkpoint.",
     )
     warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warmup to the peak.")
+    decay_steps: int = Field(default=0, ge=0, description="wsd: steps of the decay at the end of the run.")
+    decay: Literal["sqrt", "linear"] = Field(
+        default="sqrt", description="wsd: the decay falls as 1 - √t or as a line."
+    )
     total_steps: Count | None = Field(default=None, description="Steps of the run; or give total_tokens.")
     total_tokens: Count | None = Field(
         default=None, description="Tokens of the run, rounded up to whole steps; or give total_steps."
     )
-    final_lr_fraction: Fraction = Field(default=0.1, description="Last learning rate over the peak.")
+    final_lr_fraction: Fraction = Field(
+        default=0.1, description="Last learning rate over the peak; constant and inverse_sqrt have none."
+    )
 
     @model_validator(mode="after")
     def _one_total(self) -> Self:
         if (self.total_steps is None) == (self.total_tokens is None):
             raise ValueError(
                 "schedule: exactly one of schedule.total_steps and schedule.total_tokens is needed."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _shape_fits(self) -> Self:
+        if self.name == "inverse_sqrt" and not self.warmup_steps:
+            raise ValueError(
+                "schedule.name = 'inverse_sqrt' falls from the end of the warmup on and needs "
+                "schedule.warmup_steps of at least 1; Vaswani et al. used 4000."
+            )
+        if self.decay_steps and self.name != "wsd":
+            raise ValueError(
+                f"schedule.decay_steps = {self.decay_steps} has no effect with schedule.name = {self.name!r}; "
+                "remove it, or set schedule.name = 'wsd'."
             )
         return self
 
@@ -216,6 +238,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"schedule.warmup_steps = {self.schedule.warmup_steps} is more than the run's "
                 f"{self.total_steps} steps."
+            )
+        if self.schedule.warmup_steps + self.schedule.decay_steps > self.total_steps:
+            raise ValueError(
+                f"schedule.warmup_steps = {self.schedule.warmup_steps} and schedule.decay_steps = "
+                f"{self.schedule.decay_steps} are more than the run's {self.total_steps} steps."
             )
         return self
 
