@@ -83,8 +83,8 @@ class ScheduleConfig(Section):
 
     name: Literal["cosine", "linear", "constant", "inverse_sqrt", "wsd"] = Field(
         default="cosine",
-        description="Shape after the warmup; inverse_sqrt is Vaswani's (2017), wsd stays at the peak until the "
-        "last decay_steps, which `outlast launch --from` can begin at any checkpoint.",
+        description="Shape after the warmup; inverse_sqrt is Vaswani's (2017), wsd stays at the peak until "
+        "the last decay_steps, which `outlast launch --from` can begin at any checkpoint.",
     )
     warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warmup to the peak.")
     decay_steps: int = Field(default=0, ge=0, description="wsd: steps of the decay at the end of the run.")
@@ -116,8 +116,8 @@ class ScheduleConfig(Section):
             )
         if self.decay_steps and self.name != "wsd":
             raise ValueError(
-                f"schedule.decay_steps = {self.decay_steps} has no effect with schedule.name = {self.name!r}; "
-                "remove it, or set schedule.name = 'wsd'."
+                f"schedule.decay_steps = {self.decay_steps} has no effect where schedule.name = "
+                f"{self.name!r}. Remove it, or set schedule.name = 'wsd'."
             )
         return self
 
