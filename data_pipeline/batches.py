@@ -5,8 +5,7 @@ Nothing is carried from one batch to the next but open files and a memo, so any 
 time. Needs numpy alone.
 """
 
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from data_pipeline.errors import DataError, DataExhausted
 from data_pipeline.manifest import read_manifest
 from data_pipeline.mixture import Mixture
+from data_pipeline.skip_list import Ranges, SkipList
 from data_pipeline.stream import TokenStream
 
 # B sequences, T context. The order is looked up this many sequences at a time: a lookup costs 0.1 ms of
@@ -104,7 +104,7 @@ class BatchReader:
         self._mixture = Mixture(windows, [weight for _, weight in sources], seed)
         self._max_epochs = max_epochs
         self._limit = None if max_epochs is None else self._mixture.length(max_epochs)
-        self._skipped = _Skipped(skipped)
+        self._skipped = SkipList(skipped)
         self._memo: tuple[int, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]] | None = None
 
     def batch(self, step: int, rank: int, world_size: int) -> Batch:
@@ -128,21 +128,31 @@ class BatchReader:
 
     def epochs_at(self, step: int) -> float:
         """How often the source that is read most has been read once step `step` is done."""
-        return max(self._mixture.epochs(self._numbers_until(step)))
+        return max(self._mixture.epochs(self.numbers_behind(step)))
 
     def counts_at(self, step: int) -> list[int]:
         """How many sequences of each source are behind step `step`; skipped ones count as read."""
-        return self._mixture.counts(self._numbers_until(step))
+        return self._mixture.counts(self.numbers_behind(step))
 
-    def _numbers_until(self, step: int) -> int:
-        used = step * self._global_batch
-        return self._skipped.number(used - 1) + 1 if used else 0
+    def numbers_behind(self, step: int) -> int:
+        """How many sequence numbers are used or passed over once step `step` is done."""
+        return self._skipped.numbers_behind(step * self._global_batch)
+
+    @property
+    def skipped(self) -> Ranges:
+        """The ranges [first, stop) of sequence numbers that are passed over, in order."""
+        return self._skipped.ranges
+
+    def skip(self, ranges: Iterable[tuple[int, int]], step: int) -> None:
+        """Pass over `ranges` too after `step`. Raises ConfigError for one that begins before."""
+        self._skipped = self._skipped.extended(ranges, step, step * self._global_batch)
+        self._memo = None
 
     def _require(self, step: int) -> None:
         if self._limit is None:
             return
         length, source = self._limit
-        if self._numbers_until(step) > length:
+        if self.numbers_behind(step) > length:
             raise DataExhausted(
                 f"step {step} would read {self._folders[source]} more than data.max_epochs = "
                 f"{self._max_epochs:g} times; prepare more text, train fewer steps, or raise data.max_epochs"
@@ -240,29 +250,3 @@ class _BatchBuilder:
         is_end[:, -1] = True
         ends = np.flatnonzero(is_end) + 1
         return Batch(self._tokens, ends.astype(np.int32), scored, numbers)
-
-
-class _Skipped:
-    """Ranges of sequence numbers that are passed over, O(log ranges) a lookup."""
-
-    def __init__(self, ranges: Sequence[tuple[int, int]]) -> None:
-        self._places: list[int] = []  # of the first number after each range, in the order of use
-        self._before: list[int] = [0]  # numbers skipped up to there
-        behind = 0
-        for first, stop in sorted(ranges):
-            if not 0 <= first < stop:
-                raise ValueError(f"skipped range [{first}, {stop})")
-            first = max(first, behind)
-            if first < stop:
-                self._places.append(first - self._before[-1])
-                self._before.append(self._before[-1] + stop - first)
-                behind = stop
-
-    def number(self, place: int) -> int:
-        """The sequence number that is used in place `place`."""
-        return place + self._before[bisect_right(self._places, place)]
-
-    def numbers(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The sequence numbers that are used in `places`."""
-        index = np.searchsorted(np.array(self._places, dtype=np.int64), places, side="right")
-        return places + np.array(self._before, dtype=np.int64)[index]

@@ -37,6 +37,11 @@ class DataConfig(Section):
         gt=0,
         description="Stop with an error before a source is read more often. Default: no limit.",
     )
+    skip: tuple[tuple[int, int], ...] = Field(
+        default=(),
+        description="Ranges [first, stop) of sequence numbers that are passed over, such as those of a loss "
+        "spike. A run may gain some on resume, from the resumed step on.",
+    )
     verify: Literal["sizes", "full"] = Field(
         default="sizes",
         description="What is checked before a launch: sizes and headers of all files, or every byte of them; "
@@ -55,6 +60,9 @@ class DataConfig(Section):
                 "data: exactly one of data.path and data.mixture is needed, for example "
                 'path = "data/fineweb". `outlast prepare` makes a data directory from raw text.'
             )
+        for first, stop in self.skip:
+            if not 0 <= first < stop:
+                raise ValueError(f"data.skip: [{first}, {stop}] is no range: it needs 0 <= first < stop.")
         return self
 
 

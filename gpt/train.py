@@ -29,6 +29,7 @@ import torch.distributed as dist
 from data_pipeline.batches import BatchReader, EvaluationReader
 from data_pipeline.errors import CheckpointError, LaunchError, OutlastError
 from data_pipeline.manifest import joint_fingerprint, read_manifest
+from data_pipeline.skip_list import Ranges
 from data_pipeline.tokenizer import load_encoding
 from gpt import attempt as attempts
 from gpt import record
@@ -164,7 +165,9 @@ class Trainer:
         clock.lap("model")
         self.engine = Engine(self.model, run, world)
         clock.lap("engine")
-        self.start = load_newest(run_dir, self.engine, world, self.data_fingerprint)
+        resumed = load_newest(run_dir, self.engine, world, self.data_fingerprint)
+        self.start = resumed.step if resumed is not None else 0
+        together(world, lambda: self._skip(resumed.skipped if resumed is not None else ()))
         clock.lap("load")
         if world.is_first:
             reached = record.last(run_dir.metrics)
@@ -185,6 +188,11 @@ class Trainer:
         self.scored: dict[int, float] = {}  # scored tokens over all ranks, of the steps that come next
         self.unsettled: tuple[int, PendingTick, dict[str, float]] | None = None
         self.unwritten: list[dict[str, float]] = []  # lines that a full disk did not take yet
+
+    def _skip(self, before: Ranges) -> None:
+        """Pass over the sequences that the checkpoint's run did, and those that the config names since."""
+        self.reader.skip(before, 0)
+        self.reader.skip(self.run.data.skip, self.start)
 
     def train(self) -> Outcome:
         """Take the steps that are left, or those until a stop request."""
@@ -258,6 +266,7 @@ class Trainer:
             together(self.world, lambda: self._raise_what_is_broken(step))
         self.scored[step + AHEAD] = agreed.scored_ahead
         line["data/digest"] = agreed.digest
+        line["data/sequences_behind"] = self.reader.numbers_behind(step)
         line["train/loss"] = agreed.loss_sum / self.scored.pop(step)
         if is_due_evaluation:
             micro_batch = self.run.batch.micro_batch
@@ -301,6 +310,7 @@ class Trainer:
                 step=step,
                 attempt=self.number,
                 data_fingerprint=self.data_fingerprint,
+                skipped=self.reader.skipped,
             )
         except Superseded:
             raise

@@ -67,7 +67,10 @@ def plant(origin: Origin, run: RunDir, data_fingerprint: str) -> None:
     temporary.mkdir()
     for entry in origin.index.files:
         _share(origin.folder / entry.name, temporary / entry.name)
-    index = origin.index.model_copy(update={"data_fingerprint": data_fingerprint, "attempt": 0})
+    # Sequence numbers of other data mean nothing here.
+    skipped = origin.index.skipped if origin.index.data_fingerprint == data_fingerprint else ()
+    changes = {"data_fingerprint": data_fingerprint, "attempt": 0, "skipped": skipped}
+    index = origin.index.model_copy(update=changes)
     write_durably(temporary / INDEX_NAME, index.dumps())
     temporary.rename(run.checkpoints / step_name(origin.index.step))
     fsync_folder(run.checkpoints)

@@ -7,6 +7,7 @@ touched. Training itself happens in processes that outlive the command.
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,8 +17,10 @@ from data_pipeline.config_file import with_overrides
 from data_pipeline.durable import fsync_folder
 from data_pipeline.errors import ConfigError, LaunchError
 from data_pipeline.manifest import joint_fingerprint
+from data_pipeline.skip_list import SkipList
 from gpt import record
-from gpt.checkpoint.format import committed
+from gpt.checkpoint.format import Corrupt, committed, read_index
+from gpt.config import RunConfig
 from gpt.run_dir import RunDir, read_json
 from launcher.branch import find_origin, plant
 from launcher.cluster import ClusterConfig
@@ -40,7 +43,7 @@ from launcher.submit import Job, claim_start, read_job, refuse_while_alive, stat
 # What a run may change on its way without becoming another run: none of these decides a step's numbers.
 FREE_FIELDS = ("checkpoint.", "evaluation.", "tracking.", "launch.", "zero.stage", "batch.micro_batch")
 # These do, from the step on at which they change.
-WARNED_FIELDS = ("schedule.total_steps", "schedule.total_tokens", "data.max_epochs")
+WARNED_FIELDS = ("schedule.total_steps", "schedule.total_tokens", "data.max_epochs", "data.skip")
 
 
 def launch(
@@ -108,6 +111,9 @@ def _resume(
         click.echo(f"finished already: step {newest} of {request.config.total_steps}", err=True)
         click.echo(run.path)
         return 0
+    if "data.skip" in changes:
+        folder = dict(checkpoints).get(newest if step is None else step)
+        _refuse_late_skips(request.config, folder)
     if step is not None:
         _rewind(run, step)
     show_warnings(request)
@@ -192,9 +198,7 @@ def _refuse_changes(changes: dict[str, Any]) -> None:
     problems = []
     for name, (old, new) in changes.items():
         if name in WARNED_FIELDS:
-            click.echo(
-                f"warning: {name} changes from {old} to {new}; the schedule follows it from here", err=True
-            )
+            click.echo(f"warning: {name} changes from {old} to {new}; the run follows it from here", err=True)
         elif not name.startswith(FREE_FIELDS):
             problems.append(
                 f"{name} cannot change in the middle of a run: {old} → {new}. "
@@ -202,6 +206,15 @@ def _refuse_changes(changes: dict[str, Any]) -> None:
             )
     if problems:
         raise ConfigError(problems)
+
+
+def _refuse_late_skips(config: RunConfig, folder: Path | None) -> None:
+    """Refuse ranges of data.skip that the checkpoint to continue from has read; the worker would too."""
+    if folder is None:
+        return
+    with suppress(Corrupt):  # the worker names it and takes an older one
+        index = read_index(folder)
+        SkipList(index.skipped).extended(config.data.skip, index.step, index.step * config.global_batch)
 
 
 def _rewind(run: RunDir, step: int) -> None:

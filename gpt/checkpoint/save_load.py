@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from data_pipeline.errors import CheckpointError, ConfigError
+from data_pipeline.skip_list import Ranges
 from gpt.attempt import Superseded, is_superseded
 from gpt.checkpoint.format import CheckpointIndex, Corrupt, FileEntry, committed, verify_rank
 from gpt.checkpoint.reader import CheckpointReader
@@ -28,7 +29,14 @@ from gpt.zero import Engine
 
 
 def save(
-    run_dir: RunDir, engine: Engine, world: World, *, step: int, attempt: int, data_fingerprint: str
+    run_dir: RunDir,
+    engine: Engine,
+    world: World,
+    *,
+    step: int,
+    attempt: int,
+    data_fingerprint: str,
+    skipped: Ranges = (),
 ) -> None:
     """Commit the state after `step`, verified, and prune older ones. Collective.
 
@@ -38,7 +46,7 @@ def save(
     started = time.monotonic()
     temporary = temporary_folder(run_dir.checkpoints, attempt, step)
     try:
-        size = _write_and_commit(run_dir, engine, world, temporary, step, attempt, data_fingerprint)
+        size = _write_and_commit(run_dir, engine, world, temporary, step, attempt, data_fingerprint, skipped)
     except CheckpointError:
         if world.is_first:
             shutil.rmtree(temporary, ignore_errors=True)  # a full disk needs the room
@@ -60,6 +68,7 @@ def _write_and_commit(
     step: int,
     attempt: int,
     data_fingerprint: str,
+    skipped: Ranges,
 ) -> int:
     """The bytes of the committed files."""
     together(world, _on_first(world, lambda: temporary.mkdir(parents=True)))
@@ -71,6 +80,7 @@ def _write_and_commit(
         stage=engine.run.zero.stage,
         layout=engine.layout,
         optimizer_steps=engine.optimizer_steps,
+        skipped=skipped,
         parameters=engine.parameters,
         groups=engine.groups,
         data_fingerprint=data_fingerprint,
@@ -88,8 +98,10 @@ def _write_and_commit(
     return sum(file.size for file in index.files)
 
 
-def load_newest(run_dir: RunDir, engine: Engine, world: World, data_fingerprint: str) -> int:
-    """Fill `engine` from the newest intact checkpoint; its step, 0 where none was ever committed.
+def load_newest(
+    run_dir: RunDir, engine: Engine, world: World, data_fingerprint: str
+) -> CheckpointIndex | None:
+    """Fill `engine` from the newest intact checkpoint; its index, None where none was ever committed.
 
     Collective. A checkpoint with a bad byte in what any rank reads is named, passed over and set aside.
     Raises CheckpointError when there were checkpoints and none is intact.
@@ -97,17 +109,17 @@ def load_newest(run_dir: RunDir, engine: Engine, world: World, data_fingerprint:
     candidates = from_first(world, committed(run_dir.checkpoints))
     rejected: list[Path] = []
     for step, folder in reversed(candidates):
-        bad = _load(folder, engine, world, data_fingerprint)
-        if bad is None:
+        loaded = _load(folder, engine, world, data_fingerprint)
+        if isinstance(loaded, CheckpointIndex):
             if world.is_first:
                 for path in rejected:
                     set_aside(path)
                 event(run_dir.events, "resumed", step=step, checkpoint=folder.name)
-            return step
+            return loaded
         rejected.append(folder)
         if world.is_first:
-            event(run_dir.events, "checkpoint_rejected", path=folder.name, reason=bad)
-            print(f"checkpoint {folder.name} is passed over: {bad}", flush=True)
+            event(run_dir.events, "checkpoint_rejected", path=folder.name, reason=loaded)
+            print(f"checkpoint {folder.name} is passed over: {loaded}", flush=True)
     had_some = bool(candidates) or any(
         line.get("event") in ("checkpoint_saved", "branched") for line in read(run_dir.events)
     )
@@ -116,13 +128,13 @@ def load_newest(run_dir: RunDir, engine: Engine, world: World, data_fingerprint:
             f"{run_dir.checkpoints}: the run has had checkpoints and none is intact. It does not start from "
             "step 0 by itself: restore a checkpoint there, or launch a new run."
         )
-    return 0
+    return None
 
 
-def _load(folder: Path, engine: Engine, world: World, data_fingerprint: str) -> str | None:
-    """Fill `engine` from one checkpoint; why not, if a byte of it is bad."""
+def _load(folder: Path, engine: Engine, world: World, data_fingerprint: str) -> CheckpointIndex | str:
+    """Fill `engine` from one checkpoint; its index, or why not, if a byte of it is bad."""
 
-    def attempt() -> str | None:
+    def attempt() -> CheckpointIndex | str:
         try:
             reader = CheckpointReader(folder)
             _check_fits(reader.index, engine, data_fingerprint)
@@ -132,13 +144,14 @@ def _load(folder: Path, engine: Engine, world: World, data_fingerprint: str) -> 
                 part.tensor.copy_(torch.from_numpy(content))
         except Corrupt as error:
             return str(error)
-        return None
+        return reader.index
 
-    reasons = gather(world, together(world, attempt))
+    loaded = together(world, attempt)
+    reasons = gather(world, loaded if isinstance(loaded, str) else None)
     bad = next((reason for reason in reasons if reason is not None), None)
     if bad is None:
         engine.finish_load()
-    return bad
+    return bad or loaded
 
 
 def _check_fits(index: CheckpointIndex, engine: Engine, data_fingerprint: str) -> None:

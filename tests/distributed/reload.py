@@ -19,6 +19,7 @@ model.initialize(seed=99)  # nothing of it may be left after the load
 model.place(world.device, DTYPES[run.precision])
 engine = Engine(model, run, world)
 fingerprint = sys.argv[2]
-step = load_newest(run_dir, engine, world, fingerprint)
+loaded = load_newest(run_dir, engine, world, fingerprint)
+assert loaded is not None
 attempt = run_dir.attempt_numbers()[-1]
-save(run_dir, engine, world, step=step + 1, attempt=attempt, data_fingerprint=fingerprint)
+save(run_dir, engine, world, step=loaded.step + 1, attempt=attempt, data_fingerprint=fingerprint)

@@ -16,7 +16,7 @@ import pytest
 
 from data_pipeline.batches import BatchReader
 from data_pipeline.manifest import read_manifest
-from gpt.checkpoint.format import committed
+from gpt.checkpoint.format import committed, read_index
 from gpt.run_dir import RunDir, read_json
 from tests.distributed.conftest import CONTEXT, Run, make_run, same_state
 
@@ -97,13 +97,19 @@ def test_the_state_is_the_same_through_stages_and_worlds(
 def test_another_stage_and_world_takes_the_same_steps(new_run: NewRun) -> None:
     fields = {"schedule__name": "constant", "batch__micro_batch": 2, "batch__global_batch_tokens": 12 * 32}
     steady, moved = (new_run(**fields) for _ in range(2))
+    steady.configure(data__skip=[[20, 24], [60, 72]])
     steady.train(processes=2)
-    moved.configure(schedule__total_steps=4)
+    moved.configure(schedule__total_steps=4, data__skip=[[20, 24]])
     moved.train(processes=2)
-    moved.configure(schedule__total_steps=8, zero__stage=3)
+    # What the checkpoint passed over stays passed over; what the config names now comes to it.
+    moved.configure(schedule__total_steps=8, zero__stage=3, data__skip=[[60, 72]])
     assert moved.train(processes=3)["exit_code"] == 0
     assert [event["step"] for event in moved.events("resumed")] == [4]
     np.testing.assert_allclose(moved.losses(), steady.losses(), rtol=1e-4)
+    skipped = [read_index(dict(committed(moved.dir.checkpoints))[step]).skipped for step in (4, 8)]
+    assert skipped == [((20, 24),), ((20, 24), (60, 72))]
+    behind = [line["data/sequences_behind"] for line in moved.metrics()]
+    assert behind == [12, 28, 40, 52, 76, 88, 100, 112]
 
 
 def test_a_stop_request_saves_and_ends_with_75(new_run: NewRun) -> None:

@@ -1,4 +1,5 @@
 import hashlib
+import itertools
 import shutil
 import struct
 import time
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from data_pipeline.batches import Batch, BatchReader, EvaluationReader
-from data_pipeline.errors import DataError, DataExhausted
+from data_pipeline.errors import ConfigError, DataError, DataExhausted
 from data_pipeline.indexed import Header
 from data_pipeline.manifest import FileRecord, read_manifest
 from data_pipeline.tokenizer import Encoding, load_encoding
@@ -196,6 +197,34 @@ def test_a_skipped_range_that_is_none_is_refused(data: Path) -> None:
     for bad in ((5, 5), (-1, 3)):
         with pytest.raises(ValueError, match="skipped range"):
             _reader(data, skipped=[bad])
+
+
+@given(
+    ranges=st.lists(st.tuples(st.integers(0, 60), st.integers(1, 9)), max_size=6),
+    more=st.tuples(st.integers(0, 90), st.integers(1, 9)),
+    step=st.integers(0, 8),
+)
+@settings(max_examples=100, deadline=None)
+def test_passing_over_more_changes_what_comes_next_alone_or_is_refused(
+    data: Path, ranges: list[tuple[int, int]], more: tuple[int, int], step: int
+) -> None:
+    skipped = [(first, first + size) for first, size in ranges]
+    first, stop = more[0], more[0] + more[1]
+    gone = {number for a, b in skipped for number in range(a, b)}
+    order = [number for number in range(300) if number not in gone]
+    reader = _reader(data, skipped=skipped)
+    behind = order[12 * step - 1] + 1 if step else 0
+    assert reader.numbers_behind(step) == behind
+    if min(set(range(first, stop)) - gone, default=behind) < behind:
+        with pytest.raises(ConfigError, match=f"are behind step {step}, and those have been read"):
+            reader.skip([(first, stop)], step)
+        return
+    reader.skip([(first, stop)], step)
+    later = [number for number in order if number < behind or not first <= number < stop]
+    read = np.concatenate([reader.batch(n, 0, 1).sequence_numbers for n in range(1, 12)])
+    assert read.tolist() == later[: len(read)]
+    assert {number for a, b in reader.skipped for number in range(a, b)} == gone | set(range(first, stop))
+    assert all(a[1] < b[0] for a, b in itertools.pairwise(reader.skipped))
 
 
 def test_shares_of_sources_follow_their_weights(data: Path, other: Path) -> None:

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from data_pipeline.errors import ConfigError, LaunchError
 from gpt import record
+from gpt.checkpoint.format import CheckpointIndex, FileEntry, rank_name, step_name
 from gpt.run_dir import RunDir, read_json, write_json
 from launcher import launch
 from launcher.children import tracking_uri, ui
@@ -300,6 +301,37 @@ def test_what_may_change_on_resume_is_submitted_and_recorded(
         "zero.stage": [1, 2],
     }
     assert "warning: schedule.total_tokens changes from None to 40960" in capsys.readouterr().err
+
+
+def test_sequences_to_pass_over_must_come_after_the_step_that_is_resumed(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "submit", submit_what_ends_well)
+    commit(run, 5, 10)
+    for step, skipped in ((5, ()), (10, ((100, 120),))):
+        index = CheckpointIndex(
+            step=step,
+            attempt=1,
+            world_size=1,
+            stage=1,
+            optimizer_steps=step,
+            skipped=skipped,
+            parameters=(),
+            groups=(),
+            data_fingerprint="d",
+            versions={},
+            files=(FileEntry(name=rank_name(0), size=0, checksum=""),),
+        )
+        (run.checkpoints / step_name(step) / "checkpoint.json").write_bytes(index.dumps())
+    with pytest.raises(ConfigError) as error:
+        resume(run, "data.skip=[[150, 160], [160, 190], [500, 501]]")
+    assert error.value.problems == [
+        "data.skip: [150, 190] begins among the 180 sequences that are behind step 10, and those have been "
+        "read. Continue from a checkpoint before it (outlast resume --step), or begin the range at 180 or "
+        "later."
+    ]
+    assert resume(run, "data.skip=[[150, 190]]", step=5) == 0
+    assert (read_json(run.config) or {})["data"]["skip"] == [[150, 190]]
 
 
 def test_resuming_from_an_older_step_puts_the_later_checkpoints_aside(
