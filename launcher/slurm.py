@@ -17,8 +17,10 @@ from data_pipeline.errors import LaunchError
 
 _QUESTION_S = 30.0
 _PATIENCE_S = 5.0
+_AGREES_S = 60.0
 _RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT")
 _FORGOTTEN = "Invalid job id"
+_AWAY = "Unable to contact slurm controller"
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,11 @@ class Standing:
     word: str
     slurm_state: str = ""
     reason: str = ""
+
+
+def is_here() -> bool:
+    """Whether this machine, or this container, can speak to Slurm."""
+    return shutil.which("scontrol") is not None
 
 
 def hostnames(node_list: str) -> list[str]:
@@ -80,6 +87,18 @@ def why_ended(job_id: str) -> str | None:
     return answer.stdout.split()[0]
 
 
+def would_take(submission: str) -> str | None:
+    """Why sbatch would refuse this submission file (partition, account, GPUs, time limit…), or None.
+
+    Also None when Slurm says nothing: that it is away at this moment is not the submission's fault.
+    """
+    answer = _ask(["sbatch", "--test-only"], submission)
+    if answer is None or answer.returncode == 0 or _AWAY in answer.stderr:
+        return None
+    said = [line for line in answer.stderr.splitlines() if line.strip()]
+    return "; ".join(line.removeprefix("sbatch: ").removeprefix("error: ") for line in said) or None
+
+
 def is_wanted(job_id: str) -> bool:
     """Whether the job has its nodes and nobody has cancelled it; waits for a controller that is away."""
     while (fields := job_fields(job_id)) is None:
@@ -98,12 +117,26 @@ def requeue(job_id: str, exclude: Sequence[str] = ()) -> bool:
         answer = _ask(["scontrol", "requeue", job_id])
         if answer is not None and answer.returncode == 0:
             if exclude:
-                nodes = sorted({*exclude, *([] if before == "(null)" else hostnames(before))})
-                _ask(["scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(nodes)}"])
+                _keep_away(job_id, {*exclude, *([] if before == "(null)" else hostnames(before))})
             return True
         print(f"scontrol requeue {job_id}: {answer.stderr.strip() if answer else 'no answer'}", flush=True)
         time.sleep(_PATIENCE_S)
     return False
+
+
+def _keep_away(job_id: str, nodes: set[str]) -> None:
+    """Have the requeued job start elsewhere; Slurm refuses while it still ends what ran, so ask until it agrees.
+
+    The job cannot start again before this process has ended.
+    """
+    deadline = time.monotonic() + _AGREES_S
+    while time.monotonic() < deadline:
+        _ask(["scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(sorted(nodes))}"])
+        excluded = (job_fields(job_id) or {}).get("ExcNodeList", "(null)")
+        if excluded != "(null)" and nodes <= set(hostnames(excluded)):
+            return
+        time.sleep(0.5)
+    print(f"Slurm does not keep job {job_id} away from {', '.join(sorted(nodes))}", flush=True)
 
 
 def start_now(job_id: str) -> None:
@@ -137,12 +170,12 @@ def _elsewhere(job_id: str) -> Standing:
     )
 
 
-def _ask(command: list[str]) -> "subprocess.CompletedProcess[str] | None":
+def _ask(command: list[str], question: str | None = None) -> "subprocess.CompletedProcess[str] | None":
     """The answer, or None when there is no such command or it does not end in time."""
     if shutil.which(command[0]) is None:
         return None
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=_QUESTION_S)
+        return subprocess.run(command, input=question, capture_output=True, text=True, timeout=_QUESTION_S)
     except subprocess.TimeoutExpired:
         return None
 

@@ -2,8 +2,7 @@
 
 The submission itself happens in a child (`python -m launcher.submit RUN_DIR`), in a session of its own and
 with the run's snapshot of the code in front: whatever it starts is out of reach of the terminal's Ctrl-C and
-hang-up, holds none of the caller's pipes open, and imports what was submitted. Submitting to Slurm goes the
-same way; only the local executor has been proved so far.
+hang-up, holds none of the caller's pipes open, and imports what was submitted.
 """
 
 import fcntl
@@ -16,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from data_pipeline.errors import LaunchError
 from gpt import record
@@ -25,7 +24,8 @@ from gpt.run_dir import RunDir, read_json, write_json
 from launcher import slurm
 from launcher.cluster import ClusterConfig
 from launcher.processes import identity
-from launcher.runs import job_environment, python_module, read_cluster
+from launcher.runs import job_environment, python_module, read_cluster, read_config
+from launcher.sbatch import slurm_executor
 from launcher.slurm import Standing
 
 _LOCAL_TIMEOUT_MIN = 60 * 24 * 365 * 10  # submitit's local default is 2 minutes
@@ -178,33 +178,6 @@ def outcome_path(folder: Path) -> Path:
     return folder / "outcome.json"
 
 
-def slurm_parameters(cluster: ClusterConfig, name: str) -> dict[str, Any]:
-    """submitit's parameters: one task a node; what the cluster file omits is not asked of Slurm."""
-    wanted: dict[str, Any] = {
-        "job_name": name,
-        "nodes": cluster.nodes,
-        "ntasks_per_node": 1,
-        "time": cluster.time_limit_min,
-        "gpus_per_node": cluster.gpus_per_node or None,
-        "cpus_per_task": cluster.cpus_per_process and cluster.cpus_per_process * cluster.processes,
-        "mem": cluster.mem,
-        "partition": cluster.partition,
-        "account": cluster.account,
-        "qos": cluster.qos,
-        "constraint": cluster.constraint,
-        "exclude": cluster.exclude,
-        "gres": cluster.gres,
-        "setup": list(cluster.setup) or None,
-        "signal_delay_s": cluster.signal_delay_s,
-        "srun_args": ["--kill-on-bad-exit=1"],
-    }
-    additional: dict[str, Any] = {"requeue": True, **cluster.sbatch}
-    if cluster.reservation is not None:
-        additional["reservation"] = cluster.reservation
-    wanted["additional_parameters"] = additional
-    return {key: value for key, value in wanted.items() if value is not None}
-
-
 def _last_submission(run: RunDir) -> int:
     if not run.submission.is_dir():
         return 0
@@ -230,7 +203,7 @@ def _outside_any_job() -> Iterator[None]:
 
 def main() -> None:
     """The child of `submit`: hand the node task to submitit and write job.json."""
-    from submitit import LocalExecutor, SlurmExecutor
+    from submitit import Executor, LocalExecutor
     from submitit.core.utils import FailedJobError
 
     from launcher.node import NodeTask
@@ -238,15 +211,14 @@ def main() -> None:
     run = RunDir(Path(sys.argv[1]))
     folder, reason = run.submission / sys.argv[2], sys.argv[3]
     cluster = read_cluster(run)
-    executor: LocalExecutor | SlurmExecutor
+    executor: Executor
     if cluster.kind == "local":
         executor = LocalExecutor(folder)
         executor.update_parameters(
             timeout_min=_LOCAL_TIMEOUT_MIN, gpus_per_node=cluster.gpus_per_node, tasks_per_node=1
         )
     else:
-        executor = SlurmExecutor(folder, max_num_timeout=1_000_000)
-        executor.update_parameters(**slurm_parameters(without_bad_nodes(run, cluster), run.path.name))
+        executor = slurm_executor(run, read_config(run), without_bad_nodes(run, cluster), folder)
     try:
         with _outside_any_job():
             submitted = executor.submit(NodeTask(str(run.path), folder.name))
