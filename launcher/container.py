@@ -51,13 +51,14 @@ def requeue_mark(folder: Path, job_id: str, turn: int) -> Path:
 
 def requeue_lines(folder: Path) -> list[str]:
     """Shell lines for the end of the batch script: requeue a job that wants it and still has its nodes."""
-    mark = f'{shlex.quote(str(folder))}/requeue-"$SLURM_JOB_ID"-"${{SLURM_RESTART_COUNT:-0}}"'
+    mark = f"{shlex.quote(str(folder))}/requeue-$job-${{SLURM_RESTART_COUNT:-0}}"
     return [
+        "job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}; job=${job:-$SLURM_JOB_ID}",
         f"while [ -e {mark} ]; do",
-        '    job=$(scontrol --oneliner show job "$SLURM_JOB_ID") || { sleep 5; continue; }',
-        '    case "$job" in *JobState=RUNNING*) ;; *) break ;; esac',
-        '    scontrol requeue "$SLURM_JOB_ID" || { sleep 5; continue; }',
-        f'    [ ! -s {mark} ] || scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$(cat {mark})"',
+        '    now=$(scontrol --oneliner show job "$job") || { sleep 5; continue; }',
+        '    case "$now" in *JobState=RUNNING*) ;; *) break ;; esac',
+        '    scontrol requeue "$job" || { sleep 5; continue; }',
+        f'    [ ! -s {mark} ] || scontrol update JobId="$job" ExcNodeList="$(cat {mark})"',
         "    sleep 120",
         "done",
     ]

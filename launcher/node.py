@@ -66,6 +66,9 @@ class _Node:
     def __init__(self, run: RunDir, submission: str) -> None:
         self.run = run
         self.folder = run.submission / submission
+        self.submitit_folder = Path(
+            os.environ.get("SUBMITIT_FOLDER", self.folder)
+        )  # an array has one for all
         self.config: RunConfig = read_config(run)
         self.cluster: ClusterConfig = read_cluster(run)
         self.place: Place = find_place(self.cluster)
@@ -152,7 +155,7 @@ class _Node:
         kill_descendants()
         clear_turn_stop(self.run)
         if not slurm.is_here():  # in a container: the batch script does it, once this task has ended
-            requeue_mark(self.folder, job_id, self.place.turn).write_text(",".join(exclude))
+            requeue_mark(self.submitit_folder, job_id, self.place.turn).write_text(",".join(exclude))
             return {}
         if slurm.requeue(job_id, exclude):
             time.sleep(_TO_BE_KILLED_S)
@@ -298,7 +301,7 @@ class _Node:
     def _remove_leftovers_of_submitit(self) -> None:
         """A killed turn's half-written result would fail this one, and a whole one would pass for ours."""
         if self.place.job_id is not None:
-            for left in self.folder.glob(f"{self.place.job_id}_{self.place.node}_result.*"):
+            for left in self.submitit_folder.glob(f"{self.place.job_id}_{self.place.node}_result.*"):
                 left.unlink(missing_ok=True)
 
 

@@ -3,6 +3,7 @@
 What the cluster file omits is not asked: the site's defaults hold. Nothing here talks to Slurm.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,35 +19,43 @@ _SRUN_HAS_THE_CPUS = 'export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"'  # srun 
 _EVER_AGAIN = 1_000_000  # submitit counts time limits, and gives up after three
 
 
-def slurm_executor(run: RunDir, config: RunConfig, cluster: ClusterConfig, folder: Path) -> "SlurmExecutor":
-    """submitit's executor for `run`: one task a node, files in `folder`."""
+def slurm_executor(
+    name: str, cluster: ClusterConfig, mounts: Sequence[Path], folder: Path, **more: Any
+) -> "SlurmExecutor":
+    """submitit's executor for a job called `name`: one task a node, submitit's files in `folder`.
+
+    `mounts` are the folders that a container must see; `more` are further parameters of submitit.
+    """
     from submitit import SlurmExecutor
 
     container = cluster.container
     is_task_inside = container is not None and container.runtime == "pyxis"
     python = container.python if container is not None and is_task_inside else None
     executor = SlurmExecutor(folder, max_num_timeout=_EVER_AGAIN, python=python)
-    executor.update_parameters(**slurm_parameters(run, config, cluster, folder))
+    executor.update_parameters(**slurm_parameters(name, cluster, mounts, folder), **more)
     return executor
 
 
 def submission_text(run: RunDir, config: RunConfig, cluster: ClusterConfig) -> str:
     """The file that sbatch would get for the first submission of `run`. Nothing is written."""
-    executor = slurm_executor(run, config, cluster, run.submission / "0001")
+    mounts = needed_folders(run, config)
+    executor = slurm_executor(run.path.name, cluster, mounts, run.submission / "0001")
     return executor._make_submission_file_text(executor._submitit_command_str, "")
 
 
-def slurm_parameters(run: RunDir, config: RunConfig, cluster: ClusterConfig, folder: Path) -> dict[str, Any]:
+def slurm_parameters(
+    name: str, cluster: ClusterConfig, mounts: Sequence[Path], folder: Path
+) -> dict[str, Any]:
     """The parameters of submitit's SlurmExecutor."""
     srun_args = ["--kill-on-bad-exit=1"]
     setup, teardown = list(cluster.setup), []
     if cluster.cpus_per_process is not None:
         setup.append(_SRUN_HAS_THE_CPUS)
     if cluster.container is not None and cluster.container.runtime == "pyxis":
-        srun_args += srun_options(cluster.container, needed_folders(run, config))
+        srun_args += srun_options(cluster.container, mounts)
         teardown = requeue_lines(folder)
     wanted: dict[str, Any] = {
-        "job_name": run.path.name,
+        "job_name": name,
         "nodes": cluster.nodes,
         "ntasks_per_node": 1,
         "time": cluster.time_limit_min,

@@ -19,6 +19,7 @@ _QUESTION_S = 30.0
 _PATIENCE_S = 5.0
 _AGREES_S = 60.0
 _RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT")
+_ROW = "--format=%i|%T|%r|%N"
 _FORGOTTEN = "Invalid job id"
 _AWAY = "Unable to contact slurm controller"
 
@@ -69,7 +70,7 @@ def standings(job_ids: Iterable[str]) -> dict[str, Standing]:
     if not wanted:
         return {}
     # All of this user's jobs: a list of ids that Slurm has forgotten is an error.
-    answer = _ask(["squeue", "--noheader", "--states=all", "--me", "--format=%i|%T|%r|%N"])
+    answer = _ask(["squeue", "--noheader", "--array", "--states=all", "--me", _ROW])
     if answer is None or answer.returncode != 0:
         return dict.fromkeys(wanted, Standing("unknown"))
     rows = {row[0]: row for row in (line.split("|") for line in answer.stdout.splitlines()) if len(row) == 4}
@@ -125,7 +126,7 @@ def requeue(job_id: str, exclude: Sequence[str] = ()) -> bool:
 
 
 def _keep_away(job_id: str, nodes: set[str]) -> None:
-    """Have the requeued job start elsewhere; Slurm refuses while it still ends what ran, so ask until it agrees.
+    """Have the requeued job start elsewhere; while Slurm still ends what ran it refuses, so ask again.
 
     The job cannot start again before this process has ended.
     """

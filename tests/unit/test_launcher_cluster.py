@@ -126,7 +126,7 @@ def submission(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **fields: Any) -
 
 
 def test_what_the_file_omits_is_not_asked_of_slurm() -> None:
-    asked = slurm_parameters(RUN, CONFIG, ClusterConfig(kind="slurm", nodes=2), Path("/folder"))
+    asked = slurm_parameters("name-x", ClusterConfig(kind="slurm", nodes=2), [], Path("/folder"))
     assert asked == {
         "job_name": "name-x",
         "nodes": 2,
@@ -161,8 +161,8 @@ def test_every_slurm_field_reaches_the_submission_file(
     )
     wanted = {
         "partition=gpu-x", "account=acc-x", "qos=qos-x", "constraint=con-x", "exclude=exc-x", "gres=gre-x",
-        "reservation=res-x", "mem=7G", "cpus-per-task=24", "gpus-per-node=4", "nodes=3", "time=60",
-        "job-name=name-x", "signal=USR2@77", "mail-type=mail-x", "ntasks-per-node=1", "requeue", "open-mode=append",
+        "reservation=res-x", "mem=7G", "cpus-per-task=24", "gpus-per-node=4", "nodes=3", "time=60", "requeue",
+        "job-name=name-x", "signal=USR2@77", "mail-type=mail-x", "ntasks-per-node=1", "open-mode=append",
     }  # fmt: skip
     found = {line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH")}
     assert found >= wanted
@@ -183,8 +183,8 @@ def test_pyxis_puts_the_tasks_into_the_image_and_the_batch_script_requeues(
     assert " --container-mounts=/shared/runs:/shared/runs,/shared/data:/shared/data,/scratch:/s " in srun
     assert " py3 -u -m submitit.core._submit " in srun
     after = "\n".join(lines[lines.index(srun) + 1 :])
-    assert 'scontrol requeue "$SLURM_JOB_ID"' in after
-    assert '/shared/runs/name-x/submission/0001/requeue-"$SLURM_JOB_ID"-' in after
+    assert 'scontrol requeue "$job"' in after
+    assert "/shared/runs/name-x/submission/0001/requeue-$job-" in after
 
 
 def test_apptainer_runs_torchrun_and_nothing_else_in_the_image(
