@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from data_pipeline.errors import CheckpointError, ConfigError
 from gpt.checkpoint.format import committed
+from gpt.checkpoint.writer import remove_leftovers
 from gpt.distributed import World, from_first, gather, together
 from gpt.record import event
 from gpt.run_dir import RunDir, read_json, write_json
@@ -33,7 +34,11 @@ class Superseded(CheckpointError):
 def claim(run_dir: RunDir, world: World) -> int:
     """This generation's number; from here on each rank writes its output into the attempt's folder."""
     together(world, lambda: _refuse_if_taken_over(run_dir) if world.is_first else None)
+    if world.is_first:
+        remove_leftovers(run_dir.checkpoints)  # before anything is written: a full disk needs the room
     number = from_first(world, _patiently(lambda: _make_next(run_dir)) if world.is_first else 0)
+    if world.is_first:
+        remove_leftovers(run_dir.checkpoints)  # an older copy that was about to commit is now too late
     folder = run_dir.attempt(number) / f"node-{world.node}"
     _patiently(lambda: folder.mkdir(exist_ok=True))
     _patiently(lambda: _redirect(folder / f"rank-{world.rank:05d}.log"))

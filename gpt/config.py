@@ -144,6 +144,17 @@ class CheckpointConfig(Section):
 
     every_steps: Count = Field(default=500, description="Steps between checkpoints.")
     keep_last: int = Field(default=3, ge=2, description="Committed checkpoints to keep.")
+    asynchronous: bool = Field(
+        default=True,
+        description="Copy the state to host memory and write it while training goes on; false, or too little "
+        "host memory: training waits for the disk.",
+    )
+    max_mb_per_s: float | None = Field(
+        default=None,
+        gt=0,
+        description="Most that each process writes, and then reads back, in MB a second, while training goes "
+        "on. Default: no limit.",
+    )
 
 
 class EvaluationConfig(Section):
@@ -161,9 +172,6 @@ class TrackingConfig(Section):
         default=None, description="MLflow server. Default: an SQLite file beside the run directory."
     )
     experiment: str = Field(default="outlast", description="MLflow experiment.")
-    parent: str | None = Field(
-        default=None, description="Id of the MLflow run under which this one stands; a sweep sets it."
-    )
 
 
 class LaunchConfig(Section):

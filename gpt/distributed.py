@@ -26,6 +26,7 @@ class World:
     rank: int
     size: int
     local_rank: int
+    local_size: int  # processes on this node
     node: int
     device: torch.device
     control: dist.ProcessGroup
@@ -58,7 +59,10 @@ def join(timeout_s: float) -> World:
     control = dist.new_group(backend="gloo", timeout=timeout)
     assert control is not None
     node = int(os.environ.get("OUTLAST_NODE") or os.environ.get("GROUP_RANK", "0"))
-    return World(dist.get_rank(), dist.get_world_size(), local_rank, node, device, control, problem)
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return World(
+        dist.get_rank(), dist.get_world_size(), local_rank, local_size, node, device, control, problem
+    )
 
 
 def _store(rank: int, size: int, timeout: timedelta) -> Store:
@@ -117,6 +121,8 @@ class Tick:
     digest: float = 0.0
     stop: float = 0.0
     error: float = 0.0
+    save_done: float = 0.0
+    save_failed: float = 0.0
 
 
 class PendingTick:
@@ -131,6 +137,21 @@ class PendingTick:
         assert self._work is not None
         self._work.wait()
         return Tick(*self._values.tolist())
+
+
+class PendingGather:
+    """A few integers of every rank under way, like a PendingTick."""
+
+    def __init__(self, world: World, *values: int) -> None:
+        mine = torch.tensor(values, dtype=torch.int64)
+        self._all = [torch.empty_like(mine) for _ in range(world.size)]
+        self._work = dist.all_gather(self._all, mine, group=world.control, async_op=True)
+
+    def result(self) -> list[tuple[int, ...]]:
+        """The values of each rank, in rank order."""
+        assert self._work is not None
+        self._work.wait()
+        return [tuple(values.tolist()) for values in self._all]
 
 
 def total(world: World, *values: float) -> tuple[float, ...]:

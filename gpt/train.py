@@ -34,8 +34,8 @@ from data_pipeline.tokenizer import load_encoding
 from gpt import attempt as attempts
 from gpt import record
 from gpt.attempt import Superseded, is_superseded
-from gpt.checkpoint.save_load import load_newest, save
-from gpt.checkpoint.writer import remove_leftovers
+from gpt.checkpoint.load import load_newest
+from gpt.checkpoint.saver import Saver
 from gpt.config import RunConfig
 from gpt.distributed import PendingTick, Tick, World, from_first, join, together, total
 from gpt.heartbeat import Heartbeat
@@ -67,8 +67,6 @@ def main(path: Path) -> None:
     world = join(run.launch.collective_timeout_s)
     clock = _Clock(run_dir, world, Heartbeat())
     clock.lap("imports and rendezvous")
-    if world.is_first:
-        remove_leftovers(run_dir.checkpoints)  # before anything is written: a full disk needs the room
     number = attempts.claim(run_dir, world)
     if world.is_first:
         STOP.watch(run_dir.stop)
@@ -169,6 +167,15 @@ class Trainer:
         self.start = resumed.step if resumed is not None else 0
         together(world, lambda: self._skip(resumed.skipped if resumed is not None else ()))
         clock.lap("load")
+        self.saver = Saver(
+            run_dir,
+            self.engine,
+            world,
+            attempt=number,
+            data_fingerprint=self.data_fingerprint,
+            heartbeat=self.heartbeat,
+        )
+        clock.lap("checkpoint buffers")
         if world.is_first:
             reached = record.last(run_dir.metrics)
             complaint = record.cut_back(run_dir.metrics, self.start)
@@ -196,6 +203,15 @@ class Trainer:
 
     def train(self) -> Outcome:
         """Take the steps that are left, or those until a stop request."""
+        try:
+            return self._train()
+        except CheckpointError:
+            raise
+        except OutlastError:  # agreed upon: what is being saved is whole in host memory still
+            self.saver.wait()
+            raise
+
+    def _train(self) -> Outcome:
         run, world = self.run, self.world
         first, last = self.start + 1, run.total_steps
         self.batches = Prefetcher(self.reader, world, run.batch.micro_batch, first, last)
@@ -222,8 +238,10 @@ class Trainer:
             self.heartbeat.beat(step, "evaluation" if is_due_evaluation else "saving")
             is_stopping = self._settle(is_due_evaluation) or is_stopping
             self.heartbeat.beat(step, "saving")
-            if is_due_save or is_stopping:
-                self._save(step, must=is_last or is_stopping)
+            if is_last or is_stopping:
+                self._save_at_last(step, is_hurried=is_stopping)
+            elif is_due_save:
+                self.saver.save(step, self.reader.skipped, problem=self._record_problem())
             if is_stopping and not is_last:
                 reason = from_first(world, STOP.reason) or "a signal to another rank"
                 return Outcome(
@@ -254,7 +272,16 @@ class Trainer:
         has_no_data = self.batches.error(step + AHEAD) is not None
         is_broken = has_no_data or (self.world.is_first and is_superseded(self.run_dir, self.number))
         ahead = 0 if has_no_data else self.batches.scored_tokens(step + AHEAD)
-        tick = Tick(loss_sum, ahead, float(digest), stop=float(STOP.is_requested()), error=float(is_broken))
+        is_saved, has_failed = self.saver.report()
+        tick = Tick(
+            loss_sum,
+            ahead,
+            float(digest),
+            stop=float(STOP.is_requested()),
+            error=float(is_broken),
+            save_done=float(is_saved),
+            save_failed=float(has_failed),
+        )
         self.unsettled = (step, PendingTick(self.world, tick), line)
 
     def _settle(self, is_due_evaluation: bool = False) -> bool:
@@ -264,6 +291,7 @@ class Trainer:
         agreed = pending.result()
         if agreed.error:
             together(self.world, lambda: self._raise_what_is_broken(step))
+        self.saver.advance(agreed.save_done, agreed.save_failed)
         self.scored[step + AHEAD] = agreed.scored_ahead
         line["data/digest"] = agreed.digest
         line["data/sequences_behind"] = self.reader.numbers_behind(step)
@@ -292,34 +320,18 @@ class Trainer:
                 return
             del self.unwritten[0]
 
-    def _finish_record(self) -> None:
-        """Make the record durable up to now. Raises CheckpointError when the disk does not take it."""
-        self._write_lines()
-        if self.unwritten:
-            raise CheckpointError("the record cannot be written, so the checkpoint would be ahead of it")
-        record.sync(self.run_dir.metrics)
+    def _record_problem(self) -> str | None:
+        """Why the record does not cover this step, on rank 0: no checkpoint may be ahead of it."""
+        if not self.unwritten:
+            return None
+        return f"{len(self.unwritten)} lines of the record cannot be written"
 
-    def _save(self, step: int, *, must: bool) -> None:
-        """Commit a checkpoint. One that cannot be written stops the run only where it is the last chance."""
-        try:
-            together(self.world, lambda: self._finish_record() if self.world.is_first else None)
-            save(
-                self.run_dir,
-                self.engine,
-                self.world,
-                step=step,
-                attempt=self.number,
-                data_fingerprint=self.data_fingerprint,
-                skipped=self.reader.skipped,
-            )
-        except Superseded:
-            raise
-        except CheckpointError as error:
-            if must:
-                raise
-            if self.world.is_first:
-                record.event(self.run_dir.events, "checkpoint_failed", step=step, reason=str(error))
-                _say(f"step {step} is not saved, training continues: {error}")
+    def _save_at_last(self, step: int, *, is_hurried: bool) -> None:
+        """Commit a checkpoint and wait for it; one that is under way is given up when it must be quick."""
+        if is_hurried:
+            self.saver.give_up()
+        self._write_lines()
+        self.saver.save_and_wait(step, self.reader.skipped, problem=self._record_problem())
 
 
 def _open_data(run: RunConfig) -> tuple[BatchReader, EvaluationReader]:

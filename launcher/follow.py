@@ -138,6 +138,12 @@ class Display:
                 return f"continues from the checkpoint of step {event['step']}"
             case "checkpoint_saved":
                 return f"step {event['step']} is saved: {size(event['bytes'])} in {event['seconds']:.1f} s"
+            case "checkpoint_failed":
+                return f"warning: step {event['step']} is not saved, training goes on: {event['reason']}"
+            case "checkpoint_skipped":
+                return f"warning: step {event['step']} is not saved: {event['reason']}"
+            case "saving_synchronously":
+                return f"warning: training waits for each save: {event['reason']}"
             case "checkpoint_rejected":
                 return f"warning: {event['path']} is passed over: {event['reason']}"
             case "stop_requested":

@@ -16,7 +16,7 @@ beyond the size of the file.
 import json
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -211,7 +211,7 @@ def rank_tensors(index: CheckpointIndex, rank: int) -> dict[str, int]:
     return tensors
 
 
-def rank_header(tensors: dict[str, int], chunk_bytes: int = CHUNK_BYTES) -> tuple[bytes, int, int]:
+def rank_header(tensors: Mapping[str, int], chunk_bytes: int = CHUNK_BYTES) -> tuple[bytes, int, int]:
     """Length prefix and header of a rank file, the bytes of its state, and its number of chunks."""
     entries: dict[str, Any] = {"__metadata__": {"chunk_bytes": str(chunk_bytes), "checksum": CHECKSUM}}
     end = 0
@@ -227,11 +227,14 @@ def rank_header(tensors: dict[str, int], chunk_bytes: int = CHUNK_BYTES) -> tupl
 
 
 def read_rank_layout(folder: Path, index: CheckpointIndex, rank: int) -> RankLayout:
-    """The frame of a rank file, verified against the index. Raises Corrupt; reads header and table only."""
+    """The frame of a rank's file, verified against the index. Raises Corrupt; reads header and table only."""
     entry = index.files[rank]
-    path = folder / entry.name
-    tensors = rank_tensors(index, rank)
-    header, data_bytes, chunks = rank_header(tensors, index.chunk_bytes)
+    return read_frame(folder / entry.name, entry, rank_tensors(index, rank), index.chunk_bytes)
+
+
+def read_frame(path: Path, entry: FileEntry, tensors: Mapping[str, int], chunk_bytes: int) -> RankLayout:
+    """The frame of a rank file that holds `tensors`, verified against its entry. Raises Corrupt."""
+    header, data_bytes, chunks = rank_header(tensors, chunk_bytes)
     expected_size = len(header) + data_bytes + 8 * chunks
     try:
         size = path.stat().st_size
@@ -255,7 +258,7 @@ def read_rank_layout(folder: Path, index: CheckpointIndex, rank: int) -> RankLay
         offsets[name] = (start, start + 4 * numel)
         start += 4 * numel
     checksums = struct.unpack(f"<{chunks}Q", table)
-    return RankLayout(offsets, len(header), len(header) + data_bytes, index.chunk_bytes, checksums)
+    return RankLayout(offsets, len(header), len(header) + data_bytes, chunk_bytes, checksums)
 
 
 def read_chunk(file: BinaryIO, path: Path, layout: RankLayout, number: int) -> bytes:
@@ -284,16 +287,27 @@ def verify(folder: Path) -> Iterator[BadFile]:
 
 def verify_rank(folder: Path, index: CheckpointIndex, rank: int) -> Iterator[BadFile]:
     """Every byte of one rank's file against its checksum."""
-    path = folder / index.files[rank].name
+    entry = index.files[rank]
+    yield from verify_file(folder / entry.name, entry, rank_tensors(index, rank), index.chunk_bytes)
+
+
+def verify_file(
+    path: Path,
+    entry: FileEntry,
+    tensors: Mapping[str, int],
+    chunk_bytes: int,
+    advance: Callable[[int], object] = lambda _: None,
+) -> Iterator[BadFile]:
+    """Every byte of a rank file that holds `tensors`; `advance` hears the bytes of each chunk read."""
     try:
-        layout = read_rank_layout(folder, index, rank)
+        layout = read_frame(path, entry, tensors, chunk_bytes)
     except Corrupt as error:
         yield error.bad
         return
     with path.open("rb") as file:
         for number in range(len(layout.chunk_checksums)):
             try:
-                read_chunk(file, path, layout, number)
+                advance(len(read_chunk(file, path, layout, number)))
             except Corrupt as error:
                 yield error.bad
 

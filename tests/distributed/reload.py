@@ -3,9 +3,11 @@
 import sys
 from pathlib import Path
 
-from gpt.checkpoint.save_load import load_newest, save
+from gpt.checkpoint.load import load_newest
+from gpt.checkpoint.saver import Saver
 from gpt.config import RunConfig
 from gpt.distributed import join
+from gpt.heartbeat import Heartbeat
 from gpt.model import GPT
 from gpt.run_dir import RunDir
 from gpt.train import DTYPES
@@ -22,4 +24,5 @@ fingerprint = sys.argv[2]
 loaded = load_newest(run_dir, engine, world, fingerprint)
 assert loaded is not None
 attempt = run_dir.attempt_numbers()[-1]
-save(run_dir, engine, world, step=loaded.step + 1, attempt=attempt, data_fingerprint=fingerprint)
+saver = Saver(run_dir, engine, world, attempt=attempt, data_fingerprint=fingerprint, heartbeat=Heartbeat())
+saver.save_and_wait(loaded.step + 1, loaded.skipped)

@@ -17,6 +17,7 @@ from gpt.checkpoint.format import (
     GroupEntry,
     ParameterEntry,
     committed,
+    rank_tensors,
     read_index,
     verify,
 )
@@ -70,15 +71,14 @@ def write_checkpoint(
     temporary.mkdir(parents=True)
     files = []
     for rank in range(world_size):
-        tensors = {
-            f"{group.name}.{state}": [
-                flat_state(group.name, state, group.numel)[start:end]
-                for start, end in index.layouts[group.name].extents(rank)
-            ]
+        parts = (
+            flat_state(group.name, state, group.numel)[start:end]
             for group in groups
             for state in STATES
-        }
-        files.append(write_rank_file(temporary, rank, tensors, CHUNK_BYTES))
+            for start, end in index.layouts[group.name].extents(rank)
+        )
+        tensors = rank_tensors(index, rank)
+        files.append(write_rank_file(temporary, rank, tensors, parts, CHUNK_BYTES))
     return commit(checkpoints, temporary, index.model_copy(update={"files": tuple(files)}))
 
 

@@ -1,0 +1,92 @@
+"""Taking a run's state back from disk, agreed between the ranks."""
+
+from pathlib import Path
+
+import torch
+
+from data_pipeline.errors import CheckpointError, ConfigError
+from gpt.checkpoint.format import CheckpointIndex, Corrupt, committed
+from gpt.checkpoint.reader import CheckpointReader
+from gpt.checkpoint.writer import set_aside
+from gpt.distributed import World, from_first, gather, together
+from gpt.record import event, read
+from gpt.run_dir import RunDir
+from gpt.zero import Engine
+
+
+def load_newest(
+    run_dir: RunDir, engine: Engine, world: World, data_fingerprint: str
+) -> CheckpointIndex | None:
+    """Fill `engine` from the newest intact checkpoint; its index, None where none was ever committed.
+
+    Collective. A checkpoint with a bad byte in what any rank reads is named, passed over and set aside.
+    Raises CheckpointError when there were checkpoints and none is intact.
+    """
+    candidates = from_first(world, committed(run_dir.checkpoints))
+    rejected: list[Path] = []
+    for step, folder in reversed(candidates):
+        loaded = _load(folder, engine, world, data_fingerprint)
+        if isinstance(loaded, CheckpointIndex):
+            if world.is_first:
+                for path in rejected:
+                    set_aside(path)
+                event(run_dir.events, "resumed", step=step, checkpoint=folder.name)
+            return loaded
+        rejected.append(folder)
+        if world.is_first:
+            event(run_dir.events, "checkpoint_rejected", path=folder.name, reason=loaded)
+            print(f"checkpoint {folder.name} is passed over: {loaded}", flush=True)
+    had_some = bool(candidates) or any(
+        line.get("event") in ("checkpoint_saved", "branched") for line in read(run_dir.events)
+    )
+    if from_first(world, had_some):
+        raise CheckpointError(
+            f"{run_dir.checkpoints}: the run has had checkpoints and none is intact. It does not start from "
+            "step 0 by itself: restore a checkpoint there, or launch a new run."
+        )
+    return None
+
+
+def _load(folder: Path, engine: Engine, world: World, data_fingerprint: str) -> CheckpointIndex | str:
+    """Fill `engine` from one checkpoint; its index, or why not, if a byte of it is bad."""
+
+    def attempt() -> CheckpointIndex | str:
+        try:
+            reader = CheckpointReader(folder)
+            _check_fits(reader.index, engine, data_fingerprint)
+            engine.prepare_load(reader.index.optimizer_steps)
+            for part in engine.state():
+                content = reader.read(part.group, part.state, part.start, part.end)
+                part.tensor.copy_(torch.from_numpy(content))
+        except Corrupt as error:
+            return str(error)
+        return reader.index
+
+    loaded = together(world, attempt)
+    reasons = gather(world, loaded if isinstance(loaded, str) else None)
+    bad = next((reason for reason in reasons if reason is not None), None)
+    if bad is None:
+        engine.finish_load()
+    return bad or loaded
+
+
+def _check_fits(index: CheckpointIndex, engine: Engine, data_fingerprint: str) -> None:
+    """Raise ConfigError when the checkpoint belongs to another model or other data."""
+    here = {entry.name: entry for entry in engine.parameters}
+    there = {entry.name: entry for entry in index.parameters}
+    problems = [
+        f"parameter {name} is {_shape(there.get(name))} there and {_shape(here.get(name))} in the config"
+        for name in sorted(here.keys() | there.keys())
+        if here.get(name) != there.get(name)
+    ]
+    if index.data_fingerprint != data_fingerprint:
+        problems.append(
+            f"it was trained on data {index.data_fingerprint}, the config's data is {data_fingerprint}"
+        )
+    if problems:
+        more = [f"and {len(problems) - 5} more"] if len(problems) > 5 else []
+        raise ConfigError([f"step {index.step} does not fit this run: {p}" for p in problems[:5]] + more)
+
+
+def _shape(entry: object) -> str:
+    return "absent" if entry is None else str(list(getattr(entry, "shape", ())))

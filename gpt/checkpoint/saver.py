@@ -1,0 +1,327 @@
+"""Saving while training goes on: copy at a boundary, write behind it, commit once every rank has written.
+
+A save goes through phases, in which all the ranks are at the same boundary:
+
+    writing     each rank's thread writes its file, fsyncs it and reads it back
+    gathering   the ranks tell rank 0 what the index says of their files
+    committing  rank 0's thread syncs the record, writes the index, renames the folder, prunes
+    discarding  instead, where a rank failed or the save is not wanted any more: each removes its file
+
+What the ranks have to say (`report`) travels with the tick of a step boundary, and its sum is taken in at
+the next (`advance`), so that no step waits for a save. One save is in flight at a time. The thread is a
+daemon: a disk that hangs must not keep a process from ending.
+"""
+
+import os
+import struct
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from importlib.metadata import version
+from pathlib import Path
+
+from data_pipeline.errors import CheckpointError
+from data_pipeline.skip_list import Ranges
+from gpt import record
+from gpt.attempt import Superseded, is_superseded
+from gpt.checkpoint.failpoints import reach
+from gpt.checkpoint.format import CheckpointIndex, FileEntry, rank_name, rank_tensors
+from gpt.checkpoint.snapshot import Snapshot, live_parts
+from gpt.checkpoint.writer import (
+    Cancelled,
+    Pace,
+    commit,
+    discard,
+    prune,
+    read_back,
+    temporary_folder,
+    write_rank_file,
+)
+from gpt.distributed import PendingGather, World, gather, total
+from gpt.heartbeat import Heartbeat
+from gpt.host_memory import available_bytes
+from gpt.run_dir import RunDir
+from gpt.zero import Engine
+
+_ROUND_S = 1.0  # how often the ranks look at each other while they wait for a save
+_LARGEST_SHARE = 0.8  # of the memory that is left on a node, for the copies of the state
+_NICENESS = 10  # a step's own threads come first
+
+
+class _Phase(Enum):
+    WRITING = auto()
+    GATHERING = auto()
+    COMMITTING = auto()
+    DISCARDING = auto()
+
+
+class _Work:
+    """An action in a thread of its own: what it gave, or why it failed."""
+
+    def __init__(self, action: Callable[[], FileEntry | None]) -> None:
+        self.entry: FileEntry | None = None
+        self.error: CheckpointError | None = None
+        self._action = action
+        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def is_done(self) -> bool:
+        """Whether it has ended, either way."""
+        return not self._thread.is_alive()
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Until it has ended, or `timeout_s` is over."""
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        try:
+            self.entry = self._action()
+        except CheckpointError as error:
+            self.error = error
+        except (OSError, Cancelled) as error:
+            self.error = CheckpointError(str(error) or "it was given up")
+        except Exception as error:  # a defect of ours must not pass for a save that goes on for ever
+            traceback.print_exc()
+            self.error = CheckpointError(f"the writer failed: {error!r}")
+
+
+@dataclass
+class _Save:
+    """A save in flight, as this rank sees it."""
+
+    index: CheckpointIndex  # without its files, until they are gathered
+    folder: Path
+    pace: Pace
+    stall_s: float = 0.0
+    started: float = field(default_factory=time.monotonic)
+    phase: _Phase = _Phase.WRITING
+    work: _Work | None = None
+    entries: PendingGather | None = None
+
+
+class Saver:
+    """The checkpoints of one attempt. Every method but `report` is collective: all ranks call it together."""
+
+    def __init__(
+        self,
+        run_dir: RunDir,
+        engine: Engine,
+        world: World,
+        *,
+        attempt: int,
+        data_fingerprint: str,
+        heartbeat: Heartbeat,
+    ) -> None:
+        self._run_dir, self._engine, self._world, self._attempt = run_dir, engine, world, attempt
+        self._heartbeat, self._config = heartbeat, engine.run.checkpoint
+        self._index = CheckpointIndex(
+            step=0,
+            attempt=attempt,
+            world_size=world.size,
+            stage=engine.run.zero.stage,
+            layout=engine.layout,
+            optimizer_steps=0,
+            parameters=engine.parameters,
+            groups=engine.groups,
+            data_fingerprint=data_fingerprint,
+            versions={name: version(name) for name in ("torch", "deepspeed")},
+            files=(),
+        )
+        self._tensors = rank_tensors(self._index, world.rank)
+        self._snapshot = self._make_snapshot()
+        self._save: _Save | None = None
+        self._skipped = 0
+        self._failure: CheckpointError | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a save is in flight."""
+        return self._save is not None
+
+    def save(self, step: int, skipped: Ranges, *, problem: str | None = None) -> None:
+        """Begin to save the state after `step`; training may go on, unless saving is synchronous.
+
+        A `problem` of this rank fails the save as if its disk had. With a save in flight this one is
+        skipped, which an event counts. A save that fails is an event too: older checkpoints stand.
+        """
+        if self._save is not None:
+            self._skip(step)
+            return
+        self._begin(step, skipped, problem)
+        if self._snapshot is None:
+            self.wait()
+
+    def save_and_wait(self, step: int, skipped: Ranges, *, problem: str | None = None) -> None:
+        """Save the state after `step`. Raises CheckpointError on every rank where it cannot be committed."""
+        self.wait()
+        self._begin(step, skipped, problem)
+        self.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    def report(self) -> tuple[bool, bool]:
+        """Whether this rank has done its part of the save in flight, and whether it failed at it."""
+        work = self._save.work if self._save is not None else None
+        is_done = work is not None and work.is_done()
+        return is_done, is_done and work is not None and work.error is not None
+
+    def advance(self, done: float, failed: float) -> None:
+        """Go on with what the ranks reported, summed. Raises Superseded when the run has another owner."""
+        save = self._save
+        if save is None:
+            return
+        match save.phase:
+            case _Phase.WRITING if failed:
+                self._fail(save)
+            case _Phase.WRITING if done == self._world.size:
+                assert save.work is not None and save.work.entry is not None
+                save.entries = PendingGather(self._world, *_as_integers(save.work.entry))
+                save.phase, save.work = _Phase.GATHERING, None
+            case _Phase.GATHERING:
+                assert save.entries is not None
+                files = tuple(_as_entry(r, values) for r, values in enumerate(save.entries.result()))
+                index = save.index.model_copy(update={"files": files})
+                save.phase = _Phase.COMMITTING
+                save.work = _Work(lambda: self._commit(save, index)) if self._world.is_first else None
+            case _Phase.COMMITTING if failed:
+                self._fail(save)
+            case _Phase.COMMITTING if done:
+                self._save = None
+            case _Phase.DISCARDING if done == self._world.size:
+                self._save = None
+
+    def wait(self) -> None:
+        """Until no save is in flight, at full speed."""
+        reported = -1.0
+        while (save := self._save) is not None:
+            save.pace.hurry()
+            if save.work is not None:
+                save.work.wait(_ROUND_S)
+            done, failed, progress = total(self._world, *self.report(), save.pace.bytes_done)
+            if progress > reported:  # else it is silent: the hang watchdog counts from here
+                self._heartbeat.beat(save.index.step, "saving")
+                reported = progress
+            self.advance(done, failed)
+
+    def give_up(self) -> None:
+        """Give up a save that is still being written, and wait until nothing is in flight."""
+        if self._save is not None and self._save.phase is _Phase.WRITING:
+            if self._world.is_first:
+                record.event(self._run_dir.events, "checkpoint_given_up", step=self._save.index.step)
+            self._discard(self._save)
+        self.wait()
+
+    def _make_snapshot(self) -> Snapshot | None:
+        """The host buffer, if the config wants one and every node has the memory for those of its ranks."""
+        if not self._config.asynchronous:
+            return None
+        numel = sum(self._tensors.values())
+        needed, available = 4 * numel * self._world.local_size, available_bytes()
+        (short,) = total(self._world, needed > _LARGEST_SHARE * available)
+        if not short:
+            return Snapshot(numel, self._world.device)
+        if self._world.is_first:
+            reason = (
+                f"{short:.0f} of {self._world.size} ranks are on nodes without the memory for a copy of the "
+                f"state; on this one it needs {needed >> 20} MiB, {available >> 20} MiB are left"
+            )
+            record.event(self._run_dir.events, "saving_synchronously", reason=reason)
+        return None
+
+    def _begin(self, step: int, skipped: Ranges, problem: str | None) -> None:
+        started = time.monotonic()
+        self._failure = None
+        folder = temporary_folder(self._run_dir.checkpoints, self._attempt, step)
+        now = {"step": step, "optimizer_steps": self._engine.optimizer_steps, "skipped": skipped}
+        save = _Save(self._index.model_copy(update=now), folder, Pace(self._config.max_mb_per_s))
+        if self._snapshot is not None:
+            self._snapshot.take(self._engine.state())
+        reach("copied")
+        save.stall_s = time.monotonic() - started
+        save.work = _Work(lambda: self._write(save, problem))
+        self._save = save
+
+    def _skip(self, step: int) -> None:
+        assert self._save is not None
+        self._skipped += 1
+        if self._world.is_first:
+            age = time.monotonic() - self._save.started
+            reason = f"the save of step {self._save.index.step}, begun {age:.0f} s ago, is still under way"
+            record.event(
+                self._run_dir.events, "checkpoint_skipped", step=step, skipped=self._skipped, reason=reason
+            )
+
+    def _write(self, save: _Save, problem: str | None) -> FileEntry:
+        if problem is not None:
+            raise CheckpointError(problem)
+        parts = self._snapshot.parts() if self._snapshot is not None else live_parts(self._engine.state())
+        try:
+            save.folder.mkdir(parents=True, exist_ok=True)
+            reach("folder_made")
+            entry = write_rank_file(save.folder, self._world.rank, self._tensors, parts, pace=save.pace)
+            read_back(save.folder, entry, self._tensors, pace=save.pace)
+            reach("read_back")
+        except OSError as error:
+            raise CheckpointError(f"rank {self._world.rank} cannot write its checkpoint: {error}") from error
+        return entry
+
+    def _commit(self, save: _Save, index: CheckpointIndex) -> None:
+        run_dir = self._run_dir
+        reach("gathered")
+        record.sync(run_dir.metrics)
+        reach("record_synced")
+        if is_superseded(run_dir, self._attempt):
+            raise Superseded(
+                f"attempt {self._attempt + 1} has started since: attempt {self._attempt} ends here."
+            )
+        commit(run_dir.checkpoints, save.folder, index)
+        record.event(
+            run_dir.events,
+            "checkpoint_saved",
+            step=index.step,
+            seconds=round(time.monotonic() - save.started, 3),
+            stall_s=round(save.stall_s, 4),
+            bytes=sum(file.size for file in index.files),
+            verified=True,
+        )
+        try:
+            prune(run_dir.checkpoints, self._config.keep_last)
+        except OSError as error:
+            record.event(run_dir.events, "prune_failed", reason=str(error))
+
+    def _fail(self, save: _Save) -> None:
+        """Learn why, say it once, and remove what was written."""
+        error = save.work.error if save.work is not None and save.work.is_done() else None
+        self._failure = next(e for e in gather(self._world, error) if e is not None)
+        self._discard(save)
+        if isinstance(self._failure, Superseded):
+            raise self._failure
+        if self._world.is_first:
+            reason = str(self._failure)
+            record.event(self._run_dir.events, "checkpoint_failed", step=save.index.step, reason=reason)
+
+    def _discard(self, save: _Save) -> None:
+        writing = save.work
+        save.pace.cancel()
+
+        def remove() -> None:
+            if writing is not None:
+                writing.wait()
+            discard(save.folder, self._world.rank)
+
+        save.phase, save.work = _Phase.DISCARDING, _Work(remove)
+
+
+def _as_integers(entry: FileEntry) -> tuple[int, int, int]:
+    """Size and checksum of a file as integers of 64 bits, for a tensor."""
+    size, high, low = struct.unpack("<qqq", struct.pack("<q", entry.size) + bytes.fromhex(entry.checksum))
+    return size, high, low
+
+
+def _as_entry(rank: int, values: tuple[int, ...]) -> FileEntry:
+    size, high, low = values
+    return FileEntry(name=rank_name(rank), size=size, checksum=struct.pack("<qq", high, low).hex())

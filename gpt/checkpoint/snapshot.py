@@ -1,0 +1,44 @@
+"""What a save reads: a copy of this rank's state in host memory, or the state itself while training waits."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from gpt.zero import StatePart
+
+_PIECE = 1 << 24  # elements of a device's state that stand in host memory at a time: 64 MiB
+
+
+class Snapshot:
+    """A host buffer for the state of one rank, in the order of its file; allocated once."""
+
+    def __init__(self, numel: int, device: torch.device) -> None:
+        is_pinned = device.type == "cuda"  # the only memory that a GPU copies to while the host goes on
+        self._buffer = torch.empty(numel, dtype=torch.float32, pin_memory=is_pinned)
+        self._buffer.zero_()  # pages are given out at the first touch: now, not in the middle of a step
+        self._copied = torch.cuda.Event() if is_pinned else None  # type: ignore[no-untyped-call]
+
+    def take(self, state: Iterator[StatePart]) -> None:
+        """Copy `state`; on a GPU the copy is only queued, before any later step of the same stream."""
+        end = 0
+        for part in state:
+            start, end = end, end + part.tensor.numel()
+            self._buffer[start:end].copy_(part.tensor, non_blocking=True)
+        assert end == self._buffer.numel(), f"{end} of {self._buffer.numel()} elements"
+        if self._copied is not None:
+            self._copied.record()
+
+    def parts(self) -> Iterator[NDArray[np.float32]]:
+        """The content, once the copy is there."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        yield self._buffer.numpy()
+
+
+def live_parts(state: Iterator[StatePart]) -> Iterator[NDArray[np.float32]]:
+    """The content of `state` itself, piece by piece: nothing may change it until the last one is read."""
+    for part in state:
+        for piece in torch.split(part.tensor, _PIECE):
+            yield piece.cpu().numpy()

@@ -1,0 +1,40 @@
+"""How much host memory is left to this process: of the machine, and of the control group that limits it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+# Of a cgroup of version 2 and of version 1: limit, use, and the page cache that is given up on demand.
+_VERSION_2 = ("memory.max", "memory.current", "inactive_file")
+_VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+
+def available_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that may still be taken without swapping or being killed for it."""
+    free = 1024 * _field(proc / "meminfo", "MemAvailable:")
+    return min([free, *_left_in_groups(proc, cgroups)])
+
+
+def _left_in_groups(proc: Path, cgroups: Path) -> Iterator[int]:
+    """What each control group above this process leaves."""
+    for row in _lines(proc / "self" / "cgroup"):
+        _, controllers, path = row.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        top, names = (cgroups / "memory", _VERSION_1) if controllers else (cgroups, _VERSION_2)
+        folder = top / path.removeprefix("/")
+        while folder.is_relative_to(top):
+            limit, used = (_lines(folder / name) for name in names[:2])
+            if limit and used and limit[0].isdigit():  # "max" is no limit
+                yield int(limit[0]) - int(used[0]) + _field(folder / "memory.stat", names[2])
+            folder = folder.parent
+
+
+def _field(path: Path, name: str) -> int:
+    return next((int(row.split()[1]) for row in _lines(path) if row.split()[:1] == [name]), 0)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []

@@ -1,0 +1,249 @@
+"""Saving behind training's back: nothing waits, nothing half-done is ever taken for a checkpoint."""
+
+import errno
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+
+from gpt import record
+from gpt.attempt import Superseded
+from gpt.checkpoint.failpoints import PLACES
+from gpt.checkpoint.format import committed, verify
+from gpt.checkpoint.reader import CheckpointReader
+from gpt.checkpoint.saver import Saver
+from gpt.checkpoint.writer import remove_leftovers
+from gpt.distributed import World, total
+from gpt.run_dir import RunDir
+from tests.unit.saver_support import STATES, expected_state, join, make_saver, save_in_two_processes
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> RunDir:
+    run = RunDir(tmp_path / "run")
+    run.attempt(1).mkdir(parents=True)
+    return run
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[World]:
+    """A world of this process alone."""
+    yield join(tmp_path / "meeting", 0, 1)
+    dist.destroy_process_group()
+
+
+def boundary(saver: Saver, world: World) -> None:
+    """What a step boundary does for a save in flight."""
+    saver.advance(*total(world, *saver.report()))
+
+
+def drain(saver: Saver, world: World) -> None:
+    deadline = time.monotonic() + 30
+    while saver.is_busy:
+        assert time.monotonic() < deadline
+        boundary(saver, world)
+        time.sleep(0.005)
+
+
+def events(run: RunDir, name: str) -> list[dict[str, object]]:
+    return [line for line in record.read(run.events) if line["event"] == name]
+
+
+def holds(run: RunDir, step: int) -> bool:
+    """Whether the checkpoint of `step` verifies and holds that step's state."""
+    folder = dict(committed(run.checkpoints))[step]
+    reader = CheckpointReader(folder)
+    size = reader.index.groups[0].numel
+    return list(verify(folder)) == [] and all(
+        np.array_equal(reader.read("decay", state, 0, size), expected_state(step, state)) for state in STATES
+    )
+
+
+def test_what_is_saved_is_the_state_at_the_boundary_however_far_training_goes_on(
+    run_dir: RunDir, alone: World
+) -> None:
+    saver, engine = make_saver(run_dir, alone, max_mb_per_s=20)
+    engine.take_step()
+    saver.save(1, ())
+    for _ in range(3):
+        engine.take_step()
+        boundary(saver, alone)
+    assert saver.is_busy
+    drain(saver, alone)
+    assert holds(run_dir, 1)
+    (saved,) = events(run_dir, "checkpoint_saved")
+    assert saved["stall_s"] < saved["seconds"]  # type: ignore[operator]
+
+
+def test_an_asynchronous_save_writes_the_bytes_of_a_synchronous_one(tmp_path: Path, alone: World) -> None:
+    files = []
+    for is_asynchronous in (True, False):
+        run = RunDir(tmp_path / str(is_asynchronous))
+        run.attempt(1).mkdir(parents=True)
+        saver, engine = make_saver(run, alone, asynchronous=is_asynchronous)
+        engine.take_step()
+        saver.save(1, ())
+        assert saver.is_busy == is_asynchronous
+        saver.wait()
+        folder = dict(committed(run.checkpoints))[1]
+        files.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    assert files[0] == files[1]
+
+
+def test_a_save_that_is_due_meanwhile_is_skipped_and_counted(run_dir: RunDir, alone: World) -> None:
+    saver, engine = make_saver(run_dir, alone, max_mb_per_s=30)
+    for step in (1, 2, 3):
+        engine.take_step()
+        saver.save(step, ())
+    drain(saver, alone)
+    assert [step for step, _ in committed(run_dir.checkpoints)] == [1]
+    skipped = events(run_dir, "checkpoint_skipped")
+    assert [(event["step"], event["skipped"]) for event in skipped] == [(2, 1), (3, 2)]
+    assert "the save of step 1" in str(skipped[0]["reason"])
+
+
+def test_a_limit_is_kept_while_training_goes_on_and_lifted_when_somebody_waits(
+    run_dir: RunDir, alone: World
+) -> None:
+    size_mb = 14.4
+    saver, engine = make_saver(run_dir, alone, max_mb_per_s=30)
+    engine.take_step()
+    started = time.monotonic()
+    saver.save(1, ())
+    drain(saver, alone)
+    assert time.monotonic() - started >= 2 * size_mb / 30  # written and read back
+    slow, engine = make_saver(run_dir, alone, max_mb_per_s=1)
+    engine.take_step()
+    slow.save(2, ())
+    slow.wait()
+    assert holds(run_dir, 1)
+    assert events(run_dir, "checkpoint_saved")[-1]["seconds"] < 20  # type: ignore[operator]
+
+
+def test_a_save_that_is_given_up_leaves_nothing(run_dir: RunDir, alone: World) -> None:
+    saver, engine = make_saver(run_dir, alone, max_mb_per_s=5)
+    engine.take_step()
+    saver.save(1, ())
+    time.sleep(0.2)
+    saver.give_up()
+    engine.take_step()
+    saver.save_and_wait(2, ())
+    assert [entry.name for entry in run_dir.checkpoints.iterdir()] == ["step-00000002"]
+    assert holds(run_dir, 2)
+    assert [event["step"] for event in events(run_dir, "checkpoint_given_up")] == [1]
+
+
+@pytest.mark.parametrize(
+    ("place", "code"),
+    [(place, "ENOSPC") for place in PLACES[1 : PLACES.index("renamed")]]
+    + [("chunk_written", "EDQUOT"), ("folder_made", "EROFS")],
+)
+def test_a_disk_that_refuses_fails_the_save_and_nothing_else(
+    run_dir: RunDir, alone: World, monkeypatch: pytest.MonkeyPatch, place: str, code: str
+) -> None:
+    saver, engine = make_saver(run_dir, alone)
+    engine.take_step()
+    saver.save_and_wait(1, ())
+    with monkeypatch.context() as patch:
+        arm(patch, f"{place}:error={code}")
+        saver.save(2, ())
+        drain(saver, alone)
+    assert [entry.name for entry in run_dir.checkpoints.iterdir()] == ["step-00000001"]
+    (failed,) = events(run_dir, "checkpoint_failed")
+    assert os.strerror(getattr(errno, code)) in str(failed["reason"])
+    saver.save_and_wait(3, ())
+    assert [step for step, _ in committed(run_dir.checkpoints)] == [1, 3]
+
+
+def test_the_last_save_of_a_run_must_not_fail_in_silence(
+    run_dir: RunDir, alone: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saver, engine = make_saver(run_dir, alone)
+    engine.take_step()
+    arm(monkeypatch, "file_written:error=ENOSPC")
+    with pytest.raises(Exception, match=r"rank 0 cannot write its checkpoint: .*No space left"):
+        saver.save_and_wait(1, ())
+
+
+def test_a_writer_that_hangs_delays_no_step(
+    run_dir: RunDir, alone: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saver, engine = make_saver(run_dir, alone)
+    engine.take_step()
+    arm(monkeypatch, "file_written:sleep=1")
+    started = time.monotonic()
+    saver.save(1, ())
+    for step in range(2, 30):
+        boundary(saver, alone)
+        saver.save(step, ())
+    assert time.monotonic() - started < 0.7
+    assert len(events(run_dir, "checkpoint_skipped")) == 28
+    drain(saver, alone)
+    assert holds(run_dir, 1)
+
+
+def test_an_older_copy_commits_nothing_more(run_dir: RunDir, alone: World) -> None:
+    saver, engine = make_saver(run_dir, alone, max_mb_per_s=50)
+    engine.take_step()
+    saver.save(1, ())
+    run_dir.attempt(2).mkdir()
+    with pytest.raises(Superseded, match="attempt 2 has started since"):
+        drain(saver, alone)
+    assert committed(run_dir.checkpoints) == []
+
+
+def test_a_folder_that_a_newer_copy_cleared_is_not_committed(
+    run_dir: RunDir, alone: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saver, engine = make_saver(run_dir, alone)
+    engine.take_step()
+    arm(monkeypatch, "index_written:sleep=1")  # checked that it is the newest; not renamed yet
+    saver.save(1, ())
+    deadline = time.monotonic() + 10
+    while not list(run_dir.checkpoints.glob(".tmp-*/checkpoint.json")) and time.monotonic() < deadline:
+        boundary(saver, alone)
+    remove_leftovers(run_dir.checkpoints)
+    drain(saver, alone)
+    assert committed(run_dir.checkpoints) == []
+    assert "No such file" in str(events(run_dir, "checkpoint_failed")[0]["reason"])
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """Two ranks have saved steps 1 to 3; the last two are kept."""
+    run = RunDir(tmp_path_factory.mktemp("saved") / "run")
+    run.attempt(1).mkdir(parents=True)
+    assert not save_in_two_processes(run.path, [1, 2, 3])
+    assert [step for step, _ in committed(run.checkpoints)] == [2, 3]
+    return run
+
+
+@pytest.mark.parametrize(
+    ("place", "rank"),
+    [(place, 0) for place in PLACES] + [(place, 1) for place in PLACES[: PLACES.index("gathered")]],
+)
+def test_a_kill_at_any_failpoint_leaves_a_whole_checkpoint(
+    saved: RunDir, tmp_path: Path, place: str, rank: int
+) -> None:
+    run_dir = RunDir(Path(shutil.copytree(saved.path, tmp_path / "run")))
+    assert save_in_two_processes(run_dir.path, [4], failpoint=f"{place}:kill", at=rank)
+    remove_leftovers(run_dir.checkpoints)
+    steps = [step for step, _ in committed(run_dir.checkpoints)]
+    is_committed = PLACES.index(place) >= PLACES.index("renamed")
+    assert steps[-1] == (4 if is_committed else 3)
+    assert len(steps) >= 2
+    assert all(holds(run_dir, step) for step in steps)
+    assert all(entry.name.startswith("step-") for entry in run_dir.checkpoints.iterdir())
+
+
+def arm(patch: pytest.MonkeyPatch, failpoint: str) -> None:
+    """Set a failpoint in this process."""
+    from gpt.checkpoint import failpoints
+
+    patch.setenv("OUTLAST_FAILPOINTS", failpoint)
+    patch.setattr(failpoints, "_armed", failpoints._armed.__wrapped__)
