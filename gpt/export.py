@@ -10,7 +10,6 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -22,8 +21,8 @@ from safetensors.torch import save_file
 
 from data_pipeline.errors import CheckpointError, ConfigError, OutlastError
 from data_pipeline.tokenizer import load_encoding
-from gpt.checkpoint.format import Corrupt, committed
-from gpt.checkpoint.reader import CheckpointReader
+from gpt.checkpoint.format import Corrupt
+from gpt.checkpoint.reader import CheckpointReader, intact_candidates
 from gpt.config import RunConfig
 from gpt.flops import parameter_count, parameter_table
 from gpt.huggingface import TensorPlace, tensor_places, twin_config, twin_obstacle
@@ -80,29 +79,11 @@ def export(
     raise CheckpointError(f"{run_dir.path} has no intact checkpoint" + (f" of step {step}" if step else ""))
 
 
-def intact_candidates(run_dir: RunDir, step: int | None) -> Iterator[tuple[int, CheckpointReader]]:
-    """Step and reader of checkpoint `step`, or of all, newest first; reads raise Corrupt where one is bad.
-
-    Raises ConfigError when there is none.
-    """
-    candidates = [(s, folder) for s, folder in committed(run_dir.checkpoints) if step in (None, s)]
-    if not candidates:
-        which = "checkpoint" if step is None else f"checkpoint of step {step}"
-        raise ConfigError(f"{run_dir.path} has no {which} yet")
-    for found, folder in reversed(candidates):
-        try:
-            reader = CheckpointReader(folder)
-        except Corrupt as error:
-            print(f"{folder.name} is passed over: {error}", file=sys.stderr)
-            continue
-        yield found, reader
-
-
 def _write_weights(
     reader: CheckpointReader, model: ModelConfig, folder: Path, dtype: torch.dtype, shard_bytes: int
 ) -> int:
     """The safetensors files, and their index where there are several; how many."""
-    places = _places(model)
+    places = list(tensor_places(model))
     shapes = dict(parameter_table(model))
     sizes = [_rows(place, shapes) * prod(shapes[place.ours][1:]) * dtype.itemsize for place in places]
     shards: list[list[TensorPlace]] = [[]]
@@ -127,12 +108,6 @@ def _write_weights(
     return len(shards)
 
 
-def _places(model: ModelConfig) -> list[TensorPlace]:
-    if twin_obstacle(model) is None:
-        return list(tensor_places(model))
-    return [TensorPlace(name, name) for name, _ in parameter_table(model)]
-
-
 def _rows(place: TensorPlace, shapes: dict[str, tuple[int, ...]]) -> int:
     rows = shapes[place.ours][0]
     return (rows if place.end is None else place.end) - (place.start or 0)
@@ -146,6 +121,8 @@ def _tensor(parameter: np.ndarray, place: TensorPlace, dtype: torch.dtype) -> to
 
 def _write_config(model: ModelConfig, folder: Path, dtype: str, end_of_text: int) -> str:
     """config.json and generation_config.json; the name of the architecture."""
+    ids = {"bos_token_id": end_of_text, "eos_token_id": end_of_text, "pad_token_id": end_of_text}
+    _write_json(folder / "generation_config.json", {**ids, "max_length": model.context})
     obstacle = twin_obstacle(model)
     if obstacle is not None:
         fields = model.model_dump(mode="json", exclude_none=True)
@@ -158,8 +135,6 @@ def _write_config(model: ModelConfig, folder: Path, dtype: str, end_of_text: int
         return "outlast"
     content = twin_config(model, str(DTYPES[dtype]).removeprefix("torch."), end_of_text)
     _write_json(folder / "config.json", content)
-    ids = {"bos_token_id": end_of_text, "eos_token_id": end_of_text, "pad_token_id": end_of_text}
-    _write_json(folder / "generation_config.json", {**ids, "max_length": model.context})
     architecture: str = content["architectures"][0]
     return architecture
 

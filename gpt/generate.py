@@ -3,7 +3,7 @@
 # V vocabulary
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import ConfigError
-from data_pipeline.tokenizer import Encoding
 from gpt.attention import Documents
 from gpt.model import GPT, Cache
 
@@ -43,9 +42,9 @@ class Choice:
 
 @torch.no_grad()
 def generate(
-    gpt: GPT, prompt: list[int], *, max_tokens: int, choice: Choice, seed: int, end: int | None
+    gpt: GPT, prompt: list[int], *, max_tokens: int, choice: Choice, seed: int, ends: Collection[int] = ()
 ) -> Iterator[int]:
-    """Ids drawn one by one after `prompt`, at most `max_tokens`, until `end` is drawn.
+    """Ids drawn one by one after `prompt`, at most `max_tokens`, until one of `ends` is drawn.
 
     Where the context is full the last half of it is read again, and what lies before is forgotten. Raises
     ConfigError for an empty prompt: the first token must follow one.
@@ -60,24 +59,25 @@ def generate(
         if cache.length + len(unread) > context:
             cache, unread = Cache(gpt), tokens[-max(1, context // 2) :]
         token = choice.draw(_last_scores(gpt, unread, cache), generator)
-        if token == end:
+        if token in ends:
             return
         tokens.append(token)
         unread = [token]
         yield token
 
 
-def stream(ids: Iterator[int], encoding: Encoding) -> Iterator[str]:
+def stream(ids: Iterator[int], decode: Callable[[list[int]], str]) -> Iterator[str]:
     """The text of `ids`, piece by piece, as soon as the bytes of a character are all there."""
+    before: list[int] = []  # decoded along: some tokenizers leave out the space before a text's first word
     held: list[int] = []
     for id in ids:
         held.append(id)
-        text = encoding.decode(held)
+        text = decode([*before, *held])
         if not text.endswith("\ufffd"):
-            yield text
-            held.clear()
+            yield text[len(decode(before)) :]
+            before, held = held, []
     if held:
-        yield encoding.decode(held)
+        yield decode([*before, *held])[len(decode(before)) :]
 
 
 def _last_scores(gpt: GPT, tokens: list[int], cache: Cache) -> Tensor:

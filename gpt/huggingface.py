@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from data_pipeline.errors import ConfigError
+from gpt.flops import parameter_table
 from gpt.model_config import ModelConfig
 
 # Their names of Shazeer's activations (transformers.activations.ACT2FN); GPT-2's GELU is the tanh form.
@@ -129,7 +130,12 @@ def _rope_parameters(model: ModelConfig) -> dict[str, Any]:
 
 
 def tensor_places(model: ModelConfig) -> Iterator[TensorPlace]:
-    """Every tensor of the twin and where it stands in ours, in the order of our parameters."""
+    """Every tensor of an export and where it stands in ours, in the order of our parameters.
+
+    Without a twin the names are ours.
+    """
+    if twin_obstacle(model) is not None:
+        return (TensorPlace(name, name) for name, _ in parameter_table(model))
     return _gpt2_places(model) if model.position == "learned" else _llama_places(model)
 
 
@@ -183,11 +189,14 @@ def _both(theirs: str, ours: str, is_transposed: bool = False) -> Iterator[Tenso
 
 
 def model_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """The [model] table of a transformers config.json: GPT-2, Llama, Mistral or Qwen3.
+    """The [model] table of a config.json: GPT-2, Llama, Mistral, Qwen3, or ours where they have no twin.
 
     Raises ConfigError for another architecture, and for a setting that our network does not have.
     """
     kind = config.get("model_type")
+    if kind == "outlast":
+        own: dict[str, Any] = config["model"]
+        return own
     if kind == "gpt2":
         fields = _gpt2_fields(config)
     elif kind in ("llama", "mistral", "qwen3"):

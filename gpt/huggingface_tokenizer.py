@@ -6,7 +6,11 @@ other library's words, and a sample of texts is encoded by both before it is tru
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.tokenizer import END_OF_TEXT, Encoding
@@ -67,6 +71,29 @@ def write_tokenizer(encoding: Encoding, context: int, folder: Path) -> None:
         "clean_up_tokenization_spaces": False,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+class FolderTokenizer:
+    """The tokenizer.json of a folder, special tokens as its post-processor adds them."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises ConfigError where the folder has none."""
+        from tokenizers import Tokenizer
+
+        path = folder / "tokenizer.json"
+        if not path.exists():
+            raise ConfigError(f"{folder} has no tokenizer.json.")
+        self._tokenizer = Tokenizer.from_file(str(path))
+
+    def encode(self, text: str) -> NDArray[np.uint32]:
+        """The ids of `text`; text that looks like a special token is text, as in our data."""
+        self._tokenizer.encode_special_tokens = True
+        return np.array(self._tokenizer.encode(text).ids, dtype=np.uint32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`, special tokens included; bytes that are not UTF-8 become U+FFFD."""
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False)
+        return text
 
 
 def oniguruma(pattern: str) -> str:

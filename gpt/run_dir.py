@@ -116,3 +116,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds {type(content).__name__}, not an object")
     return content
+
+
+def is_exported(folder: Path) -> bool:
+    """Whether `folder` is an export, or another that transformers loads, rather than a run directory."""
+    return "model_type" in (read_json(folder / "config.json") or {})

@@ -7,23 +7,24 @@ from pathlib import Path
 import click
 
 from data_pipeline.errors import LaunchError
-from gpt.run_dir import RunDir
+from gpt.run_dir import is_exported
 from launcher.runs import open_run, python_module, read_config, runs_folder
 
 
-def sample_command(run: RunDir, prompt: str, **options: float | None) -> list[str]:
-    """The command that lets a checkpoint of `run` continue `prompt` on standard output.
+def sample_command(folder: Path, prompt: str, **options: float | None) -> list[str]:
+    """The command that lets a run, or an export, in `folder` continue `prompt` on standard output.
 
     `options` are those of `outlast sample`, by name; None is left to its default.
     """
     given = {name.replace("_", "-"): value for name, value in options.items() if value is not None}
     arguments = [f"--{name}={value}" for name, value in given.items()]
-    return python_module("gpt.sample", str(run.path), f"--prompt={prompt}", *arguments)
+    return python_module("gpt.sample", str(folder), f"--prompt={prompt}", *arguments)
 
 
 def sample(folder: str, prompt: str, **options: float | None) -> int:
-    """Print a text that a checkpoint of a run writes; the child's exit code."""
-    return subprocess.run(sample_command(open_run(folder), prompt, **options)).returncode
+    """Print a text that a run's checkpoint, or an export, writes; the child's exit code."""
+    path = Path(folder) if is_exported(Path(folder)) else open_run(folder).path
+    return subprocess.run(sample_command(path, prompt, **options)).returncode
 
 
 def export(folder: str, out: Path, step: int | None, dtype: str) -> int:

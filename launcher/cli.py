@@ -298,10 +298,10 @@ def verify(folder: Path) -> int:
 
 
 @commands.command(
-    short_help="Let a checkpoint write.",
+    short_help="Let a checkpoint or an export write.",
     epilog=_example('outlast sample runs/demo-0001 --prompt "In the beginning"'),
 )
-@click.argument("run_dir")
+@click.argument("folder", metavar="RUN_DIR|EXPORT")
 @click.option("--prompt", default="", metavar="TEXT", help="What the text begins with.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=200, show_default=True)
 @click.option(
@@ -316,11 +316,11 @@ def verify(folder: Path) -> int:
 )
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--step", type=click.IntRange(min=0), metavar="N", help="Default: the newest intact one.")
-def sample(run_dir: str, prompt: str, **options: float | None) -> int:
-    """Let a checkpoint of a run write, until it ends its text; printed as it is drawn."""
+def sample(folder: str, prompt: str, **options: float | None) -> int:
+    """Let a run's checkpoint, or an exported folder, write until it ends its text; printed as it is drawn."""
     from launcher.children import sample
 
-    return sample(run_dir, prompt, **options)
+    return sample(folder, prompt, **options)
 
 
 @commands.command(

@@ -113,7 +113,7 @@ def demo(out: Path) -> int:
     problems += _score(run, data, manifest)
 
     _stage(5, f"Sample: how it continues {PROMPT!r}")
-    command = sample_command(run, PROMPT, max_tokens=120, temperature=0.7, seed=1)
+    command = sample_command(run.path, PROMPT, max_tokens=120, temperature=0.7, seed=1)
     sampled = subprocess.run(command, capture_output=True, text=True)
     if sampled.returncode != 0:
         problems.append(f"sampling failed:\n{sampled.stderr.rstrip()}")

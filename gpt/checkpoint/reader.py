@@ -5,19 +5,25 @@ the chunks that it needs, so that another world size, or a laptop that wants the
 ordinary case. Without torch, DeepSpeed or a process group.
 """
 
+import sys
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.errors import ConfigError
 from gpt.checkpoint.format import (
     CheckpointIndex,
+    Corrupt,
     RankLayout,
+    committed,
     read_chunk,
     read_index,
     read_rank_layout,
 )
+from gpt.run_dir import RunDir
 
 
 class CheckpointReader:
@@ -66,3 +72,21 @@ class CheckpointReader:
             content = read_chunk(file, path, self._layouts[rank], number)
         self.bytes_read += len(content)
         return content
+
+
+def intact_candidates(run_dir: RunDir, step: int | None) -> Iterator[tuple[int, CheckpointReader]]:
+    """Step and reader of checkpoint `step`, or of all, newest first; reads raise Corrupt where one is bad.
+
+    Raises ConfigError when there is none.
+    """
+    candidates = [(s, folder) for s, folder in committed(run_dir.checkpoints) if step in (None, s)]
+    if not candidates:
+        which = "checkpoint" if step is None else f"checkpoint of step {step}"
+        raise ConfigError(f"{run_dir.path} has no {which} yet")
+    for found, folder in reversed(candidates):
+        try:
+            reader = CheckpointReader(folder)
+        except Corrupt as error:
+            print(f"{folder.name} is passed over: {error}", file=sys.stderr)
+            continue
+        yield found, reader

@@ -14,12 +14,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_pipeline.errors import CheckpointError, ConfigError
 from data_pipeline.tokenizer import END_OF_TEXT, Encoding, load_encoding
+from gpt import sample
 from gpt.config import RunConfig
 from gpt.export import export
 from gpt.huggingface_tokenizer import SAMPLES, write_tokenizer
 from gpt.model import GPT
 from gpt.pretrained import write_first_checkpoint
 from gpt.run_dir import RunDir, write_json
+from gpt.trained import from_folder
 from tests.unit.data_support import packaged_texts, prepared
 from tests.unit.model_support import GPT2, build, random_tokens, rows
 
@@ -205,3 +207,46 @@ def test_export_needs_neither_deepspeed_nor_a_process_group(data: Path, tmp_path
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "LlamaForCausalLM of step 0, " in done.stdout
+
+
+@pytest.mark.parametrize("fields", [{"n_kv_heads": 2}, GPT2])
+def test_a_run_and_its_export_write_what_transformers_generate_writes(
+    fields: dict[str, object],
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run_dir, _ = make_run(tmp_path / "run", data, context=40, **fields)
+    export(run_dir, tmp_path / "out", dtype="fp32")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    asked = tokenizer("And God said", return_tensors="pt")
+    [drawn] = theirs.generate(**asked, max_new_tokens=25, do_sample=False)
+    expected = tokenizer.decode(drawn)
+    for folder in (run_dir.path, tmp_path / "out"):
+        arguments = ["--prompt=And God said", "--max-tokens=25", "--temperature=0"]
+        monkeypatch.setattr(sys, "argv", ["sample", str(folder), *arguments])
+        sample.main()
+        assert capsys.readouterr().out == expected + "\n"
+
+
+def test_an_export_without_a_twin_writes_as_its_run_does(data: Path, tmp_path: Path) -> None:
+    run_dir, gpt = make_run(tmp_path / "run", data, position="sinusoidal", logit_softcap=5.0)
+    export(run_dir, tmp_path / "out", dtype="fp32")
+    trained = from_folder(tmp_path / "out")
+    tokens = random_tokens(2, 24)
+    with torch.no_grad():
+        assert torch.equal(trained.gpt.logits(tokens, rows(tokens)), gpt.logits(tokens, rows(tokens)))
+    encoding = load_encoding(data)
+    assert trained.ends == {encoding.end_of_text}
+    for text in TEXTS:
+        assert trained.tokenizer.encode(text).tolist() == encoding.encode(text).tolist()
+
+
+def test_an_export_has_no_other_steps(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir, _ = make_run(tmp_path / "run", data)
+    export(run_dir, tmp_path / "out")
+    monkeypatch.setattr(sys, "argv", ["sample", str(tmp_path / "out"), "--step=3"])
+    with pytest.raises(ConfigError, match=r"--step 3: .*/out is an export, which has one step"):
+        sample.main()

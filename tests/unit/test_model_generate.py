@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from data_pipeline.errors import ConfigError
@@ -22,7 +23,7 @@ def test_greedy_text_is_that_of_transformers_generate(fields: dict[str, object])
     theirs = twin_of(gpt)
     for seed in range(2):
         prompt = random_tokens(1, 7, seed=seed)
-        ours = list(generate(gpt, prompt[0].tolist(), max_tokens=30, choice=GREEDY, seed=0, end=None))
+        ours = list(generate(gpt, prompt[0].tolist(), max_tokens=30, choice=GREEDY, seed=0))
         expected = theirs.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
@@ -36,7 +37,7 @@ def test_greedy_text_is_that_of_transformers_generate(fields: dict[str, object])
 def test_past_the_context_the_last_half_is_read_again() -> None:
     gpt = build(context=8, **GPT2).eval()
     prompt = random_tokens(1, 5)[0].tolist()
-    drawn = list(generate(gpt, prompt, max_tokens=12, choice=GREEDY, seed=0, end=None))
+    drawn = list(generate(gpt, prompt, max_tokens=12, choice=GREEDY, seed=0))
     tokens, start = list(prompt), 0
     for _ in range(12):
         if len(tokens) - start > 8:
@@ -49,20 +50,17 @@ def test_past_the_context_the_last_half_is_read_again() -> None:
 def test_text_ends_with_end_of_text_and_a_long_prompt_keeps_its_end() -> None:
     gpt = build(context=8).eval()
     prompt = random_tokens(1, 30)[0].tolist()
-    drawn = list(generate(gpt, prompt, max_tokens=6, choice=GREEDY, seed=0, end=None))
-    assert drawn == list(generate(gpt, prompt[-8:], max_tokens=6, choice=GREEDY, seed=0, end=None))
+    drawn = list(generate(gpt, prompt, max_tokens=6, choice=GREEDY, seed=0))
+    assert drawn == list(generate(gpt, prompt[-8:], max_tokens=6, choice=GREEDY, seed=0))
     first = drawn.index(drawn[3])
-    assert list(generate(gpt, prompt, max_tokens=6, choice=GREEDY, seed=0, end=drawn[3])) == drawn[:first]
+    assert list(generate(gpt, prompt, max_tokens=6, choice=GREEDY, seed=0, ends={drawn[3]})) == drawn[:first]
     with pytest.raises(ConfigError, match="the prompt is empty"):
-        next(generate(gpt, [], max_tokens=6, choice=GREEDY, seed=0, end=None))
+        next(generate(gpt, [], max_tokens=6, choice=GREEDY, seed=0))
 
 
 def test_a_seed_gives_one_text_and_another_seed_another() -> None:
     gpt = build().eval()
-    texts = [
-        list(generate(gpt, [1, 2], max_tokens=20, choice=Choice(1.0), seed=seed, end=None))
-        for seed in (0, 0, 1)
-    ]
+    texts = [list(generate(gpt, [1, 2], max_tokens=20, choice=Choice(1.0), seed=seed)) for seed in (0, 0, 1)]
     assert texts[0] == texts[1] != texts[2]
 
 
@@ -91,7 +89,14 @@ def test_streamed_pieces_are_whole_characters_and_add_up_to_the_text() -> None:
     encoding = load_encoding("outlast-4k")
     text = "naïve 日本 👩‍👩‍👧 end"
     ids = encoding.encode(text).tolist()
-    pieces = list(stream(iter(ids), encoding))
+    pieces = list(stream(iter(ids), encoding.decode))
     assert "".join(pieces) == text
     assert len(pieces) > 5 and not any("\ufffd" in piece for piece in pieces)
-    assert list(stream(iter(ids[:-4]), encoding))  # what is cut in a character is shown at last
+    assert list(stream(iter(ids[:-4]), encoding.decode))  # what is cut in a character is shown at last
+
+
+def test_spaces_between_the_words_of_a_sentencepiece_tokenizer_are_streamed() -> None:
+    words = ["▁In", "▁the", "▁begin", "ning", ",", "▁God"]
+    tokenizer = Tokenizer(models.WordLevel({word: id for id, word in enumerate(words)}))
+    tokenizer.decoder = decoders.Metaspace()
+    assert list(stream(iter(range(6)), tokenizer.decode)) == ["In", " the", " begin", "ning", ",", " God"]

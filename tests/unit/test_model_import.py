@@ -14,7 +14,7 @@ from gpt.huggingface import model_fields
 from gpt.huggingface_tokenizer import write_tokenizer
 from gpt.pretrained import PretrainedFolder, check_tokenizer
 from gpt.run_dir import RunDir, read_json
-from gpt.sample import load_model
+from gpt.trained import from_run
 from launcher.cli import run as outlast
 from tests.unit.data_support import packaged_texts, prepared
 from tests.unit.model_support import random_tokens, rows
@@ -91,11 +91,11 @@ def test_the_command_makes_a_run_whose_step_0_has_the_weights(
     assert capfd.readouterr().out.strip() == str(tmp_path / "run")
     run_dir = RunDir(tmp_path / "run")
     run = RunConfig.model_validate_json(run_dir.config.read_text())
-    gpt, step = load_model(run_dir, run)
-    assert (step, run.total_steps) == (0, 3)
+    trained = from_run(run_dir)
+    assert (trained.step, run.total_steps) == (0, 3)
     tokens = random_tokens(2, 32)
     with torch.no_grad():
-        assert (gpt.logits(tokens, rows(tokens)) - theirs(tokens).logits).abs().max() <= 1e-4
+        assert (trained.gpt.logits(tokens, rows(tokens)) - theirs(tokens).logits).abs().max() <= 1e-4
 
 
 def test_a_run_that_cannot_be_made_leaves_nothing(

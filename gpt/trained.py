@@ -1,0 +1,89 @@
+"""A trained network with its tokenizer, on any machine: from a run, or from a folder that transformers loads.
+
+Without DeepSpeed and without a process group. Weights are read in fp32, whatever they are stored in.
+"""
+
+import sys
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from data_pipeline.errors import CheckpointError
+from data_pipeline.tokenizer import load_encoding
+from gpt.checkpoint.format import Corrupt
+from gpt.checkpoint.reader import intact_candidates
+from gpt.config import RunConfig
+from gpt.flops import parameter_table
+from gpt.huggingface import model_fields
+from gpt.huggingface_tokenizer import FolderTokenizer
+from gpt.model import GPT
+from gpt.model_config import ModelConfig
+from gpt.pretrained import PretrainedFolder
+from gpt.run_dir import RunDir, read_json
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back."""
+
+    def encode(self, text: str) -> NDArray[np.uint32]:
+        """The ids of a text."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; bytes that are no whole character become U+FFFD."""
+        ...
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network ready to be asked, with the ids that end a text and the step that it comes from, if any."""
+
+    gpt: GPT
+    tokenizer: Tokenizer
+    ends: Collection[int]
+    step: int | None
+
+
+def from_run(run_dir: RunDir, step: int | None = None) -> Trained:
+    """Checkpoint `step` of a run, or its newest intact one.
+
+    Raises ConfigError when there is none, CheckpointError when none is intact.
+    """
+    run = RunConfig.model_validate_json(run_dir.config.read_text())
+    encoding = load_encoding(run.data.sources[0].path)
+    for found, reader in intact_candidates(run_dir, step):
+        try:
+            gpt = _filled(run.model, reader.parameter)
+        except Corrupt as error:
+            print(f"step {found} is passed over: {error}", file=sys.stderr)
+            continue
+        return Trained(gpt, encoding, {encoding.end_of_text}, found)
+    raise CheckpointError(f"{run_dir.path} has no intact checkpoint" + (f" of step {step}" if step else ""))
+
+
+def from_folder(folder: Path) -> Trained:
+    """A folder of `outlast export`, or another of GPT-2, Llama, Mistral or Qwen3 with a tokenizer.json.
+
+    Raises ConfigError when it is none, or not whole.
+    """
+    config = read_json(folder / "config.json") or {}
+    model = ModelConfig.model_validate(model_fields(config))
+    weights, shapes = PretrainedFolder(folder, model), dict(parameter_table(model))
+    gpt = _filled(model, lambda name: weights.parameter(name, shapes[name]))
+    generation = read_json(folder / "generation_config.json") or {}
+    ends = generation.get("eos_token_id", config.get("eos_token_id"))
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    return Trained(gpt, FolderTokenizer(folder), set(ends), None)
+
+
+def _filled(model: ModelConfig, parameter: Callable[[str], NDArray[np.float32]]) -> GPT:
+    gpt = GPT(model)
+    with torch.no_grad():
+        for name, target in gpt.named_parameters():
+            target.copy_(torch.from_numpy(parameter(name)))
+    return gpt.place(torch.device("cpu"), torch.float32).eval()
