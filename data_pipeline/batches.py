@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.batch_sizes import BatchSizes
 from data_pipeline.errors import DataError, DataExhausted
 from data_pipeline.manifest import read_manifest
 from data_pipeline.mixture import Mixture
@@ -21,6 +22,11 @@ from data_pipeline.stream import TokenStream
 # B sequences, T context. The order is looked up this many sequences at a time: a lookup costs 0.1 ms of
 # numpy calls alone or in thousands.
 _MEMO = 4096
+
+
+def windows_in(tokens: int, context: int) -> int:
+    """How many sequences of `context` inputs and one more target a stream of `tokens` makes."""
+    return max(0, tokens - 1) // context
 
 
 @dataclass(frozen=True)
@@ -58,9 +64,10 @@ class BatchReader:
 
     Each source's training shards, end to end, are cut into windows of `context` inputs and one more target;
     what is left at the end makes no window. `sources` are (data directory, weight); with several, sequences
-    are drawn in the proportion of the weights. `skipped` are ranges [first, stop) of sequence numbers that
-    are passed over. With `document_mask` attention segments end with documents and a document's first token
-    is not scored; without it each row is one segment.
+    are drawn in the proportion of the weights; `later` and `caps` are a Mixture's. `global_batch` sequences
+    make a step, or as many as its ramp says. `skipped` are ranges [first, stop) of sequence numbers that are
+    passed over. With `document_mask` attention segments end with documents and a document's first token is
+    not scored; without it each row is one segment.
 
     Raises DataError where a directory is no data set, a shard is not as recorded, the encodings of two
     sources differ, or a source has no whole window.
@@ -71,9 +78,11 @@ class BatchReader:
         sources: Sequence[tuple[Path, float]],
         *,
         context: int,
-        global_batch: int,
+        global_batch: int | BatchSizes,
         seed: int,
         document_mask: bool = True,
+        later: Sequence[tuple[int, Sequence[float]]] = (),
+        caps: Sequence[float | None] = (),
         max_epochs: float | None = None,
         skipped: Sequence[tuple[int, int]] = (),
     ) -> None:
@@ -90,9 +99,9 @@ class BatchReader:
             for folder, manifest in zip(self._folders, manifests, strict=True)
         ]
         self._context = context
-        self._global_batch = global_batch
+        self._sizes = BatchSizes(global_batch) if isinstance(global_batch, int) else global_batch
         self._document_mask = document_mask
-        windows = [max(0, stream.tokens - 1) // context for stream in self._streams]
+        windows = [windows_in(stream.tokens, context) for stream in self._streams]
         for folder, stream, count in zip(self._folders, self._streams, windows, strict=True):
             if count == 0:
                 raise DataError(
@@ -101,7 +110,7 @@ class BatchReader:
                 )
         self.sequences_per_epoch = sum(windows)
         self.tokens = sum(stream.tokens for stream in self._streams)
-        self._mixture = Mixture(windows, [weight for _, weight in sources], seed)
+        self._mixture = Mixture(windows, [weight for _, weight in sources], seed, later=later, caps=caps)
         self._max_epochs = max_epochs
         self._limit = None if max_epochs is None else self._mixture.length(max_epochs)
         self._skipped = SkipList(skipped)
@@ -113,12 +122,11 @@ class BatchReader:
         Pure: over all the ranks of any world size the union is the same, in rank order. Raises DataExhausted
         past the last epoch.
         """
-        if step < 1 or not 0 <= rank < world_size or self._global_batch % world_size:
-            raise ValueError(
-                f"step {step}, rank {rank} of {world_size}, {self._global_batch} sequences a step"
-            )
-        count = self._global_batch // world_size
-        first = (step - 1) * self._global_batch + rank * count
+        size = self._sizes.at(step) if step >= 1 else self._sizes.final
+        if step < 1 or not 0 <= rank < world_size or size % world_size:
+            raise ValueError(f"step {step}, rank {rank} of {world_size}, {size} sequences a step")
+        count = size // world_size
+        first = self._sizes.until(step - 1) + rank * count
         self._require(step)
         numbers, sources, windows = self._order(first, first + count)
         batch = _BatchBuilder(count, self._context, self._document_mask)
@@ -136,7 +144,7 @@ class BatchReader:
 
     def numbers_behind(self, step: int) -> int:
         """How many sequence numbers are used or passed over once step `step` is done."""
-        return self._skipped.numbers_behind(step * self._global_batch)
+        return self._skipped.numbers_behind(self._sizes.until(step))
 
     @property
     def skipped(self) -> Ranges:
@@ -145,14 +153,20 @@ class BatchReader:
 
     def skip(self, ranges: Iterable[tuple[int, int]], step: int) -> None:
         """Pass over `ranges` too after `step`. Raises ConfigError for one that begins before."""
-        self._skipped = self._skipped.extended(ranges, step, step * self._global_batch)
+        self._skipped = self._skipped.extended(ranges, step, self._sizes.until(step))
         self._memo = None
 
     def _require(self, step: int) -> None:
+        behind, end = self.numbers_behind(step), self._mixture.end
+        if end is not None and behind > end:
+            raise DataExhausted(
+                f"step {step} would read past sequence {end}, where the last source that has a weight comes "
+                f"to its max_epochs; train fewer steps, prepare more text, or raise a max_epochs"
+            )
         if self._limit is None:
             return
         length, source = self._limit
-        if self.numbers_behind(step) > length:
+        if behind > length:
             raise DataExhausted(
                 f"step {step} would read {self._folders[source]} more than data.max_epochs = "
                 f"{self._max_epochs:g} times; prepare more text, train fewer steps, or raise data.max_epochs"

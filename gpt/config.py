@@ -5,12 +5,14 @@ nowhere else. Torch-free: the launcher reads it on login nodes. What the data de
 and what a default derives (d_ff) is filled in by `resolve` before the run directory is written.
 """
 
+import itertools
 from math import ceil
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from data_pipeline.batch_sizes import BatchSizes
 from data_pipeline.config_file import Section
 from gpt.model_config import Count, ModelConfig, nearest_multiple
 
@@ -21,7 +23,43 @@ class Source(Section):
     """One data directory of a mixture."""
 
     path: Path = Field(description="Data directory made by `outlast prepare`.")
-    weight: float = Field(gt=0, description="Share of the training tokens, relative to the other sources.")
+    weight: float = Field(
+        ge=0, description="Share of the training tokens, relative to the other sources; 0 for later only."
+    )
+    max_epochs: float | None = Field(
+        default=None,
+        gt=0,
+        description="Read it so often at most; from then on the other sources take its share. Default: no "
+        "limit.",
+    )
+
+
+class MixtureStage(Section):
+    """The weights of a mixture from some point of the training on."""
+
+    from_tokens: Count | None = Field(
+        default=None, description="Tokens of training after which these weights hold; or give from_progress."
+    )
+    from_progress: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Share of the run's tokens after which these weights hold. Becomes from_tokens at "
+        "launch, so that training longer does not move it.",
+    )
+    weights: tuple[Annotated[float, Field(ge=0)], ...] = Field(
+        description="Weight of each source of the mixture, in its order; 0 leaves one out."
+    )
+
+    @model_validator(mode="after")
+    def _one_beginning(self) -> Self:
+        if (self.from_tokens is None) == (self.from_progress is None):
+            raise ValueError("data.schedule: each stage needs exactly one of from_tokens and from_progress.")
+        return self
+
+    def tokens(self, total: int) -> int:
+        """After how many of the run's `total` tokens the stage begins."""
+        return self.from_tokens or int((self.from_progress or 0) * total)
 
 
 class DataConfig(Section):
@@ -29,6 +67,9 @@ class DataConfig(Section):
 
     path: Path | None = Field(default=None, description="Data directory made by `outlast prepare`.")
     mixture: tuple[Source, ...] = Field(default=(), description="Several data directories with weights.")
+    schedule: tuple[MixtureStage, ...] = Field(
+        default=(), description="Other weights of the mixture from some point of the training on, in order."
+    )
     document_mask: bool = Field(
         default=True, description="Attention stays inside documents; a document's first token is not scored."
     )
@@ -60,17 +101,53 @@ class DataConfig(Section):
                 "data: exactly one of data.path and data.mixture is needed, for example "
                 'path = "data/fineweb". `outlast prepare` makes a data directory from raw text.'
             )
+        if not any(source.weight for source in self.sources):
+            raise ValueError("data.mixture: every weight is 0; at least one source must be read.")
+        for number, stage in enumerate(self.schedule):
+            if len(stage.weights) != len(self.sources) or not sum(stage.weights):
+                raise ValueError(
+                    f"data.schedule.{number}.weights = {list(stage.weights)}: one weight for each of the "
+                    f"{len(self.sources)} sources of data.mixture is needed, and not all of them 0."
+                )
         for first, stop in self.skip:
             if not 0 <= first < stop:
                 raise ValueError(f"data.skip: [{first}, {stop}] is no range: it needs 0 <= first < stop.")
         return self
 
 
+class BatchStage(Section):
+    """Some steps of a batch ramp."""
+
+    steps: Count = Field(description="Steps of this size.")
+    global_batch_tokens: Count = Field(description="Tokens of each of these steps.")
+
+
 class BatchConfig(Section):
     """How many tokens make a step, and how they are cut."""
 
-    global_batch_tokens: Count = Field(default=524_288, description="Tokens of one optimizer step.")
+    global_batch_tokens: Count = Field(
+        default=524_288, description="Tokens of one optimizer step, after the warmup if there is one."
+    )
     micro_batch: Count = Field(default=8, description="Sequences that one process computes at a time.")
+    warmup: tuple[BatchStage, ...] = Field(
+        default=(), description="Smaller batches at the beginning of the run, stage after stage."
+    )
+
+    @property
+    def sizes(self) -> BatchSizes:
+        """Tokens of each optimizer step, all ranks."""
+        stages = [(stage.steps, stage.global_batch_tokens) for stage in self.warmup]
+        return BatchSizes(self.global_batch_tokens, stages)
+
+    @model_validator(mode="after")
+    def _ramp_leads_to_the_batch(self) -> Self:
+        for number, stage in enumerate(self.warmup):
+            if stage.global_batch_tokens > self.global_batch_tokens:
+                raise ValueError(
+                    f"batch.warmup.{number}.global_batch_tokens = {stage.global_batch_tokens} is more than "
+                    f"batch.global_batch_tokens = {self.global_batch_tokens}, which the warmup leads to."
+                )
+        return self
 
 
 class OptimizerConfig(Section):
@@ -224,8 +301,19 @@ class RunConfig(Section):
 
     @property
     def global_batch(self) -> int:
-        """Sequences of one optimizer step, all ranks."""
+        """Sequences of one optimizer step after the warmup, all ranks."""
         return self.batch.global_batch_tokens // self.model.context
+
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """Sequences of each optimizer step, all ranks."""
+        return self.batch.sizes.over(self.model.context)
+
+    @property
+    def stages(self) -> tuple[tuple[int, tuple[float, ...]], ...]:
+        """Each stage of data.schedule: from which sequence number on, and the weights of the sources."""
+        total, context = self.batch.sizes.until(self.total_steps), self.model.context
+        return tuple((stage.tokens(total) // context, stage.weights) for stage in self.data.schedule)
 
     @property
     def total_steps(self) -> int:
@@ -233,23 +321,26 @@ class RunConfig(Section):
         if self.schedule.total_steps is not None:
             return self.schedule.total_steps
         assert self.schedule.total_tokens is not None
-        return ceil(self.schedule.total_tokens / self.batch.global_batch_tokens)
+        return self.batch.sizes.steps_for(self.schedule.total_tokens)
 
     def micro_batches(self, world_size: int) -> int:
-        """Micro-batches of one rank in one step (gradient accumulation)."""
+        """Micro-batches of one rank in one step after the warmup (gradient accumulation)."""
         return self.global_batch // (self.batch.micro_batch * world_size)
 
     def batch_problem(self, world_size: int) -> str | None:
         """Why the global batch cannot be cut for `world_size` processes, with the nearest that can."""
         unit = self.batch.micro_batch * self.model.context * world_size
-        tokens = self.batch.global_batch_tokens
-        if tokens % unit == 0:
-            return None
-        return (
-            f"batch.global_batch_tokens = {tokens} is not a multiple of micro_batch "
-            f"{self.batch.micro_batch} × context {self.model.context} × {world_size} processes = {unit}. "
-            f"Nearest: {nearest_multiple(tokens, unit)}."
-        )
+        sizes = {"batch.global_batch_tokens": self.batch.global_batch_tokens}
+        for number, stage in enumerate(self.batch.warmup):
+            sizes[f"batch.warmup.{number}.global_batch_tokens"] = stage.global_batch_tokens
+        for name, tokens in sizes.items():
+            if tokens % unit:
+                return (
+                    f"{name} = {tokens} is not a multiple of micro_batch {self.batch.micro_batch} × context "
+                    f"{self.model.context} × {world_size} processes = {unit}. "
+                    f"Nearest: {nearest_multiple(tokens, unit)}."
+                )
+        return None
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> Self:
@@ -265,11 +356,29 @@ class RunConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _stages_rise(self) -> Self:
+        starts = [0, *(start for start, _ in self.stages)]
+        if any(later <= start for start, later in itertools.pairwise(starts)):
+            raise ValueError(
+                f"data.schedule: the stages begin at sequences {starts[1:]}; each must begin after the one "
+                "before, and the first after the start of the run."
+            )
+        return self
+
     def resolve(self, vocab_size: int) -> "RunConfig":
-        """This config with what the data decides filled in: `vocab_size` ids, padded."""
+        """This config with what the data decides filled in (`vocab_size` ids, padded), and what the length
+        of the run does.
+        """
         multiple = self.model.vocab_multiple
         rows = self.model.vocab_size or ceil(vocab_size / multiple) * multiple
         model = self.model.model_copy(
             update={"vocab_size": rows, "d_ff": self.model.ffn_width, "n_kv_heads": self.model.kv_heads}
         )
-        return self.model_copy(update={"model": model})
+        total = self.batch.sizes.until(self.total_steps)
+        schedule = tuple(
+            MixtureStage(from_tokens=stage.tokens(total), weights=stage.weights)
+            for stage in self.data.schedule
+        )
+        data = self.data.model_copy(update={"schedule": schedule})
+        return self.model_copy(update={"model": model, "data": data})

@@ -18,8 +18,9 @@ def train_step(engine: Engine, micro_batches: list[ModelInputs], lr: float, scor
     how a batch is cut, and how unequally its documents fall on the ranks, does not change it.
     """
     losses = []
-    for inputs in micro_batches:
-        losses.append(engine.forward_backward(1.0 / scored_tokens, *inputs))
+    for number, inputs in enumerate(micro_batches, start=1):
+        is_last = number == len(micro_batches)
+        losses.append(engine.forward_backward(1.0 / scored_tokens, *inputs, is_last=is_last))
         engine.step(lr)
     return torch.stack(losses).sum()
 

@@ -264,7 +264,7 @@ class Trainer:
             "train/lr": lr,
             "train/grad_norm": self.engine.grad_norm,
             "train/step_seconds": seconds,
-            "train/tokens_per_second": self.run.batch.global_batch_tokens / seconds,
+            "train/tokens_per_second": self.run.batch.sizes.at(step) / seconds,
         }
 
     def _tick(self, step: int, loss_sum: float, digest: int, line: dict[str, float]) -> None:
@@ -299,11 +299,18 @@ class Trainer:
         if is_due_evaluation:
             micro_batch = self.run.batch.micro_batch
             line |= validate(self.model, self.windows, self.token_bytes, micro_batch, self.world)
+            line |= self._counts(step)
         if self.world.is_first:
-            tokens = step * self.run.batch.global_batch_tokens
+            tokens = self.run.batch.sizes.until(step)
             self.unwritten.append({"step": step, "tokens": tokens, **line})
             self._write_lines()
         return agreed.stop > 0
+
+    def _counts(self, step: int) -> dict[str, float]:
+        """How many sequences of each source of a mixture are behind `step`."""
+        sources = self.run.data.sources
+        names = [f"data/sequences/{number}-{source.path.name}" for number, source in enumerate(sources)]
+        return dict(zip(names, self.reader.counts_at(step), strict=True)) if len(sources) > 1 else {}
 
     def _raise_what_is_broken(self, step: int) -> None:
         self.batches.scored_tokens(step + AHEAD)
@@ -339,9 +346,11 @@ def _open_data(run: RunConfig) -> tuple[BatchReader, EvaluationReader]:
     reader = BatchReader(
         sources,
         context=run.model.context,
-        global_batch=run.global_batch,
+        global_batch=run.batch_sizes,
         seed=run.seed,
         document_mask=run.data.document_mask,
+        later=run.stages,
+        caps=[source.max_epochs for source in run.data.sources],
         max_epochs=run.data.max_epochs,
     )
     windows = EvaluationReader(

@@ -81,12 +81,14 @@ class Engine:
         self._inner: torch.optim.Optimizer = self._zero.optimizer
         self._state = (_ShardedState if run.zero.stage == 3 else _FlatState)(self._zero, model, world, shapes)
 
-    def forward_backward(self, loss_scale: float, *inputs: Any) -> Tensor:
+    def forward_backward(self, loss_scale: float, *inputs: Any, is_last: bool) -> Tensor:
         """The model's loss for one micro-batch, its gradient times `loss_scale` accumulated.
 
+        `is_last` says whether the step ends with it: in a batch ramp steps differ in their micro-batches.
         DeepSpeed averages over ranks and micro-batches; both are multiplied in here, so that what is
         left is the plain sum times `loss_scale`.
         """
+        self._engine.set_gradient_accumulation_boundary(is_last)
         loss: Tensor = self._engine(*inputs)
         average = self.world.size * self.run.micro_batches(self.world.size)
         self._engine.backward(loss * (loss_scale * average))

@@ -214,7 +214,8 @@ def _refuse_late_skips(config: RunConfig, folder: Path | None) -> None:
         return
     with suppress(Corrupt):  # the worker names it and takes an older one
         index = read_index(folder)
-        SkipList(index.skipped).extended(config.data.skip, index.step, index.step * config.global_batch)
+        places = config.batch_sizes.until(index.step)
+        SkipList(index.skipped).extended(config.data.skip, index.step, places)
 
 
 def _rewind(run: RunDir, step: int) -> None:

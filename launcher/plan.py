@@ -4,15 +4,29 @@ Memory is that of the training state (parameters, gradients, master weights, mom
 buckets and padding; activations depend on kernels and are given as a rough upper figure, marked as such.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from data_pipeline.batches import windows_in
+from data_pipeline.mixture import Mixture
+from data_pipeline.skip_list import SkipList
 from gpt.config import RunConfig
 from gpt.flops import flops_per_token, parameter_count
 from launcher.cluster import ACCELERATOR_MEMORY_GIB, ClusterConfig
 
 CHECKPOINT_BYTES_PER_PARAMETER = 12  # fp32 master weight and AdamW's two moments
 _GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Share:
+    """What the run reads of one source, exactly."""
+
+    path: str
+    sequences: int
+    tokens: int
+    epochs: float
 
 
 @dataclass(frozen=True)
@@ -25,6 +39,7 @@ class Plan:
     steps: int
     tokens: int
     epochs: float | None
+    sources: tuple[Share, ...]
     flops: float
     state_bytes_per_rank: int
     activation_bytes_per_rank: int
@@ -36,10 +51,10 @@ class Plan:
         return asdict(self)
 
 
-def plan(config: RunConfig, cluster: ClusterConfig, train_tokens: int | None) -> Plan:
-    """The needs of a resolved `config` on `cluster`; `train_tokens` is the size of its training data."""
+def plan(config: RunConfig, cluster: ClusterConfig, train_tokens: Sequence[int] | None) -> Plan:
+    """The needs of a resolved `config` on `cluster`; `train_tokens` are the sizes of its training data."""
     parameters = parameter_count(config.model)
-    tokens = config.total_steps * config.batch.global_batch_tokens
+    tokens = config.batch.sizes.until(config.total_steps)
     checkpoint_bytes = CHECKPOINT_BYTES_PER_PARAMETER * parameters
     return Plan(
         parameters=parameters,
@@ -47,12 +62,38 @@ def plan(config: RunConfig, cluster: ClusterConfig, train_tokens: int | None) ->
         micro_batches=config.micro_batches(cluster.world_size),
         steps=config.total_steps,
         tokens=tokens,
-        epochs=tokens / train_tokens if train_tokens else None,
+        epochs=tokens / sum(train_tokens) if train_tokens else None,
+        sources=_shares(config, train_tokens) if train_tokens else (),
         flops=float(flops_per_token(config.model)) * tokens,
         state_bytes_per_rank=state_bytes_per_rank(config, cluster.world_size),
         activation_bytes_per_rank=activation_bytes_per_rank(config),
         checkpoint_bytes=checkpoint_bytes,
         disk_bytes=checkpoint_bytes * (config.checkpoint.keep_last + 1),
+    )
+
+
+def sequences(config: RunConfig) -> int:
+    """How many sequence numbers the run comes to, those that it passes over included."""
+    return SkipList(config.data.skip).numbers_behind(config.batch_sizes.until(config.total_steps))
+
+
+def mixture_of(config: RunConfig, train_tokens: Sequence[int]) -> Mixture:
+    """The order in which the run reads its sources, of `train_tokens` each and at least one sequence."""
+    return Mixture(
+        [windows_in(tokens, config.model.context) for tokens in train_tokens],
+        [source.weight for source in config.data.sources],
+        config.seed,
+        later=config.stages,
+        caps=[source.max_epochs for source in config.data.sources],
+    )
+
+
+def _shares(config: RunConfig, train_tokens: Sequence[int]) -> tuple[Share, ...]:
+    counts = mixture_of(config, train_tokens).counts(sequences(config))
+    context = config.model.context
+    return tuple(
+        Share(str(source.path), count, count * context, count / windows_in(tokens, context))
+        for source, count, tokens in zip(config.data.sources, counts, train_tokens, strict=True)
     )
 
 
@@ -107,6 +148,10 @@ def table(plan: Plan) -> list[tuple[str, str]]:
         ("processes", f"{plan.world_size}, {plan.micro_batches} micro-batches each a step"),
         ("steps", f"{plan.steps:,}"),
         ("tokens", f"{plan.tokens:,}" + (f" ({plan.epochs:.2f} epochs)" if plan.epochs is not None else "")),
+        *(
+            (f"of {share.path}", f"{share.sequences:,} sequences, {share.epochs:.2f} epochs")
+            for share in (plan.sources if len(plan.sources) > 1 else ())
+        ),
         ("compute", f"{plan.flops:.3g} FLOPs"),
         ("memory a rank, training state", size(plan.state_bytes_per_rank)),
         ("memory a rank, activations", f"about {size(plan.activation_bytes_per_rank)}"),

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.batches import windows_in
 from data_pipeline.config_file import validate
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.manifest import Manifest, check, read_manifest, verify
 from gpt.config import DataConfig, RunConfig
 from launcher.cluster import ClusterConfig, load_cluster
-from launcher.plan import CHECKPOINT_BYTES_PER_PARAMETER, memory_problem, plan, size
+from launcher.plan import CHECKPOINT_BYTES_PER_PARAMETER, memory_problem, mixture_of, plan, sequences, size
 
 READ_WHOLE_BYTES = 64 << 20  # data sets up to this size are checked byte for byte: 10 ms of xxh3
 EPOCHS_WARNING = 4.0  # repeating data beyond it buys little (Muennighoff et al., arXiv:2305.16264)
@@ -45,9 +46,9 @@ class Request:
     warnings: tuple[str, ...]
 
     @property
-    def train_tokens(self) -> int:
-        """Tokens of the training data, all sources."""
-        return sum(manifest.train_tokens for manifest in self.manifests)
+    def train_tokens(self) -> tuple[int, ...]:
+        """Tokens of each source's training data."""
+        return tuple(manifest.train_tokens for manifest in self.manifests)
 
 
 def examine(
@@ -89,8 +90,7 @@ def check_data(config: RunConfig, manifests: Sequence[Manifest], findings: Findi
     """A resolved `config` against the data that it reads."""
     if len({manifest.encoding.fingerprint for manifest in manifests}) > 1:
         findings.problem("the sources of data.mixture have different tokenizers; prepare them with one.")
-    needed = config.total_steps * config.batch.global_batch_tokens
-    weight = sum(source.weight for source in config.data.sources)
+    too_short = False
     for source, manifest in zip(config.data.sources, manifests, strict=True):
         vocabulary, train = manifest.encoding.vocab_size, manifest.train_tokens
         if config.model.vocabulary < vocabulary:
@@ -103,6 +103,7 @@ def check_data(config: RunConfig, manifests: Sequence[Manifest], findings: Findi
                 f"{source.path} has {train} training tokens, not one sequence of model.context = "
                 f"{config.model.context} (+ 1 target). Prepare more text, or use a shorter context."
             )
+            too_short = True
             continue
         if manifest.val_tokens <= config.model.context:
             findings.problem(
@@ -115,13 +116,30 @@ def check_data(config: RunConfig, manifests: Sequence[Manifest], findings: Findi
                 f"evaluation.tokens = {config.evaluation.tokens} is more than the {manifest.val_tokens} "
                 f"validation tokens of {source.path}; all of them are scored."
             )
-        epochs = needed * source.weight / weight / train
-        limit = config.data.max_epochs
-        if limit is not None and epochs > limit:
+    if not too_short:
+        _check_epochs(config, manifests, findings)
+
+
+def _check_epochs(config: RunConfig, manifests: Sequence[Manifest], findings: Findings) -> None:
+    """How often the run reads each source, by the order itself."""
+    train = [manifest.train_tokens for manifest in manifests]
+    mixture = mixture_of(config, train)
+    numbers = sequences(config)
+    if mixture.end is not None and numbers > mixture.end:
+        findings.problem(
+            f"the run reads {numbers} sequences, and all sources that have a weight then come to their "
+            f"max_epochs after {mixture.end}. Train on fewer tokens, prepare more, raise a max_epochs, or "
+            "give another source a weight."
+        )
+        return
+    limit = config.data.max_epochs
+    for source, of_source, count in zip(config.data.sources, train, mixture.counts(numbers), strict=True):
+        tokens = count * config.model.context
+        epochs = tokens / of_source
+        if limit is not None and count > int(limit * windows_in(of_source, config.model.context)):
             findings.problem(
-                f"the run reads {source.path} {epochs:.2f} times: {needed * source.weight / weight:.0f} "
-                f"tokens of {train}. data.max_epochs = {limit:g}. "
-                "Train on fewer tokens, prepare more, or raise it."
+                f"the run reads {source.path} {epochs:.2f} times: {tokens} tokens of {of_source}. "
+                f"data.max_epochs = {limit:g}. Train on fewer tokens, prepare more, or raise it."
             )
         elif epochs > EPOCHS_WARNING:
             findings.warnings.append(

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from data_pipeline.batch_sizes import BatchSizes
 from data_pipeline.errors import OutlastError
 from gpt.checkpoint.format import committed
 from gpt.run_dir import RunDir
@@ -78,7 +79,7 @@ def statuses(runs: Sequence[RunDir]) -> list["Status | OutlastError"]:
 
 
 def _status(run: RunDir, standing: Standing | None) -> Status:
-    total_steps = read_config(run).total_steps
+    config = read_config(run)
     job = read_job(run)
     outcome = read_outcome(run, job) if job is not None else None
     word, reason = _state(run, job, outcome, standing)
@@ -93,7 +94,7 @@ def _status(run: RunDir, standing: Standing | None) -> Status:
         reason=reason or None,
         cause=outcome.cause if outcome is not None else None,
         step=step,
-        total_steps=total_steps,
+        total_steps=config.total_steps,
         tokens=int(line.get("tokens", 0)),
         loss=line.get("train/loss"),
         val_loss=scored.get("val/loss"),
@@ -102,10 +103,18 @@ def _status(run: RunDir, standing: Standing | None) -> Status:
         attempts=len(run.attempt_numbers()),
         requeues=len(requeued),
         lost_s=sum(event.get("lost_s", 0.0) for event in continued),
-        eta_s=(total_steps - step) * line["train/step_seconds"] if is_going and line else None,
+        eta_s=_left_s(config.batch.sizes, config.total_steps, line) if is_going and line else None,
         updated_at=line.get("time"),
         job_id=job.job_id if job is not None else None,
     )
+
+
+def _left_s(sizes: BatchSizes, total_steps: int, line: dict[str, Any]) -> float:
+    """Seconds to the last step, at the rate of the last one."""
+    step = int(line["step"])
+    left = sizes.until(total_steps) - sizes.until(step)
+    seconds: float = line["train/step_seconds"]
+    return seconds * left / sizes.at(step)
 
 
 def show(runs: Sequence[RunDir], *, watch: bool) -> None:

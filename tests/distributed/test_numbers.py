@@ -12,7 +12,7 @@ from gpt.config import RunConfig
 from gpt.model import GPT
 from gpt.schedule import learning_rate
 from gpt.step import model_inputs
-from tests.distributed.conftest import Run
+from tests.distributed.conftest import CONTEXT, Run
 
 CPU = torch.device("cpu")
 STEPS = 6
@@ -34,7 +34,7 @@ def plain_loop(run: RunConfig, data_dir: Path) -> tuple[list[float], list[float]
     groups += [{"params": others, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, betas=run.optimizer.betas, eps=run.optimizer.eps, fused=False)
     reader = BatchReader(
-        [(data_dir, 1.0)], context=run.model.context, global_batch=run.global_batch, seed=run.seed
+        [(data_dir, 1.0)], context=run.model.context, global_batch=run.batch_sizes, seed=run.seed
     )
     losses, norms = [], []
     for step in range(1, run.total_steps + 1):
@@ -50,15 +50,23 @@ def plain_loop(run: RunConfig, data_dir: Path) -> tuple[list[float], list[float]
     return losses, norms
 
 
+# The ramps: sequences of the first steps, before all 8.
 @pytest.mark.parametrize(
-    ("stage", "processes", "micro_batch"), [(1, 1, 8), (1, 2, 1), (2, 2, 2), (3, 2, 4), (3, 1, 2)]
+    ("stage", "processes", "micro_batch", "ramp"),
+    [(1, 1, 8, []), (1, 2, 1, [2, 2, 6]), (2, 2, 2, [4, 4]), (3, 2, 4, []), (3, 1, 2, [2, 6])],
 )
 def test_losses_and_norms_are_those_of_a_plain_loop(
-    new_run: Callable[..., Run], data_dir: Path, stage: int, processes: int, micro_batch: int
+    new_run: Callable[..., Run],
+    data_dir: Path,
+    stage: int,
+    processes: int,
+    micro_batch: int,
+    ramp: list[int],
 ) -> None:
     run = new_run(
         zero__stage=stage,
         batch__micro_batch=micro_batch,
+        batch__warmup=[{"steps": 1, "global_batch_tokens": size * CONTEXT} for size in ramp],
         schedule__total_steps=STEPS,
         optimizer__grad_clip=0.5,  # low enough to clip on the way
     )
@@ -68,6 +76,8 @@ def test_losses_and_norms_are_those_of_a_plain_loop(
     np.testing.assert_allclose(run.losses(), losses, rtol=1e-5)
     np.testing.assert_allclose([line["train/grad_norm"] for line in run.metrics()], norms, rtol=1e-4)
     assert max(norms) > 0.5  # it did clip
+    tokens = [line["tokens"] for line in run.metrics()]
+    assert tokens == np.cumsum([*ramp, *[8] * (STEPS - len(ramp))] * np.array(CONTEXT)).tolist()
 
 
 def test_ranks_have_unequal_counts_of_scored_tokens(data_dir: Path) -> None:

@@ -29,8 +29,10 @@ documents = Documents.from_ends(torch.tensor(list(ends), dtype=torch.int32).nump
 
 
 def take_step(scale: float) -> None:
-    for _ in range(run.micro_batches(world.size)):
-        engine.forward_backward(scale, tokens[:, :-1], tokens[:, 1:], documents)
+    count = run.micro_batches(world.size)
+    for number in range(count):
+        inputs = (tokens[:, :-1], tokens[:, 1:], documents)
+        engine.forward_backward(scale, *inputs, is_last=number == count - 1)
         engine.step(1e-2)
 
 

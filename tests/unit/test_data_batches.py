@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from data_pipeline.batch_sizes import BatchSizes
 from data_pipeline.batches import Batch, BatchReader, EvaluationReader
 from data_pipeline.errors import ConfigError, DataError, DataExhausted
 from data_pipeline.indexed import Header
@@ -96,17 +97,20 @@ def test_an_epoch_is_every_window_once_with_its_ids_and_segments(data: Path, doc
 
 
 @pytest.mark.parametrize("worlds", [[1], [2], [3], [4], [6], [12], [1, 2, 12, 3, 6, 4]])
+@pytest.mark.parametrize("ramp", [[], [(3, 12), (5, 24), (1, 36)]])
 def test_every_sequence_of_an_epoch_is_seen_once_whatever_the_world_sizes_on_the_way(
-    data: Path, other: Path, worlds: list[int]
+    data: Path, other: Path, worlds: list[int], ramp: list[tuple[int, int]]
 ) -> None:
-    reader = _reader(data, other)
-    reference = _reader(data, other)
+    sizes = [size for steps, size in ramp for _ in range(steps)] + [12] * 40
+    reader = _reader(data, other, global_batch=BatchSizes(12, ramp))
+    reference = _reader(data, other, global_batch=BatchSizes(12, ramp))
     for step in range(1, 40):
         world_size = worlds[step % len(worlds)]
         parts = [reader.batch(step, rank, world_size) for rank in range(world_size)]
         whole = reference.batch(step, 0, 1)
         numbers = np.concatenate([part.sequence_numbers for part in parts])
-        assert numbers.tolist() == list(range((step - 1) * 12, step * 12))
+        behind = sum(sizes[: step - 1])
+        assert numbers.tolist() == list(range(behind, behind + sizes[step - 1]))
         assert np.array_equal(np.concatenate([part.tokens for part in parts]), whole.tokens)
         assert np.array_equal(np.concatenate([part.scored for part in parts]), whole.scored)
         assert [row for part in parts for row in _segments(part)] == _segments(whole)
@@ -172,6 +176,22 @@ def test_micro_batches_are_the_batch_in_parts(data: Path, size: int, step: int) 
     for part in parts:
         assert part.document_ends[-1] == part.scored.size
         assert (np.diff(part.document_ends, prepend=0) > 0).all()
+
+
+@given(
+    final=st.integers(1, 6),
+    warmup=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 6)), max_size=4),
+)
+def test_sizes_of_a_ramp_agree_with_adding_them_up(final: int, warmup: list[tuple[int, int]]) -> None:
+    listed = [size for steps, size in warmup for _ in range(steps)] + [final] * 30
+    behind = [0, *itertools.accumulate(listed)]
+    sizes = BatchSizes(final, warmup)
+    assert [sizes.at(step) for step in range(1, len(listed) + 1)] == listed
+    assert [sizes.until(step) for step in range(len(behind))] == behind
+    for amount in range(behind[-1]):
+        assert sizes.steps_for(amount) == next(step for step, used in enumerate(behind) if used >= amount)
+    doubled = BatchSizes(2 * final, [(steps, 2 * size) for steps, size in warmup]).over(2)
+    assert [doubled.until(step) for step in range(len(behind))] == behind
 
 
 def test_skipped_sequences_are_passed_over_and_all_others_stay_in_order(data: Path) -> None:

@@ -146,3 +146,83 @@ def test_a_source_of_almost_no_weight_still_has_a_turn() -> None:
 def test_a_mixture_of_nothing_is_refused(sizes: list[int], weights: list[float]) -> None:
     with pytest.raises(ValueError, match="a mixture of"):
         Mixture(sizes, weights, seed=0)
+
+
+@given(data=st.data(), sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4))
+@settings(max_examples=60, deadline=None)
+def test_stages_and_caps_are_those_of_a_walk_number_by_number(data: st.DataObject, sizes: list[int]) -> None:
+    """Against a walk that knows nothing of closed forms: it takes turns, and counts."""
+    weight = st.lists(st.integers(0, 3), min_size=len(sizes), max_size=len(sizes)).filter(any)
+    first = data.draw(weight)
+    later = [(n, data.draw(weight)) for n in sorted(data.draw(st.sets(st.integers(1, 300), max_size=3)))]
+    caps = [data.draw(st.none() | st.floats(0.1, 3)) for _ in sizes]
+    mixture = Mixture(sizes, first, 7, later=later, caps=caps)
+    stop = 400 if mixture.end is None else min(400, mixture.end)
+    sources, windows = mixture.locate(np.arange(stop))
+
+    counts = [0] * len(sizes)
+    quotas = [10**9 if cap is None else int(cap * size) for cap, size in zip(caps, sizes, strict=True)]
+    stages = dict([(0, first), *later])
+    turns, begun = np.empty(0, np.int64), 0
+    for number in range(401):
+        if number in stages:
+            weights = stages[number]
+        if number in stages or counts[turns[number - begun]] == quotas[turns[number - begun]]:
+            left = [0 if counts[n] == quotas[n] else weight for n, weight in enumerate(weights)]
+            if not any(left):
+                assert mixture.end == number
+                break
+            turns, begun = Mixture([1] * len(sizes), left, 0).locate(np.arange(401))[0], number
+        assert mixture.counts(number) == counts
+        if number == 400:
+            break
+        assert sources[number] == turns[number - begun]
+        counts[sources[number]] += 1
+    for source, size in enumerate(sizes):
+        mine = windows[sources == source].tolist()
+        for start in range(0, len(mine) - size + 1, size):
+            assert sorted(mine[start : start + size]) == list(range(size))
+    reached = [
+        (int(over[0]), source)
+        for source, size in enumerate(sizes)
+        if (over := np.flatnonzero(np.cumsum(sources == source) > size)).size
+    ]
+    if reached:
+        assert mixture.length(1) == min(reached)
+
+
+def test_shares_follow_the_weights_of_their_stage_within_a_percent() -> None:
+    mixture = Mixture([10**9] * 3, [5, 4, 1], 1, later=[(10**6, [1, 1, 8]), (2 * 10**6, [0, 1, 1])])
+    for start, weights in ((0, [5, 4, 1]), (10**6, [1, 1, 8]), (2 * 10**6, [0, 1, 1])):
+        for first in (start, start + 123_457, start + 10**6 - 10_000):
+            sources, _ = mixture.locate(np.arange(first, first + 10_000))
+            shares = np.bincount(sources, minlength=3) / 10_000
+            wanted = np.array(weights) / sum(weights)
+            assert (np.abs(shares - wanted) <= 0.01 * wanted + 1e-9).all(), (first, shares)
+
+
+def test_a_small_source_is_read_as_often_as_its_cap_says_and_the_others_take_its_share() -> None:
+    small, large = 1000, 10**12
+    mixture = Mixture([small, large, large], [2, 1, 1], 1, caps=[2.5, None, None])
+    assert mixture.counts(4996)[0] < 2500
+    assert mixture.counts(10**9)[0] == 2500
+    sources, windows = mixture.locate(np.arange(20_000))
+    last = int(np.flatnonzero(sources == 0)[-1])
+    assert abs(last - 5000) < 5
+    assert np.bincount(sources[last + 1 : last + 10_001]).tolist() == [0, 5000, 5000]
+    assert len(np.unique(windows[sources == 0][:1000])) == 1000
+    # what the others had read goes on where it was
+    for source in (1, 2):
+        assert len(np.unique(windows[sources == source])) == np.count_nonzero(sources == source)
+
+
+def test_where_every_source_has_a_cap_the_order_ends() -> None:
+    mixture = Mixture([100, 300], [1, 1], 0, caps=[1, 2])
+    assert mixture.end == 700
+    assert mixture.counts(700) == [100, 600]
+
+
+@pytest.mark.parametrize("later", [[(0, [1.0])], [(5, [0.0])], [(5, [1.0, 1.0])], [(9, [1.0]), (9, [1.0])]])
+def test_stages_that_are_none_are_refused(later: list[tuple[int, list[float]]]) -> None:
+    with pytest.raises(ValueError, match="a mixture of"):
+        Mixture([10], [1.0], 0, later=later)

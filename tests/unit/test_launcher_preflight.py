@@ -42,7 +42,7 @@ def test_a_good_request_is_resolved_with_the_datas_vocabulary(data: Path, tmp_pa
     request = ask(data, tmp_path / "run")
     assert request.config.model.vocab_size == 4096
     assert request.config.model.d_ff == 192  # 8/3 × 64 = 170.7, rounded up to a multiple of 64
-    assert request.train_tokens == read_manifest(data).train_tokens
+    assert request.train_tokens == (read_manifest(data).train_tokens,)
     assert not (tmp_path / "run").exists()
 
 
@@ -65,6 +65,30 @@ def test_a_batch_that_does_not_divide_names_the_nearest_that_does(data: Path, tm
         "= 256. "
         "Nearest: 1024."
     ]
+
+
+def test_a_batch_ramp_is_checked_and_counted_step_by_step(data: Path, tmp_path: Path) -> None:
+    def warmup(*sizes: int) -> str:
+        stages = ", ".join(f"{{steps = 2, global_batch_tokens = {size}}}" for size in sizes)
+        return f"batch.warmup=[{stages}]"
+
+    found = refused(lambda: ask(data, tmp_path / "run", warmup(256, 300)))
+    assert found == [
+        "batch.warmup.1.global_batch_tokens = 300 is not a multiple of micro_batch 2 × context 64 × 2 "
+        "processes = 256. Nearest: 256."
+    ]
+    [problem] = refused(lambda: ask(data, tmp_path / "run", warmup(2048)))
+    assert problem.endswith(
+        "batch.warmup.0.global_batch_tokens = 2048 is more than batch.global_batch_tokens = 1024, which the "
+        "warmup leads to."
+    )
+    config = ask(data, tmp_path / "run", warmup(256, 512)).config
+    assert plan(config, LOCAL, None).tokens == 2 * 256 + 2 * 512 + 16 * 1024
+    tables, _ = run_tables("tiny", [warmup(256, 512), f"data.path={data}"])
+    del tables["schedule"]["total_steps"]
+    for tokens, steps in ((257, 2), (1536, 4), (1537, 5), (2560, 5), (2561, 6)):
+        tables["schedule"]["total_tokens"] = tokens
+        assert examine(tables, "t", LOCAL, None).config.total_steps == steps
 
 
 def test_missing_data_says_how_to_give_it(tmp_path: Path) -> None:
@@ -172,6 +196,27 @@ def test_reading_the_data_often_warns_and_too_often_is_refused(data: Path, tmp_p
         f"the run reads {data} {epochs:.2f} times: {steps * 1024} tokens of {tokens}. data.max_epochs = "
         "2.5. Train "
         "on fewer tokens, prepare more, or raise it."
+    ]
+
+
+def test_a_mixture_with_a_schedule_is_counted_source_by_source(data: Path) -> None:
+    assert (read_manifest(data).train_tokens - 1) // 64 == 170
+    mixture = f"{{path = '{data}', weight = 1, max_epochs = 0.5}}, {{path = '{data}', weight = 3}}"
+    tables, _ = run_tables("tiny", [f"data.mixture=[{mixture}]"])  # 320 sequences
+
+    def with_last_weights(weights: list[int]) -> dict[str, Any]:
+        schedule = [{"from_progress": 0.5, "weights": weights}]
+        return {**tables, "data": {**tables["data"], "schedule": schedule}}
+
+    request = examine(with_last_weights([3, 1]), "t", LOCAL, None)
+    assert [stage.from_tokens for stage in request.config.data.schedule] == [10 * 1024]
+    found = plan(request.config, LOCAL, request.train_tokens)
+    # A quarter of the first 160, and from there three quarters, up to half an epoch.
+    assert [share.sequences for share in found.sources] == [85, 320 - 85]
+    assert [share.epochs for share in found.sources] == [85 / 170, 235 / 170]
+    assert refused(lambda: examine(with_last_weights([1, 0]), "t", LOCAL, None)) == [
+        "the run reads 320 sequences, and all sources that have a weight then come to their max_epochs after "
+        "205. Train on fewer tokens, prepare more, raise a max_epochs, or give another source a weight."
     ]
 
 
