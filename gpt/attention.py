@@ -2,13 +2,14 @@
 
     # B batch, T tokens, H query heads, K key/value heads, E head width, N documents
 
-All compute softmax(Q Kᵀ / √E) V (Vaswani et al. 2017, equation 1) with the causal mask, inside each
-document only; with a window (Longformer, arXiv:2004.05150; Mistral 7B, arXiv:2310.06825) a token sees
-the last W tokens, itself included; with a soft-cap (Gemma 2, arXiv:2408.00118, section 2) the scores are
-c · tanh(x / c). `flash-2` is FlashAttention-2 (Dao 2023, arXiv:2307.08691; the tiling and the online
-softmax are those of FlashAttention, Dao et al. 2022, arXiv:2205.14135) through flash-attn's varlen
-kernel; `flash-3` (Shah et al. 2024, arXiv:2407.08608) and `flash-4` are their successors for Hopper and
-Blackwell; `sdpa` is torch's own flash kernel; `reference` is the formula.
+All compute softmax(Q Kᵀ / √E) V (Vaswani et al. 2017, equation 1; muP has another factor than 1/√E) with
+the causal mask, inside each document only; with a window (Longformer, arXiv:2004.05150; Mistral 7B,
+arXiv:2310.06825) a token sees the last W tokens, itself included; with a soft-cap (Gemma 2,
+arXiv:2408.00118, section 2) the scores are c · tanh(x / c). `flash-2` is FlashAttention-2 (Dao 2023,
+arXiv:2307.08691; the tiling and the online softmax are those of FlashAttention, Dao et al. 2022,
+arXiv:2205.14135) through flash-attn's varlen kernel; `flash-3` (Shah et al. 2024, arXiv:2407.08608) and
+`flash-4` are their successors for Hopper and Blackwell; `sdpa` is torch's own flash kernel; `reference` is
+the formula.
 """
 
 import math
@@ -51,11 +52,13 @@ class Scores:
     window: int | None = None
     softcap: float | None = None
     dropout: float = 0.0
+    scale: float | None = None  # instead of 1/√E
 
     @classmethod
     def of(cls, model: ModelConfig, *, is_training: bool) -> "Scores":
         """Those of the config; dropout only where the network trains."""
-        return cls(model.window, model.attention_softcap, model.dropout if is_training else 0.0)
+        dropout = model.dropout if is_training else 0.0
+        return cls(model.window, model.attention_softcap, dropout, model.attention_scale)
 
 
 Attention = Callable[[Tensor, Tensor, Tensor, Documents, Scores], Tensor]
@@ -97,6 +100,7 @@ def flash_2(q_xhe: Tensor, k_xke: Tensor, v_xke: Tensor, documents: Documents, s
         cu_seqlens_k=bounds.clone(),
         max_seqlen_q=documents.longest,
         max_seqlen_k=documents.longest,
+        softmax_scale=scores.scale,
         dropout_p=scores.dropout,
         causal=True,
         # it counts the tokens before a query, we the query too; -1 means no limit
@@ -121,6 +125,7 @@ def flash_3(q_xhe: Tensor, k_xke: Tensor, v_xke: Tensor, documents: Documents, s
         cu_seqlens_k=bounds.clone(),
         max_seqlen_q=documents.longest,
         max_seqlen_k=documents.longest,
+        softmax_scale=scores.scale,
         causal=True,
         window_size=(-1, -1) if scores.window is None else (scores.window - 1, 0),
         softcap=scores.softcap or 0.0,
@@ -144,6 +149,7 @@ def flash_4(q_xhe: Tensor, k_xke: Tensor, v_xke: Tensor, documents: Documents, s
         cu_seqlens_k=bounds.clone(),
         max_seqlen_q=documents.longest,
         max_seqlen_k=documents.longest,
+        softmax_scale=scores.scale,
         causal=True,
         window_size=(None, None) if scores.window is None else (scores.window - 1, 0),
         softcap=scores.softcap or 0.0,
@@ -179,7 +185,13 @@ def _sdpa_of_one_length(q_nhte: Tensor, k_nkte: Tensor, v_nkte: Tensor, scores: 
     is_grouped = q_nhte.shape[1] != k_nkte.shape[1]
     if window is None or window >= length:
         return F.scaled_dot_product_attention(
-            q_nhte, k_nkte, v_nkte, is_causal=True, dropout_p=scores.dropout, enable_gqa=is_grouped
+            q_nhte,
+            k_nkte,
+            v_nkte,
+            is_causal=True,
+            dropout_p=scores.dropout,
+            scale=scores.scale,
+            enable_gqa=is_grouped,
         )
     outs = []
     for start in range(0, length, window):  # W queries see fewer than 2W keys: O(T·W), never T × T
@@ -190,6 +202,7 @@ def _sdpa_of_one_length(q_nhte: Tensor, k_nkte: Tensor, v_nkte: Tensor, scores: 
             v_nkte[:, :, first:end],
             attn_mask=_is_seen(start, end, first, window, q_nhte.device),
             dropout_p=scores.dropout,
+            scale=scores.scale,
             enable_gqa=is_grouped,
         )
         outs.append(out)
@@ -210,7 +223,7 @@ def formula(q_the: Tensor, k_ske: Tensor, v_ske: Tensor, scores: Scores) -> Tens
     t, s, repeats = len(q_the), len(k_ske), q_the.shape[1] // k_ske.shape[1]
     q_hte, k_hse, v_hse = (x.float().transpose(0, 1) for x in (q_the, k_ske, v_ske))
     k_hse, v_hse = k_hse.repeat_interleave(repeats, 0), v_hse.repeat_interleave(repeats, 0)
-    x_hts = q_hte @ k_hse.transpose(1, 2) / math.sqrt(q_the.shape[-1])
+    x_hts = q_hte @ k_hse.transpose(1, 2) * (scores.scale or 1 / math.sqrt(q_the.shape[-1]))
     if scores.softcap is not None:
         x_hts = scores.softcap * torch.tanh(x_hts / scores.softcap)
     x_hts = x_hts.masked_fill(~_is_seen(s - t, s, 0, scores.window, q_the.device), -math.inf)

@@ -249,6 +249,9 @@ class TrackingConfig(Section):
         default=None, description="MLflow server. Default: an SQLite file beside the run directory."
     )
     experiment: str = Field(default="outlast", description="MLflow experiment.")
+    parent: str | None = Field(
+        default=None, description="Id of the MLflow run under which this one stands; a sweep sets it."
+    )
 
 
 class LaunchConfig(Section):

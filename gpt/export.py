@@ -115,6 +115,7 @@ def _rows(place: TensorPlace, shapes: dict[str, tuple[int, ...]]) -> int:
 
 def _tensor(parameter: np.ndarray, place: TensorPlace, dtype: torch.dtype) -> torch.Tensor:
     part = torch.from_numpy(parameter[place.start : place.end])
+    part = part if place.factor == 1.0 else part * place.factor
     # a copy in any case: files hold tensors, not views
     return (part.t() if place.is_transposed else part).to(dtype, copy=True).contiguous()
 

@@ -21,13 +21,14 @@ _PLAIN = {"gelu": "gelu_pytorch_tanh", "relu": "relu", "swish": "silu", "relu2":
 
 @dataclass(frozen=True)
 class TensorPlace:
-    """Their tensor `theirs` is rows `start` to `end` of our `ours`, transposed where said."""
+    """Their tensor `theirs` is `factor` times rows `start` to `end` of our `ours`, transposed where said."""
 
     theirs: str
     ours: str
     start: int | None = None
     end: int | None = None
     is_transposed: bool = False
+    factor: float = 1.0
 
 
 def twin_obstacle(model: ModelConfig) -> str | None:
@@ -47,6 +48,7 @@ def twin_obstacle(model: ModelConfig) -> str | None:
             "d_head": model.head_width * model.n_heads == model.d_model,
             "qk_norm": not model.qk_norm,
             "window": model.window is None,
+            "mup_base_head_width": model.attention_scale is None,
         }
         return _first(fits, "with learned positions")
     fits = {"norm = 'layernorm'": model.norm == "rmsnorm", f"ffn = {model.ffn!r}": model.is_gated}
@@ -151,13 +153,16 @@ def _gpt2_places(model: ModelConfig) -> Iterator[TensorPlace]:
         yield from _both(f"{theirs}.ln_2", f"{ours}.ffn_norm")
         yield from _both(f"{theirs}.mlp.c_fc", f"{ours}.ffn.up", is_transposed=True)
         yield from _both(f"{theirs}.mlp.c_proj", f"{ours}.ffn.down", is_transposed=True)
-    yield from _both("transformer.ln_f", "final_norm")
+    yield from _both("transformer.ln_f", "final_norm", factor=1 / model.width_ratio)
     if not model.tie_embeddings:
         yield TensorPlace("lm_head.weight", "head.weight")
 
 
 def _llama_places(model: ModelConfig) -> Iterator[TensorPlace]:
     q, kv, f = model.n_heads * model.head_width, model.kv_heads * model.head_width, model.ffn_width
+    # muP's factors of the scores and of the logits go where they change nothing else
+    scale = (model.attention_scale or model.head_width**-0.5) * model.head_width**0.5
+    q_scale, norm_scale = (1.0, scale) if model.qk_norm else (scale, 1.0)
     kinds = ("weight", "bias") if model.bias else ("weight",)
     yield TensorPlace("model.embed_tokens.weight", "embedding.weight")
     for i in range(model.n_layers):
@@ -166,26 +171,29 @@ def _llama_places(model: ModelConfig) -> Iterator[TensorPlace]:
         yield TensorPlace(f"{theirs}.input_layernorm.weight", f"{ours}.attention_norm.weight")
         for kind in kinds:
             qkv = f"{ours}.attention.qkv.{kind}"
-            yield TensorPlace(f"{attention}.q_proj.{kind}", qkv, 0, q)
+            yield TensorPlace(f"{attention}.q_proj.{kind}", qkv, 0, q, factor=q_scale)
             yield TensorPlace(f"{attention}.k_proj.{kind}", qkv, q, q + kv)
             yield TensorPlace(f"{attention}.v_proj.{kind}", qkv, q + kv, q + 2 * kv)
             yield TensorPlace(f"{attention}.o_proj.{kind}", f"{ours}.attention.output.{kind}")
         if model.qk_norm:
-            yield TensorPlace(f"{attention}.q_norm.weight", f"{ours}.attention.query_norm.weight")
+            query_norm = f"{ours}.attention.query_norm.weight"
+            yield TensorPlace(f"{attention}.q_norm.weight", query_norm, factor=norm_scale)
             yield TensorPlace(f"{attention}.k_norm.weight", f"{ours}.attention.key_norm.weight")
         yield TensorPlace(f"{theirs}.post_attention_layernorm.weight", f"{ours}.ffn_norm.weight")
         for kind in kinds:
             yield TensorPlace(f"{ffn}.gate_proj.{kind}", f"{ours}.ffn.up.{kind}", 0, f)
             yield TensorPlace(f"{ffn}.up_proj.{kind}", f"{ours}.ffn.up.{kind}", f, 2 * f)
             yield TensorPlace(f"{ffn}.down_proj.{kind}", f"{ours}.ffn.down.{kind}")
-    yield TensorPlace("model.norm.weight", "final_norm.weight")
+    yield TensorPlace("model.norm.weight", "final_norm.weight", factor=1 / model.width_ratio)
     if not model.tie_embeddings:
         yield TensorPlace("lm_head.weight", "head.weight")
 
 
-def _both(theirs: str, ours: str, is_transposed: bool = False) -> Iterator[TensorPlace]:
-    yield TensorPlace(f"{theirs}.weight", f"{ours}.weight", is_transposed=is_transposed)
-    yield TensorPlace(f"{theirs}.bias", f"{ours}.bias")
+def _both(
+    theirs: str, ours: str, *, is_transposed: bool = False, factor: float = 1.0
+) -> Iterator[TensorPlace]:
+    yield TensorPlace(f"{theirs}.weight", f"{ours}.weight", is_transposed=is_transposed, factor=factor)
+    yield TensorPlace(f"{theirs}.bias", f"{ours}.bias", factor=factor)
 
 
 def model_fields(config: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from gpt.attention import Attention, Documents, Scores, choose, formula
+from gpt.initialization import initialize
 from gpt.layers import FeedForward, Linear, RMSNorm, build_norm
 from gpt.loss import capped, cross_entropy_sum
 from gpt.model_config import ModelConfig
@@ -92,9 +93,12 @@ class Head(Linear):
     def __init__(self, model: ModelConfig) -> None:
         super().__init__(model.d_model, model.vocabulary, bias=False)
         self.softcap, self.z_loss = model.logit_softcap, model.z_loss
+        self.multiplier = 1 / model.width_ratio
 
     def forward(self, input: Tensor, targets: Tensor | None = None) -> Tensor:
         """[..., D] → logits [..., V]; with targets int64 [...], their summed loss (gpt.loss)."""
+        if self.multiplier != 1.0:  # muP
+            input = input * self.multiplier
         if targets is None:
             return capped(super().forward(input), self.softcap)
         return cross_entropy_sum(
@@ -147,23 +151,9 @@ class GPT(nn.Module):
         is_sinusoidal = model.position == "sinusoidal"
         self._sinusoid_td = sinusoid_table(model.context, model.d_model) if is_sinusoidal else None
 
-    @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """GPT-2's initial weights (Radford et al. 2019, section 2.3), a pure function of `seed`.
-
-        N(0, 0.02²) for matrices and embeddings, the two that write to the residual stream scaled by
-        1/√(2L); zero biases; unit norms.
-        """
-        generator = torch.Generator().manual_seed(seed)
-        residual_std = 0.02 / math.sqrt(2 * self.model.n_layers)
-        for name, parameter in self.named_parameters():
-            if parameter.ndim == 2:
-                is_residual = name.endswith(("attention.output.weight", "ffn.down.weight"))
-                parameter.normal_(0.0, residual_std if is_residual else 0.02, generator=generator)
-            elif name.endswith("bias"):
-                parameter.zero_()
-            else:
-                parameter.fill_(1.0)
+        """Initial weights by model.initialization, a pure function of `seed`."""
+        initialize(self.named_parameters(), self.model, seed)
 
     def place(self, device: torch.device, dtype: torch.dtype) -> "GPT":
         """Move to `device` and `dtype` and choose the attention kernel there."""

@@ -112,10 +112,20 @@ class ModelConfig(Section):
         ge=0,
         description="Weight of (log Z)² in the training loss (PaLM: 1e-4), train/loss included. 0: off.",
     )
+    initialization: Literal["gpt2", "llama", "mup"] = Field(
+        default="gpt2",
+        description="Initial weights: gpt2 (Radford 2019); llama (torchtitan's Llama 3); mup (Yang 2022), "
+        "with learning rates that carry over from a narrow model to a wide one.",
+    )
+    mup_base_width: Count | None = Field(
+        default=None, description="mup: d_model of the narrow model for which the learning rate was tuned."
+    )
+    mup_base_head_width: Count | None = Field(
+        default=None, description="mup: head width of that model. Default: the same as here."
+    )
     attention: Literal["auto", "flash-4", "flash-3", "flash-2", "sdpa", "reference"] = Field(
         default="auto", description="Attention kernel; auto picks by hardware, dtype, head width and mask."
     )
-
     recompute: Literal["none", "selective", "full"] = Field(
         default="none",
         description="What the backward pass computes again to save memory: nothing; a block but its matrix "
@@ -144,6 +154,17 @@ class ModelConfig(Section):
             return self.d_ff
         width = 4 * self.d_model * 2 / 3 if self.is_gated else 4 * self.d_model
         return ceil(width / 64) * 64
+
+    @property
+    def width_ratio(self) -> float:
+        """How many times wider the network is than the one its learning rate was tuned for; 1 without muP."""
+        return self.d_model / (self.mup_base_width or self.d_model)
+
+    @property
+    def attention_scale(self) -> float | None:
+        """Factor of q·k; None is 1/√E. muP (arXiv:2203.03466, table 8): ∝ 1/E, and 1/√E at the base width."""
+        base = self.mup_base_head_width
+        return None if base in (None, self.head_width) else base**0.5 / self.head_width
 
     @property
     def vocabulary(self) -> int:
@@ -181,6 +202,21 @@ class ModelConfig(Section):
             raise ValueError(
                 f"model.{field} has no effect with model.position = {self.position!r}; remove it, or set "
                 "model.position = 'rope'."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _initialization_fits(self) -> Self:
+        if (self.initialization == "mup") != (self.mup_base_width is not None):
+            raise ValueError(
+                f"model.initialization = {self.initialization!r} with model.mup_base_width = "
+                f"{self.mup_base_width}: muP, and only muP, needs the d_model of the model whose learning "
+                "rate this one takes over."
+            )
+        if self.mup_base_head_width is not None and self.initialization != "mup":
+            raise ValueError(
+                f"model.mup_base_head_width = {self.mup_base_head_width} has no effect with "
+                f"model.initialization = {self.initialization!r}; remove it."
             )
         return self
 

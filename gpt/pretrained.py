@@ -29,6 +29,7 @@ from gpt.flops import parameter_table
 from gpt.huggingface import TensorPlace, tensor_places
 from gpt.huggingface_tokenizer import SAMPLES
 from gpt.model_config import ModelConfig
+from gpt.optimizer import by_group, hyperparameters
 from gpt.run_dir import RunDir
 
 _STATES = ("master", "exp_avg", "exp_avg_sq")
@@ -74,7 +75,7 @@ class PretrainedFolder:
             assert stored is not None
             with safe_open(self._files[stored], framework="pt") as file:
                 part = file.get_tensor(stored).to(torch.float32)
-            parts.append(part.t() if place.is_transposed else part)
+            parts.append((part.t() if place.is_transposed else part) / place.factor)
         whole = torch.cat(parts)
         if tuple(whole.shape) != shape:
             theirs = ", ".join(place.theirs for place in self._places[name])
@@ -100,8 +101,8 @@ def write_first_checkpoint(
     """
     entries: list[ParameterEntry] = []
     flats: dict[str, NDArray[np.float32]] = {}
-    for group in ("decay", "no_decay"):
-        members = [(n, s) for n, s in parameter_table(run.model) if (len(s) >= 2) == (group == "decay")]
+    table = ((name, shape, shape) for name, shape in parameter_table(run.model))
+    for group, members in by_group(table, run.model).items():
         offset = 0
         flat = np.empty(sum(int(np.prod(shape)) for _, shape in members), dtype=np.float32)
         for name, shape in members:
@@ -109,18 +110,16 @@ def write_first_checkpoint(
             flat[offset : offset + entries[-1].numel] = parameter(name, shape).reshape(-1)
             offset += entries[-1].numel
         flats[group] = flat
-    hyperparameters = {"betas": run.optimizer.betas, "eps": run.optimizer.eps}
-    decays = {"decay": run.optimizer.weight_decay, "no_decay": 0.0}
+    shared = {"betas": run.optimizer.betas, "eps": run.optimizer.eps}
     groups = tuple(
         GroupEntry(
             name=name,
             numel=len(flat),
-            partition_numel=max(1, len(flat)),
+            partition_numel=len(flat),
             states=_STATES,
-            hyperparameters={**hyperparameters, "weight_decay": decays[name]},
+            hyperparameters={**shared, **hyperparameters(name, run.optimizer, run.model)},
         )
         for name, flat in flats.items()
-        if len(flat)
     )
     temporary = temporary_folder(run_dir.checkpoints, 0, 0)
     temporary.mkdir(parents=True)

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from itertools import islice
 from pathlib import Path
 from types import FrameType
@@ -73,10 +73,13 @@ class Mirror:
         return state["run_id"], state["sent_step"]
 
     def _create(self) -> str:
-        name = self.run.tracking.experiment
-        experiment = self.client.get_experiment_by_name(name)
-        experiment_id = experiment.experiment_id if experiment else self.client.create_experiment(name)
-        run_id: str = self.client.create_run(experiment_id, run_name=self.run_dir.path.name).info.run_id
+        parent = self.run.tracking.parent
+        created = self.client.create_run(
+            experiment_id(self.client, self.run.tracking.experiment),
+            run_name=self.run_dir.path.name,
+            tags={"mlflow.parentRunId": parent} if parent is not None else None,
+        )
+        run_id: str = created.info.run_id
         self.run_id = run_id
         self._remember(0)
         provenance = read_json(self.run_dir.provenance) or {}
@@ -92,6 +95,18 @@ class Mirror:
         self.sent_step = step
         inode = self.run_dir.path.stat().st_ino
         write_json(self.run_dir.tracking, {"run_id": self.run_id, "inode": inode, "sent_step": step})
+
+
+def experiment_id(client: Any, name: str) -> str:
+    """The id of MLflow's experiment `name`, which is made where there is none."""
+    experiment = client.get_experiment_by_name(name)
+    return str(experiment.experiment_id if experiment else client.create_experiment(name))
+
+
+def fail_soon(environment: MutableMapping[str, str]) -> None:
+    """Have MLflow give up after a moment: its own retries take four minutes a call."""
+    environment.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    environment.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 
 
 def follow(run_dir: RunDir, run: RunConfig, ended: threading.Event) -> None:
@@ -141,9 +156,7 @@ def main(path: Path) -> None:
     # Stop requests are for the workers; what they leave behind is still to be sent.
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    # MLflow's own retries take four minutes a call; this loop has its own.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    fail_soon(os.environ)
     os.nice(10)
     run_dir = RunDir(path)
     follow(run_dir, RunConfig.model_validate_json(run_dir.config.read_text()), ended)

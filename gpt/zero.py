@@ -26,10 +26,11 @@ from gpt.checkpoint.layout import GroupLayout, Kind
 from gpt.config import RunConfig
 from gpt.distributed import World
 from gpt.model import GPT
-from gpt.optimizer import build_optimizer, parameter_groups
+from gpt.optimizer import build_optimizer, parameter_groups, set_rate
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATES = ("master", *MOMENTS)
+_HYPERPARAMETERS = ("betas", "eps", "weight_decay", "lr_multiplier")
 
 
 def deepspeed_config(run: RunConfig, world_size: int, *, has_gpu: bool) -> dict[str, Any]:
@@ -96,8 +97,7 @@ class Engine:
 
     def step(self, lr: float) -> None:
         """Count one micro-batch; after the last of a step, clip and update with rate `lr`."""
-        for group in self._inner.param_groups:
-            group["lr"] = lr
+        set_rate(self._inner, lr)
         self._engine.step()
 
     @property
@@ -247,7 +247,7 @@ def _tables(
                 numel=offset,
                 partition_numel=partition_numel,
                 states=STATES,
-                hyperparameters={key: inner_groups[name][key] for key in ("betas", "eps", "weight_decay")},
+                hyperparameters={key: inner_groups[name][key] for key in _HYPERPARAMETERS},
             )
         )
         layouts[name] = GroupLayout(kind, world.size, [prod(shapes[n]) for n, _ in members], partition_numel)

@@ -241,6 +241,37 @@ def rehearse(run: str, cluster: str, overrides: tuple[str, ...], run_dir: Path |
 
 
 @commands.command(
+    short_help="Run a grid over config fields.",
+    epilog=_example("outlast sweep sweep.toml --cluster my-cluster.toml", "outlast sweep runs/sweep-0001"),
+)
+@click.argument("source", metavar="SWEEP.toml | SWEEP_DIR", type=click.Path(path_type=Path, exists=True))
+@click.option("--cluster", metavar="C", help="A file, or a name in cluster_configs. Default: local.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Default: among the runs.")
+@click.option("--results", is_flag=True, help="Start nothing; show what came out, the best first.")
+@click.option("--json", "as_json", is_flag=True, help="With --results: a JSON list.")
+@_detach_option
+def sweep(
+    source: Path, cluster: str | None, out: Path | None, results: bool, as_json: bool, attend: bool | None
+) -> int:
+    """Run every combination of some fields' values: on Slurm as one array, here one after the other.
+
+    \b
+    SWEEP.toml:  run = "my-run.toml"
+                 [set]
+                 data.path = "data/mine"
+                 [grid]
+                 optimizer.peak_lr = [3e-4, 6e-4]
+                 seed = [1, 2]
+    """
+    from launcher.sweep import show_results, sweep
+
+    if results:
+        show_results(source, as_json=as_json)
+        return 0
+    return sweep(source, cluster, out, attend=attend)
+
+
+@commands.command(
     short_help="Show runs and how they are doing.",
     epilog=_example("outlast status", "outlast status runs/demo-0001 --json"),
 )
@@ -248,13 +279,17 @@ def rehearse(run: str, cluster: str, overrides: tuple[str, ...], run_dir: Path |
 @click.option("--json", "as_json", is_flag=True, help="A JSON list, one object a run.")
 @click.option("--watch", is_flag=True, help="Show it again every few seconds, until Ctrl-C.")
 def status(run_dirs: tuple[str, ...], as_json: bool, watch: bool) -> int:
-    """Show runs: state, step, loss, speed, last checkpoint, restarts. Default: all of $OUTLAST_RUNS."""
+    """Show runs: state, step, loss, speed, last checkpoint, restarts. Default: all of $OUTLAST_RUNS.
+
+    A sweep's folder stands for all of its runs.
+    """
     import json
 
-    from launcher.runs import list_runs, open_run, runs_folder
+    from launcher.runs import list_runs, open_run, runs_folder, sweep_runs
     from launcher.status import Status, show, statuses
 
-    runs = [open_run(folder) for folder in run_dirs] or list_runs()
+    named = [sweep_runs(Path(folder).absolute()) or [open_run(folder)] for folder in run_dirs]
+    runs = [run for several in named for run in several] or list_runs()
     if as_json:
         found = statuses(runs)
         for error in found:

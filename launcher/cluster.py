@@ -38,8 +38,30 @@ _SLURM_ONLY = (
     "cpus_per_process",
     "setup",
     "signal_delay_s",
+    "container",
     "sbatch",
 )
+DEFAULT_SIGNAL_DELAY_S = 90  # submitit's
+
+
+class Container(Section):
+    """The image in which the training processes run.
+
+    apptainer starts torchrun in it, the node's own Python stays outside. With pyxis the whole task of a node
+    is inside, so that the image needs Outlast too; the batch script, which is outside, requeues the job.
+    """
+
+    runtime: Literal["apptainer", "pyxis"] = Field(
+        description="What runs the image: Apptainer (or Singularity), or Slurm's plugin Pyxis with Enroot."
+    )
+    image: str = Field(
+        min_length=1, description="A .sif or .sqsh file, or an address that the runtime can pull."
+    )
+    mounts: tuple[str, ...] = Field(
+        default=(),
+        description="SOURCE:TARGET of further folders; the run and data directories are mounted always.",
+    )
+    python: str = Field(default="python3", description="Python with Outlast's packages, inside the image.")
 
 
 class ClusterConfig(Section):
@@ -75,9 +97,15 @@ class ClusterConfig(Section):
     signal_delay_s: Count | None = Field(
         default=None, description="Seconds before the time limit at which the job is told to save."
     )
+    interface: str | None = Field(
+        default=None,
+        description="Network interface of the collectives, such as ib0: NCCL_SOCKET_IFNAME and "
+        "GLOO_SOCKET_IFNAME. Default: each library's own choice.",
+    )
     environment: dict[str, str] = Field(
         default_factory=dict, description="Environment variables of the training processes (NCCL_…)."
     )
+    container: Container | None = Field(default=None, description="Default: no container.")
     sbatch: dict[str, Any] = Field(default_factory=dict, description="Any other option of sbatch.")
 
     @property
@@ -99,6 +127,11 @@ class ClusterConfig(Section):
             r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", self.time_limit
         ).groups()  # type: ignore[union-attr]
         return int(days or 0) * 1440 + int(hours) * 60 + int(minutes) + (int(seconds) > 0)
+
+    @property
+    def signal_delay(self) -> int:
+        """Seconds before the time limit at which the job is told to save, after the default."""
+        return self.signal_delay_s or DEFAULT_SIGNAL_DELAY_S
 
     @model_validator(mode="after")
     def _fits_its_kind(self) -> Self:

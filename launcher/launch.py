@@ -38,6 +38,7 @@ from launcher.runs import (
     read_cluster,
     read_config,
 )
+from launcher.sbatch import submission_text
 from launcher.submit import Job, claim_start, read_job, refuse_while_alive, state, submit, take_out_of_queue
 
 # What a run may change on its way without becoming another run: none of these decides a step's numbers.
@@ -67,6 +68,8 @@ def launch(
     start = find_origin(origin, request.config) if origin is not None else None
     show_warnings(request)
     if dry_run:
+        if request.cluster.kind == "slurm":
+            click.echo(submission_text(RunDir(folder.absolute()), request.config, request.cluster))
         show_plan(request)
         click.echo("dry run: all checks passed, nothing was written", err=True)
         click.echo(folder.absolute())
@@ -100,7 +103,8 @@ def _resume(
     before = read_json(run.config) or {}
     # config.json holds a total in one of two ways; asking for the other replaces it.
     tables = with_absolute_paths(with_overrides(_without_other_total(before, overrides), overrides))
-    request = examine(tables, "config.json", cluster if cluster is not None else read_cluster(run), None)
+    where = cluster if cluster is not None else read_cluster(run)
+    request = examine(tables, "config.json", where, run.path, is_new=False)
     after = request.config.model_dump(mode="json", exclude_none=True)
     # As this version reads it: a field that is new since then has its default on both sides.
     changes = changed_fields(read_config(run).model_dump(mode="json", exclude_none=True), after)

@@ -26,14 +26,15 @@ from gpt.config import RunConfig
 from gpt.run_dir import RunDir, read_json, write_json
 from launcher import slurm
 from launcher.cluster import ClusterConfig
+from launcher.container import inside, needed_folders, requeue_mark
 from launcher.hangs import Watch, culprits, gather, report
 from launcher.place import Place, find_place, meet
 from launcher.processes import (
     adopt_orphans,
-    children,
     end_self_with_parent,
     end_with_parent,
     kill_descendants,
+    workers,
 )
 from launcher.requests import clear_turn_stop, request_stop, standing_stop
 from launcher.runs import python_module, read_cluster, read_config
@@ -42,6 +43,7 @@ from launcher.torchrun import torchrun_command, worker_environment
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _POLL_S = 0.1
+_LISTEN_S = 1.0  # each look for a hang goes through all processes of the node
 _TRACKING_DRAIN_S = 60.0
 _HURRIED_DRAIN_S = 5.0  # a grace time may be running, and the next turn sends what is left
 _TO_BE_KILLED_S = 120.0
@@ -64,6 +66,9 @@ class _Node:
     def __init__(self, run: RunDir, submission: str) -> None:
         self.run = run
         self.folder = run.submission / submission
+        self.submitit_folder = Path(
+            os.environ.get("SUBMITIT_FOLDER", self.folder)
+        )  # an array has one for all
         self.config: RunConfig = read_config(run)
         self.cluster: ClusterConfig = read_cluster(run)
         self.place: Place = find_place(self.cluster)
@@ -98,9 +103,9 @@ class _Node:
         outcome = self._outcome(code)
         if self.place.job_id is None or not self._may_go_on(outcome):
             return self._conclude(outcome)
-        if slurm.is_wanted(self.place.job_id):
-            return self._requeue(outcome, self.place.job_id)
-        return self._conclude(_cancelled(outcome))
+        if slurm.is_here() and not slurm.is_wanted(self.place.job_id):
+            return self._conclude(_cancelled(outcome))
+        return self._requeue(outcome, self.place.job_id)
 
     def _help(self) -> dict[str, Any]:
         """The part of every node but the first: train, and fail loudly, so that Slurm ends the others."""
@@ -149,6 +154,9 @@ class _Node:
             _drain(self.tracking, _HURRIED_DRAIN_S)
         kill_descendants()
         clear_turn_stop(self.run)
+        if not slurm.is_here():  # in a container: the batch script does it, once this task has ended
+            requeue_mark(self.submitit_folder, job_id, self.place.turn).write_text(",".join(exclude))
+            return {}
         if slurm.requeue(job_id, exclude):
             time.sleep(_TO_BE_KILLED_S)
             return {}
@@ -184,13 +192,16 @@ class _Node:
                 start_new_session=True,
                 preexec_fn=end_with_parent(signal.SIGKILL),
             )
+        next_listen = time.monotonic() + _LISTEN_S
         while torchrun.poll() is None:
             time.sleep(_POLL_S)
             if self.signal_name is not None:
                 self._pass_on(self.signal_name, torchrun.pid)
                 self.signal_name = None
-            if watch.silent(workers := children(torchrun.pid)):
-                self._end_hang(watch, workers)
+            if time.monotonic() >= next_listen:
+                next_listen = time.monotonic() + _LISTEN_S
+                if watch.silent(alive := workers(torchrun.pid)):
+                    self._end_hang(watch, alive)
             stop = standing_stop(self.run)
             if stop is not None and stop.get("now"):
                 self.stopped_now = True
@@ -207,10 +218,11 @@ class _Node:
             return
         is_schedulers = self.place.job_id is not None
         request_stop(self.run, signal_name, requeue=is_schedulers)
-        for worker in children(torchrun):
-            os.kill(worker, signal.SIGTERM)
+        for worker in workers(torchrun):
+            with suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGTERM)
 
-    def _end_hang(self, watch: Watch, workers: Sequence[int]) -> None:
+    def _end_hang(self, watch: Watch, alive: Sequence[int]) -> None:
         """Find out who holds up the run, write it down, and end our workers: torchrun starts all again."""
         attempt = self._own_attempt()
         folder = self.run.attempt(attempt or 0)
@@ -222,15 +234,16 @@ class _Node:
                 culprit = culprits(everyone, silent_nodes)
                 print(f"no step for {watch.timeout_s:.0f} s: {culprit}", flush=True)
                 record.event(self.run.events, "hang", attempt=attempt, culprit=culprit)
-        for worker in workers:
+        for worker in alive:
             with suppress(ProcessLookupError):
                 os.kill(worker, signal.SIGKILL)
         watch.forget()
 
     def _start_tracking(self) -> subprocess.Popen[bytes]:
         with (self.folder / "tracking.log").open("ab") as log:
+            command = python_module("gpt.tracking", str(self.run.path))
             return subprocess.Popen(
-                python_module("gpt.tracking", str(self.run.path)),
+                inside(command, self.cluster, needed_folders(self.run, self.config)),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -288,7 +301,7 @@ class _Node:
     def _remove_leftovers_of_submitit(self) -> None:
         """A killed turn's half-written result would fail this one, and a whole one would pass for ours."""
         if self.place.job_id is not None:
-            for left in self.folder.glob(f"{self.place.job_id}_{self.place.node}_result.*"):
+            for left in self.submitit_folder.glob(f"{self.place.job_id}_{self.place.node}_result.*"):
                 left.unlink(missing_ok=True)
 
 

@@ -29,7 +29,7 @@ class Place:
     nodes: int
     name: str
     address: str
-    job_id: str | None = None  # Slurm's
+    job_id: str | None = None  # Slurm's; of a task of an array ARRAY_TASK, or scontrol would mean them all
 
     @property
     def is_first(self) -> bool:
@@ -48,6 +48,9 @@ def find_place(cluster: ClusterConfig) -> Place:
         )
     except KeyError as error:
         raise LaunchError(f"not inside a Slurm job: {error} is not set") from None
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    if array is not None and task is not None:
+        job_id = f"{array}_{task}"
     turn = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     address = slurm.node_address(name) if int(nodes) > 1 else "127.0.0.1"
     return Place(f"slurm-{job_id}", turn, int(node), int(nodes), name, address, job_id)
@@ -63,7 +66,9 @@ def meet(place: Place, folder: Path) -> str:
         return f"{place.address}:0"
     path = folder / f"meeting-{place.job}-{place.turn}.json"
     if place.is_first:
-        port = _free_port(place.address, _PORTS[(int(place.job_id or 0) * 7) % len(_PORTS)])
+        port = _free_port(
+            place.address, _PORTS[(int((place.job_id or "0").replace("_", "")) * 7) % len(_PORTS)]
+        )
         write_json(path, {"address": place.address, "port": port})
     deadline = time.monotonic() + _MEETING_PATIENCE_S
     while (found := read_json(path) if path.name in _names(folder) else None) is None:

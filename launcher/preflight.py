@@ -6,7 +6,7 @@ Runs on a login node: no torch, no GPU, no network. Refuses to start anything an
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +15,15 @@ from data_pipeline.config_file import validate
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.manifest import Manifest, check, read_manifest, verify
 from gpt.config import DataConfig, RunConfig
+from gpt.run_dir import RunDir
 from launcher.cluster import ClusterConfig, load_cluster
+from launcher.findings import Findings
 from launcher.plan import CHECKPOINT_BYTES_PER_PARAMETER, memory_problem, mixture_of, plan, sequences, size
+from launcher.site import check_site, check_tracker
 
 READ_WHOLE_BYTES = 64 << 20  # data sets up to this size are checked byte for byte: 10 ms of xxh3
 EPOCHS_WARNING = 4.0  # repeating data beyond it buys little (Muennighoff et al., arXiv:2305.16264)
 _UNSET = "/nowhere"  # stands in for a missing data.path while everything else is checked
-
-
-@dataclass
-class Findings:
-    """Problems forbid the launch; warnings are shown and it goes on."""
-
-    problems: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-    def problem(self, sentence: str | None) -> None:
-        """Add a problem where there is one."""
-        if sentence:
-            self.problems.append(sentence)
 
 
 @dataclass(frozen=True)
@@ -52,12 +42,18 @@ class Request:
 
 
 def examine(
-    tables: dict[str, Any], source: str, cluster: str | ClusterConfig, folder: Path | None
+    tables: dict[str, Any],
+    source: str,
+    cluster: str | ClusterConfig,
+    folder: Path | None,
+    *,
+    is_new: bool = True,
 ) -> Request:
     """The launch that `tables` (read from `source`) asks for, into the run directory `folder`.
 
-    Without a folder nothing is asked of this machine: the request is only to be planned. Raises
-    ConfigError with every problem of run config, cluster, data, machine and folder.
+    `is_new`: the folder is to be made; else the run is there and goes on. Without a folder nothing is asked
+    of this machine: the request is only to be planned. Raises ConfigError with every problem of run config,
+    cluster, data, machine, site and folder.
     """
     findings = Findings()
     run = _read_run(tables, source, findings)
@@ -75,11 +71,13 @@ def examine(
     if config is not None and cluster_config is not None:
         findings.problem(memory_problem(config, cluster_config))
     if folder is not None:
-        _check_folder(folder, findings)
+        if is_new:
+            _check_folder(folder, findings)
         if config is not None:
             check_disk(config, folder, findings)
-        if cluster_config is not None:
-            check_machine(cluster_config, findings)
+            check_tracker(config, findings)
+        if cluster_config is not None and check_machine(cluster_config, findings) and config is not None:
+            check_site(RunDir(folder), config, cluster_config, findings)
     if findings.problems:
         raise ConfigError(findings.problems)
     assert config is not None and cluster_config is not None
@@ -151,7 +149,9 @@ def _check_epochs(config: RunConfig, manifests: Sequence[Manifest], findings: Fi
 def check_disk(config: RunConfig, folder: Path, findings: Findings) -> None:
     """Whether the checkpoints that `config` keeps, and one on its way, fit the disk of `folder`."""
     parent = nearest_existing(folder)
-    free = shutil.disk_usage(parent).free
+    # What the run has saved already makes room when it is pruned.
+    saved = sum(file.stat().st_size for file in (folder / "checkpoints").glob("step-*/*"))
+    free = shutil.disk_usage(parent).free + saved
     needed = plan(config, ClusterConfig(kind="local"), None).disk_bytes
     sentence = (
         f"checkpoints need {size(needed)} ({CHECKPOINT_BYTES_PER_PARAMETER} bytes a parameter × "
@@ -163,24 +163,29 @@ def check_disk(config: RunConfig, folder: Path, findings: Findings) -> None:
         findings.warnings.append(sentence)
 
 
-def check_machine(cluster: ClusterConfig, findings: Findings) -> None:
-    """What this machine must have: its GPUs for a local run, Slurm's commands for the others."""
+def check_machine(cluster: ClusterConfig, findings: Findings) -> bool:
+    """What this machine must have: its GPUs for a local run, Slurm's commands for the others.
+
+    Whether there is a Slurm to ask further.
+    """
     if cluster.kind == "slurm":
-        if shutil.which("sbatch") is None:
+        missing = [command for command in ("sbatch", "srun", "scontrol") if shutil.which(command) is None]
+        if missing:
             findings.problem(
-                "kind = 'slurm', but there is no sbatch here. Launch from a login node of the cluster."
+                f"kind = 'slurm', but there is no {missing[0]} here. Launch from a login node of the cluster."
             )
-        return
+        return not missing
     if cluster.gpus_per_node:
         present = len(list(Path("/dev").glob("nvidia[0-9]*")))
         if present < cluster.gpus_per_node:
             findings.problem(
                 f"gpus_per_node = {cluster.gpus_per_node}, but this machine has {present} NVIDIA GPUs."
             )
-        return
+        return False
     cores = len(os.sched_getaffinity(0))
     if cluster.processes > cores:
         findings.warnings.append(f"{cluster.processes} processes share {cores} CPU cores: it will be slow.")
+    return False
 
 
 def nearest_existing(path: Path) -> Path:

@@ -53,9 +53,15 @@ def process_state(pid: int) -> str | None:
     return fields[0] if fields is not None else None
 
 
-def children(parent: int) -> list[int]:
-    """The living processes that `parent` has started, or adopted."""
-    return _families().get(parent, [])
+def workers(root: int) -> list[int]:
+    """The training processes below `root`, wherever torchrun is there; not what they started in turn."""
+    families = _families()
+    found: list[int] = []
+    unseen = [root]
+    while unseen:
+        for child in families.get(unseen.pop(), ()):
+            (found if _has_variable(child, b"LOCAL_RANK") else unseen).append(child)
+    return found
 
 
 def descendants(root: int, spare: int | None = None) -> list[int]:
@@ -97,6 +103,15 @@ def _below(families: dict[int, list[int]], root: int, spare: int | None) -> Iter
         if child != spare:
             yield child
             yield from _below(families, child, spare)
+
+
+def _has_variable(pid: int, name: bytes) -> bool:
+    """Whether process `pid` was started with an environment variable `name`."""
+    try:
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:  # it has ended, or has become another user's
+        return False
+    return any(variable.startswith(name + b"=") for variable in variables)
 
 
 def _stat(pid: int) -> list[str] | None:

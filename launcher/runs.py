@@ -22,6 +22,7 @@ from gpt.run_dir import RunDir, read_json, write_json
 from launcher.cluster import ClusterConfig
 from launcher.preflight import Request
 
+SWEEP_FILE = "sweep.json"
 _PACKAGES = ("launcher", "gpt", "data_pipeline")
 _RECORDED = ("outlast", "torch", "deepspeed", "numpy", "mlflow", "submitit", "tiktoken")
 
@@ -58,6 +59,12 @@ def list_runs() -> list[RunDir]:
     if not folder.is_dir():
         return []
     return [RunDir(entry) for entry in sorted(folder.iterdir()) if (entry / "config.json").exists()]
+
+
+def sweep_runs(folder: Path) -> list[RunDir] | None:
+    """The runs of the sweep in `folder`, in the order of its grid; None when it is no sweep."""
+    content = read_json(folder / SWEEP_FILE)
+    return None if content is None else [RunDir(folder / point["folder"]) for point in content["points"]]
 
 
 def read_config(run: RunDir) -> RunConfig:

@@ -17,8 +17,11 @@ from data_pipeline.errors import LaunchError
 
 _QUESTION_S = 30.0
 _PATIENCE_S = 5.0
+_AGREES_S = 60.0
 _RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT")
+_ROW = "--format=%i|%T|%r|%N"
 _FORGOTTEN = "Invalid job id"
+_AWAY = "Unable to contact slurm controller"
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,11 @@ class Standing:
     word: str
     slurm_state: str = ""
     reason: str = ""
+
+
+def is_here() -> bool:
+    """Whether this machine, or this container, can speak to Slurm."""
+    return shutil.which("scontrol") is not None
 
 
 def hostnames(node_list: str) -> list[str]:
@@ -62,7 +70,7 @@ def standings(job_ids: Iterable[str]) -> dict[str, Standing]:
     if not wanted:
         return {}
     # All of this user's jobs: a list of ids that Slurm has forgotten is an error.
-    answer = _ask(["squeue", "--noheader", "--states=all", "--me", "--format=%i|%T|%r|%N"])
+    answer = _ask(["squeue", "--noheader", "--array", "--states=all", "--me", _ROW])
     if answer is None or answer.returncode != 0:
         return dict.fromkeys(wanted, Standing("unknown"))
     rows = {row[0]: row for row in (line.split("|") for line in answer.stdout.splitlines()) if len(row) == 4}
@@ -78,6 +86,18 @@ def why_ended(job_id: str) -> str | None:
     if answer is None or answer.returncode != 0 or not answer.stdout.strip():
         return None
     return answer.stdout.split()[0]
+
+
+def would_take(submission: str) -> str | None:
+    """Why sbatch would refuse this submission file (partition, account, GPUs, time limit…), or None.
+
+    Also None when Slurm says nothing: that it is away at this moment is not the submission's fault.
+    """
+    answer = _ask(["sbatch", "--test-only"], submission)
+    if answer is None or answer.returncode == 0 or _AWAY in answer.stderr:
+        return None
+    said = [line for line in answer.stderr.splitlines() if line.strip()]
+    return "; ".join(line.removeprefix("sbatch: ").removeprefix("error: ") for line in said) or None
 
 
 def is_wanted(job_id: str) -> bool:
@@ -98,12 +118,26 @@ def requeue(job_id: str, exclude: Sequence[str] = ()) -> bool:
         answer = _ask(["scontrol", "requeue", job_id])
         if answer is not None and answer.returncode == 0:
             if exclude:
-                nodes = sorted({*exclude, *([] if before == "(null)" else hostnames(before))})
-                _ask(["scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(nodes)}"])
+                _keep_away(job_id, {*exclude, *([] if before == "(null)" else hostnames(before))})
             return True
         print(f"scontrol requeue {job_id}: {answer.stderr.strip() if answer else 'no answer'}", flush=True)
         time.sleep(_PATIENCE_S)
     return False
+
+
+def _keep_away(job_id: str, nodes: set[str]) -> None:
+    """Have the requeued job start elsewhere; while Slurm still ends what ran it refuses, so ask again.
+
+    The job cannot start again before this process has ended.
+    """
+    deadline = time.monotonic() + _AGREES_S
+    while time.monotonic() < deadline:
+        _ask(["scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(sorted(nodes))}"])
+        excluded = (job_fields(job_id) or {}).get("ExcNodeList", "(null)")
+        if excluded != "(null)" and nodes <= set(hostnames(excluded)):
+            return
+        time.sleep(0.5)
+    print(f"Slurm does not keep job {job_id} away from {', '.join(sorted(nodes))}", flush=True)
 
 
 def start_now(job_id: str) -> None:
@@ -137,12 +171,12 @@ def _elsewhere(job_id: str) -> Standing:
     )
 
 
-def _ask(command: list[str]) -> "subprocess.CompletedProcess[str] | None":
+def _ask(command: list[str], question: str | None = None) -> "subprocess.CompletedProcess[str] | None":
     """The answer, or None when there is no such command or it does not end in time."""
     if shutil.which(command[0]) is None:
         return None
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=_QUESTION_S)
+        return subprocess.run(command, input=question, capture_output=True, text=True, timeout=_QUESTION_S)
     except subprocess.TimeoutExpired:
         return None
 

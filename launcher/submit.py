@@ -2,8 +2,7 @@
 
 The submission itself happens in a child (`python -m launcher.submit RUN_DIR`), in a session of its own and
 with the run's snapshot of the code in front: whatever it starts is out of reach of the terminal's Ctrl-C and
-hang-up, holds none of the caller's pipes open, and imports what was submitted. Submitting to Slurm goes the
-same way; only the local executor has been proved so far.
+hang-up, holds none of the caller's pipes open, and imports what was submitted.
 """
 
 import fcntl
@@ -12,11 +11,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from data_pipeline.errors import LaunchError
 from gpt import record
@@ -24,8 +23,10 @@ from gpt.checkpoint.format import committed
 from gpt.run_dir import RunDir, read_json, write_json
 from launcher import slurm
 from launcher.cluster import ClusterConfig
+from launcher.container import needed_folders
 from launcher.processes import identity
-from launcher.runs import job_environment, python_module, read_cluster
+from launcher.runs import job_environment, python_module, read_cluster, read_config
+from launcher.sbatch import slurm_executor
 from launcher.slurm import Standing
 
 _LOCAL_TIMEOUT_MIN = 60 * 24 * 365 * 10  # submitit's local default is 2 minutes
@@ -58,25 +59,40 @@ class Outcome:
 def submit(run: RunDir, reason: str) -> Job:
     """Start a job for `run` and return once its executor has taken it. Raises LaunchError.
 
-    A standing stop request is removed; `reason` ("launch", "resume") goes into the event "submitted".
+    `reason` ("launch", "resume") goes into the event "submitted".
     """
-    run.stop.unlink(missing_ok=True)
-    folder = submission_folder(run, _last_submission(run) + 1)
-    folder.mkdir(parents=True)
+    [job] = submit_together([run], reason, run)
+    return job
+
+
+def submit_together(
+    runs: Sequence[RunDir], reason: str, home: RunDir, at_once: int | None = None
+) -> list[Job]:
+    """Start a job for each of `runs`, several as one array of Slurm, of which `at_once` run at a time.
+
+    submitit's files lie in `home`, whose code they run: the run itself, or the folder of all. A stop request
+    that stands is removed. Raises LaunchError.
+    """
+    for run in runs:
+        run.stop.unlink(missing_ok=True)
+        submission_folder(run, _last_submission(run) + 1).mkdir(parents=True)
+    folder = submission_folder(home, _last_submission(home) + (0 if home == runs[0] else 1))
+    folder.mkdir(parents=True, exist_ok=True)
     output = folder / "controller.log"
+    arguments = [str(folder), reason, str(at_once or len(runs)), *(str(run.path) for run in runs)]
     with output.open("ab") as log:
         child = subprocess.run(
-            python_module("launcher.submit", str(run.path), folder.name, reason),
-            env=job_environment(run),
+            python_module("launcher.submit", *arguments),
+            env=job_environment(home),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    job = read_job(run)
-    if child.returncode != 0 or job is None:
+    jobs = [job for run in runs if (job := read_job(run)) is not None]
+    if child.returncode != 0 or len(jobs) != len(runs):
         raise LaunchError(f"the submission failed:\n{output.read_text(encoding='utf-8').rstrip()}")
-    return job
+    return jobs
 
 
 def read_job(run: RunDir) -> Job | None:
@@ -178,33 +194,6 @@ def outcome_path(folder: Path) -> Path:
     return folder / "outcome.json"
 
 
-def slurm_parameters(cluster: ClusterConfig, name: str) -> dict[str, Any]:
-    """submitit's parameters: one task a node; what the cluster file omits is not asked of Slurm."""
-    wanted: dict[str, Any] = {
-        "job_name": name,
-        "nodes": cluster.nodes,
-        "ntasks_per_node": 1,
-        "time": cluster.time_limit_min,
-        "gpus_per_node": cluster.gpus_per_node or None,
-        "cpus_per_task": cluster.cpus_per_process and cluster.cpus_per_process * cluster.processes,
-        "mem": cluster.mem,
-        "partition": cluster.partition,
-        "account": cluster.account,
-        "qos": cluster.qos,
-        "constraint": cluster.constraint,
-        "exclude": cluster.exclude,
-        "gres": cluster.gres,
-        "setup": list(cluster.setup) or None,
-        "signal_delay_s": cluster.signal_delay_s,
-        "srun_args": ["--kill-on-bad-exit=1"],
-    }
-    additional: dict[str, Any] = {"requeue": True, **cluster.sbatch}
-    if cluster.reservation is not None:
-        additional["reservation"] = cluster.reservation
-    wanted["additional_parameters"] = additional
-    return {key: value for key, value in wanted.items() if value is not None}
-
-
 def _last_submission(run: RunDir) -> int:
     if not run.submission.is_dir():
         return 0
@@ -229,51 +218,55 @@ def _outside_any_job() -> Iterator[None]:
 
 
 def main() -> None:
-    """The child of `submit`: hand the node task to submitit and write job.json."""
-    from submitit import LocalExecutor, SlurmExecutor
+    """The child of `submit_together`: hand the node tasks to submitit and write each run's job.json."""
+    from submitit import Executor, LocalExecutor
     from submitit.core.utils import FailedJobError
 
     from launcher.node import NodeTask
 
-    run = RunDir(Path(sys.argv[1]))
-    folder, reason = run.submission / sys.argv[2], sys.argv[3]
-    cluster = read_cluster(run)
-    executor: LocalExecutor | SlurmExecutor
+    folder, reason, at_once = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    runs = [RunDir(Path(path)) for path in sys.argv[4:]]
+    cluster = read_cluster(runs[0])
+    executor: Executor
     if cluster.kind == "local":
         executor = LocalExecutor(folder)
         executor.update_parameters(
             timeout_min=_LOCAL_TIMEOUT_MIN, gpus_per_node=cluster.gpus_per_node, tasks_per_node=1
         )
     else:
-        executor = SlurmExecutor(folder, max_num_timeout=1_000_000)
-        executor.update_parameters(**slurm_parameters(without_bad_nodes(run, cluster), run.path.name))
+        mounts = [path for run in runs for path in needed_folders(run, read_config(run))]
+        name = runs[0].path.name if len(runs) == 1 else runs[0].path.parent.name
+        for run in runs:
+            cluster = without_bad_nodes(run, cluster)
+        executor = slurm_executor(name, cluster, mounts, folder, array_parallelism=at_once)
+    tasks = [NodeTask(str(run.path), f"{_last_submission(run):04d}") for run in runs]
     try:
-        with _outside_any_job():
-            submitted = executor.submit(NodeTask(str(run.path), folder.name))
+        with _outside_any_job(), executor.batch():
+            submitted = [executor.submit(task) for task in tasks]
     except FailedJobError as error:
         sys.exit(str(error))  # sbatch's own words
-    is_local = cluster.kind == "local"
-    pid = int(submitted.job_id) if is_local else None
-    job = Job(
-        submission=int(folder.name),
-        executor=cluster.kind,
-        job_id=submitted.job_id,
-        host=socket.gethostname(),
-        pid=pid,
-        process=identity(pid) if pid is not None else None,
-        run_inode=run.path.stat().st_ino,
-        submitted_at=time.time(),
-    )
-    write_json(run.job, asdict(job))
-    record.event(
-        run.events,
-        "submitted",
-        submission=job.submission,
-        reason=reason,
-        executor=job.executor,
-        job_id=job.job_id,
-        world_size=cluster.world_size,
-    )
+    for run, task, made in zip(runs, tasks, submitted, strict=True):
+        pid = int(made.job_id) if cluster.kind == "local" else None
+        job = Job(
+            submission=int(task.submission),
+            executor=cluster.kind,
+            job_id=made.job_id,
+            host=socket.gethostname(),
+            pid=pid,
+            process=identity(pid) if pid is not None else None,
+            run_inode=run.path.stat().st_ino,
+            submitted_at=time.time(),
+        )
+        write_json(run.job, asdict(job))
+        record.event(
+            run.events,
+            "submitted",
+            submission=job.submission,
+            reason=reason,
+            executor=job.executor,
+            job_id=job.job_id,
+            world_size=cluster.world_size,
+        )
 
 
 if __name__ == "__main__":

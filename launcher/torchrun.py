@@ -7,6 +7,7 @@ from gpt.config import RunConfig
 from gpt.heartbeat import VARIABLE as HEARTBEAT
 from gpt.run_dir import RunDir
 from launcher.cluster import ClusterConfig
+from launcher.container import inside, needed_folders
 from launcher.place import Place
 from launcher.runs import python_module
 
@@ -14,6 +15,8 @@ _FORWARDED = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"  # torchrun would d
 # torchrun's wait between passing a signal on and SIGKILL. Whoever sent the signal has a limit of its own
 # (Slurm's grace time); torchrun must not be the one that cuts a save short.
 _SHUTDOWN_TIMEOUT_S = 3600
+# Nodes often have no way out: a library that tries would hang in a connection, not fail.
+_OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 
 def torchrun_command(
@@ -23,7 +26,7 @@ def torchrun_command(
 
     The static rendezvous lets each node restart on its own. `endpoint` is ADDRESS:PORT of the first node.
     """
-    return python_module(
+    command = python_module(
         "torch.distributed.run",
         f"--nnodes={place.nodes}",
         f"--nproc-per-node={cluster.processes}",
@@ -41,6 +44,7 @@ def torchrun_command(
         "gpt.train",
         str(run.path),
     )
+    return inside(command, cluster, needed_folders(run, config))
 
 
 def worker_environment(
@@ -75,5 +79,8 @@ def worker_environment(
         allowed = inherited.get("OUTLAST_CUDA_VISIBLE_DEVICES")
         if allowed:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(allowed.split(",")[: cluster.gpus_per_node])
+    if cluster.interface is not None:
+        environment["NCCL_SOCKET_IFNAME"] = environment["GLOO_SOCKET_IFNAME"] = cluster.interface
+    environment.update(_OFFLINE)
     environment.update(cluster.environment)
     return environment

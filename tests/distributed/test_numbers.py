@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,10 +29,13 @@ def plain_loop(run: RunConfig, data_dir: Path) -> tuple[list[float], list[float]
     model = GPT(run.model)
     model.initialize(run.seed)
     model.place(CPU, torch.float32)
-    decay = [p for p in model.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if p.ndim != 2]
-    groups = [{"params": decay, "weight_decay": run.optimizer.weight_decay}]
-    groups += [{"params": others, "weight_decay": 0.0}]
+    matrices = {name: p for name, p in model.named_parameters() if p.ndim == 2}
+    width_ratio = run.model.d_model / (run.model.mup_base_width or run.model.d_model)
+    groups: list[dict[str, Any]] = [{"params": [p for p in model.parameters() if p.ndim != 2], "ratio": 1.0}]
+    groups[0]["weight_decay"] = 0.0
+    for is_hidden, ratio in ((False, 1.0), (True, width_ratio)):
+        members = [p for name, p in matrices.items() if name.startswith("blocks.") == is_hidden]
+        groups.append({"params": members, "weight_decay": run.optimizer.weight_decay * ratio, "ratio": ratio})
     adamw = torch.optim.AdamW(groups, betas=run.optimizer.betas, eps=run.optimizer.eps, fused=False)
     reader = BatchReader(
         [(data_dir, 1.0)], context=run.model.context, global_batch=run.batch_sizes, seed=run.seed
@@ -44,7 +48,8 @@ def plain_loop(run: RunConfig, data_dir: Path) -> tuple[list[float], list[float]
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), run.optimizer.grad_clip)))
         for group in adamw.param_groups:
-            group["lr"] = learning_rate(run.schedule, run.optimizer.peak_lr, run.total_steps, step)
+            lr = learning_rate(run.schedule, run.optimizer.peak_lr, run.total_steps, step)
+            group["lr"] = lr / group["ratio"]
         adamw.step()
         losses.append(loss.item())
     return losses, norms
@@ -52,8 +57,14 @@ def plain_loop(run: RunConfig, data_dir: Path) -> tuple[list[float], list[float]
 
 # The ramps: sequences of the first steps, before all 8.
 @pytest.mark.parametrize(
-    ("stage", "processes", "micro_batch", "ramp"),
-    [(1, 1, 8, []), (1, 2, 1, [2, 2, 6]), (2, 2, 2, [4, 4]), (3, 2, 4, []), (3, 1, 2, [2, 6])],
+    ("stage", "processes", "micro_batch", "mup_base_width", "ramp"),
+    [
+        (1, 1, 8, None, []),
+        (1, 2, 1, 8, [2, 2, 6]),
+        (2, 2, 2, None, [4, 4]),
+        (3, 2, 4, 8, []),
+        (3, 1, 2, None, [2, 6]),
+    ],
 )
 def test_losses_and_norms_are_those_of_a_plain_loop(
     new_run: Callable[..., Run],
@@ -61,21 +72,25 @@ def test_losses_and_norms_are_those_of_a_plain_loop(
     stage: int,
     processes: int,
     micro_batch: int,
+    mup_base_width: int | None,
     ramp: list[int],
 ) -> None:
+    clip = 0.1 if mup_base_width else 0.5  # low enough to clip on the way
     run = new_run(
         zero__stage=stage,
         batch__micro_batch=micro_batch,
         batch__warmup=[{"steps": 1, "global_batch_tokens": size * CONTEXT} for size in ramp],
         schedule__total_steps=STEPS,
-        optimizer__grad_clip=0.5,  # low enough to clip on the way
+        optimizer__grad_clip=clip,
+        model__initialization="mup" if mup_base_width else "gpt2",
+        model__mup_base_width=mup_base_width,
     )
     assert run.train(processes)["exit_code"] == 0
     config = RunConfig.model_validate_json(run.dir.config.read_text())
     losses, norms = plain_loop(config, data_dir)
     np.testing.assert_allclose(run.losses(), losses, rtol=1e-5)
     np.testing.assert_allclose([line["train/grad_norm"] for line in run.metrics()], norms, rtol=1e-4)
-    assert max(norms) > 0.5  # it did clip
+    assert max(norms) > clip  # it did clip
     tokens = [line["tokens"] for line in run.metrics()]
     assert tokens == np.cumsum([*ramp, *[8] * (STEPS - len(ramp))] * np.array(CONTEXT)).tolist()
 

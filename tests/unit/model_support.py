@@ -23,6 +23,7 @@ GPT2: dict[str, object] = {
     "bias": True,
     "tie_embeddings": True,
 }
+MUP: dict[str, object] = {"initialization": "mup", "mup_base_width": 16}
 
 
 def build(attention: str = "sdpa", **fields: object) -> GPT:
@@ -57,6 +58,7 @@ def in_their_layout(gpt: GPT, *, gradients: bool) -> dict[str, torch.Tensor]:
         tensor = tensors[place.ours]
         assert tensor is not None
         part = tensor[place.start : place.end]
+        part = part / place.factor if gradients else part * place.factor
         theirs[place.theirs] = part.t() if place.is_transposed else part
     return theirs
 

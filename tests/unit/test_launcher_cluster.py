@@ -7,9 +7,13 @@ import pytest
 
 from data_pipeline.config_file import validate
 from data_pipeline.errors import ConfigError
+from gpt.config import RunConfig
+from gpt.run_dir import RunDir
 from launcher.cluster import ClusterConfig, cluster_names, load_cluster
+from launcher.place import Place
 from launcher.runs import explicit
-from launcher.submit import slurm_parameters
+from launcher.sbatch import slurm_parameters, submission_text
+from launcher.torchrun import torchrun_command, worker_environment
 
 
 def problems(**tables: Any) -> list[str]:
@@ -29,7 +33,8 @@ def test_a_name_close_to_a_shipped_one_is_suggested() -> None:
 
 
 def test_a_name_like_none_lists_the_shipped_ones() -> None:
-    with pytest.raises(ConfigError, match=r"known: local, slurm$"):
+    names = "local, slurm-a100, slurm-container, slurm-h100, slurm-preemptible"
+    with pytest.raises(ConfigError, match=rf"known: {names}$"):
         load_cluster("zzz")
 
 
@@ -105,56 +110,103 @@ def test_processes_default_to_gpus_or_one(fields: dict[str, Any], processes: int
     assert (cluster.processes, cluster.world_size) == (processes, world_size)
 
 
+RUN = RunDir(Path("/shared/runs/name-x"))
+CONFIG = RunConfig.model_validate(
+    {"name": "x", "data": {"path": "/shared/data"}, "schedule": {"total_steps": 1}}
+)
+
+
+def submission(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **fields: Any) -> list[str]:
+    """The lines of the file that sbatch would get, on a machine that has an srun."""
+    srun = tmp_path / "srun"
+    srun.touch()
+    srun.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    return submission_text(RUN, CONFIG, ClusterConfig(kind="slurm", **fields)).splitlines()
+
+
 def test_what_the_file_omits_is_not_asked_of_slurm() -> None:
-    asked = slurm_parameters(ClusterConfig(kind="slurm", nodes=2), "mine")
+    asked = slurm_parameters("name-x", ClusterConfig(kind="slurm", nodes=2), [], Path("/folder"))
     assert asked == {
-        "job_name": "mine",
+        "job_name": "name-x",
         "nodes": 2,
         "ntasks_per_node": 1,
+        "signal_delay_s": 90,
         "srun_args": ["--kill-on-bad-exit=1"],
         "additional_parameters": {"requeue": True},
     }
 
 
-def test_every_slurm_field_reaches_the_submission_file(tmp_path: Path) -> None:
-    from submitit.slurm.slurm import _make_sbatch_string
-
-    fields = {
-        "partition": "gpu-x",
-        "time_limit": "1:00:00",
-        "account": "acc-x",
-        "qos": "qos-x",
-        "constraint": "con-x",
-        "exclude": "exc-x",
-        "reservation": "res-x",
-        "gres": "gre-x",
-        "mem": "7G",
-        "cpus_per_process": 6,
-        "gpus_per_node": 4,
-        "nodes": 3,
-        "setup": ("module load mod-x",),
-        "signal_delay_s": 77,
-        "sbatch": {"mail_type": "mail-x"},
-    }
-    text = _make_sbatch_string(
-        command="run", folder=tmp_path, **slurm_parameters(ClusterConfig(kind="slurm", **fields), "name-x")
+def test_every_slurm_field_reaches_the_submission_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    lines = submission(
+        monkeypatch,
+        tmp_path,
+        partition="gpu-x",
+        time_limit="1:00:00",
+        account="acc-x",
+        qos="qos-x",
+        constraint="con-x",
+        exclude="exc-x",
+        reservation="res-x",
+        gres="gre-x",
+        mem="7G",
+        cpus_per_process=6,
+        gpus_per_node=4,
+        nodes=3,
+        setup=("module load mod-x",),
+        signal_delay_s=77,
+        sbatch={"mail_type": "mail-x"},
     )
-    lines = set(text.splitlines())
-    for value in ("partition=gpu-x", "account=acc-x", "qos=qos-x", "constraint=con-x", "exclude=exc-x"):
-        assert f"#SBATCH --{value}" in lines
-    for value in (
-        "reservation=res-x",
-        "gres=gre-x",
-        "mem=7G",
-        "cpus-per-task=24",
-        "gpus-per-node=4",
-        "nodes=3",
-    ):
-        assert f"#SBATCH --{value}" in lines
-    for value in ("time=60", "job-name=name-x", "signal=USR2@77", "mail-type=mail-x", "ntasks-per-node=1"):
-        assert f"#SBATCH --{value}" in lines
+    wanted = {
+        "partition=gpu-x", "account=acc-x", "qos=qos-x", "constraint=con-x", "exclude=exc-x", "gres=gre-x",
+        "reservation=res-x", "mem=7G", "cpus-per-task=24", "gpus-per-node=4", "nodes=3", "time=60", "requeue",
+        "job-name=name-x", "signal=USR2@77", "mail-type=mail-x", "ntasks-per-node=1", "open-mode=append",
+    }  # fmt: skip
+    found = {line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH")}
+    assert found >= wanted
+    assert {line.partition("=")[0] for line in found - wanted} <= {"output", "error", "wckey"}, found
     assert "module load mod-x" in lines
-    assert "--kill-on-bad-exit=1" in text
+    assert 'export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"' in lines
+    [srun] = [line for line in lines if line.startswith("srun ")]
+    assert " --kill-on-bad-exit=1 " in srun
+
+
+def test_pyxis_puts_the_tasks_into_the_image_and_the_batch_script_requeues(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    container = {"runtime": "pyxis", "image": "team/outlast:1", "mounts": ["/scratch:/s"], "python": "py3"}
+    lines = submission(monkeypatch, tmp_path, container=container)
+    [srun] = [line for line in lines if line.startswith("srun ")]
+    assert " --container-image=team/outlast:1 " in srun
+    assert " --container-mounts=/shared/runs:/shared/runs,/shared/data:/shared/data,/scratch:/s " in srun
+    assert " py3 -u -m submitit.core._submit " in srun
+    after = "\n".join(lines[lines.index(srun) + 1 :])
+    assert 'scontrol requeue "$job"' in after
+    assert "/shared/runs/name-x/submission/0001/requeue-$job-" in after
+
+
+def test_apptainer_runs_torchrun_and_nothing_else_in_the_image(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    container = {"runtime": "apptainer", "image": "/images/outlast.sif", "mounts": ["/scratch:/s"]}
+    cluster = ClusterConfig(kind="slurm", gpus_per_node=2, container=container)
+    place = Place("slurm-7", 0, 0, 1, "node1", "127.0.0.1", "7")
+    command = torchrun_command(RUN, CONFIG, cluster, place, "127.0.0.1:0", Path("/logs"))
+    assert command[:9] == [
+        "apptainer", "exec", "--nv", "--bind=/shared/runs:/shared/runs", "--bind=/shared/data:/shared/data",
+        "--bind=/scratch:/s", "/images/outlast.sif", "python3", "-u",
+    ]  # fmt: skip
+    assert command[9:11] == ["-m", "torch.distributed.run"]
+    assert not any("container" in line for line in submission(monkeypatch, tmp_path, container=container))
+
+
+def test_the_interface_is_that_of_nccl_and_of_gloo() -> None:
+    place = Place("slurm-7", 0, 0, 1, "node1", "127.0.0.1", "7")
+    cluster = ClusterConfig(kind="slurm", interface="ib0", environment={"GLOO_SOCKET_IFNAME": "eth1"})
+    environment = worker_environment(cluster, place, 0, "heartbeat", {})
+    assert (environment["NCCL_SOCKET_IFNAME"], environment["GLOO_SOCKET_IFNAME"]) == ("ib0", "eth1")
 
 
 def test_cluster_json_holds_what_was_said_and_no_defaults() -> None:

@@ -12,8 +12,9 @@ from data_pipeline.errors import ConfigError
 from data_pipeline.manifest import read_manifest
 from gpt.run_dir import read_json
 from launcher.cluster import ClusterConfig
+from launcher.findings import Findings
 from launcher.plan import plan
-from launcher.preflight import Findings, Request, check_disk, check_machine, examine
+from launcher.preflight import Request, check_disk, check_machine, examine
 from launcher.recipes import recipe_names, run_tables
 from launcher.runs import create_run, next_run_folder, read_cluster, read_config
 from tests.unit.launcher_support import make_data

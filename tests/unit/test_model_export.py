@@ -23,7 +23,7 @@ from gpt.pretrained import write_first_checkpoint
 from gpt.run_dir import RunDir, write_json
 from gpt.trained import from_folder
 from tests.unit.data_support import packaged_texts, prepared
-from tests.unit.model_support import GPT2, build, random_tokens, rows
+from tests.unit.model_support import GPT2, MUP, build, random_tokens, rows
 
 TEXTS = [*SAMPLES, *packaged_texts()[:3]]
 # The split patterns of tiktoken's gpt2, cl100k_base and o200k_base (tiktoken_ext/openai_public.py).
@@ -75,6 +75,9 @@ def make_run(folder: Path, data: Path, **model: Any) -> tuple[RunDir, GPT]:
         ({"window": 6}, "MistralForCausalLM"),
         ({"qk_norm": True, "n_kv_heads": 1}, "Qwen3ForCausalLM"),
         (GPT2, "GPT2LMHeadModel"),
+        ({**MUP, "bias": True, "mup_base_head_width": 3}, "LlamaForCausalLM"),
+        ({**MUP, "tie_embeddings": True, "qk_norm": True, "mup_base_head_width": 3}, "Qwen3ForCausalLM"),
+        ({**GPT2, **MUP}, "GPT2LMHeadModel"),
     ],
 )
 def test_transformers_loads_the_export_and_gives_our_logits(

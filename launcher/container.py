@@ -1,0 +1,64 @@
+"""Commands inside the cluster file's container: which of them run there, and how they are written.
+
+What trains runs in the image. What speaks to Slurm stays outside, where scontrol and munge are: with
+apptainer that is the node task, with Pyxis, whose containers srun alone can start, the batch script.
+"""
+
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from gpt.config import RunConfig
+from gpt.run_dir import RunDir
+from launcher.cluster import ClusterConfig, Container
+
+
+def inside(command: Sequence[str], cluster: ClusterConfig, mounts: Iterable[Path]) -> list[str]:
+    """`command`, which starts with a Python, as the node task runs it."""
+    container = cluster.container
+    if container is None or container.runtime != "apptainer":
+        return list(command)
+    binds = [f"--bind={mount}" for mount in all_mounts(container, mounts)]
+    gpus = ["--nv"] if cluster.gpus_per_node else []
+    return ["apptainer", "exec", *gpus, *binds, container.image, container.python, *command[1:]]
+
+
+def srun_options(container: Container, mounts: Iterable[Path]) -> list[str]:
+    """The options of srun with which Pyxis puts the node tasks into the image."""
+    return [
+        f"--container-image={container.image}",
+        f"--container-mounts={','.join(all_mounts(container, mounts))}",
+    ]
+
+
+def all_mounts(container: Container, mounts: Iterable[Path]) -> list[str]:
+    """SOURCE:TARGET of each folder that the processes need, under the name that it has outside."""
+    return [*dict.fromkeys(f"{path}:{path}" for path in mounts), *container.mounts]
+
+
+def needed_folders(run: RunDir, config: RunConfig) -> list[Path]:
+    """What a run's processes read and write: its own folder, its tracker's database beside it, its data."""
+    return [run.path.parent, *(source.path for source in config.data.sources)]
+
+
+def requeue_mark(folder: Path, job_id: str, turn: int) -> Path:
+    """The file by which a node task without scontrol asks its batch script to requeue the job.
+
+    It holds the nodes to stay away from, separated by commas.
+    """
+    return folder / f"requeue-{job_id}-{turn}"
+
+
+def requeue_lines(folder: Path) -> list[str]:
+    """Shell lines for the end of the batch script: requeue a job that wants it and still has its nodes."""
+    mark = f"{shlex.quote(str(folder))}/requeue-$job-${{SLURM_RESTART_COUNT:-0}}"
+    return [
+        "job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}; job=${job:-$SLURM_JOB_ID}",
+        f"while [ -e {mark} ]; do",
+        '    now=$(scontrol --oneliner show job "$job") || { sleep 5; continue; }',
+        '    case "$now" in *JobState=RUNNING*) ;; *) break ;; esac',
+        '    scontrol requeue "$job" || { sleep 5; continue; }',
+        f'    [ ! -s {mark} ] || scontrol update JobId="$job" ExcNodeList="$(cat {mark})"',
+        "    sleep 120",
+        "done",
+    ]

@@ -1,0 +1,103 @@
+"""What the Slurm site and the tracker say to a submission before it is made: problems and warnings, in words.
+
+Asks Slurm's commands and the tracker's port, each for a moment only; submits nothing, writes nothing.
+"""
+
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from gpt.config import RunConfig
+from gpt.run_dir import RunDir
+from launcher import slurm
+from launcher.cluster import ClusterConfig
+from launcher.findings import Findings
+from launcher.plan import plan, size
+from launcher.sbatch import submission_text
+
+# What one node writes to a parallel file system while all others do; a site's own speed shows in the events.
+SAVE_BYTES_PER_SECOND = 1e9
+_SIGNAL_EARLY_S = 60  # Slurm may signal a minute before the moment it was asked for (sbatch(1), --signal)
+_TRACKER_PATIENCE_S = 1.0
+_SHARED = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "fuse", "wekafs", "panfs", "pvfs2", "9p", "afs", "cifs")
+_TOO_LONG = 300  # characters of what sbatch says
+
+
+def check_site(run: RunDir, config: RunConfig, cluster: ClusterConfig, findings: Findings) -> None:
+    """Whether Slurm would take the job, bring it back after a preemption, and give it time to save."""
+    answer = slurm.would_take(submission_text(run, config, cluster))
+    if answer is not None:
+        findings.problem(f"Slurm would refuse the job: {answer[:_TOO_LONG]}")
+    if cluster.sbatch.get("requeue") is False or "no-requeue" in cluster.sbatch:
+        findings.warnings.append(
+            "the cluster file turns requeueing off: a preempted job does not come back by itself. "
+            "`outlast resume` continues it by hand."
+        )
+    image = Path(cluster.container.image) if cluster.container is not None else None
+    if image is not None and image.suffix in (".sif", ".sqsh") and not image.exists():
+        findings.problem(f"container.image = {image}: no such file.")
+    check_time(config, cluster, findings)
+    if cluster.nodes > 1:
+        check_shared([run.path, *(source.path for source in config.data.sources)], findings)
+
+
+def check_time(config: RunConfig, cluster: ClusterConfig, findings: Findings) -> None:
+    """Whether a job can train and then save within its time limit."""
+    if cluster.time_limit_min is None:
+        return
+    limit_s, delay_s = 60 * cluster.time_limit_min, cluster.signal_delay
+    if limit_s <= delay_s + _SIGNAL_EARLY_S:
+        findings.problem(
+            f"time_limit = {cluster.time_limit} leaves no time to train: the job is told to save "
+            f"signal_delay_s = {delay_s} s before its end, and Slurm may do so {_SIGNAL_EARLY_S} s early. "
+            f"Use a longer limit, or a smaller signal_delay_s."
+        )
+    needs = plan(config, cluster, None)
+    save_s = needs.checkpoint_bytes / (SAVE_BYTES_PER_SECOND * cluster.nodes)
+    if save_s > delay_s:
+        findings.warnings.append(
+            f"signal_delay_s = {delay_s} is short for a checkpoint of {size(needs.checkpoint_bytes)}: at "
+            f"{size(SAVE_BYTES_PER_SECOND)} a second and node it takes {save_s:.0f} s. "
+            f"Use signal_delay_s = {2 * round(save_s)}."
+        )
+
+
+def check_shared(paths: list[Path], findings: Findings) -> None:
+    """Warn of folders that lie on a disk of this machine, as far as can be seen from here."""
+    for path in paths:
+        kind = file_system(path)
+        if kind is not None and not kind.startswith(_SHARED):
+            findings.warnings.append(
+                f"{path} lies on {kind}, which other machines usually do not see; all nodes of the job must."
+            )
+
+
+def check_tracker(config: RunConfig, findings: Findings) -> None:
+    """Warn when the tracking server does not answer: the record then waits for it."""
+    uri = config.tracking.uri
+    if not config.tracking.enabled or uri is None or not uri.startswith(("http://", "https://")):
+        return
+    try:
+        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=_TRACKER_PATIENCE_S).close()
+    except (OSError, ValueError) as error:
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        findings.warnings.append(
+            f"tracking.uri = {uri} does not answer from here ({reason}); training goes on without it, and "
+            "what was recorded is sent once it does."
+        )
+
+
+def file_system(path: Path, mounts: Path = Path("/proc/self/mounts")) -> str | None:
+    """The type of the file system that holds `path`, or would; None where the machine does not say."""
+    absolute = path.absolute()
+    best, found = -1, None
+    try:
+        lines = mounts.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        fields = line.split()
+        point = Path(fields[1].replace("\\040", " "))
+        if absolute.is_relative_to(point) and len(point.parts) >= best:
+            best, found = len(point.parts), fields[2]
+    return found

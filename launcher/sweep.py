@@ -1,0 +1,276 @@
+"""`outlast sweep`: one run for each point of a grid over config fields, as one Slurm array.
+
+    SWEEP_DIR/sweep.json        the points: folder and fields; where they run
+    SWEEP_DIR/0001_peak_lr=…/   an ordinary run directory each, for status, logs, resume and the others
+    SWEEP_DIR/submission/       submitit's files of the arrays
+
+A sweep is a list of runs and nothing else: every command works on each. The same command on SWEEP_DIR takes
+up what has not finished.
+"""
+
+import itertools
+import json
+import re
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import click
+from pydantic import Field, model_validator
+from rich.console import Console
+from rich.table import Table
+
+from data_pipeline.config_file import Section, read_toml, validate
+from data_pipeline.errors import ConfigError, LaunchError
+from gpt.checkpoint.format import committed
+from gpt.run_dir import RunDir, read_json, write_json
+from launcher.cluster import ClusterConfig
+from launcher.follow import Follower, watch
+from launcher.launch import command_line, show_warnings
+from launcher.preflight import Request, examine
+from launcher.recipes import run_tables
+from launcher.runs import (
+    SWEEP_FILE,
+    create_run,
+    next_run_folder,
+    open_run,
+    python_module,
+    read_cluster,
+    read_config,
+    snapshot_code,
+    sweep_runs,
+)
+from launcher.status import Status, statuses
+from launcher.submit import submit, submit_together
+
+_LARGEST_GRID = 1000  # Slurm's default MaxArraySize is 1001
+_PARENT_PATIENCE_S = 60.0
+
+
+class SweepConfig(Section):
+    """SWEEP.toml."""
+
+    run: str = Field(description="A recipe's name or a TOML file, relative to the caller's directory.")
+    fixed: dict[str, Any] = Field(
+        default_factory=dict, alias="set", description="Fields of every run, by their dotted names."
+    )
+    grid: dict[str, Any] = Field(description="Lists of values by field; every combination is a run.")
+    at_once: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="Runs of the array that Slurm runs at a time. Default: all."
+    )
+
+    @property
+    def axes(self) -> dict[str, list[Any]]:
+        """The grid by dotted field, also where the file wrote it as nested tables."""
+        return dict(_flat(self.grid))
+
+    @model_validator(mode="after")
+    def _is_a_grid(self) -> Self:
+        axes = self.axes
+        wrong = [name for name, values in axes.items() if not isinstance(values, list) or not values]
+        if wrong or not axes:
+            named = ", ".join(f"grid.{name}" for name in wrong) or "grid"
+            raise ValueError(
+                f"{named}: a list of values is needed, for example optimizer.peak_lr = [3e-4, 6e-4]"
+            )
+        count = len(list(itertools.product(*axes.values())))
+        if count > _LARGEST_GRID:
+            raise ValueError(
+                f"grid: {count} combinations are more than {_LARGEST_GRID}; leave some values out"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a sweep: its folder's name, and the fields that it varies."""
+
+    name: str
+    fields: dict[str, Any]
+
+
+def sweep(source: Path, cluster: str | None, folder: Path | None, *, attend: bool | None) -> int:
+    """Launch the sweep of a SWEEP.toml, or take up that of a SWEEP_DIR; the exit code."""
+    if source.is_dir():
+        home = RunDir(source.absolute())
+        if cluster is not None or folder is not None:
+            raise ConfigError("--cluster and --out are those of the sweep already; give its folder alone.")
+    else:
+        home = _create(source, cluster or "local", folder)
+    code = _run(home, attend)
+    click.echo(home.path)
+    return code
+
+
+def show_results(folder: Path, *, as_json: bool = False) -> None:
+    """A sweep's points and how they did, the best validation loss first, on standard output."""
+    points, found = _points(folder), statuses(sweep_runs(folder) or [])
+    rows = [
+        (point, status) for point, status in zip(points, found, strict=True) if isinstance(status, Status)
+    ]
+    rows.sort(key=lambda row: float("inf") if row[1].val_loss is None else row[1].val_loss)
+    if as_json:
+        click.echo(json.dumps([{"fields": point.fields, **now.as_json()} for point, now in rows], indent=2))
+        return
+    names = list(points[0].fields)
+    table = Table(box=None, pad_edge=False)
+    for heading in ("run", *names, "state", "step", "loss", "val loss"):
+        table.add_column(heading, no_wrap=True)
+    for point, now in rows:
+        numbers = ("–" if loss is None else f"{loss:.4f}" for loss in (now.loss, now.val_loss))
+        table.add_row(
+            point.name.partition("_")[0],
+            *(str(point.fields[name]) for name in names),
+            now.state,
+            f"{now.step}/{now.total_steps}",
+            *numbers,
+        )
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 180
+    console.print(table)
+
+
+def _create(path: Path, cluster: str, folder: Path | None) -> RunDir:
+    """Check every point, then make all run directories. Raises ConfigError with the problems of all."""
+    config = validate(SweepConfig, read_toml(path), path.name)
+    home = RunDir((folder or next_run_folder(path.stem)).absolute())
+    if home.path.exists() and (not home.path.is_dir() or any(home.path.iterdir())):
+        raise ConfigError(
+            f"{home.path} exists and is not an empty folder. `outlast sweep {home.path}` continues it."
+        )
+    points = list(_grid(config.axes))
+    requests = _examine(config, points, cluster, home.path)
+    show_warnings(requests[0])
+    home.path.mkdir(parents=True, exist_ok=True)
+    snapshot_code(home)
+    tracking = requests[0].config.tracking
+    parent = _mlflow_parent(home, tracking.uri, tracking.experiment) if tracking.enabled else None
+    for point, request in zip(points, requests, strict=True):
+        run_config = request.config
+        if parent is not None:
+            named = run_config.tracking.model_copy(update={"parent": parent})
+            run_config = run_config.model_copy(update={"tracking": named})
+        made = Request(run_config, request.cluster, request.manifests, request.warnings)
+        create_run(home.path / point.name, made, command_line())
+    content = {
+        "at_once": config.at_once,
+        "points": [{"folder": point.name, "fields": point.fields} for point in points],
+    }
+    write_json(home.path / SWEEP_FILE, content)
+    click.echo(f"{len(points)} runs in {home.path}", err=True)
+    return home
+
+
+def _examine(config: SweepConfig, points: Sequence[Point], cluster: str, folder: Path) -> list[Request]:
+    problems: dict[str, None] = {}
+    requests = []
+    where: str | ClusterConfig = cluster
+    for point in points:
+        fields = {**dict(_flat(config.fixed)), **point.fields}
+        overrides = [f"{name}={json.dumps(value)}" for name, value in fields.items()]
+        try:
+            tables, source = run_tables(config.run, overrides)
+            requests.append(examine(tables, source, where, folder / point.name))
+            where = requests[-1].cluster
+        except ConfigError as error:
+            problems.update(dict.fromkeys(error.problems))
+    if problems:
+        raise ConfigError(list(problems))
+    return requests
+
+
+def _run(home: RunDir, attend: bool | None) -> int:
+    runs = sweep_runs(home.path)
+    if runs is None:
+        raise LaunchError(f"{home.path} is not a sweep: it has no {SWEEP_FILE}.")
+    waiting = [run for run in runs if not _is_finished(run) and not _is_alive(run)]
+    if not waiting:
+        click.echo("nothing is left to start", err=True)
+        show_results(home.path)
+        return 0
+    cluster = read_cluster(waiting[0])
+    if cluster.kind == "local":
+        code = _one_after_the_other(waiting)
+        show_results(home.path)
+        return code
+    content = read_json(home.path / SWEEP_FILE) or {}
+    jobs = submit_together(waiting, "sweep", home, content.get("at_once"))
+    click.echo(
+        f"submitted: {len(jobs)} runs as Slurm jobs {jobs[0].job_id} to {jobs[-1].job_id}; "
+        f"`outlast status {home.path}` shows them, `outlast sweep {home.path} --results` what came out",
+        err=True,
+    )
+    if attend:
+        for run, job in zip(waiting, jobs, strict=True):
+            watch(run, job, Follower(run), read_config(run).total_steps)
+        show_results(home.path)
+    return 0
+
+
+def _one_after_the_other(runs: Sequence[RunDir]) -> int:
+    """Run all; 75 when somebody stopped one, which ends the sweep, else the code of the last that failed."""
+    code = 0
+    for number, run in enumerate(runs, 1):
+        click.echo(f"[{number}/{len(runs)}] {run.path.name}", err=True)
+        follower = Follower(run)
+        outcome = watch(run, submit(run, "sweep"), follower, read_config(run).total_steps)
+        if outcome.exit_code == 75:
+            click.echo(f"{outcome.cause}; `outlast sweep {run.path.parent}` continues", err=True)
+            return 75
+        if outcome.exit_code != 0:
+            click.echo(f"{run.path.name} failed: {outcome.cause}", err=True)
+            code = outcome.exit_code
+    return code
+
+
+def _is_finished(run: RunDir) -> bool:
+    checkpoints = committed(run.checkpoints)
+    return bool(checkpoints) and checkpoints[-1][0] >= read_config(run).total_steps
+
+
+def _is_alive(run: RunDir) -> bool:
+    [now] = statuses([open_run(run.path)])
+    return isinstance(now, Status) and now.state in ("running", "stopping", "pending", "unknown")
+
+
+def _points(folder: Path) -> list[Point]:
+    content = read_json(folder / SWEEP_FILE)
+    if content is None:
+        raise LaunchError(f"{folder} is not a sweep: it has no {SWEEP_FILE}.")
+    return [Point(point["folder"], point["fields"]) for point in content["points"]]
+
+
+def _grid(axes: Mapping[str, Sequence[Any]]) -> Iterator[Point]:
+    for number, values in enumerate(itertools.product(*axes.values()), 1):
+        fields = dict(zip(axes, values, strict=True))
+        words = [f"{name.rpartition('.')[2]}={_word(value)}" for name, value in fields.items()]
+        yield Point("_".join([f"{number:04d}", *words])[:120], fields)
+
+
+def _word(value: Any) -> str:
+    return re.sub(r"[^A-Za-z0-9.+-]+", "-", str(value)).strip("-")
+
+
+def _flat(tables: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tables.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _mlflow_parent(home: RunDir, uri: str | None, experiment: str) -> str | None:
+    """The MLflow run under which those of the sweep stand; None, with a warning, where none can be made."""
+    address = uri or f"sqlite:///{home.path / 'mlflow.db'}"
+    command = python_module("gpt.tracking_parent", address, experiment, home.path.name)
+    try:
+        made = subprocess.run(command, capture_output=True, text=True, timeout=_PARENT_PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        made = None
+    if made is None or made.returncode != 0:
+        click.echo(f"warning: {address} does not answer; the runs get no common parent in MLflow", err=True)
+        return None
+    return made.stdout.split()[-1]
