@@ -8,6 +8,7 @@ time. Needs numpy alone.
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,12 +17,15 @@ from data_pipeline.batch_sizes import BatchSizes
 from data_pipeline.errors import DataError, DataExhausted
 from data_pipeline.manifest import read_manifest
 from data_pipeline.mixture import Mixture
+from data_pipeline.packing import PackedRows
 from data_pipeline.skip_list import Ranges, SkipList
 from data_pipeline.stream import TokenStream
 
 # B sequences, T context. The order is looked up this many sequences at a time: a lookup costs 0.1 ms of
 # numpy calls alone or in thousands.
 _MEMO = 4096
+
+Packing = Literal["stream", "best-fit"]
 
 
 def windows_in(tokens: int, context: int) -> int:
@@ -63,7 +67,8 @@ class BatchReader:
     """The training batches of one or several data directories.
 
     Each source's training shards, end to end, are cut into windows of `context` inputs and one more target;
-    what is left at the end makes no window. `sources` are (data directory, weight); with several, sequences
+    what is left at the end makes no window. With `packing` "best-fit" the same tokens are packed into as many
+    rows of whole documents. `sources` are (data directory, weight); with several, sequences
     are drawn in the proportion of the weights; `later` and `caps` are a Mixture's. `global_batch` sequences
     make a step, or as many as its ramp says. `skipped` are ranges [first, stop) of sequence numbers that are
     passed over. With `document_mask` attention segments end with documents and a document's first token is
@@ -85,6 +90,7 @@ class BatchReader:
         caps: Sequence[float | None] = (),
         max_epochs: float | None = None,
         skipped: Sequence[tuple[int, int]] = (),
+        packing: Packing = "stream",
     ) -> None:
         manifests = [read_manifest(folder) for folder, _ in sources]
         for (folder, _), manifest in zip(sources, manifests, strict=True):
@@ -108,6 +114,7 @@ class BatchReader:
                     f"{folder}: {stream.tokens} training tokens are less than one sequence of context "
                     f"{context} + 1; prepare more text or set a smaller model.context"
                 )
+        self._packed = [PackedRows(stream, context) for stream in self._streams if packing == "best-fit"]
         self.sequences_per_epoch = sum(windows)
         self.tokens = sum(stream.tokens for stream in self._streams)
         self._mixture = Mixture(windows, [weight for _, weight in sources], seed, later=later, caps=caps)
@@ -131,7 +138,10 @@ class BatchReader:
         numbers, sources, windows = self._order(first, first + count)
         batch = _BatchBuilder(count, self._context, self._document_mask)
         for row, (source, window) in enumerate(zip(sources.tolist(), windows.tolist(), strict=True)):
-            batch.fill(row, self._streams[source], window * self._context)
+            if self._packed:
+                batch.fill_parts(row, self._streams[source], self._packed[source].parts(window))
+            else:
+                batch.fill(row, self._streams[source], window * self._context)
         return batch.finish(numbers)
 
     def epochs_at(self, step: int) -> float:
@@ -231,6 +241,7 @@ class _BatchBuilder:
         self._end_of_text: int | None = None
         self._by_index: list[tuple[int, NDArray[np.int64]]] = []
         self._short: list[tuple[int, int]] = []
+        self._cuts: list[tuple[int, int]] = []  # (row, input) after which another part of the stream comes
 
     def fill(self, row: int, stream: TokenStream, start: int, targets: int | None = None) -> None:
         """Row `row` from token `start` on; past its first `targets` targets it is padding."""
@@ -248,15 +259,37 @@ class _BatchBuilder:
         elif real:
             self._by_index.append((row, stream.document_starts(start + 1, start + real) - (start + 1)))
 
+    def fill_parts(self, row: int, stream: TokenStream, parts: Sequence[tuple[int, int]]) -> None:
+        """Row `row` from several parts [start, stop) of the stream; the last target is what follows them."""
+        place = 0
+        for start, stop in parts:
+            stream.read(start, self._tokens[row, place : place + stop - start])
+            place += stop - start
+            self._cuts.append((row, place - 1))
+        self._cuts.pop()
+        stream.read(parts[-1][1], self._tokens[row, place:])
+        if not self._document_mask:
+            return
+        if stream.end_of_text is not None:
+            self._end_of_text = stream.end_of_text
+            return
+        place = 0
+        for start, stop in parts:
+            self._by_index.append((row, stream.document_starts(start + 1, stop + 1) - (start + 1) + place))
+            place += stop - start
+
     def finish(self, numbers: NDArray[np.int64]) -> Batch:
         """The batch, whose rows are the sequences `numbers`."""
         # Whether a document, or what is real of the row, ends with this input. Its target is another's first
         # token and is not scored.
         inputs = self._tokens[:, :-1]
         is_end = inputs == (-1 if self._end_of_text is None else self._end_of_text)
-        for row, lasts in self._by_index:
+        for row, _ in self._by_index:
             is_end[row] = False
+        for row, lasts in self._by_index:
             is_end[row, lasts] = True
+        if self._cuts and self._document_mask:
+            is_end[tuple(np.array(self._cuts).T)] = True
         scored = ~is_end
         for row, targets in self._short:
             scored[row, targets:] = is_end[row, targets:] = False

@@ -20,10 +20,11 @@ from data_pipeline.shards import MappedShard
 
 
 class TokenStream:
-    """The tokens of one split [tokens]. Raises DataError that names every shard that is not as recorded.
+    """The tokens of one split [tokens] of `documents`.
 
-    Where `end_of_text` is an id, it stands at the end of every document and nowhere else, so that documents
-    can be told by the tokens alone; else only `document_starts` knows.
+    Raises DataError that names every shard that is not as recorded. Where `end_of_text` is an id, it stands
+    at the end of every document and nowhere else, so that documents can be told by the tokens alone; else
+    only `document_starts` knows.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, split: Split) -> None:
@@ -40,6 +41,7 @@ class TokenStream:
         # Each mapping holds two file descriptors; most are for the rest of the process.
         self._most_open = min(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8)
         self.tokens = self._ends[-1] if self._ends else 0
+        self.documents = sum(shard.documents for shard in self._shards)
 
     def read(self, start: int, out: NDArray[np.int64]) -> None:
         """Copy the tokens [start, start + len(out)) into `out`."""

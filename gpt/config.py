@@ -73,6 +73,11 @@ class DataConfig(Section):
     document_mask: bool = Field(
         default=True, description="Attention stays inside documents; a document's first token is not scored."
     )
+    packing: Literal["stream", "best-fit"] = Field(
+        default="stream",
+        description="stream cuts the documents, end to end, into windows; best-fit packs them whole into "
+        "rows and cuts few (arXiv:2404.10830).",
+    )
     max_epochs: float | None = Field(
         default=None,
         gt=0,

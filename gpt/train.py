@@ -352,6 +352,7 @@ def _open_data(run: RunConfig) -> tuple[BatchReader, EvaluationReader]:
         later=run.stages,
         caps=[source.max_epochs for source in run.data.sources],
         max_epochs=run.data.max_epochs,
+        packing=run.data.packing,
     )
     windows = EvaluationReader(
         run.data.sources[0].path,
