@@ -4,7 +4,7 @@ BIN := .venv/bin
 OUT ?= demo
 KILLS ?= 20
 
-.PHONY: demo test check format chaos benchmark clean
+.PHONY: demo test check format slurm chaos benchmark clean
 
 demo: .venv/.installed
 	$(BIN)/outlast demo --out $(OUT)
@@ -20,6 +20,10 @@ check: .venv/.installed-for-tests
 format: .venv/.installed-for-tests
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# On a real Slurm that the tests start; as root, with Debian's slurmctld, slurmd, slurm-client and munge.
+slurm: .venv/.installed-for-tests
+	$(BIN)/python -m pytest -m 'slurm and not chaos and not benchmark'
 
 chaos: .venv/.installed-for-tests
 	OUTLAST_KILLS=$(KILLS) $(BIN)/python -m pytest -m chaos

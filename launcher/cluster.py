@@ -121,12 +121,7 @@ class ClusterConfig(Section):
     @property
     def time_limit_min(self) -> int | None:
         """The time limit in minutes, rounded up."""
-        if self.time_limit is None:
-            return None
-        days, hours, minutes, seconds = re.fullmatch(
-            r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", self.time_limit
-        ).groups()  # type: ignore[union-attr]
-        return int(days or 0) * 1440 + int(hours) * 60 + int(minutes) + (int(seconds) > 0)
+        return time_limit_min(self.time_limit) if self.time_limit is not None else None
 
     @property
     def signal_delay(self) -> int:
@@ -156,6 +151,15 @@ class ClusterConfig(Section):
         if problems:
             raise ValueError(" ".join(problems))
         return self
+
+
+def time_limit_min(text: str) -> int | None:
+    """Minutes, rounded up, of a time as Slurm writes it, [DAYS-]HOURS:MM:SS; None of any other text."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", text)
+    if found is None:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return days * 1440 + hours * 60 + minutes + (seconds > 0)
 
 
 def cluster_names() -> list[str]:

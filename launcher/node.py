@@ -104,7 +104,7 @@ class _Node:
         if self.place.job_id is None or not self._may_go_on(outcome):
             return self._conclude(outcome)
         if slurm.is_here() and not slurm.is_wanted(self.place.job_id):
-            return self._conclude(_cancelled(outcome))
+            return self._end_as_slurm_says(outcome, self.place.job_id)
         return self._requeue(outcome, self.place.job_id)
 
     def _help(self) -> dict[str, Any]:
@@ -138,29 +138,38 @@ class _Node:
 
     def _requeue(self, outcome: Outcome, job_id: str) -> dict[str, Any]:
         """Put the job back in the queue; Slurm then ends this process."""
-        cause = outcome.cause.splitlines()[0]
-        is_failure = outcome.exit_code == 1
         exclude = self._bad_nodes(outcome)
-        record.event(
-            self.run.events,
-            "requeued",
-            job=self.place.job,
-            turn=self.place.turn,
-            cause=cause,
-            failed=is_failure,
-            exclude=list(exclude),
-        )
-        if self.tracking is not None:
-            _drain(self.tracking, _HURRIED_DRAIN_S)
-        kill_descendants()
-        clear_turn_stop(self.run)
+        self._end_turn(outcome, exclude)
         if not slurm.is_here():  # in a container: the batch script does it, once this task has ended
             requeue_mark(self.submitit_folder, job_id, self.place.turn).write_text(",".join(exclude))
             return {}
         if slurm.requeue(job_id, exclude):
             time.sleep(_TO_BE_KILLED_S)
             return {}
-        return self._conclude(_cancelled(outcome))
+        return self._end_as_slurm_says(outcome, job_id)
+
+    def _end_as_slurm_says(self, outcome: Outcome, job_id: str) -> dict[str, Any]:
+        """The job has been taken from us: put back in the queue by somebody, or cancelled."""
+        if not slurm.comes_back(job_id, self.place.turn):
+            return self._conclude(_cancelled(outcome))
+        self._end_turn(outcome, [])
+        return {}
+
+    def _end_turn(self, outcome: Outcome, exclude: Sequence[str]) -> None:
+        """Write down that another turn follows, and leave nothing of this one."""
+        record.event(
+            self.run.events,
+            "requeued",
+            job=self.place.job,
+            turn=self.place.turn,
+            cause=outcome.cause.splitlines()[0],
+            failed=outcome.exit_code == 1,
+            exclude=list(exclude),
+        )
+        if self.tracking is not None:
+            _drain(self.tracking, _HURRIED_DRAIN_S)
+        kill_descendants()
+        clear_turn_stop(self.run)
 
     def _failed_turns(self) -> int:
         """Turns of this job that ended in a failure since the last checkpoint, this one included."""

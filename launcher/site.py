@@ -5,12 +5,13 @@ Asks Slurm's commands and the tracker's port, each for a moment only; submits no
 
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 
 from gpt.config import RunConfig
 from gpt.run_dir import RunDir
 from launcher import slurm
-from launcher.cluster import ClusterConfig
+from launcher.cluster import ClusterConfig, time_limit_min
 from launcher.findings import Findings
 from launcher.plan import plan, size
 from launcher.sbatch import submission_text
@@ -36,9 +37,34 @@ def check_site(run: RunDir, config: RunConfig, cluster: ClusterConfig, findings:
     image = Path(cluster.container.image) if cluster.container is not None else None
     if image is not None and image.suffix in (".sif", ".sqsh") and not image.exists():
         findings.problem(f"container.image = {image}: no such file.")
+    check_partition(cluster, slurm.partition_fields(cluster.partition), findings)
     check_time(config, cluster, findings)
     if cluster.nodes > 1:
         check_shared([run.path, *(source.path for source in config.data.sources)], findings)
+
+
+def check_partition(cluster: ClusterConfig, partition: Mapping[str, str], findings: Findings) -> None:
+    """What Slurm takes into the queue and never starts, by default: more than the partition allows."""
+    name = partition.get("PartitionName")
+    longest_min = time_limit_min(partition.get("MaxTime", ""))
+    if (
+        cluster.time_limit_min is not None
+        and longest_min is not None
+        and cluster.time_limit_min > longest_min
+    ):
+        findings.problem(
+            f"time_limit = {cluster.time_limit} is more than partition {name} allows "
+            f"({partition['MaxTime']}): the job would wait for ever. Ask for less; the run takes as many "
+            "turns as it needs."
+        )
+    most = partition.get("MaxNodes", "")
+    if most.isdigit() and cluster.nodes > int(most):
+        findings.problem(f"nodes = {cluster.nodes} is more than partition {name} allows ({most}).")
+    if partition.get("PreemptMode", "OFF") not in ("OFF", "SUSPEND") and partition.get("GraceTime") == "0":
+        findings.warnings.append(
+            f"partition {name} preempts without a grace time (GraceTime=0): what came after the last "
+            "checkpoint is then lost and computed again. Choose checkpoint.every_steps accordingly."
+        )
 
 
 def check_time(config: RunConfig, cluster: ClusterConfig, findings: Findings) -> None:

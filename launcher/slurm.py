@@ -44,10 +44,15 @@ def hostnames(node_list: str) -> list[str]:
 
 
 def node_address(node: str) -> str:
-    """The IP address of a node: its name's, or where the name is known to Slurm alone, its NodeAddr's."""
+    """The IP address of this node: its name's, or where the name is known to Slurm alone, its NodeAddr's.
+
+    In a container without Slurm's commands the machine's own name is all that is left to ask for.
+    """
     try:
         return str(socket.getaddrinfo(node, None, socket.AF_INET)[0][4][0])
     except OSError:
+        if not is_here():
+            return socket.gethostbyname(socket.gethostname())
         found = re.search(r"NodeAddr=(\S+)", _require(["scontrol", "show", "node", node]))
         if found is None:
             raise LaunchError(f"neither this machine nor Slurm knows an address of node {node}") from None
@@ -61,7 +66,7 @@ def job_fields(job_id: str) -> dict[str, str] | None:
         return None
     if answer.returncode != 0:
         return {} if _FORGOTTEN in answer.stderr else None
-    return dict(re.findall(r"(\S+?)=(\S*)", answer.stdout.splitlines()[0]))
+    return _fields(answer.stdout.splitlines()[0])
 
 
 def standings(job_ids: Iterable[str]) -> dict[str, Standing]:
@@ -107,6 +112,26 @@ def is_wanted(job_id: str) -> bool:
     return fields.get("JobState") == "RUNNING"
 
 
+def comes_back(job_id: str, turn: int) -> bool:
+    """Whether somebody has put the job back in the queue during its turn `turn`.
+
+    Slurm counts a restart as soon as it is asked for, while the job still runs out.
+    """
+    return int((job_fields(job_id) or {}).get("Restarts", "0")) > turn
+
+
+def partition_fields(name: str | None) -> dict[str, str]:
+    """What `scontrol show partition` says of a partition, by field; None names the default one.
+
+    Empty when Slurm says nothing of it.
+    """
+    answer = _ask(["scontrol", "--oneliner", "show", "partition", *([name] if name else [])])
+    if answer is None or answer.returncode != 0:
+        return {}
+    partitions = (_fields(line) for line in answer.stdout.splitlines())
+    return next((found for found in partitions if name or found.get("Default") == "YES"), {})
+
+
 def requeue(job_id: str, exclude: Sequence[str] = ()) -> bool:
     """Put the running job `job_id` back in the queue, away from the nodes `exclude`; False once it is not
     running any more. A controller that does not answer is asked again.
@@ -148,6 +173,10 @@ def start_now(job_id: str) -> None:
 def cancel(job_id: str) -> None:
     """Take a job out of the queue. Raises LaunchError."""
     _require(["scancel", job_id])
+
+
+def _fields(line: str) -> dict[str, str]:
+    return dict(re.findall(r"(\S+?)=(\S*)", line))
 
 
 def _standing(row: list[str]) -> Standing:

@@ -35,6 +35,8 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
 ReturnToService=2
+JobRequeue=0
+GresTypes=gpu
 SlurmdTimeout=10
 KillWait=20
 MinJobAge=300
@@ -44,6 +46,7 @@ SchedulerParameters=sched_interval=3,sched_min_interval=100000,bf_interval=3
 {nodes}
 PartitionName=low Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=30 MaxTime=INFINITE
 PartitionName=harsh Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE GraceTime=0 MaxTime=INFINITE
+PartitionName=short Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE MaxTime=60
 PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE
 """
 

@@ -14,6 +14,7 @@ from gpt.run_dir import RunDir, read_json
 from tests.distributed.conftest import Run, make_run
 from tests.distributed.data import small_data_set
 from tests.slurm.cluster import SlurmCluster, missing, processes_naming, wait_for
+from tests.toml_text import toml_text
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 800
@@ -77,7 +78,7 @@ class SlurmRun(Run):
     def cluster_file(self, **fields: Any) -> Path:
         path = self.folder / f"cluster-{len(list(self.folder.glob('cluster-*')))}.toml"
         table = {"kind": "slurm", "nodes": 2, "partition": "low", "time_limit": "00:30:00", **fields}
-        path.write_text("".join(f"{name} = {_toml(value)}\n" for name, value in table.items()))
+        path.write_text(toml_text(table))
         return path
 
     def launch(self, *options: str, **fields: Any) -> None:
@@ -167,7 +168,7 @@ def new_slurm_run(tmp_path: Path, data_dir: Path, cluster: SlurmCluster) -> Iter
         folder.mkdir()
         draft = make_run(folder / "draft", data_dir, **{**FIELDS, **overrides})
         tables = read_json(draft.dir.config) or {}
-        (folder / "run.toml").write_text(_tables(tables))
+        (folder / "run.toml").write_text(toml_text(tables))
         made.append(SlurmRun(RunDir(folder / "run"), cluster, folder))
         return made[-1]
 
@@ -177,18 +178,19 @@ def new_slurm_run(tmp_path: Path, data_dir: Path, cluster: SlurmCluster) -> Iter
         run.assert_nothing_is_left()
 
 
-def _toml(value: Any) -> str:
-    import json
-
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + "}"
-    return json.dumps(value)
-
-
-def _tables(tables: dict[str, Any]) -> str:
-    plain = [f"{name} = {_toml(value)}" for name, value in tables.items() if not isinstance(value, dict)]
-    for name, table in tables.items():
-        if isinstance(table, dict):
-            plain.append(f"[{name}]")
-            plain += [f"{key} = {_toml(value)}" for key, value in table.items() if value is not None]
-    return "\n".join(plain) + "\n"
+def node_task(run: SlurmRun, node: int) -> int:
+    """The process of the node task on `node` of the run's job."""
+    array, _, task = run.job_id.partition("_")
+    wanted = (
+        {f"SLURM_ARRAY_JOB_ID={array}", f"SLURM_ARRAY_TASK_ID={task}"} if task else {f"SLURM_JOB_ID={array}"}
+    )
+    wanted.add(f"SLURM_NODEID={node}")
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (entry / "cmdline").read_bytes()
+            variables = set((entry / "environ").read_text(errors="replace").split("\0"))
+        except OSError:
+            continue
+        if b"submitit.core._submit" in words and not words.startswith(b"srun") and wanted <= variables:
+            return int(entry.name)
+    raise AssertionError("no node task")

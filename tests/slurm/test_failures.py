@@ -8,7 +8,7 @@ from pathlib import Path
 
 from launcher.processes import descendants
 from tests.slurm.cluster import SlurmCluster, wait_for
-from tests.slurm.conftest import SlurmRun
+from tests.slurm.conftest import SlurmRun, node_task
 
 NewRun = Callable[..., SlurmRun]
 
@@ -74,7 +74,7 @@ def test_the_controller_may_be_away(
     attempt = len(run.events("attempt_started"))
     run.wait_for_step(60)
     # A signal that only the task gets: what Slurm does with proctrack/cgroup.
-    os.kill(task_pid(run, node=0), signal.SIGTERM)
+    os.kill(node_task(run, node=0), signal.SIGTERM)
     run.wait(lambda: bool(run.events("stopped")))
     subprocess.run(["sleep", "8"], check=True)  # the first questions stay without an answer
     assert len(run.events("attempt_started")) == attempt
@@ -159,20 +159,6 @@ def step_daemon(run: SlurmRun, rank: int) -> tuple[str, list[int]]:
             found.append(int(entry.name))
     assert found
     return worker["host"], found
-
-
-def task_pid(run: SlurmRun, node: int) -> int:
-    """The node task: submitit's process on `node`."""
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (entry / "cmdline").read_bytes()
-            variables = (entry / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        is_task = b"submitit.core._submit" in words and not words.startswith(b"srun")
-        if is_task and str(run.dir.path).encode() in words and f"SLURM_NODEID={node}".encode() in variables:
-            return int(entry.name)
-    raise AssertionError("no node task")
 
 
 def run_alone(reference: list[float], run: SlurmRun) -> list[float]:

@@ -1,0 +1,68 @@
+"""From the batch script of a requeued Slurm job to its first step, beside a bare torchrun + DeepSpeed script.
+
+Both are started by the same Slurm, two processes on one node, the same network; the bare script checks,
+restores and records nothing. `pytest -m benchmark tests/benchmarks/test_start.py -s`
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import pytest
+
+from tests.slurm.cluster import SlurmCluster, missing, wait_for
+from tests.slurm.conftest import ROOT, SlurmRun, cluster, data_dir, new_slurm_run  # noqa: F401
+
+ROUNDS = 5
+BARE = """#!/bin/bash
+date +%s.%N > {folder}/began
+export PYTHONPATH={root} OMP_NUM_THREADS=1
+exec srun {python} -m torch.distributed.run --nproc-per-node=2 {root}/tests/benchmarks/bare_deepspeed.py \\
+    {config} {folder}/stepped
+"""
+
+
+@pytest.mark.benchmark
+@pytest.mark.skipif(missing() is not None, reason=str(missing()))
+def test_our_share_of_a_restart_is_under_two_seconds(
+    new_slurm_run: Callable[..., SlurmRun],  # noqa: F811
+    cluster: SlurmCluster,  # noqa: F811
+) -> None:
+    run = new_slurm_run(schedule__total_steps=100_000, model__n_layers=8, model__d_model=128)
+    began = run.folder / "began"
+    fields = {"nodes": 1, "processes_per_node": 2, "setup": [f"date +%s.%N >> {began}"]}
+    run.launch(**fields)
+    run.wait_for_step(5)
+    ours: list[float] = []
+    bare: list[float] = []
+    for turn in range(1, ROUNDS + 1):
+        cluster.run("scontrol", "requeue", run.job_id)
+        wait_for(lambda: "BeginTime" in cluster.field(run.job_id, "Reason"))
+        bare.append(bare_start_s(run.folder / f"bare-{turn}", run.dir.config, cluster))
+        run.wait_for_turn(turn)
+        run.wait(lambda turn=turn: len(first_steps(run)) > turn)
+        began_at = float(began.read_text().split()[-1])
+        ours.append(first_steps(run)[-1] - began_at)
+        phases = [event for event in run.events("phase") if event["time"] > began_at]
+    print(f"\nto the first step: ours {median(ours):.2f} s, bare {median(bare):.2f} s, of {ROUNDS} rounds")
+    print("the phases of our workers: " + ", ".join(f"{e['name']} {e['seconds']:.2f} s" for e in phases))
+    assert median(ours) - median(bare) < 2.0
+
+
+def first_steps(run: SlurmRun) -> list[float]:
+    """When each turn's first step was done, Unix seconds."""
+    return [event["time"] for event in run.events("phase") if event["name"] == "first_step"]
+
+
+def bare_start_s(folder: Path, config: Path, cluster: SlurmCluster) -> float:  # noqa: F811
+    """Seconds from the bare job's batch script to the end of its first step."""
+    folder.mkdir()
+    script = folder / "bare.sh"
+    script.write_text(BARE.format(folder=folder, root=ROOT, python=sys.executable, config=config))
+    done = cluster.run("sbatch", "--parsable", f"--output={folder}/log", str(script), check=True)
+    wait_for((folder / "stepped").exists, 120)
+    time.sleep(0.2)
+    cluster.run("scancel", done.stdout.strip())
+    return float((folder / "stepped").read_text()) - float((folder / "began").read_text())
