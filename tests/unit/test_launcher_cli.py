@@ -5,7 +5,6 @@ import os
 import resource
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,7 +40,7 @@ def outlast(*arguments: str, cwd: Path, timeout_s: float = 60) -> subprocess.Com
 
 
 def seconds_of(*arguments: str, cwd: Path, tries: int = 3) -> float:
-    """The least of some tries, in seconds of processor time: what others load on the machine does not count."""
+    """The least of some tries, in seconds of processor time, which a loaded machine does not stretch."""
     times = []
     for _ in range(tries):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
