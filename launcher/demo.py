@@ -9,8 +9,10 @@ import gzip
 import lzma
 import math
 import os
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,13 +124,15 @@ def demo(out: Path) -> int:
     click.echo()
     for problem in problems:
         click.echo(f"FAILED: {problem}")
+    # As this command was typed, where the shell would not find it by its name alone.
+    outlast = "outlast" if shutil.which("outlast") else sys.argv[0]
     _say(
         f"{'Done' if not problems else 'Ended'} in {duration(time.monotonic() - started)}. Now:",
-        f"  outlast status {run.path}",
-        f"  outlast logs {run.path}          what each process said",
-        f"  outlast verify {run.path}        every byte of every checkpoint",
-        f"  outlast ui {run.path}            the curves in MLflow",
-        f"  outlast resume {run.path} --set schedule.total_steps={2 * needs.steps}    train on",
+        f"  {outlast} status {run.path}",
+        f"  {outlast} logs {run.path}          what each process said",
+        f"  {outlast} verify {run.path}        every byte of every checkpoint",
+        f"  {outlast} ui {run.path}            the curves in MLflow",
+        f"  {outlast} resume {run.path} --set schedule.total_steps={2 * needs.steps}    train on",
     )
     click.echo(run.path)
     return 1 if problems else 0

@@ -205,10 +205,10 @@ def test_a_hundred_long_runs_take_less_than_a_second(run: RunDir) -> None:
     give_job(run, alive=False)
     step(run, 1, **{"val/loss": 7.0})
     run.metrics.write_bytes(run.metrics.read_bytes() * 5000)
-    started = time.monotonic()
+    started = time.process_time()
     for _ in range(100):
         status(run)
-    assert time.monotonic() - started < 1.0
+    assert time.process_time() - started < 1.0
 
 
 # Logs
