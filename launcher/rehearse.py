@@ -30,6 +30,7 @@ from launcher.requests import request_stop
 from launcher.runs import create_run, next_run_folder, put_submission
 from launcher.submit import Outcome, submit
 
+_PUSH_S = 3.0
 # Sums in another order: measured 3e-7 relative in fp32 after a few steps, in bf16 a rounding is 4e-3.
 LOSS_TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}
 
@@ -106,6 +107,7 @@ class Killer:
         self.saved_step: int | None = None
         self.killed_step: int | None = None
         self.resumed_step: int | None = None
+        self._next_push = 0.0
 
     def watch(self, events: Sequence[dict[str, Any]], step: int, say: Callable[[str], None]) -> None:
         """Look at what happened, and act when it is time."""
@@ -118,21 +120,30 @@ class Killer:
             self.killed_step = step
             say(f">>> killed after step {step}; the last checkpoint is that of step {self.saved_step}")
             self._kill()
+        if self.killed_step is not None and self.resumed_step is None:
+            self._push()
         if self.resumed_step is not None and self.stop_at is not None and step >= self.stop_at:
             request_stop(self.run, "the rehearsal")
             self.stop_at = None
 
     def _kill(self) -> None:
         if self.cluster.kind == "slurm":
-            job = read_json(self.run.job)
-            assert job is not None
-            slurm.requeue(str(job["job_id"]))
-            time.sleep(1.0)
-            slurm.start_now(str(job["job_id"]))
+            slurm.requeue(self._job_id())
             return
         owner = read_json(self.run.attempt(self.run.attempt_numbers()[-1]) / "OWNER.json")
         assert owner is not None
         os.kill(owner["workers"][-1]["pid"], signal.SIGKILL)
+
+    def _push(self) -> None:
+        """Have a requeued job start at once: Slurm sets the two minutes' wait when the old turn has ended."""
+        if self.cluster.kind == "slurm" and time.monotonic() >= self._next_push:
+            self._next_push = time.monotonic() + _PUSH_S
+            slurm.start_now(self._job_id())
+
+    def _job_id(self) -> str:
+        job = read_json(self.run.job)
+        assert job is not None
+        return str(job["job_id"])
 
 
 def compare(undisturbed: RunDir, disturbed: RunDir, request: Request, killer: Killer) -> list[Check]:
