@@ -100,7 +100,7 @@ def test_a_crash_loop_is_ended_and_not_requeued(new_slurm_run: NewRun) -> None:
 def test_a_stopped_rank_is_named_and_the_workers_start_again(
     new_slurm_run: NewRun, reference: list[float]
 ) -> None:
-    run = new_slurm_run(launch__hang_timeout_s=6)
+    run = new_slurm_run(launch__hang_timeout_s=12)
     run.launch()
     run.wait_for_step(60)
     run.kill_worker(1, signal.SIGSTOP)
@@ -117,7 +117,7 @@ def test_a_stopped_rank_is_named_and_the_workers_start_again(
 def test_a_rank_that_does_not_come_to_the_collective_is_named(
     new_slurm_run: NewRun, reference: list[float]
 ) -> None:
-    run = new_slurm_run(launch__hang_timeout_s=6)
+    run = new_slurm_run(launch__hang_timeout_s=12)
     run.launch()
     run.wait(run.dir.submission.exists)
     step = run.dir.code / "gpt" / "step.py"
