@@ -296,6 +296,11 @@ class RunConfig(Section):
     precision: Literal["bf16", "fp32"] = Field(
         default="bf16", description="Of parameters and activations; master weights are fp32 always."
     )
+    compile: bool = Field(
+        default=False,
+        description="Compile the blocks and the loss (torch.compile): faster steps after a first one that "
+        "takes a minute or more. Numbers differ from those without in rounding, and in what dropout draws.",
+    )
     model: ModelConfig = ModelConfig()
     data: DataConfig
     batch: BatchConfig = BatchConfig()
@@ -349,6 +354,15 @@ class RunConfig(Section):
                     f"Nearest: {nearest_multiple(tokens, unit)}."
                 )
         return None
+
+    @model_validator(mode="after")
+    def _recompute_fits(self) -> Self:
+        if self.compile and self.model.recompute == "selective":
+            raise ValueError(
+                "compile = true with model.recompute = 'selective': matrix products are not seen inside "
+                "compiled blocks. Use 'none' or 'full'."
+            )
+        return self
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> Self:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gpt.model_config import ModelConfig
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 @cache
 def _has_bf16_matmul() -> bool:
     # Without AVX-512 torch multiplies bf16 matrices by a reference loop: measured 1 GFLOP/s a core on an

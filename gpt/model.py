@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from gpt.attention import Attention, Documents, Scores, choose, formula
+from gpt.compilation import require_compiler
 from gpt.initialization import initialize
 from gpt.layers import FeedForward, Linear, RMSNorm, build_norm
-from gpt.loss import capped, cross_entropy_sum
+from gpt.loss import ChunkLoss, capped, chunk_loss, cross_entropy_sum
 from gpt.model_config import ModelConfig
 from gpt.positions import positions, rope_table, rotate, sinusoid_table
 
@@ -94,6 +95,11 @@ class Head(Linear):
         super().__init__(model.d_model, model.vocabulary, bias=False)
         self.softcap, self.z_loss = model.logit_softcap, model.z_loss
         self.multiplier = 1 / model.width_ratio
+        self._compiled_loss: ChunkLoss | None = None
+
+    def compile_loss(self) -> None:
+        """Compile what is done to each chunk of the logits."""
+        self._compiled_loss = torch.compile(chunk_loss)
 
     def forward(self, input: Tensor, targets: Tensor | None = None) -> Tensor:
         """[..., D] → logits [..., V]; with targets int64 [...], their summed loss (gpt.loss)."""
@@ -107,6 +113,7 @@ class Head(Linear):
             targets.flatten(),
             softcap=self.softcap,
             z_loss=self.z_loss if self.training else 0.0,
+            compiled=self._compiled_loss,
         )
 
 
@@ -164,6 +171,17 @@ class GPT(nn.Module):
             self._sinusoid_td = self._sinusoid_td.to(device)
         return self.to(device=device, dtype=dtype)
 
+    def compile_parts(self) -> None:
+        """Compile the blocks and the loss with torch.compile, in place: names and weights stay.
+
+        What is compiled for one block serves all. Attention stays outside, as its documents differ from step
+        to step. Raises ConfigError where no compiler is found.
+        """
+        require_compiler()
+        for block in self.blocks:
+            block.compile()
+        self.head.compile_loss()
+
     def hidden(self, tokens_bt: Tensor, documents: Documents, cache: Cache | None = None) -> Tensor:
         """The last block's output, normalised, [B, T, D] for ids int64 [B, T].
 
@@ -213,6 +231,7 @@ class GPT(nn.Module):
         return loss
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator] # documents differ from step to step: each batch would compile again
 def _with_documents(
     attend: Attention, documents: Documents, scores: Scores, q_xhe: Tensor, k_xke: Tensor, v_xke: Tensor
 ) -> Tensor:

@@ -37,6 +37,7 @@ class Mirror:
         self.client = MlflowClient(run.tracking.uri or f"sqlite:///{run_dir.mlflow_database}")
         self.run_id, self.sent_step = self._resume() or (self._create(), 0)
         self.client.update_run(self.run_id, status="RUNNING")
+        self.is_tagged = False
 
     def send(self) -> bool:
         """Send every line of the record past what was sent; whether there was any."""
@@ -54,7 +55,17 @@ class Mirror:
             self.client.log_batch(self.run_id, metrics=metrics)
             self._remember(batch[-1]["step"])
             any_sent = True
+        if any_sent and not self.is_tagged:
+            self._tag_attention()
         return any_sent
+
+    def _tag_attention(self) -> None:
+        """The kernel that the newest attempt chose."""
+        events = record.read(self.run_dir.events)
+        chosen = [event["attention"] for event in events if event.get("event") == "network_built"]
+        if chosen:
+            self.client.set_tag(self.run_id, "outlast.attention", chosen[-1])
+            self.is_tagged = True
 
     def close(self) -> None:
         """Say how the run ended."""

@@ -36,11 +36,14 @@ from gpt import record
 from gpt.attempt import Superseded, is_superseded
 from gpt.checkpoint.load import load_newest
 from gpt.checkpoint.saver import Saver
+from gpt.compilation import compile_seconds
 from gpt.config import RunConfig
 from gpt.distributed import PendingTick, Tick, World, from_first, join, together, total
+from gpt.flops import flops_per_token
 from gpt.heartbeat import Heartbeat
 from gpt.model import GPT, seed_dropout
 from gpt.node_check import check_nodes
+from gpt.peak import peak_flops_per_second
 from gpt.prefetch import AHEAD, Prefetcher
 from gpt.run_dir import RunDir
 from gpt.schedule import learning_rate
@@ -135,9 +138,9 @@ class _Clock:
     def __init__(self, run_dir: RunDir, world: World, heartbeat: Heartbeat) -> None:
         self._run_dir, self._world, self._last, self.heartbeat = run_dir, world, _STARTED, heartbeat
 
-    def lap(self, name: str) -> None:
-        """The phase `name` ends now."""
-        now = time.monotonic()
+    def lap(self, name: str, seconds: float | None = None) -> None:
+        """The phase `name` ends now, or took the first `seconds` of the time since the last one."""
+        now = time.monotonic() if seconds is None else self._last + seconds
         if self._world.is_first:
             record.event(self._run_dir.events, "phase", name=name, seconds=round(now - self._last, 3))
         self.heartbeat.beat(0, f"starting, after {name}", is_starting=True)
@@ -160,6 +163,12 @@ class Trainer:
         self.model = GPT(run.model)
         self.model.initialize(run.seed)
         together(world, lambda: self.model.place(world.device, DTYPES[run.precision]))
+        if run.compile:
+            together(world, lambda: self.model.compile_parts())
+        self.peak_flops = peak_flops_per_second(world, run.precision, DTYPES[run.precision])
+        if world.is_first:
+            chosen = {"attention": self.model.attention_name, "peak_flops_per_second": self.peak_flops}
+            record.event(run_dir.events, "network_built", device=world.device.type, **chosen)
         clock.lap("model")
         self.engine = Engine(self.model, run, world)
         clock.lap("engine")
@@ -192,6 +201,8 @@ class Trainer:
                 f"attempt {number}: {world.size} processes on {world.device.type}, attention "
                 f"{self.model.attention_name}, step {self.start} of {run.total_steps} is done"
             )
+            if run.compile:
+                _say("the first step, and the first evaluation, compile the network: a minute or more")
         self.scored: dict[int, float] = {}  # scored tokens over all ranks, of the steps that come next
         self.unsettled: tuple[int, PendingTick, dict[str, float]] | None = None
         self.unwritten: list[dict[str, float]] = []  # lines that a full disk did not take yet
@@ -259,13 +270,19 @@ class Trainer:
         if self.engine.was_skipped and self.world.is_first:
             record.event(self.run_dir.events, "update_skipped", step=step, reason="non-finite gradient")
         if step == self.start + 1:
+            if self.run.compile:
+                self.clock.lap("compile", seconds=compile_seconds())
             self.clock.lap("first_step")
-        return {
+        tokens_per_second = self.run.batch.sizes.at(step) / seconds
+        line = {
             "train/lr": lr,
             "train/grad_norm": self.engine.grad_norm,
             "train/step_seconds": seconds,
-            "train/tokens_per_second": self.run.batch.sizes.at(step) / seconds,
+            "train/tokens_per_second": tokens_per_second,
         }
+        if self.peak_flops is not None:
+            line["train/mfu"] = flops_per_token(self.run.model) * tokens_per_second / self.peak_flops
+        return line
 
     def _tick(self, step: int, loss_sum: float, digest: int, line: dict[str, float]) -> None:
         """Start telling the others how `step` went; `_settle` reads their answer a step later."""

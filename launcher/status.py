@@ -44,6 +44,8 @@ class Status:
     loss: float | None
     val_loss: float | None
     tokens_per_second: float | None
+    mfu: float | None
+    attention: str | None
     checkpoint_step: int | None
     attempts: int
     requeues: int
@@ -88,6 +90,7 @@ def _status(run: RunDir, standing: Standing | None) -> Status:
     is_going = word in ("running", "stopping")
     checkpoints = committed(run.checkpoints)
     continued, requeued = _events(run, "continued"), _events(run, "requeued")
+    built = _events(run, "network_built")
     return Status(
         run_dir=str(run.path),
         state=word,
@@ -99,6 +102,8 @@ def _status(run: RunDir, standing: Standing | None) -> Status:
         loss=line.get("train/loss"),
         val_loss=scored.get("val/loss"),
         tokens_per_second=line.get("train/tokens_per_second") if is_going else None,
+        mfu=line.get("train/mfu") if is_going else None,
+        attention=built[-1].get("attention") if built else None,
         checkpoint_step=checkpoints[-1][0] if checkpoints else None,
         attempts=len(run.attempt_numbers()),
         requeues=len(requeued),
@@ -142,6 +147,8 @@ def table(runs: Sequence[RunDir]) -> Table:
         "loss",
         "val loss",
         "tokens/s",
+        "MFU",
+        "attention",
         "saved",
         "restarts",
         "lost",
@@ -163,6 +170,8 @@ def table(runs: Sequence[RunDir]) -> Table:
             _number(now.loss, ".4f"),
             _number(now.val_loss, ".4f"),
             _number(now.tokens_per_second, ",.0f"),
+            _number(now.mfu, ".1%"),
+            now.attention or "–",
             _number(now.checkpoint_step, "d"),
             str(max(0, now.attempts - 1)),
             duration(now.lost_s) if now.lost_s else "–",

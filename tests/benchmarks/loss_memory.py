@@ -24,7 +24,8 @@ def plain(hidden_xd: Tensor, weight_vd: Tensor, targets_x: Tensor) -> Tensor:
     return F.cross_entropy(logits_xv.float(), targets_x, reduction="sum")
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
+    """The most memory that this process has held."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -50,9 +51,9 @@ def main() -> None:
         print(json.dumps({name: min(turn[name] for turn in turns) for name in losses}))
     else:
         torch.ones(64, 64) @ torch.ones(64, 64)  # the libraries' own memory
-        before = _peak_bytes()
+        before = peak_bytes()
         seconds(name)
-        print(json.dumps(_peak_bytes() - before))
+        print(json.dumps(peak_bytes() - before))
 
 
 if __name__ == "__main__":

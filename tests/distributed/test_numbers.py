@@ -10,6 +10,7 @@ import torch
 
 from data_pipeline.batches import BatchReader
 from gpt.config import RunConfig
+from gpt.flops import flops_per_token
 from gpt.model import GPT
 from gpt.schedule import learning_rate
 from gpt.step import model_inputs
@@ -57,13 +58,13 @@ def plain_loop(run: RunConfig, data_dir: Path) -> tuple[list[float], list[float]
 
 # The ramps: sequences of the first steps, before all 8.
 @pytest.mark.parametrize(
-    ("stage", "processes", "micro_batch", "mup_base_width", "ramp"),
+    ("stage", "processes", "micro_batch", "mup_base_width", "ramp", "is_compiled"),
     [
-        (1, 1, 8, None, []),
-        (1, 2, 1, 8, [2, 2, 6]),
-        (2, 2, 2, None, [4, 4]),
-        (3, 2, 4, 8, []),
-        (3, 1, 2, None, [2, 6]),
+        (1, 1, 8, None, [], False),
+        (1, 2, 1, 8, [2, 2, 6], False),
+        (2, 2, 2, None, [4, 4], False),
+        (3, 2, 4, 8, [], True),
+        (3, 1, 2, None, [2, 6], False),
     ],
 )
 def test_losses_and_norms_are_those_of_a_plain_loop(
@@ -74,6 +75,7 @@ def test_losses_and_norms_are_those_of_a_plain_loop(
     micro_batch: int,
     mup_base_width: int | None,
     ramp: list[int],
+    is_compiled: bool,
 ) -> None:
     clip = 0.1 if mup_base_width else 0.5  # low enough to clip on the way
     run = new_run(
@@ -82,6 +84,7 @@ def test_losses_and_norms_are_those_of_a_plain_loop(
         batch__warmup=[{"steps": 1, "global_batch_tokens": size * CONTEXT} for size in ramp],
         schedule__total_steps=STEPS,
         optimizer__grad_clip=clip,
+        compile=is_compiled,
         model__initialization="mup" if mup_base_width else "gpt2",
         model__mup_base_width=mup_base_width,
     )
@@ -91,6 +94,13 @@ def test_losses_and_norms_are_those_of_a_plain_loop(
     np.testing.assert_allclose(run.losses(), losses, rtol=1e-5)
     np.testing.assert_allclose([line["train/grad_norm"] for line in run.metrics()], norms, rtol=1e-4)
     assert max(norms) > clip  # it did clip
+    phases = {event["name"]: event["seconds"] for event in run.events("phase")}
+    assert (phases.get("compile", 0.0) > 1.0) == is_compiled
+    [built] = run.events("network_built")
+    assert built["attention"] == "sdpa" and built["peak_flops_per_second"] > 1e8
+    for line in run.metrics():
+        flops_per_second = flops_per_token(config.model) * line["train/tokens_per_second"]
+        assert line["train/mfu"] == pytest.approx(flops_per_second / built["peak_flops_per_second"])
     tokens = [line["tokens"] for line in run.metrics()]
     assert tokens == np.cumsum([*ramp, *[8] * (STEPS - len(ramp))] * np.array(CONTEXT)).tolist()
 

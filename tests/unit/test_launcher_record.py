@@ -150,10 +150,13 @@ def test_a_running_run_shows_speed_and_what_is_left(run: RunDir) -> None:
     give_job(run, alive=True)
     run.attempt(1).mkdir()
     step(run, 4, **{"val/loss": 7.5})
-    step(run, 5)
+    step(run, 5, **{"train/mfu": 0.4})
     commit(run, 4)
+    for kernel in ("sdpa", "flash-2"):
+        record.event(run.events, "network_built", attention=kernel)
     found = status(run)
     assert found.state == "running"
+    assert (found.mfu, found.attention) == (0.4, "flash-2")
     assert (found.step, found.tokens, found.loss, found.val_loss) == (5, 5 * 1024, 8.5, 7.5)
     assert (found.tokens_per_second, found.eta_s, found.checkpoint_step) == (100.0, 30.0, 4)
 

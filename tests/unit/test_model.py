@@ -8,6 +8,7 @@ from gpt.attention import Documents
 from gpt.config import ModelConfig
 from gpt.flops import flops_per_token, parameter_count, parameter_table
 from gpt.layers import ACTIVATIONS, FeedForward, Linear
+from gpt.peak import of_gpu
 from gpt.positions import positions
 from tests.unit.model_support import VOCABULARY, build, random_tokens, rows
 
@@ -130,6 +131,21 @@ def test_flops_agree_with_torchs_counter(fields: dict[str, object]) -> None:
     with FlopCounterMode(display=False) as counter:
         gpt(tokens, tokens, rows(tokens)).backward()
     assert counter.get_total_flops() == pytest.approx(flops_per_token(gpt.model) * tokens.numel(), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA GB2000 Super", None),
+    ],
+)
+def test_a_gpu_is_found_by_its_name(name: str, tflops: float | None) -> None:
+    assert of_gpu(name, "bf16") == (None if tflops is None else tflops * 1e12)
 
 
 def test_gpt2_124m_has_the_published_number_of_parameters() -> None:

@@ -45,8 +45,10 @@ def history(uri: str, run_id: str, name: str = "train/loss") -> list[tuple[int, 
 def test_a_restart_continues_the_same_mlflow_run_and_repeats_no_point(run_dir: RunDir) -> None:
     uri = f"sqlite:///{run_dir.mlflow_database}"
     add_steps(run_dir, 1, 6)
+    record.event(run_dir.events, "network_built", attention="sdpa")
     first = Mirror(run_dir, config())
     first.send()
+    assert MlflowClient(uri).get_run(first.run_id).data.tags["outlast.attention"] == "sdpa"
     record.cut_back(run_dir.metrics, 4)  # what a resume from step 4 does
     add_steps(run_dir, 5, 9)
     second = Mirror(run_dir, config())

@@ -1,0 +1,25 @@
+"""torch.compile, where the loop has to know of it: what it needs, and what it took."""
+
+import torch
+
+from data_pipeline.errors import ConfigError
+
+
+def require_compiler() -> None:
+    """Raise ConfigError where there is no C++ compiler, which torch.compile calls in the first step."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except (InvalidCxxCompiler, RuntimeError) as error:
+        raise ConfigError(
+            f"compile = true needs a C++ compiler on every node: {error}. Install g++, set CXX, or set "
+            "compile = false."
+        ) from None
+
+
+def compile_seconds() -> float:
+    """Seconds that this process has spent compiling so far."""
+    spent: dict[str, float] = torch._dynamo.utils.calculate_time_spent()
+    return spent.get("total_wall_time", 0.0)

@@ -1,0 +1,55 @@
+"""torch.compile: the numbers of eager blocks, one compilation for all blocks and all documents."""
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from torch._dynamo.utils import counters
+
+from data_pipeline.errors import ConfigError
+from gpt.attention import Documents
+from gpt.compilation import compile_seconds
+from gpt.config import RunConfig
+from tests.unit.model_support import build, random_tokens
+
+DOCUMENTS = [(24, 48), (3, 5, 24, 25, 48), (10, 24, 31, 48), (24, 48)]
+
+
+def test_compiled_parts_give_the_numbers_of_eager_ones_whatever_the_documents() -> None:
+    eager, compiled = (build("auto", n_kv_heads=2, logit_softcap=9.0, z_loss=0.01) for _ in range(2))
+    names = list(compiled.state_dict())
+    before = compile_seconds()
+    compiled.compile_parts()
+    assert list(compiled.state_dict()) == names
+    graphs = []
+    for seed, ends in enumerate(DOCUMENTS):
+        documents = Documents.from_ends(np.array(ends, dtype=np.int32))
+        tokens, targets = random_tokens(2, 24, seed=seed), random_tokens(2, 24, seed=seed + 9)
+        targets[0, :3] = -100
+        losses = []
+        for gpt in (eager, compiled):
+            gpt.zero_grad()
+            loss = gpt(tokens, targets, documents)
+            loss.backward()
+            losses.append(loss.item())
+        assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+        for (name, p), q in zip(eager.named_parameters(), compiled.parameters(), strict=True):
+            torch.testing.assert_close(q.grad, p.grad, rtol=1e-4, atol=1e-4, msg=name)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0 and len(set(graphs)) == 1
+    assert compile_seconds() > before
+
+
+def test_a_node_without_a_compiler_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch._inductor.config as inductor
+
+    monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
+    with pytest.raises(ConfigError, match=r"compile = true needs a C\+\+ compiler on every node"):
+        build().compile_parts()
+
+
+def test_what_is_compiled_cannot_be_recomputed_selectively() -> None:
+    tables = {"name": "t", "data": {"path": "x"}, "schedule": {"total_steps": 1}, "compile": True}
+    RunConfig.model_validate({**tables, "model": {"recompute": "full"}})
+    with pytest.raises(ValidationError, match=r"compile = true with model.recompute = 'selective'"):
+        RunConfig.model_validate({**tables, "model": {"recompute": "selective"}})
