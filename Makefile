@@ -48,4 +48,5 @@ clean:
 	$(BIN)/pip install --quiet --no-deps 'megatron-core==0.16.*'
 	FLASH_ATTENTION_FORCE_BUILD=TRUE FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE \
 		$(BIN)/pip install --quiet --no-build-isolation --no-deps 'flash-attn==2.8.*'
+	$(BIN)/pip install --quiet --no-deps 'flash-attn-4==4.0.0b36'
 	touch $@

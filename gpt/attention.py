@@ -15,7 +15,8 @@ the formula.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
+from importlib import import_module
+from inspect import signature
 
 import numpy as np
 import torch
@@ -254,7 +255,9 @@ class _Flash:
 # Their READMEs: 2 runs from Ampere on; 3 is for Hopper; 4 has a backward on Hopper and Blackwell only.
 _FLASH = {
     "flash-2": _Flash("flash_attn", "flash-attn", (8, 9, 10, 12), "Ampere (A100) or newer", True),
-    "flash-3": _Flash("flash_attn_3", "flash-attn's hopper/", (9,), "Hopper (H100, H200)", False),
+    "flash-3": _Flash(
+        "flash_attn_3.flash_attn_interface", "flash-attn's hopper/", (9,), "Hopper (H100, H200)", False
+    ),
     "flash-4": _Flash("flash_attn.cute", "flash-attn-4", (9, 10, 12), "Hopper or Blackwell", False),
 }
 
@@ -283,9 +286,12 @@ def obstacle(name: str, model: ModelConfig, device: torch.device, dtype: torch.d
 
 
 def _is_installed(module: str) -> bool:
+    """Whether `module` has the kernel, as it is called here.
+
+    flash-attn 2 brings a flash_attn.cute of its own: an early flash-attn-4 that takes other arguments.
+    """
     try:
-        # flash-attn 2 brings an empty flash_attn.cute, which has no kernel in it
-        spec = find_spec(f"{module}.interface" if module.endswith(".cute") else module)
-    except ImportError:
+        function = import_module(module).flash_attn_varlen_func
+    except (ImportError, AttributeError):
         return False
-    return spec is not None
+    return {"max_seqlen_q", "deterministic"} <= signature(function).parameters.keys()

@@ -5,11 +5,14 @@ Python layer import, and torch.library takes CPU kernels for the two ops that it
 its arguments and its autograd run here; only the GPU kernel itself is not tested.
 """
 
+import ast
+import importlib.metadata
 import math
 import sys
 import types
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +21,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import ConfigError
-from gpt.attention import Documents, Scores, choose, flash_2, flash_3, flash_4, reference
+from gpt.attention import Documents, Scores, _is_installed, choose, flash_2, flash_3, flash_4, reference
 from gpt.model_config import ModelConfig
 from tests.unit.model_support import build, random_tokens
 
@@ -292,14 +295,61 @@ def test_flash_3_and_4_are_called_as_their_signatures_say(
         assert torch.equal(attend(q, k, v, documents, scores), reference(q, k, v, documents, scores))
 
 
+def _parameters_in_source(distribution: str, path: str) -> set[str]:
+    """Those of flash_attn_varlen_func in an installed package, which cannot be imported without CUDA."""
+    source = Path(str(importlib.metadata.distribution(distribution).locate_file(path))).read_text()
+    [function] = [
+        node
+        for node in ast.parse(source).body
+        if isinstance(node, ast.FunctionDef) and node.name == "flash_attn_varlen_func"
+    ]
+    return {argument.arg for argument in function.args.args}
+
+
+@pytest.mark.parametrize(
+    ("attend", "module", "distribution", "path"),
+    [
+        (flash_3, "flash_attn_3.flash_attn_interface", "flash-attn", "hopper/flash_attn_interface.py"),
+        (flash_4, "flash_attn.cute", "flash-attn-4", "flash_attn/cute/interface.py"),
+    ],
+)
+def test_flash_3_and_4_take_what_they_are_called_with(
+    attend: Any, module: str, distribution: str, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+
+    def function(**arguments: Any) -> Any:
+        given.update(arguments)
+        return arguments["q"] if attend is flash_3 else (arguments["q"], None)
+
+    stand_in = types.ModuleType(module)
+    stand_in.flash_attn_varlen_func = function
+    monkeypatch.setitem(sys.modules, module.partition(".")[0], types.ModuleType(module.partition(".")[0]))
+    monkeypatch.setitem(sys.modules, module, stand_in)
+    q = torch.randn(4, 2, 8)
+    attend(q, q, q, Documents.from_ends(np.array([4], dtype=np.int32)), Scores(window=2, scale=0.1))
+    assert given.keys() <= _parameters_in_source(distribution, path)
+
+
+def test_the_early_flash_4_inside_flash_2_is_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("flash_attn.cute")
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", module)
+    module.flash_attn_varlen_func = _flash_4_function
+    assert _is_installed("flash_attn.cute")
+    # flash-attn 2.8.3.post2, flash_attn/cute/interface.py
+    module.flash_attn_varlen_func = lambda q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, causal=False: None
+    assert not _is_installed("flash_attn.cute")
+    assert not _is_installed("flash_attn_3.flash_attn_interface")
+
+
 @pytest.mark.parametrize(
     ("capability", "installed", "fields", "chosen"),
     [
         ((8, 0), {"flash_attn"}, {}, "flash-2"),
-        ((8, 0), {"flash_attn", "flash_attn_3", "flash_attn.cute"}, {}, "flash-2"),
-        ((9, 0), {"flash_attn", "flash_attn_3"}, {}, "flash-3"),
-        ((9, 0), {"flash_attn", "flash_attn_3"}, {"dropout": 0.1}, "flash-2"),
-        ((10, 0), {"flash_attn", "flash_attn_3", "flash_attn.cute"}, {}, "flash-4"),
+        ((8, 0), {"flash_attn", "flash_attn_3.flash_attn_interface", "flash_attn.cute"}, {}, "flash-2"),
+        ((9, 0), {"flash_attn", "flash_attn_3.flash_attn_interface"}, {}, "flash-3"),
+        ((9, 0), {"flash_attn", "flash_attn_3.flash_attn_interface"}, {"dropout": 0.1}, "flash-2"),
+        ((10, 0), {"flash_attn", "flash_attn_3.flash_attn_interface", "flash_attn.cute"}, {}, "flash-4"),
         ((10, 0), {"flash_attn", "flash_attn.cute"}, {"d_head": 192}, "flash-2"),
         ((10, 0), set(), {}, "sdpa"),
         ((7, 0), {"flash_attn"}, {}, "sdpa"),
