@@ -10,7 +10,7 @@ from math import ceil
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from data_pipeline.batch_sizes import BatchSizes
 from data_pipeline.config_file import Section
@@ -156,16 +156,42 @@ class BatchConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW (Kingma & Ba 2014; Loshchilov & Hutter 2019)."""
+    """AdamW (Kingma & Ba 2014; Loshchilov & Hutter 2019), with Muon where wanted."""
 
-    name: Literal["adamw"] = Field(default="adamw", description="The optimizer.")
+    name: Literal["adamw", "muon"] = Field(
+        default="adamw",
+        description="muon: Muon for the matrices inside the blocks, AdamW for embeddings, norms and head; "
+        "its updates are scaled to the size of AdamW's, so that one peak_lr serves both.",
+    )
     peak_lr: float = Field(default=6e-4, gt=0, description="Learning rate at the end of the warmup.")
     betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.95), description="Decay of the two moments.")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.95, description="muon: decay of the momentum (Nesterov's)."
+    )
+    second_moment_init: Literal["zero", "gradient"] = Field(
+        default="zero",
+        description="gradient: the second moment starts at the squared first gradient (GI-Adam, "
+        "arXiv:2406.09405), which lowers the first rates by itself.",
+    )
+    moments: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="Dtype of the moments; bf16 saves 4 bytes a parameter over the ranks."
+    )
     eps: float = Field(default=1e-8, gt=0, description="Added to the root of the second moment.")
     weight_decay: float = Field(
         default=0.1, ge=0, description="Decoupled decay of matrices; norms and biases have none."
     )
     grad_clip: float = Field(default=1.0, gt=0, description="Largest global gradient norm.")
+
+    @model_validator(mode="after")
+    def _moments_move(self) -> Self:
+        # What a step adds to the second moment, a share 1 - β2 of it, is lost below half a step of bf16's 8
+        # bits, 2^-9 of it; at 0.99 five times that is left.
+        if self.moments == "bf16" and self.betas[1] > 0.99:
+            raise ValueError(
+                f"optimizer.moments = 'bf16' with betas[1] = {self.betas[1]:g}: a step would not change the "
+                "second moment in its 8 bits. Use betas[1] of at most 0.99, or moments = 'fp32'."
+            )
+        return self
 
 
 class ScheduleConfig(Section):
@@ -177,6 +203,11 @@ class ScheduleConfig(Section):
         "the last decay_steps, which `outlast launch --from` can begin at any checkpoint.",
     )
     warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warmup to the peak.")
+    warmup: Literal["linear", "auto"] = Field(
+        default="linear",
+        description="auto: the warmup starts at the largest rate at which the first update does not raise "
+        "the loss, instead of at 0, and ends so much earlier (arXiv:2406.09405); found at the first start.",
+    )
     decay_steps: int = Field(default=0, ge=0, description="wsd: steps of the decay at the end of the run.")
     decay: Literal["sqrt", "linear"] = Field(
         default="sqrt", description="wsd: the decay falls as 1 - √t or as a line."
@@ -204,12 +235,26 @@ class ScheduleConfig(Section):
                 "schedule.name = 'inverse_sqrt' falls from the end of the warmup on and needs "
                 "schedule.warmup_steps of at least 1; Vaswani et al. used 4000."
             )
+        if self.warmup == "auto" and not self.warmup_steps:
+            raise ValueError(
+                "schedule.warmup = 'auto' shortens a warmup; set schedule.warmup_steps, its full length."
+            )
         if self.decay_steps and self.name != "wsd":
             raise ValueError(
                 f"schedule.decay_steps = {self.decay_steps} has no effect where schedule.name = "
                 f"{self.name!r}. Remove it, or set schedule.name = 'wsd'."
             )
         return self
+
+
+_STAGE_3_ONLY = (
+    "offload_parameters",
+    "prefetch_numel",
+    "whole_below_numel",
+    "quantized_weights",
+    "quantized_gradients",
+    "secondary_shards",
+)
 
 
 class ZeroConfig(Section):
@@ -219,6 +264,70 @@ class ZeroConfig(Section):
         default=1,
         description="1 shards the optimizer's state over the ranks, 2 the gradients too, 3 the weights too.",
     )
+    offload_optimizer: Literal["none", "cpu"] = Field(
+        default="none",
+        description="cpu: master weights and moments live in the host's memory and are updated there "
+        "(ZeRO-Offload, arXiv:2101.06840).",
+    )
+    offload_parameters: Literal["none", "cpu"] = Field(
+        default="none",
+        description="cpu, stage 3 only: the weights' shards live in the host's memory (arXiv:2104.07857).",
+    )
+    bucket_numel: Count | None = Field(
+        default=None,
+        description="Elements of the gradient that are reduced at a time. Default: those of a block, 2^24 at "
+        "least.",
+    )
+    prefetch_numel: Count | None = Field(
+        default=None,
+        description="Stage 3: elements of the weights that are gathered ahead. Default: those of a block.",
+    )
+    whole_below_numel: Count | None = Field(
+        default=None,
+        description="Stage 3: parameters with no more elements stay whole on every rank. Default: norms and "
+        "biases.",
+    )
+    quantized_weights: bool = Field(
+        default=False,
+        description="ZeRO++ (arXiv:2306.10209), stage 3 on GPUs: weights are gathered in 8 bits (qwZ).",
+    )
+    quantized_gradients: bool = Field(
+        default=False,
+        description="ZeRO++, stage 3 on GPUs: gradients are reduced in 4 bits, by an all-to-all (qgZ).",
+    )
+    secondary_shards: Count = Field(
+        default=1,
+        description="ZeRO++, stage 3 on GPUs: each group of this many processes, those of a node, keeps a "
+        "copy of the weights for the backward pass (hpZ). 1: no copies.",
+    )
+
+    @field_validator("stage", mode="before")
+    @classmethod
+    def _not_zero(cls, stage: object) -> object:
+        if stage == 0:
+            raise ValueError(
+                "zero.stage = 0 is not offered: DeepSpeed then trains bf16 with another optimizer, whose "
+                "losses drift from those of the other stages. Use 1, which serves a single process too."
+            )
+        return stage
+
+    @property
+    def is_plus_plus(self) -> bool:
+        """Whether any part of ZeRO++ is on."""
+        return self.quantized_weights or self.quantized_gradients or self.secondary_shards > 1
+
+    @model_validator(mode="after")
+    def _stage_3_only(self) -> Self:
+        if self.stage == 3:
+            return self
+        for name in _STAGE_3_ONLY:
+            value = getattr(self, name)
+            if value != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"zero.{name} = {value!r} needs zero.stage = 3, which shards the weights; it is "
+                    f"{self.stage}."
+                )
+        return self
 
 
 class CheckpointConfig(Section):
@@ -293,8 +402,10 @@ class RunConfig(Section):
         description="Names the run directory and the MLflow run: letters, digits, '.', '_', '-'."
     )
     seed: int = Field(default=1234, ge=0, description="Of the initial weights and the order of the data.")
-    precision: Literal["bf16", "fp32"] = Field(
-        default="bf16", description="Of parameters and activations; master weights are fp32 always."
+    precision: Literal["bf16", "fp16", "fp32"] = Field(
+        default="bf16",
+        description="Of parameters and activations; master weights are fp32 always. fp16 trains with a "
+        "dynamic loss scale.",
     )
     compile: bool = Field(
         default=False,
@@ -354,6 +465,36 @@ class RunConfig(Section):
                     f"Nearest: {nearest_multiple(tokens, unit)}."
                 )
         return None
+
+    def zero_problem(self, processes_per_node: int, *, has_gpu: bool) -> str | None:
+        """Why `zero` cannot run on nodes with so many processes."""
+        zero = self.zero
+        if zero.is_plus_plus and not has_gpu:
+            return "zero: quantized_weights, quantized_gradients and secondary_shards (ZeRO++) need GPUs."
+        if processes_per_node % zero.secondary_shards:
+            return (
+                f"zero.secondary_shards = {zero.secondary_shards} does not divide the {processes_per_node} "
+                f"processes of a node. Nearest: {processes_per_node}."
+            )
+        return None
+
+    @model_validator(mode="after")
+    def _dtypes_fit(self) -> Self:
+        if self.precision == "fp32" and self.zero.quantized_weights:
+            raise ValueError(
+                "zero.quantized_weights gathers 16-bit weights in 8 bits; precision is 'fp32'. Use 'bf16'."
+            )
+        if self.optimizer.name == "muon" and self.model.initialization == "mup":
+            raise ValueError(
+                "model.initialization = 'mup' sets the rates of AdamW by the width; optimizer.name = 'muon' "
+                "has its own rule for that. Use one of them."
+            )
+        if self.optimizer.name == "muon" and self.zero.offload_optimizer == "cpu":
+            raise ValueError(
+                "optimizer.name = 'muon' needs whole matrices where the collectives are; with "
+                "zero.offload_optimizer = 'cpu' they are on the host. Use 'adamw', or no offload."
+            )
+        return self
 
     @model_validator(mode="after")
     def _recompute_fits(self) -> Self:

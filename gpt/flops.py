@@ -11,11 +11,11 @@ from gpt.model_config import ModelConfig
 # Dense peaks of one GPU, without sparsity and TF32, by the words of its name (NVIDIA's data sheets of A100
 # SXM, H100 SXM and PCIe, H200 SXM, HGX B200).
 PEAK_FLOPS_PER_SECOND = {
-    "A100": {"bf16": 312e12, "fp32": 19.5e12},
-    "H100": {"bf16": 989e12, "fp32": 67e12},
-    "H100 PCIe": {"bf16": 756e12, "fp32": 51e12},
-    "H200": {"bf16": 989e12, "fp32": 67e12},
-    "B200": {"bf16": 2250e12, "fp32": 75e12},
+    "A100": {"bf16": 312e12, "fp16": 312e12, "fp32": 19.5e12},
+    "H100": {"bf16": 989e12, "fp16": 989e12, "fp32": 67e12},
+    "H100 PCIe": {"bf16": 756e12, "fp16": 756e12, "fp32": 51e12},
+    "H200": {"bf16": 989e12, "fp16": 989e12, "fp32": 67e12},
+    "B200": {"bf16": 2250e12, "fp16": 2250e12, "fp32": 75e12},
 }
 
 

@@ -15,19 +15,20 @@ from gpt.model_config import ModelConfig
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 @cache
-def _has_bf16_matmul() -> bool:
-    # Without AVX-512 torch multiplies bf16 matrices by a reference loop: measured 1 GFLOP/s a core on an
-    # AVX2 machine where fp32 reaches 45 to 90.
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+def _has_matmul(dtype: torch.dtype) -> bool:
+    # Without AVX-512 torch multiplies 16-bit matrices by a reference loop: measured 1 GFLOP/s a core in bf16
+    # on an AVX2 machine where fp32 reaches 45 to 90.
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype != torch.float16 or bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype to multiply `x` in: its own, or fp32 on a CPU whose bf16 kernels are not real.
+    """The dtype to multiply `x` in: its own, or fp32 on a CPU whose 16-bit kernels are not real.
 
-    The result is rounded to `x.dtype` again: what a bf16 kernel with fp32 accumulation gives.
+    The result is rounded to `x.dtype` again: what a kernel with fp32 accumulation gives.
     """
-    is_slow = x.dtype == torch.bfloat16 and x.device.type == "cpu" and not _has_bf16_matmul()
-    return torch.float32 if is_slow else x.dtype
+    return torch.float32 if x.device.type == "cpu" and not _has_matmul(x.dtype) else x.dtype
 
 
 class Linear(nn.Linear):

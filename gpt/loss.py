@@ -118,7 +118,10 @@ class _CrossEntropySum(torch.autograd.Function):
                 torch.addmm(d_weight, d_logits_cv.t(), chunk_cd, out=d_weight)
             elif d_weight is not None:
                 d_weight += d_logits_cv.t() @ chunk_cd
-        ctx.gradients = d_hidden, None if d_weight is None else d_weight.to(weight_vd.dtype)
+        # A sum over many tokens may pass the largest fp16 number before backward divides it.
+        if d_weight is not None and weight_vd.dtype != torch.float16:
+            d_weight = d_weight.to(weight_vd.dtype)
+        ctx.gradients, ctx.dtype = (d_hidden, d_weight), weight_vd.dtype
         return loss
 
     @staticmethod
@@ -126,4 +129,5 @@ class _CrossEntropySum(torch.autograd.Function):
         (d_loss,) = d_losses
         gradients, ctx.gradients = ctx.gradients, None
         assert gradients is not None, "the gradient is scaled in place, so that backward runs once"
-        return (*(None if g is None else g.mul_(d_loss) for g in gradients), *[None] * 6)
+        d_hidden, d_weight = (None if g is None else g.mul_(d_loss) for g in gradients)
+        return d_hidden, None if d_weight is None else d_weight.to(ctx.dtype), *[None] * 6

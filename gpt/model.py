@@ -154,22 +154,26 @@ class GPT(nn.Module):
         self.attention_name = ""
         self._attend: Attention | None = None
         # Plain attributes, not buffers: a cast to bf16 must leave the angles in fp32.
-        self._rope = rope_table(model) if model.position == "rope" else None
-        is_sinusoidal = model.position == "sinusoidal"
-        self._sinusoid_td = sinusoid_table(model.context, model.d_model) if is_sinusoidal else None
+        self._rope: Rope | None = None
+        self._sinusoid_td: Tensor | None = None
 
     def initialize(self, seed: int) -> None:
         """Initial weights by model.initialization, a pure function of `seed`."""
         initialize(self.named_parameters(), self.model, seed)
 
     def place(self, device: torch.device, dtype: torch.dtype) -> "GPT":
-        """Move to `device` and `dtype` and choose the attention kernel there."""
-        self.attention_name, self._attend = choose(self.model, device, dtype)
-        if self._rope is not None:
-            self._rope = (self._rope[0].to(device), self._rope[1].to(device))
-        if self._sinusoid_td is not None:
-            self._sinusoid_td = self._sinusoid_td.to(device)
-        return self.to(device=device, dtype=dtype)
+        """Move to `device` and `dtype` and choose the attention kernel there.
+
+        Weights that are on the meta device stay there: somebody else makes them.
+        """
+        model = self.model
+        self.attention_name, self._attend = choose(model, device, dtype)
+        if model.position == "rope":
+            cos, sin = rope_table(model)
+            self._rope = (cos.to(device), sin.to(device))
+        if model.position == "sinusoidal":
+            self._sinusoid_td = sinusoid_table(model.context, model.d_model).to(device)
+        return self if self.embedding.weight.is_meta else self.to(device=device, dtype=dtype)
 
     def compile_parts(self) -> None:
         """Compile the blocks and the loss with torch.compile, in place: names and weights stay.

@@ -41,9 +41,13 @@ class Prefetcher:
             self._start(step + AHEAD)
         return self._futures.pop(step).result()
 
+    def peek(self, step: int) -> Loaded:
+        """This rank's part of `step`, which must have been started and is yet to be got."""
+        return self._futures[step].result()
+
     def scored_tokens(self, step: int) -> int:
         """Scored tokens of this rank at `step`, which must have been started; 0 past the last step."""
-        return self._futures[step].result().scored_tokens if step <= self._last else 0
+        return self.peek(step).scored_tokens if step <= self._last else 0
 
     def error(self, step: int) -> OutlastError | None:
         """What of ours reading `step` raised, if anything."""

@@ -29,10 +29,8 @@ from gpt.flops import parameter_table
 from gpt.huggingface import TensorPlace, tensor_places
 from gpt.huggingface_tokenizer import SAMPLES
 from gpt.model_config import ModelConfig
-from gpt.optimizer import by_group, hyperparameters
+from gpt.optimizer import by_group, hyperparameters, states
 from gpt.run_dir import RunDir
-
-_STATES = ("master", "exp_avg", "exp_avg_sq")
 
 
 class PretrainedFolder:
@@ -102,7 +100,7 @@ def write_first_checkpoint(
     entries: list[ParameterEntry] = []
     flats: dict[str, NDArray[np.float32]] = {}
     table = ((name, shape, shape) for name, shape in parameter_table(run.model))
-    for group, members in by_group(table, run.model).items():
+    for group, members in by_group(table, run.model, run.optimizer).items():
         offset = 0
         flat = np.empty(sum(int(np.prod(shape)) for _, shape in members), dtype=np.float32)
         for name, shape in members:
@@ -110,25 +108,24 @@ def write_first_checkpoint(
             flat[offset : offset + entries[-1].numel] = parameter(name, shape).reshape(-1)
             offset += entries[-1].numel
         flats[group] = flat
-    shared = {"betas": run.optimizer.betas, "eps": run.optimizer.eps}
     groups = tuple(
         GroupEntry(
             name=name,
             numel=len(flat),
             partition_numel=len(flat),
-            states=_STATES,
-            hyperparameters={**shared, **hyperparameters(name, run.optimizer, run.model)},
+            states=states(name),
+            hyperparameters=hyperparameters(name, run.optimizer, run.model),
         )
         for name, flat in flats.items()
     )
     temporary = temporary_folder(run_dir.checkpoints, 0, 0)
     temporary.mkdir(parents=True)
 
-    tensors = {f"{group.name}.{state}": group.numel for group in groups for state in _STATES}
+    tensors = {f"{group.name}.{state}": group.numel for group in groups for state in group.states}
     parts = (
         flats[group.name] if state == "master" else np.zeros(group.numel, np.float32)
         for group in groups
-        for state in _STATES
+        for state in group.states
     )
     file = write_rank_file(temporary, 0, tensors, parts)
     index = CheckpointIndex(

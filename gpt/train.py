@@ -6,6 +6,7 @@ ends the process, the agent starts the next attempt, and that one continues from
 """
 
 # ruff: noqa: E402 - the handlers must stand before torch's import, which takes seconds
+import gc
 import os
 import sys
 import time
@@ -23,10 +24,9 @@ _STARTED = time.monotonic()
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
-from data_pipeline.batches import BatchReader, EvaluationReader
+from data_pipeline.batches import BatchReader
 from data_pipeline.errors import CheckpointError, LaunchError, OutlastError
 from data_pipeline.manifest import joint_fingerprint, read_manifest
 from data_pipeline.skip_list import Ranges
@@ -34,6 +34,7 @@ from data_pipeline.tokenizer import load_encoding
 from gpt import attempt as attempts
 from gpt import record
 from gpt.attempt import Superseded, is_superseded
+from gpt.attention import choose
 from gpt.checkpoint.load import load_newest
 from gpt.checkpoint.saver import Saver
 from gpt.compilation import compile_seconds
@@ -41,17 +42,21 @@ from gpt.config import RunConfig
 from gpt.distributed import PendingTick, Tick, World, from_first, join, together, total
 from gpt.flops import flops_per_token
 from gpt.heartbeat import Heartbeat
-from gpt.model import GPT, seed_dropout
+from gpt.lines import Late, Line, Lines
+from gpt.model import seed_dropout
 from gpt.node_check import check_nodes
+from gpt.optimizer import group_table
 from gpt.peak import peak_flops_per_second
 from gpt.prefetch import AHEAD, Prefetcher
 from gpt.run_dir import RunDir
 from gpt.schedule import learning_rate
 from gpt.step import train_step
-from gpt.validation import validate
-from gpt.zero import Engine
+from gpt.validation import Validation, source_names
+from gpt.warmup import initial_rate
+from gpt.zero import DTYPES, Engine, build_model
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# What Python does not free by itself is little, and a collection takes milliseconds.
+COLLECT_EVERY_STEPS = 100
 
 
 @dataclass(frozen=True)
@@ -156,13 +161,11 @@ class Trainer:
         self.heartbeat = clock.heartbeat
         manifests = together(world, lambda: [read_manifest(source.path) for source in run.data.sources])
         self.data_fingerprint = joint_fingerprint(manifests)
-        encoding = together(world, lambda: load_encoding(run.data.sources[0].path))
-        self.token_bytes = encoding.token_bytes()
-        self.reader, self.windows = together(world, lambda: _open_data(run))
+        self.reader = together(world, lambda: _open_data(run))
+        self.validation = together(world, lambda: _open_validation(run))
         clock.lap("data")
-        self.model = GPT(run.model)
-        self.model.initialize(run.seed)
-        together(world, lambda: self.model.place(world.device, DTYPES[run.precision]))
+        together(world, lambda: choose(run.model, world.device, DTYPES[run.precision]))
+        self.model = build_model(run, world)
         if run.compile:
             together(world, lambda: self.model.compile_parts())
         self.peak_flops = peak_flops_per_second(world, run.precision, DTYPES[run.precision])
@@ -201,11 +204,12 @@ class Trainer:
                 f"attempt {number}: {world.size} processes on {world.device.type}, attention "
                 f"{self.model.attention_name}, step {self.start} of {run.total_steps} is done"
             )
+            _say(f"optimizer: {group_table(self.model, run.optimizer)}")
             if run.compile:
                 _say("the first step, and the first evaluation, compile the network: a minute or more")
         self.scored: dict[int, float] = {}  # scored tokens over all ranks, of the steps that come next
-        self.unsettled: tuple[int, PendingTick, dict[str, float]] | None = None
-        self.unwritten: list[dict[str, float]] = []  # lines that a full disk did not take yet
+        self.unsettled: tuple[int, PendingTick] | None = None
+        self.lines = Lines(run_dir, world, number)
 
     def _skip(self, before: Ranges) -> None:
         """Pass over the sequences that the checkpoint's run did, and those that the config names since."""
@@ -227,19 +231,28 @@ class Trainer:
         first, last = self.start + 1, run.total_steps
         self.batches = Prefetcher(self.reader, world, run.batch.micro_batch, first, last)
         self._agree_ahead(first)
+        if run.schedule.warmup == "auto" and first == 1:
+            self._choose_initial_rate()
         is_stopping = False
+        _leave_garbage()
         for step in range(first, last + 1):
             started = time.monotonic()
             self.heartbeat.beat(step - 1, "training", is_starting=step == first)
             loaded = self.batches.get(step)
-            lr = learning_rate(run.schedule, run.optimizer.peak_lr, last, step)
+            waited = time.monotonic() - started
+            lr = learning_rate(run.schedule, run.optimizer.peak_lr, last, step, self.engine.initial_lr)
             if run.model.dropout:
                 seed_dropout(run.seed, step, world.rank)
             loss_sum = train_step(self.engine, loaded.micro_batches, lr, self.scored[step])
-            line = self._line(step, lr, time.monotonic() - started)
+            numbers = Late(loss_sum, self.engine.grad_norm)  # the next step is queued before they are read
+            self._note_what_happened(step)
             if self.unsettled is not None:
                 is_stopping = self._settle()
-            self._tick(step, float(loss_sum), loaded.digest, line)
+            self._tick(step, loaded.digest)
+            if step % COLLECT_EVERY_STEPS == 0:
+                gc.collect()
+            fields = self._fields(step, lr, time.monotonic() - started, waited)
+            self.lines.begin(Line(step, fields, numbers, self.scored.pop(step)))
 
             is_last = step == last
             is_due_evaluation = is_last or step % run.evaluation.every_steps == 0
@@ -247,12 +260,12 @@ class Trainer:
             if not (is_due_evaluation or is_due_save or is_stopping):
                 continue
             self.heartbeat.beat(step, "evaluation" if is_due_evaluation else "saving")
-            is_stopping = self._settle(is_due_evaluation) or is_stopping
+            is_stopping = self._settle_all(step, is_due_evaluation) or is_stopping
             self.heartbeat.beat(step, "saving")
             if is_last or is_stopping:
                 self._save_at_last(step, is_hurried=is_stopping)
             elif is_due_save:
-                self.saver.save(step, self.reader.skipped, problem=self._record_problem())
+                self.saver.save(step, self.reader.skipped, problem=self.lines.problem)
             if is_stopping and not is_last:
                 reason = from_first(world, STOP.reason) or "a signal to another rank"
                 return Outcome(
@@ -266,32 +279,47 @@ class Trainer:
         counts = total(self.world, *(float(self.batches.scored_tokens(step)) for step in steps))
         self.scored.update(zip(steps, counts, strict=True))
 
-    def _line(self, step: int, lr: float, seconds: float) -> dict[str, float]:
+    def _fields(self, step: int, lr: float, seconds: float, waited: float) -> dict[str, float]:
+        tokens_per_second = self.run.batch.sizes.at(step) / seconds
+        fields = {
+            "tokens": self.run.batch.sizes.until(step),
+            "train/lr": lr,
+            "train/step_seconds": seconds,
+            "train/tokens_per_second": tokens_per_second,
+            "data/wait_seconds": waited,
+        }
+        if self.peak_flops is not None:
+            fields["train/mfu"] = flops_per_token(self.run.model) * tokens_per_second / self.peak_flops
+        return fields
+
+    def _choose_initial_rate(self) -> None:
+        """Settle on where the warmup starts; the checkpoints keep it."""
+        batch = self.batches.peek(1).micro_batches
+        rate = initial_rate(self.engine, self.model, batch, self.scored[1], self.world)
+        self.engine.initial_lr = rate
+        self.clock.lap("warmup")
+        if self.world.is_first:
+            share = rate / self.run.optimizer.peak_lr
+            saved = int(self.run.schedule.warmup_steps * share)
+            record.event(self.run_dir.events, "warmup_chosen", initial_lr=rate, saved_steps=saved)
+            _say(f"the warmup starts at rate {rate:.3g}, {share:.1%} of the peak, and saves {saved} steps")
+
+    def _note_what_happened(self, step: int) -> None:
         if self.engine.was_skipped and self.world.is_first:
             record.event(self.run_dir.events, "update_skipped", step=step, reason="non-finite gradient")
         if step == self.start + 1:
             if self.run.compile:
                 self.clock.lap("compile", seconds=compile_seconds())
             self.clock.lap("first_step")
-        tokens_per_second = self.run.batch.sizes.at(step) / seconds
-        line = {
-            "train/lr": lr,
-            "train/grad_norm": self.engine.grad_norm,
-            "train/step_seconds": seconds,
-            "train/tokens_per_second": tokens_per_second,
-        }
-        if self.peak_flops is not None:
-            line["train/mfu"] = flops_per_token(self.run.model) * tokens_per_second / self.peak_flops
-        return line
 
-    def _tick(self, step: int, loss_sum: float, digest: int, line: dict[str, float]) -> None:
-        """Start telling the others how `step` went; `_settle` reads their answer a step later."""
+    def _tick(self, step: int, digest: int) -> None:
+        """Start telling the others how `step` went, and the loss of the one before; `_settle` reads it."""
         has_no_data = self.batches.error(step + AHEAD) is not None
         is_broken = has_no_data or (self.world.is_first and is_superseded(self.run_dir, self.number))
         ahead = 0 if has_no_data else self.batches.scored_tokens(step + AHEAD)
         is_saved, has_failed = self.saver.report()
         tick = Tick(
-            loss_sum,
+            self.lines.loss_sum(step - 1),
             ahead,
             float(digest),
             stop=float(STOP.is_requested()),
@@ -299,68 +327,59 @@ class Trainer:
             save_done=float(is_saved),
             save_failed=float(has_failed),
         )
-        self.unsettled = (step, PendingTick(self.world, tick), line)
+        self.unsettled = (step, PendingTick(self.world, tick))
 
-    def _settle(self, is_due_evaluation: bool = False) -> bool:
-        """Write down the step that is under way to the record; whether a rank was asked to stop."""
+    def _settle(self) -> bool:
+        """Take note of what the ranks said at the last boundary; whether one of them was asked to stop."""
         assert self.unsettled is not None
-        (step, pending, line), self.unsettled = self.unsettled, None
+        (step, pending), self.unsettled = self.unsettled, None
         agreed = pending.result()
         if agreed.error:
             together(self.world, lambda: self._raise_what_is_broken(step))
         self.saver.advance(agreed.save_done, agreed.save_failed)
         self.scored[step + AHEAD] = agreed.scored_ahead
-        line["data/digest"] = agreed.digest
-        line["data/sequences_behind"] = self.reader.numbers_behind(step)
-        line["train/loss"] = agreed.loss_sum / self.scored.pop(step)
-        if is_due_evaluation:
-            micro_batch = self.run.batch.micro_batch
-            line |= validate(self.model, self.windows, self.token_bytes, micro_batch, self.world)
-            line |= self._counts(step)
-        if self.world.is_first:
-            tokens = self.run.batch.sizes.until(step)
-            self.unwritten.append({"step": step, "tokens": tokens, **line})
-            self._write_lines()
+        behind = self.reader.numbers_behind(step)
+        self.lines.add(step, **{"data/digest": agreed.digest, "data/sequences_behind": behind})
+        self.lines.complete(step - 1, agreed.loss_sum)
         return agreed.stop > 0
+
+    def _settle_all(self, step: int, is_due_evaluation: bool) -> bool:
+        """Complete the line of `step`, the last one taken, with an evaluation where it is due."""
+        is_stopping = self._settle()
+        if is_due_evaluation:
+            scores = self.validation.measure(self.model, self.world)
+            self.lines.add(step, **scores, **self.lines.step_times(), **self._counts(step))
+        self.lines.complete(step, *total(self.world, self.lines.loss_sum(step)))
+        return is_stopping
 
     def _counts(self, step: int) -> dict[str, float]:
         """How many sequences of each source of a mixture are behind `step`."""
-        sources = self.run.data.sources
-        names = [f"data/sequences/{number}-{source.path.name}" for number, source in enumerate(sources)]
-        return dict(zip(names, self.reader.counts_at(step), strict=True)) if len(sources) > 1 else {}
+        names = [f"data/sequences/{name}" for name in source_names(self.run.data)]
+        return dict(zip(names, self.reader.counts_at(step), strict=True)) if len(names) > 1 else {}
 
     def _raise_what_is_broken(self, step: int) -> None:
         self.batches.scored_tokens(step + AHEAD)
         if self.world.is_first and is_superseded(self.run_dir, self.number):
             raise Superseded(f"attempt {self.number + 1} has started since: attempt {self.number} ends here.")
 
-    def _write_lines(self) -> None:
-        """Append what is not in the record yet; what the disk does not take waits in memory."""
-        while self.unwritten and not is_superseded(self.run_dir, self.number):
-            try:
-                record.append(self.run_dir.metrics, **self.unwritten[0])
-            except OSError as error:
-                _say(f"{len(self.unwritten)} lines of the record wait for the disk: {error}")
-                return
-            del self.unwritten[0]
-
-    def _record_problem(self) -> str | None:
-        """Why the record does not cover this step, on rank 0: no checkpoint may be ahead of it."""
-        if not self.unwritten:
-            return None
-        return f"{len(self.unwritten)} lines of the record cannot be written"
-
     def _save_at_last(self, step: int, *, is_hurried: bool) -> None:
         """Commit a checkpoint and wait for it; one that is under way is given up when it must be quick."""
         if is_hurried:
             self.saver.give_up()
-        self._write_lines()
-        self.saver.save_and_wait(step, self.reader.skipped, problem=self._record_problem())
+        self.lines.write()
+        self.saver.save_and_wait(step, self.reader.skipped, problem=self.lines.problem)
 
 
-def _open_data(run: RunConfig) -> tuple[BatchReader, EvaluationReader]:
+def _leave_garbage() -> None:
+    """From here on rubbish is collected at the same step on every rank: one that pauses delays them all."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+
+
+def _open_data(run: RunConfig) -> BatchReader:
     sources = [(source.path, source.weight) for source in run.data.sources]
-    reader = BatchReader(
+    return BatchReader(
         sources,
         context=run.model.context,
         global_batch=run.batch_sizes,
@@ -371,13 +390,11 @@ def _open_data(run: RunConfig) -> tuple[BatchReader, EvaluationReader]:
         max_epochs=run.data.max_epochs,
         packing=run.data.packing,
     )
-    windows = EvaluationReader(
-        run.data.sources[0].path,
-        context=run.model.context,
-        tokens=run.evaluation.tokens,
-        document_mask=run.data.document_mask,
-    )
-    return reader, windows
+
+
+def _open_validation(run: RunConfig) -> Validation:
+    token_bytes = load_encoding(run.data.sources[0].path).token_bytes()
+    return Validation(run.data, run.model.context, run.evaluation.tokens, run.batch.micro_batch, token_bytes)
 
 
 if __name__ == "__main__":

@@ -140,13 +140,20 @@ def train(sources: tuple[str, ...], vocab_size: int, out: Path) -> int:
 @commands.command(
     short_help="Show what a run will need.",
     epilog=_example("outlast plan demo --cluster local --set data.path=data/mine"),
-    help=f"Show what a run will need: parameters, memory a rank, steps, disk. {_RUN_HELP}",
+    help=f"Show what a run will need: parameters, memory a rank, time, steps, disk. {_RUN_HELP}",
 )
 @click.argument("run")
 @_cluster_option
 @_set_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
-def plan(run: str, cluster: str, overrides: tuple[str, ...], as_json: bool) -> int:
+@click.option(
+    "--mfu",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    default=0.4,
+    show_default=True,
+    help="Share of the accelerators' peak that the time assumes.",
+)
+def plan(run: str, cluster: str, overrides: tuple[str, ...], as_json: bool, mfu: float) -> int:
     import json
 
     from launcher.launch import show_plan, show_warnings
@@ -158,9 +165,9 @@ def plan(run: str, cluster: str, overrides: tuple[str, ...], as_json: bool) -> i
     request = examine(tables, source, cluster, None)
     show_warnings(request)
     if as_json:
-        click.echo(json.dumps(plan(request.config, request.cluster, request.train_tokens).as_json()))
+        click.echo(json.dumps(plan(request.config, request.cluster, request.train_tokens, mfu).as_json()))
     else:
-        show_plan(request)
+        show_plan(request, mfu)
     return 0
 
 

@@ -14,3 +14,8 @@ class Findings:
         """Add a problem where there is one."""
         if sentence:
             self.problems.append(sentence)
+
+    def warn(self, sentence: str | None) -> None:
+        """Add a warning where there is one."""
+        if sentence:
+            self.warnings.append(sentence)

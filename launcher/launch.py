@@ -25,7 +25,7 @@ from gpt.run_dir import RunDir, read_json
 from launcher.branch import find_origin, plant
 from launcher.cluster import ClusterConfig
 from launcher.follow import Follower, outcome_of, watch
-from launcher.plan import plan, table
+from launcher.plan import ASSUMED_MFU, plan, table
 from launcher.preflight import Request, examine
 from launcher.recipes import run_tables, with_absolute_paths
 from launcher.requests import request_stop
@@ -145,9 +145,9 @@ def stop(folder: str, *, now: bool) -> int:
     return 0 if now or outcome.exit_code in (0, 75) else outcome.exit_code
 
 
-def show_plan(request: Request) -> None:
+def show_plan(request: Request, mfu: float = ASSUMED_MFU) -> None:
     """The plan of a request on standard output, aligned."""
-    for name, value in table(plan(request.config, request.cluster, request.train_tokens)):
+    for name, value in table(plan(request.config, request.cluster, request.train_tokens, mfu)):
         click.echo(f"{name:<32}{value}")
 
 

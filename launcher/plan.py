@@ -1,7 +1,6 @@
 """What a run will need: parameters, memory a rank, steps, disk. Pure: config in, numbers out.
 
-Memory is that of the training state (parameters, gradients, master weights, moments), which is exact up to
-buckets and padding; activations depend on kernels and are given as a rough upper figure, marked as such.
+Time stands on a share of the accelerator's peak (MFU) that is assumed, memory on launcher/memory.py.
 """
 
 from collections.abc import Sequence
@@ -12,11 +11,15 @@ from data_pipeline.batches import windows_in
 from data_pipeline.mixture import Mixture
 from data_pipeline.skip_list import SkipList
 from gpt.config import RunConfig
-from gpt.flops import flops_per_token, parameter_count
+from gpt.flops import PEAK_FLOPS_PER_SECOND, flops_per_token, parameter_count
 from launcher.cluster import ACCELERATOR_MEMORY_GIB, ClusterConfig
+from launcher.memory import Memory, largest_micro_batch, memory, state_bytes
 
-CHECKPOINT_BYTES_PER_PARAMETER = 12  # fp32 master weight and AdamW's two moments
 _GIB = 2**30
+# The rest is the CUDA context's and NCCL's, one to two GiB, and lies between the allocator's blocks.
+USABLE_FRACTION = 0.92
+# Of well-tuned runs: the GPU hours that Llama 2 reports (arXiv:2307.09288, table 2) come to 0.42 to 0.46.
+ASSUMED_MFU = 0.4
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,11 @@ class Plan:
     epochs: float | None
     sources: tuple[Share, ...]
     flops: float
-    state_bytes_per_rank: int
-    activation_bytes_per_rank: int
+    memory: Memory
+    largest_micro_batch: int | None
+    assumed_mfu: float
+    gpu_hours: float | None
+    days: float | None
     checkpoint_bytes: int
     disk_bytes: int
 
@@ -51,24 +57,36 @@ class Plan:
         return asdict(self)
 
 
-def plan(config: RunConfig, cluster: ClusterConfig, train_tokens: Sequence[int] | None) -> Plan:
-    """The needs of a resolved `config` on `cluster`; `train_tokens` are the sizes of its training data."""
-    parameters = parameter_count(config.model)
-    tokens = config.batch.sizes.until(config.total_steps)
-    checkpoint_bytes = CHECKPOINT_BYTES_PER_PARAMETER * parameters
+def plan(
+    config: RunConfig,
+    cluster: ClusterConfig,
+    train_tokens: Sequence[int] | None,
+    mfu: float = ASSUMED_MFU,
+) -> Plan:
+    """The needs of a resolved `config` on `cluster`; `train_tokens` are the sizes of its training data.
+
+    Time and the largest micro-batch are known where the cluster's accelerator is.
+    """
+    tokens, world_size = config.batch.sizes.until(config.total_steps), cluster.world_size
+    flops, available = float(flops_per_token(config.model)) * tokens, _available_bytes(cluster)
+    hours = None if cluster.accelerator is None else gpu_hours(flops, cluster.accelerator, mfu)
+    one_checkpoint = checkpoint_bytes(config)
     return Plan(
-        parameters=parameters,
-        world_size=cluster.world_size,
-        micro_batches=config.micro_batches(cluster.world_size),
+        parameters=parameter_count(config.model),
+        world_size=world_size,
+        micro_batches=config.micro_batches(world_size),
         steps=config.total_steps,
         tokens=tokens,
         epochs=tokens / sum(train_tokens) if train_tokens else None,
         sources=_shares(config, train_tokens) if train_tokens else (),
-        flops=float(flops_per_token(config.model)) * tokens,
-        state_bytes_per_rank=state_bytes_per_rank(config, cluster.world_size),
-        activation_bytes_per_rank=activation_bytes_per_rank(config),
-        checkpoint_bytes=checkpoint_bytes,
-        disk_bytes=checkpoint_bytes * (config.checkpoint.keep_last + 1),
+        flops=flops,
+        memory=memory(config, world_size),
+        largest_micro_batch=largest_micro_batch(config, world_size, available) if available else None,
+        assumed_mfu=mfu,
+        gpu_hours=hours,
+        days=None if hours is None else hours / world_size / 24,
+        checkpoint_bytes=one_checkpoint,
+        disk_bytes=one_checkpoint * (config.checkpoint.keep_last + 1),
     )
 
 
@@ -97,48 +115,58 @@ def _shares(config: RunConfig, train_tokens: Sequence[int]) -> tuple[Share, ...]
     )
 
 
-def state_bytes_per_rank(config: RunConfig, world_size: int) -> int:
-    """Bytes of parameters, gradients and optimizer state that one rank holds.
-
-    ZeRO, arXiv:1910.02054, section 3: (2 + 2 + 12) bytes a parameter in mixed precision, of which stage 1
-    shards the 12, stage 2 the gradients too, stage 3 the weights too. Gradients are accumulated in fp32
-    here: 4 instead of 2.
-    """
-    parameters = parameter_count(config.model)
-    weight_bytes = 2 if config.precision == "bf16" else 4
-    weights = weight_bytes * parameters // (world_size if config.zero.stage == 3 else 1)
-    gradients = 4 * parameters // (world_size if config.zero.stage >= 2 else 1)
-    optimizer = 12 * parameters // world_size
-    return weights + gradients + optimizer
+def checkpoint_bytes(config: RunConfig) -> int:
+    """Bytes of one checkpoint: master weights and moments, all in fp32."""
+    moments = config.optimizer.model_copy(update={"moments": "fp32"})
+    return state_bytes(config.model_copy(update={"optimizer": moments}))
 
 
-def activation_bytes_per_rank(config: RunConfig) -> int:
-    """Bytes that one micro-batch keeps for the backward pass, roughly.
-
-    Korthikanti et al., arXiv:2205.05198, table 2 without the attention matrix (34·s·b·h bytes a layer in
-    16 bits), widened for a gated feed-forward, and the fp32 logits with their gradient.
-    """
-    model = config.model
-    tokens = config.batch.micro_batch * model.context
-    wide = 2 if config.precision == "fp32" else 1
-    feed_forward = (3 if model.is_gated else 2) * 2 * model.ffn_width
-    per_layer = tokens * (18 * model.d_model + feed_forward) * wide
-    return model.n_layers * per_layer + 2 * 4 * tokens * model.vocabulary
+def gpu_hours(flops: float, accelerator: str, mfu: float) -> float:
+    """Hours of one `accelerator` for so many FLOPs at that share of its peak."""
+    model = accelerator.partition("-")[0].upper()  # a100-80gb: its memory does not matter here
+    return flops / (PEAK_FLOPS_PER_SECOND[model]["bf16"] * mfu) / 3600
 
 
 def memory_problem(config: RunConfig, cluster: ClusterConfig) -> str | None:
     """Why the training state cannot fit the cluster's accelerator, or None (also where it is not known)."""
-    if cluster.accelerator is None or not cluster.gpus_per_node:
+    available = _available_bytes(cluster)
+    if available is None:
         return None
-    available = ACCELERATOR_MEMORY_GIB[cluster.accelerator]
-    needed = state_bytes_per_rank(config, cluster.world_size) / _GIB
-    if needed < available:
+    needed = memory(config, cluster.world_size)
+    if needed.state < available:
         return None
     return (
-        f"the training state needs {needed:.1f} GiB on each of {cluster.world_size} ranks "
-        f"(zero.stage = {config.zero.stage}), {cluster.accelerator} has {available:.1f} GiB. "
+        f"the training state needs {size(needed.state)} on each of {cluster.world_size} ranks "
+        f"(zero.stage = {config.zero.stage}), {cluster.accelerator} has {size(available)} for it. "
         "Use more GPUs, a higher zero.stage, or a smaller model."
     )
+
+
+def memory_warning(config: RunConfig, cluster: ClusterConfig) -> str | None:
+    """Why a step will probably not fit, though the training state does."""
+    available = _available_bytes(cluster)
+    if available is None or memory_problem(config, cluster) is not None:
+        return None
+    needed = memory(config, cluster.world_size)
+    if needed.peak <= available:
+        return None
+    largest = largest_micro_batch(config, cluster.world_size, available)
+    advice = (
+        f"batch.micro_batch = {largest} fits"
+        if largest
+        else "use model.recompute = 'full', a higher zero.stage or more GPUs"
+    )
+    return (
+        f"a step needs about {size(needed.peak)} on each rank, of which {size(needed.activations)} for the "
+        f"activations of batch.micro_batch = {config.batch.micro_batch}; {cluster.accelerator} has "
+        f"{size(available)} for it: {advice}."
+    )
+
+
+def _available_bytes(cluster: ClusterConfig) -> float | None:
+    if cluster.accelerator is None or not cluster.gpus_per_node:
+        return None
+    return ACCELERATOR_MEMORY_GIB[cluster.accelerator] * _GIB * USABLE_FRACTION
 
 
 def table(plan: Plan) -> list[tuple[str, str]]:
@@ -153,8 +181,22 @@ def table(plan: Plan) -> list[tuple[str, str]]:
             for share in (plan.sources if len(plan.sources) > 1 else ())
         ),
         ("compute", f"{plan.flops:.3g} FLOPs"),
-        ("memory a rank, training state", size(plan.state_bytes_per_rank)),
-        ("memory a rank, activations", f"about {size(plan.activation_bytes_per_rank)}"),
+        *(
+            [("time", f"{plan.days:.2f} days, {plan.gpu_hours:,.0f} GPU hours at MFU {plan.assumed_mfu:.0%}")]
+            if plan.days is not None
+            else []
+        ),
+        ("memory a rank, weights", size(plan.memory.weights)),
+        ("memory a rank, optimizer", size(plan.memory.optimizer)),
+        ("memory a rank, gradients", size(plan.memory.gradients)),
+        ("memory a rank, activations", size(plan.memory.activations)),
+        ("memory a rank, working buffers", size(plan.memory.workspace)),
+        ("memory a rank, at its peak", f"about {size(plan.memory.peak)}"),
+        *(
+            [("largest micro-batch that fits", str(plan.largest_micro_batch))]
+            if plan.largest_micro_batch is not None
+            else []
+        ),
         ("one checkpoint", size(plan.checkpoint_bytes)),
         ("disk for checkpoints", size(plan.disk_bytes)),
     ]

@@ -18,7 +18,7 @@ from gpt.config import DataConfig, RunConfig
 from gpt.run_dir import RunDir
 from launcher.cluster import ClusterConfig, load_cluster
 from launcher.findings import Findings
-from launcher.plan import CHECKPOINT_BYTES_PER_PARAMETER, memory_problem, mixture_of, plan, sequences, size
+from launcher.plan import checkpoint_bytes, memory_problem, memory_warning, mixture_of, plan, sequences, size
 from launcher.site import check_site, check_tracker
 
 READ_WHOLE_BYTES = 64 << 20  # data sets up to this size are checked byte for byte: 10 ms of xxh3
@@ -68,8 +68,11 @@ def examine(
         check_data(config, manifests, findings)
     if run is not None and cluster_config is not None:
         findings.problem(run.batch_problem(cluster_config.world_size))
+        has_gpu = cluster_config.gpus_per_node > 0
+        findings.problem(run.zero_problem(cluster_config.processes, has_gpu=has_gpu))
     if config is not None and cluster_config is not None:
         findings.problem(memory_problem(config, cluster_config))
+        findings.warn(memory_warning(config, cluster_config))
     if folder is not None:
         if is_new:
             _check_folder(folder, findings)
@@ -154,7 +157,7 @@ def check_disk(config: RunConfig, folder: Path, findings: Findings) -> None:
     free = shutil.disk_usage(parent).free + saved
     needed = plan(config, ClusterConfig(kind="local"), None).disk_bytes
     sentence = (
-        f"checkpoints need {size(needed)} ({CHECKPOINT_BYTES_PER_PARAMETER} bytes a parameter × "
+        f"checkpoints need {size(needed)} ({size(checkpoint_bytes(config))} each × "
         f"(checkpoint.keep_last {config.checkpoint.keep_last} + 1)), {parent} has {size(free)} free."
     )
     if free < needed:

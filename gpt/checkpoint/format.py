@@ -89,6 +89,7 @@ class CheckpointIndex(Section):
     layout: Kind = "flat"
     optimizer_steps: Size
     skipped: tuple[tuple[Size, Size], ...] = ()
+    scalars: dict[Name, float] = Field(default_factory=dict)
     parameters: tuple[ParameterEntry, ...]
     groups: tuple[GroupEntry, ...]
     data_fingerprint: str

@@ -55,6 +55,7 @@ def _load(folder: Path, engine: Engine, world: World, data_fingerprint: str) -> 
             reader = CheckpointReader(folder)
             _check_fits(reader.index, engine, data_fingerprint)
             engine.prepare_load(reader.index.optimizer_steps)
+            engine.load_scalars(reader.index.scalars)
             for part in engine.state():
                 content = reader.read(part.group, part.state, part.start, part.end)
                 part.tensor.copy_(torch.from_numpy(content))

@@ -236,7 +236,12 @@ class Saver:
         started = time.monotonic()
         self._failure = None
         folder = temporary_folder(self._run_dir.checkpoints, self._attempt, step)
-        now = {"step": step, "optimizer_steps": self._engine.optimizer_steps, "skipped": skipped}
+        now = {
+            "step": step,
+            "optimizer_steps": self._engine.optimizer_steps,
+            "scalars": self._engine.scalars,
+            "skipped": skipped,
+        }
         save = _Save(self._index.model_copy(update=now), folder, Pace(self._config.max_mb_per_s))
         if self._snapshot is not None:
             self._snapshot.take(self._engine.state())

@@ -41,4 +41,4 @@ def live_parts(state: Iterator[StatePart]) -> Iterator[NDArray[np.float32]]:
     """The content of `state` itself, piece by piece: nothing may change it until the last one is read."""
     for part in state:
         for piece in torch.split(part.tensor, _PIECE):
-            yield piece.cpu().numpy()
+            yield piece.float().cpu().numpy()

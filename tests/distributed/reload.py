@@ -3,22 +3,20 @@
 import sys
 from pathlib import Path
 
+import torch.distributed as dist
+
 from gpt.checkpoint.load import load_newest
 from gpt.checkpoint.saver import Saver
 from gpt.config import RunConfig
 from gpt.distributed import join
 from gpt.heartbeat import Heartbeat
-from gpt.model import GPT
 from gpt.run_dir import RunDir
-from gpt.train import DTYPES
-from gpt.zero import Engine
+from gpt.zero import Engine, build_model
 
 run_dir = RunDir(Path(sys.argv[1]))
 run = RunConfig.model_validate_json(run_dir.config.read_text())
 world = join(60)
-model = GPT(run.model)
-model.initialize(seed=99)  # nothing of it may be left after the load
-model.place(world.device, DTYPES[run.precision])
+model = build_model(run.model_copy(update={"seed": 99}), world)  # nothing of it may be left after the load
 engine = Engine(model, run, world)
 fingerprint = sys.argv[2]
 loaded = load_newest(run_dir, engine, world, fingerprint)
@@ -26,3 +24,5 @@ assert loaded is not None
 attempt = run_dir.attempt_numbers()[-1]
 saver = Saver(run_dir, engine, world, attempt=attempt, data_fingerprint=fingerprint, heartbeat=Heartbeat())
 saver.save_and_wait(loaded.step + 1, loaded.skipped)
+dist.barrier(group=world.control)
+dist.destroy_process_group()  # a process that ends with its connections open may abort

@@ -20,9 +20,60 @@ CPU = torch.device("cpu")
 STEPS = 6
 
 
-@pytest.fixture(scope="module")
-def expected() -> dict[str, tuple[list[float], list[float]]]:
-    return {}
+class PlainOptimizer:
+    """The configured optimizer written with torch's own, on whole parameters of one process."""
+
+    def __init__(self, run: RunConfig, model: GPT) -> None:
+        self.run, self.model = run, model
+        self.split = {
+            name: torch.split(parameter.detach().clone(), self._rows(name, len(parameter)))
+            for name, parameter in model.named_parameters()
+            if run.optimizer.name == "muon" and parameter.ndim == 2 and name.startswith("blocks.")
+        }
+        width_ratio = run.model.d_model / (run.model.mup_base_width or run.model.d_model)
+        groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            ratio = width_ratio if parameter.ndim == 2 and name.startswith("blocks.") else 1.0
+            decay = run.optimizer.weight_decay * ratio if parameter.ndim == 2 else 0.0
+            if name not in self.split:
+                groups.setdefault((ratio, decay), []).append(parameter)
+        self.adamw = torch.optim.AdamW(
+            [{"params": p, "ratio": ratio, "weight_decay": decay} for (ratio, decay), p in groups.items()],
+            betas=run.optimizer.betas,
+            eps=run.optimizer.eps,
+            fused=False,
+        )
+        parts = [part for parts in self.split.values() for part in parts]
+        self.muon = torch.optim.Muon(
+            parts or [torch.zeros(1, 1)], weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
+        )
+
+    def _rows(self, name: str, rows: int) -> list[int]:
+        model = self.run.model
+        if name.endswith("qkv.weight"):
+            return [n * model.head_width for n in (model.n_heads, model.kv_heads, model.kv_heads)]
+        return [rows // 2] * 2 if name.endswith("up.weight") else [rows]
+
+    def step(self, lr: float) -> None:
+        for group in self.adamw.param_groups:
+            group["lr"] = lr / group["ratio"]
+        if self.run.optimizer.second_moment_init == "gradient" and not self.adamw.state:
+            for parameter in self.model.parameters():
+                gradient = parameter.grad
+                assert gradient is not None
+                state = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(gradient)}
+                self.adamw.state[parameter] = {**state, "exp_avg_sq": gradient**2}
+        self.adamw.step()
+        named = dict(self.model.named_parameters())
+        for name, parts in self.split.items():
+            for part, gradient in zip(
+                parts, torch.split(named[name].grad, [len(p) for p in parts]), strict=True
+            ):
+                part.grad = gradient
+        self.muon.param_groups[0]["lr"] = lr
+        self.muon.step()
+        for name, parts in self.split.items():
+            named[name].data.copy_(torch.cat(parts))
 
 
 def plain_loop(run: RunConfig, data_dir: Path) -> tuple[list[float], list[float]]:
@@ -30,14 +81,7 @@ def plain_loop(run: RunConfig, data_dir: Path) -> tuple[list[float], list[float]
     model = GPT(run.model)
     model.initialize(run.seed)
     model.place(CPU, torch.float32)
-    matrices = {name: p for name, p in model.named_parameters() if p.ndim == 2}
-    width_ratio = run.model.d_model / (run.model.mup_base_width or run.model.d_model)
-    groups: list[dict[str, Any]] = [{"params": [p for p in model.parameters() if p.ndim != 2], "ratio": 1.0}]
-    groups[0]["weight_decay"] = 0.0
-    for is_hidden, ratio in ((False, 1.0), (True, width_ratio)):
-        members = [p for name, p in matrices.items() if name.startswith("blocks.") == is_hidden]
-        groups.append({"params": members, "weight_decay": run.optimizer.weight_decay * ratio, "ratio": ratio})
-    adamw = torch.optim.AdamW(groups, betas=run.optimizer.betas, eps=run.optimizer.eps, fused=False)
+    optimizer = PlainOptimizer(run, model)
     reader = BatchReader(
         [(data_dir, 1.0)], context=run.model.context, global_batch=run.batch_sizes, seed=run.seed
     )
@@ -45,57 +89,59 @@ def plain_loop(run: RunConfig, data_dir: Path) -> tuple[list[float], list[float]
     for step in range(1, run.total_steps + 1):
         batch = reader.batch(step, rank=0, world_size=1)
         loss = model(*model_inputs(batch, CPU)) / int(batch.scored.sum())
-        adamw.zero_grad()
+        model.zero_grad()
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), run.optimizer.grad_clip)))
-        for group in adamw.param_groups:
-            lr = learning_rate(run.schedule, run.optimizer.peak_lr, run.total_steps, step)
-            group["lr"] = lr / group["ratio"]
-        adamw.step()
+        optimizer.step(learning_rate(run.schedule, run.optimizer.peak_lr, run.total_steps, step))
         losses.append(loss.item())
     return losses, norms
 
 
+MUP = {"model__initialization": "mup", "model__mup_base_width": 8, "optimizer__grad_clip": 0.1}
+MUON = {"optimizer__name": "muon"}
+GRADIENT = {"optimizer__second_moment_init": "gradient"}
+
+
 # The ramps: sequences of the first steps, before all 8.
 @pytest.mark.parametrize(
-    ("stage", "processes", "micro_batch", "mup_base_width", "ramp", "is_compiled"),
+    ("stage", "processes", "micro_batch", "ramp", "fields"),
     [
-        (1, 1, 8, None, [], False),
-        (1, 2, 1, 8, [2, 2, 6], False),
-        (2, 2, 2, None, [4, 4], False),
-        (3, 2, 4, 8, [], True),
-        (3, 1, 2, None, [2, 6], False),
+        (1, 1, 8, [], {}),
+        (1, 2, 1, [2, 2, 6], MUON),
+        (2, 2, 2, [4, 4], MUP | GRADIENT),
+        (3, 2, 4, [], MUON | GRADIENT | {"compile": True}),
+        (3, 1, 2, [2, 6], MUP),
     ],
 )
 def test_losses_and_norms_are_those_of_a_plain_loop(
     new_run: Callable[..., Run],
     data_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
     stage: int,
     processes: int,
     micro_batch: int,
-    mup_base_width: int | None,
     ramp: list[int],
-    is_compiled: bool,
+    fields: dict[str, Any],
 ) -> None:
-    clip = 0.1 if mup_base_width else 0.5  # low enough to clip on the way
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)  # torch's Muon iterates in bf16 always
     run = new_run(
-        zero__stage=stage,
-        batch__micro_batch=micro_batch,
-        batch__warmup=[{"steps": 1, "global_batch_tokens": size * CONTEXT} for size in ramp],
-        schedule__total_steps=STEPS,
-        optimizer__grad_clip=clip,
-        compile=is_compiled,
-        model__initialization="mup" if mup_base_width else "gpt2",
-        model__mup_base_width=mup_base_width,
+        **{
+            "zero__stage": stage,
+            "batch__micro_batch": micro_batch,
+            "batch__warmup": [{"steps": 1, "global_batch_tokens": size * CONTEXT} for size in ramp],
+            "schedule__total_steps": STEPS,
+            "optimizer__grad_clip": 0.5,  # low enough to clip on the way
+            **fields,
+        }
     )
     assert run.train(processes)["exit_code"] == 0
     config = RunConfig.model_validate_json(run.dir.config.read_text())
     losses, norms = plain_loop(config, data_dir)
     np.testing.assert_allclose(run.losses(), losses, rtol=1e-5)
     np.testing.assert_allclose([line["train/grad_norm"] for line in run.metrics()], norms, rtol=1e-4)
-    assert max(norms) > clip  # it did clip
+    assert max(norms) > config.optimizer.grad_clip  # it did clip
     phases = {event["name"]: event["seconds"] for event in run.events("phase")}
-    assert (phases.get("compile", 0.0) > 1.0) == is_compiled
+    assert (phases.get("compile", 0.0) > 1.0) == config.compile
     [built] = run.events("network_built")
     assert built["attention"] == "sdpa" and built["peak_flops_per_second"] > 1e8
     for line in run.metrics():

@@ -4,8 +4,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from gpt.config import RunConfig
 from gpt.zero import deepspeed_config
@@ -24,12 +26,25 @@ def tiny(**fields: object) -> RunConfig:
     )
 
 
+OFFLOAD = {"offload_optimizer": "cpu"}
+
+
 @pytest.mark.parametrize(
-    ("stage", "precision", "micro_batch"), [(1, "fp32", 4), (1, "bf16", 2), (2, "bf16", 2), (3, "bf16", 2)]
+    ("precision", "micro_batch", "zero", "optimizer"),
+    [
+        ("fp32", 4, {"stage": 1}, {}),
+        ("bf16", 2, {"stage": 1}, {"name": "muon"}),
+        ("fp16", 2, {"stage": 2}, {}),
+        ("bf16", 2, {"stage": 2} | OFFLOAD, {"second_moment_init": "gradient"}),
+        ("bf16", 2, {"stage": 3}, {"name": "muon", "moments": "bf16"}),
+        ("bf16", 2, {"stage": 3, "offload_parameters": "cpu"} | OFFLOAD, {}),
+    ],
 )
-def test_the_private_attributes_mean_what_we_think(stage: int, precision: str, micro_batch: int) -> None:
+def test_the_private_attributes_mean_what_we_think(
+    precision: str, micro_batch: int, zero: dict[str, object], optimizer: dict[str, object]
+) -> None:
     batch = {"global_batch_tokens": 128, "micro_batch": micro_batch}
-    run = tiny(precision=precision, zero={"stage": stage}, batch=batch)
+    run = tiny(precision=precision, zero=zero, batch=batch, optimizer=optimizer)
     script = Path(__file__).with_name("zero_contract.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", str(script), run.model_dump_json()]
@@ -38,12 +53,87 @@ def test_the_private_attributes_mean_what_we_think(stage: int, precision: str, m
     assert done.stdout.count("the contract holds") == 2, done.stdout + done.stderr
 
 
+def test_a_step_waits_for_the_device_once() -> None:
+    """For DeepSpeed's look at whether the gradient is finite; for nothing of ours."""
+    runs = [
+        tiny(precision=precision, zero={"stage": stage}, batch=batch, optimizer={"name": name})
+        for stage, precision, micro_batch, name in (
+            (1, "bf16", 8, "adamw"),
+            (1, "bf16", 4, "adamw"),
+            (1, "fp32", 8, "adamw"),
+            (2, "fp16", 4, "adamw"),
+            (3, "bf16", 8, "muon"),
+        )
+        for batch in [{"global_batch_tokens": 128, "micro_batch": micro_batch}]
+    ]
+    world = {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }
+    script = str(Path(__file__).with_name("waits.py"))
+    command = [sys.executable, script, *(run.model_dump_json() for run in runs)]
+    environment = {**os.environ, **world, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines().count("waits 1") == len(runs), done.stdout
+
+
 def test_no_key_of_the_generated_config_is_unknown_to_deepspeed() -> None:
     # DeepSpeed ignores misspelt top-level keys, so the names are looked up in its own constants.
     from deepspeed.runtime import constants
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     known = {value for value in vars(constants).values() if isinstance(value, str)}
-    known |= {"zero_optimization"}
+    known |= {"zero_optimization", "zero_force_ds_cpu_optimizer"}
     config = deepspeed_config(tiny(), world_size=1, has_gpu=False)
     assert config.keys() <= known
+    zero_keys = DeepSpeedZeroConfig.model_fields
+    aliases = {field.alias for field in zero_keys.values()}
+    plus_plus = {"stage": 3, "quantized_weights": True, "quantized_gradients": True, "secondary_shards": 8}
+    generated = deepspeed_config(tiny(zero=plus_plus), world_size=1, has_gpu=True)["zero_optimization"]
+    assert generated.keys() <= zero_keys.keys() | aliases
+    parsed = DeepSpeedZeroConfig(**generated)
+    assert parsed.zero_quantized_weights and parsed.zero_quantized_gradients
+    assert parsed.zero_hpz_partition_size == 8
     assert config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"] * 16 == 128
+
+
+def test_sizes_follow_the_model_and_can_be_overridden() -> None:
+    config = deepspeed_config(tiny(zero={"stage": 3}), world_size=1, has_gpu=False)["zero_optimization"]
+    block = 2 * 24 + 4 * 24 * 24 + 3 * 24 * 64  # two norms, attention, SwiGLU of width 64
+    assert config["stage3_prefetch_bucket_size"] == block
+    assert config["stage3_param_persistence_threshold"] == 24  # the norms
+    assert config["reduce_bucket_size"] == 2**24
+    chosen = {"stage": 3, "bucket_numel": 7, "prefetch_numel": 8, "whole_below_numel": 9}
+    config = deepspeed_config(tiny(zero=chosen), world_size=1, has_gpu=False)["zero_optimization"]
+    names = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
+    assert [config[name] for name in names] == [7, 8, 9]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"zero": {"stage": 0}}, "losses drift from those of the other stages. Use 1"),
+        ({"zero": {"stage": 2, "quantized_weights": True}}, "needs zero.stage = 3"),
+        ({"zero": {"stage": 1, "offload_parameters": "cpu"}}, "needs zero.stage = 3"),
+        ({"precision": "fp32", "zero": {"stage": 3, "quantized_weights": True}}, "Use 'bf16'"),
+        ({"zero": OFFLOAD, "optimizer": {"name": "muon"}}, "Use 'adamw', or no offload"),
+        ({"optimizer": {"name": "muon"}, "model": {"initialization": "mup"}}, "Use one of them"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(fields: dict[str, Any], message: str) -> None:
+    model = {"n_layers": 1, "d_model": 24, "n_heads": 3, "context": 16, "vocab_size": 40}
+    if "model" in fields:
+        fields = {**fields, "model": model | fields["model"] | {"mup_base_width": 8}}
+    with pytest.raises(ValidationError, match=message):
+        tiny(**fields)
+
+
+def test_plus_plus_needs_gpus_and_whole_nodes() -> None:
+    run = tiny(zero={"stage": 3, "secondary_shards": 3})
+    assert "need GPUs" in (run.zero_problem(4, has_gpu=False) or "")
+    assert "does not divide the 4 processes" in (run.zero_problem(4, has_gpu=True) or "")
+    assert run.zero_problem(6, has_gpu=True) is None

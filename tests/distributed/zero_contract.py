@@ -9,15 +9,11 @@ import torch
 from gpt.attention import Documents
 from gpt.config import RunConfig
 from gpt.distributed import join, total
-from gpt.model import GPT
-from gpt.train import DTYPES
-from gpt.zero import Engine
+from gpt.zero import Engine, build_model
 
 run = RunConfig.model_validate(json.loads(sys.argv[1]))
 world = join(60)
-model = GPT(run.model)
-model.initialize(run.seed)
-model.place(world.device, DTYPES[run.precision])
+model = build_model(run, world)
 # The constructor compares `_hp_mapping` of each parameter with the layout in closed form.
 engine = Engine(model, run, world)
 import deepspeed  # noqa: E402 - after the Engine has set it up
@@ -49,16 +45,28 @@ after = weights()
 assert engine.optimizer_steps == 1 and not engine.was_skipped, version
 assert not all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), version
 
-take_step(float("inf"))
+take_step(float("nan") if world.rank else 1e-3)  # on one rank only
 assert engine.was_skipped, f"{version}: `overflow` does not tell that a step was left out"
 assert all(torch.equal(a, b) for a, b in zip(after, weights(), strict=True)), (
-    f"{version}: inf reached a weight"
+    f"{version}: a gradient that is not finite reached a weight"
 )
 assert engine.optimizer_steps == 1, version
 
+if run.precision == "fp16":
+    scale = {
+        name.removeprefix("loss_scaler."): value for name, value in engine.scalars.items() if "scaler" in name
+    }
+    # One step was taken and one left out, which used up the patience but not yet half the scale.
+    expected = {"cur_scale": 2.0**16, "cur_iter": 2, "last_overflow_iter": 1, "cur_hysteresis": 1}
+    assert scale == expected, f"{version}: {scale}"
+    engine.load_scalars({**engine.scalars, "loss_scaler.cur_scale": 512.0})
+    assert engine.scalars["loss_scaler.cur_scale"] == 512.0, version
+
 owned = 0
 for part in engine.state():
-    assert part.tensor.dtype == torch.float32 and part.tensor.numel() == part.end - part.start, version
+    is_rounded = run.optimizer.moments == "bf16" and part.state != "master"
+    assert part.tensor.dtype == (torch.bfloat16 if is_rounded else torch.float32), version
+    assert part.tensor.numel() == part.end - part.start, version
     if part.state == "master":
         owned += part.tensor.numel()
         part.tensor.fill_(0.25)

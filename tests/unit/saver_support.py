@@ -57,6 +57,7 @@ class SmallEngine:
         )
         ((self._start, self._end),) = GroupLayout("flat", world_size, [NUMEL], partition).extents(rank)
         self.optimizer_steps = 0
+        self.scalars = {"initial_lr": 0.0}
 
     def take_step(self) -> None:
         self.optimizer_steps += 1

@@ -264,7 +264,7 @@ def test_a_full_disk_is_refused_before_a_nearly_full_one_warns(
         findings = Findings()
         check_disk(config, tmp_path / "run", findings)
         seen.append((len(findings.problems), len(findings.warnings)))
-        kept = "(12 bytes a parameter × (checkpoint.keep_last 3 + 1))"
+        kept = f"({needed / 4 / 2**20:.1f} MiB each × (checkpoint.keep_last 3 + 1))"
         for sentence in (*findings.problems, *findings.warnings):
             assert sentence.startswith(f"checkpoints need {needed / 2**20:.1f} MiB {kept}")
     assert seen == [(1, 0), (0, 1), (0, 1), (0, 0)]
@@ -297,12 +297,13 @@ def test_a_state_that_does_not_fit_the_gpu_is_refused(data: Path) -> None:
     cluster = ClusterConfig(kind="slurm", gpus_per_node=1, accelerator="a100-40gb")
     big = ["model.n_layers=32", "model.d_model=4096", "model.n_heads=32", "precision=bf16"]
     [problem] = refused(lambda: ask(data, None, *big, cluster=cluster))
-    # 18 bytes for each of 32 × (4·4096² + 3·4096·10944) + 2·4096·4096 + 65·4096 parameters
+    # 20 bytes (2 weights, 2 + 4 gradients and sums, 12 AdamW) a parameter:
+    # 32 × (4·4096² + 3·4096·10944) + 2·4096·4096 + 65·4096 parameters
     parameters = 32 * (4 * 4096**2 + 3 * 4096 * 10944) + 2 * 4096 * 4096 + 65 * 4096
     assert problem == (
-        f"the training state needs {18 * parameters / 2**30:.1f} GiB on each of 1 ranks (zero.stage = "
+        f"the training state needs {20 * parameters / 2**30:.1f} GiB on each of 1 ranks (zero.stage = "
         "1), a100-40gb "
-        "has 40.0 GiB. Use more GPUs, a higher zero.stage, or a smaller model."
+        "has 36.8 GiB for it. Use more GPUs, a higher zero.stage, or a smaller model."
     )
 
 

@@ -1,0 +1,157 @@
+"""Memory of one rank, as a closed form of config and world size: what `outlast plan` and preflight say.
+
+What is counted is what the training loop itself holds: weights, gradients, optimizer state, what one
+micro-batch keeps for its backward pass, and working buffers. What the process has before that (Python, torch,
+the CUDA context and NCCL's buffers, one to two GiB on a GPU) is not.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+from gpt.config import RunConfig
+from gpt.flops import parameter_count, parameter_table
+from gpt.model_config import ModelConfig
+
+# Logits that the loss has at a time (gpt.loss), in elements.
+_LOSS_CHUNK_ELEMENTS = 2**24
+_BUCKET_NUMEL = 2**24  # gpt.zero's least bucket
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank."""
+
+    weights: int
+    optimizer: int
+    gradients: int
+    activations: int
+    workspace: int
+    peak: int
+
+    @property
+    def state(self) -> int:
+        """The training state: weights, gradients and what the optimizer keeps."""
+        return self.weights + self.gradients + self.optimizer
+
+
+def memory(config: RunConfig, world_size: int) -> Memory:
+    """What one of `world_size` ranks holds, at its peak and by kind.
+
+    ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054, section 3): stage 1 cuts the optimizer's state into
+    `world_size` parts, stage 2 the gradients too, stage 3 the weights too. The peak is the larger of the end
+    of the forward pass, when all activations are there, and of the update, when all gradients are.
+    """
+    zero, model = config.zero, config.model
+    parameters, width = parameter_count(model), _bytes(config)
+    on_device = zero.offload_optimizer == "none"
+    weights = width * parameters
+    gathered = 0
+    if zero.stage == 3:
+        weights //= world_size
+        if zero.offload_parameters == "cpu":
+            weights = 0
+        # In use or on their way: two blocks, the embedding and the head.
+        gathered = width * (2 * block_numel(model) + 2 * model.vocabulary * model.d_model)
+    optimizer = state_bytes(config) // world_size if on_device else 0
+    gradients = width * parameters
+    if zero.stage >= 2:
+        gradients = gradients // world_size + width * max(block_numel(model), _BUCKET_NUMEL)
+    accumulated = 0
+    if config.micro_batches(world_size) > 1 and config.precision != "fp32":
+        accumulated = 4 * parameters // (world_size if zero.stage >= 2 else 1)
+    update = 4 * parameters // world_size if on_device else 0  # the fp32 gradient that the optimizer reads
+    activations = activation_bytes(config)
+    loss = _loss_bytes(config)
+    fixed = weights + optimizer + accumulated + gathered
+    return Memory(
+        weights=weights,
+        optimizer=optimizer,
+        gradients=gradients + accumulated,
+        activations=activations,
+        workspace=loss + gathered + update,
+        peak=fixed + max(activations + loss, gradients + update),
+    )
+
+
+def block_numel(model: ModelConfig) -> int:
+    """Parameters of one block."""
+    return sum(prod(shape) for name, shape in parameter_table(model) if name.startswith("blocks.0."))
+
+
+def largest_micro_batch(config: RunConfig, world_size: int, available: float) -> int | None:
+    """The largest micro-batch that cuts the global batch evenly and fits into `available` bytes."""
+    for micro_batch in range(config.global_batch // world_size, 0, -1):
+        batch = config.batch.model_copy(update={"micro_batch": micro_batch})
+        smaller = config.model_copy(update={"batch": batch})
+        if smaller.batch_problem(world_size) is None and memory(smaller, world_size).peak <= available:
+            return micro_batch
+    return None
+
+
+def activation_bytes(config: RunConfig) -> int:
+    """Bytes that one micro-batch keeps for the backward pass; what a kernel keeps for itself left out.
+
+    Counted as Korthikanti et al. do (arXiv:2205.05198, section 4), for this network's own operations:
+    tests hold it against the tensors that autograd saves.
+    """
+    model, tokens = config.model, config.batch.micro_batch * config.model.context
+    width = _bytes(config)
+    last_norm = _norm(model, width) if model.norm_placement == "pre" else 0
+    at_head = width * model.d_model  # the gradient that the loss leaves, computed in the forward pass
+    block = _block(model, width)
+    if model.recompute == "none":
+        kept = model.n_layers * block
+    else:
+        inside = width * model.d_model
+        if model.recompute == "selective":
+            inside += _products(model, width)
+        kept = model.n_layers * inside + block  # one block is computed again at a time
+    return tokens * (kept + last_norm + at_head)
+
+
+def _block(model: ModelConfig, width: int) -> int:
+    """Bytes a token of one block."""
+    attention = width * (model.n_heads + 2 * model.kv_heads) * model.head_width  # of which v is a part
+    if model.position == "rope" or model.qk_norm:
+        attention += width * (model.n_heads + model.kv_heads) * model.head_width  # q and k apart from it
+    if model.qk_norm:
+        attention += (4 + width) * (model.n_heads + model.kv_heads) * model.head_width
+    attention += width * model.n_heads * model.head_width + 4 * model.n_heads  # result, log of the sum
+    kept = {"relu": 1, "bilinear": 3, "gelu": 2, "swish": 2, "relu2": 2}.get(model.ffn, 4)
+    dropped = 2 * model.d_model if model.dropout else 0  # a byte an element
+    return 2 * _norm(model, width) + attention + kept * width * model.ffn_width + dropped
+
+
+def _norm(model: ModelConfig, width: int) -> int:
+    """Bytes a token of a norm over the model's width, its result included."""
+    if model.norm == "layernorm":
+        return 2 * width * model.d_model + 8
+    return (4 + 2 * width) * model.d_model + 4  # its input in fp32, normalised, and scaled
+
+
+def _products(model: ModelConfig, width: int) -> int:
+    """Bytes a token of the results of a block's matrix products."""
+    rows = (model.n_heads + 2 * model.kv_heads) * model.head_width + 2 * model.d_model
+    return width * (rows + (2 if model.is_gated else 1) * model.ffn_width)
+
+
+def _loss_bytes(config: RunConfig) -> int:
+    """The logits of a chunk as product, in fp32, as probabilities and as gradient; the head's gradient."""
+    model, width = config.model, _bytes(config)
+    tokens = config.batch.micro_batch * model.context
+    rows = min(tokens, max(1, _LOSS_CHUNK_ELEMENTS // model.vocabulary))
+    return rows * model.vocabulary * (8 + 2 * width) + (4 + width) * model.vocabulary * model.d_model
+
+
+def state_bytes(config: RunConfig) -> int:
+    """Master weights and moments of the whole model."""
+    moment = 2 if config.optimizer.moments == "bf16" else 4
+    total = 0
+    for name, shape in parameter_table(config.model):
+        is_muons = config.optimizer.name == "muon" and len(shape) >= 2 and name.startswith("blocks.")
+        total += prod(shape) * (4 + moment * (1 if is_muons else 2))
+    return total
+
+
+def _bytes(config: RunConfig) -> int:
+    return 4 if config.precision == "fp32" else 2

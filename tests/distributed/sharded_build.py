@@ -1,0 +1,26 @@
+"""Run by torchrun from test_sharded_build.py: build a network in less memory than its weights take."""
+
+import json
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+from gpt.config import RunConfig
+from gpt.distributed import join
+from gpt.flops import parameter_count
+from gpt.zero import _import_deepspeed, build_model
+
+run = RunConfig.model_validate(json.loads(sys.argv[1]))
+world = join(60)
+_import_deepspeed(world.device)  # what it maps is not counted
+status = Path("/proc/self/status").read_text()
+mapped = int(next(line for line in status.splitlines() if line.startswith("VmData")).split()[1]) * 1024
+limit = mapped + 4 * parameter_count(run.model) * 3 // 4  # in fp32 they take a third more
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+model = build_model(run, world)
+shards = sum(parameter.ds_tensor.numel() for parameter in model.parameters())  # type: ignore[attr-defined]
+assert abs(shards * world.size - parameter_count(run.model)) < 1000
+assert all(parameter.ds_tensor.dtype == torch.bfloat16 for parameter in model.parameters())  # type: ignore[attr-defined]
+print("built in shards", flush=True)

@@ -1,0 +1,22 @@
+"""A network at stage 3 is built without any rank holding it whole."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.distributed.test_zero_contract import tiny
+
+
+def test_a_network_larger_than_the_memory_of_a_rank_is_built() -> None:
+    """100 M parameters are 400 MB in fp32; each process may take 300 MB more than after imports."""
+    model = {"n_layers": 8, "d_model": 1024, "n_heads": 8, "context": 64, "vocab_size": 512}
+    run = tiny(
+        precision="bf16", zero={"stage": 3}, model=model, batch={"global_batch_tokens": 128, "micro_batch": 1}
+    )
+    script = str(Path(__file__).with_name("sharded_build.py"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", script, run.model_dump_json()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.count("built in shards") == 2, done.stdout + done.stderr

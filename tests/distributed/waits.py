@@ -1,0 +1,43 @@
+"""Run from test_zero_contract.py: how often a step makes the host wait for a number of the device.
+
+On a CPU nothing is waited for, but the same operation stands in the same place: `_local_scalar_dense`, into
+which every `float(tensor)`, `bool(tensor)` and `.item()` turns.
+"""
+
+import json
+import sys
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gpt.attention import Documents
+from gpt.config import RunConfig
+from gpt.distributed import join
+from gpt.lines import Late
+from gpt.step import train_step
+from gpt.zero import Engine, build_model
+
+
+class Waits(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+world = join(60)
+for text in sys.argv[1:]:
+    run = RunConfig.model_validate(json.loads(text))
+    model = build_model(run, world)
+    engine = Engine(model, run, world)
+    tokens = torch.randint(0, run.model.vocabulary, (run.batch.micro_batch, run.model.context + 1))
+    ends = torch.arange(1, run.batch.micro_batch + 1, dtype=torch.int32) * run.model.context
+    inputs = (tokens[:, :-1], tokens[:, 1:], Documents.from_ends(ends.numpy()))
+    batch = [inputs] * run.micro_batches(world.size)
+    for _ in range(3):  # stage 3 looks at its ranks while it learns in which order weights are used
+        train_step(engine, batch, 1e-3, scored_tokens=128.0)
+    with Waits() as waits:
+        Late(train_step(engine, batch, 1e-3, scored_tokens=128.0), engine.grad_norm)  # as the loop does
+    print("waits", waits.count, flush=True)

@@ -1,0 +1,116 @@
+"""The plan's memory, against what torch holds and against published numbers."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gpt.attention import Documents
+from gpt.config import RunConfig
+from gpt.flops import flops_per_token
+from gpt.model import GPT
+from gpt.zero import DTYPES
+from launcher.memory import activation_bytes, largest_micro_batch, memory
+from launcher.plan import gpu_hours
+from launcher.recipes import run_tables
+
+CONTEXT = 128
+
+
+def config(precision: str = "bf16", micro_batch: int = 2, **model: Any) -> RunConfig:
+    shape = {"n_layers": 6, "d_model": 128, "n_heads": 4, "context": CONTEXT, "vocab_size": 512}
+    return RunConfig.model_validate(
+        {
+            "name": "memory",
+            "precision": precision,
+            "model": shape | model,
+            "data": {"path": "none"},
+            "batch": {"global_batch_tokens": 8 * CONTEXT, "micro_batch": micro_batch},
+            "schedule": {"total_steps": 1},
+        }
+    )
+
+
+def saved_bytes(run: RunConfig) -> int:
+    """What autograd keeps between the forward and the backward pass, each storage once."""
+    model = GPT(run.model)
+    model.initialize(1)
+    model.place(torch.device("cpu"), DTYPES[run.precision])
+    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    tokens = torch.randint(0, run.model.vocabulary, (run.batch.micro_batch, CONTEXT))
+    ends = np.arange(1, run.batch.micro_batch + 1, dtype=np.int32) * CONTEXT
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(tokens, tokens, Documents.from_ends(ends))
+    # The loss keeps the gradient of its input beside what autograd knows of.
+    at_head = tokens.numel() * run.model.d_model * (4 if run.precision == "fp32" else 2)
+    return sum(storage.nbytes() for storage in kept.values()) + at_head
+
+
+@pytest.mark.parametrize(
+    ("precision", "model"),
+    [
+        ("bf16", {}),
+        ("fp32", {}),
+        ("fp32", {"norm": "layernorm", "ffn": "gelu", "bias": True, "position": "learned"}),
+        ("bf16", {"norm": "layernorm", "ffn": "relu", "norm_placement": "post", "position": "sinusoidal"}),
+        ("bf16", {"n_kv_heads": 1, "qk_norm": True, "ffn": "geglu"}),
+        ("bf16", {"ffn": "bilinear", "n_kv_heads": 2}),
+        ("bf16", {"ffn": "relu2"}),
+    ],
+)
+def test_activations_are_what_autograd_keeps(precision: str, model: dict[str, Any]) -> None:
+    run = config(precision, **model)
+    assert activation_bytes(run) == pytest.approx(saved_bytes(run), rel=0.1)
+
+
+def test_recomputed_blocks_keep_their_input_and_one_block() -> None:
+    none, selective, full = (activation_bytes(config(recompute=r)) for r in ("none", "selective", "full"))
+    assert full < selective < none
+    tokens, d = 2 * CONTEXT, 128
+    assert none - full == pytest.approx(5 / 6 * none, rel=0.1)  # of six blocks one is there at a time
+    assert full - activation_bytes(config(recompute="full", n_layers=5)) == 2 * tokens * d
+
+
+def test_stages_cut_what_zero_says() -> None:
+    """ZeRO, arXiv:1910.02054, figure 1: 7.5 B parameters on 64 GPUs, Adam in mixed precision."""
+    base = {
+        "name": "zero",
+        "model": {"n_layers": 56, "d_model": 3328, "n_heads": 26, "context": 1024, "vocab_size": 32000},
+        "data": {"path": "none"},
+        "batch": {"global_batch_tokens": 64 * 1024, "micro_batch": 1},
+        "schedule": {"total_steps": 1},
+    }
+    parameters = 7.66e9
+    for stage, weights in ((1, 2.0), (2, 2.0), (3, 2 / 64)):
+        found = memory(RunConfig.model_validate(base | {"zero": {"stage": stage}}), 64)
+        assert found.weights == pytest.approx(weights * parameters, rel=0.01)
+        assert found.optimizer == pytest.approx(12 / 64 * parameters, rel=0.01)
+    assert memory(RunConfig.model_validate(base), 64).gradients == pytest.approx(2 * parameters, rel=0.01)
+
+
+def test_the_largest_micro_batch_is_the_last_that_fits() -> None:
+    run = config(micro_batch=1)
+    sizes = {n: memory(config(micro_batch=n), 1).peak for n in (1, 2, 4, 8)}
+    assert largest_micro_batch(run, 1, available=sizes[4]) == 4
+    assert largest_micro_batch(run, 1, available=sizes[8] - 1) == 4
+    assert largest_micro_batch(run, 1, available=sizes[1] - 1) is None
+
+
+@pytest.mark.parametrize(
+    ("recipe", "published_hours"), [("llama-7b", 184_320), ("llama-13b", 368_640), ("llama-70b", 1_720_320)]
+)
+def test_gpu_hours_are_those_that_llama_2_reports(recipe: str, published_hours: int) -> None:
+    """arXiv:2307.09288, table 2: A100-80GB hours of 2 T tokens. Their MFU then lies where such runs lie."""
+    tables, _ = run_tables(recipe, ("data.path=none",))
+    run = RunConfig.model_validate(tables)
+    whole = float(flops_per_token(run.model)) * 2e12
+    assert 0.42 < gpu_hours(whole, "a100-80gb", 1.0) / published_hours < 0.47
