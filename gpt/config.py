@@ -412,6 +412,11 @@ class RunConfig(Section):
         description="Compile the blocks and the loss (torch.compile): faster steps after a first one that "
         "takes a minute or more. Numbers differ from those without in rounding, and in what dropout draws.",
     )
+    profile: Annotated[str, Field(pattern=r"^[1-9]\d*:[1-9]\d*$")] | None = Field(
+        default=None,
+        description="FIRST:LAST, steps of rank 0 that torch's profiler traces into profile/ and the tracked "
+        "run.",
+    )
     model: ModelConfig = ModelConfig()
     data: DataConfig
     batch: BatchConfig = BatchConfig()
@@ -438,6 +443,12 @@ class RunConfig(Section):
         """Each stage of data.schedule: from which sequence number on, and the weights of the sources."""
         total, context = self.batch.sizes.until(self.total_steps), self.model.context
         return tuple((stage.tokens(total) // context, stage.weights) for stage in self.data.schedule)
+
+    @property
+    def profiled_steps(self) -> range:
+        """The steps that `profile` names."""
+        first, _, last = (self.profile or "1:0").partition(":")
+        return range(int(first), int(last) + 1)
 
     @property
     def total_steps(self) -> int:
@@ -503,6 +514,12 @@ class RunConfig(Section):
                 "compile = true with model.recompute = 'selective': matrix products are not seen inside "
                 "compiled blocks. Use 'none' or 'full'."
             )
+        return self
+
+    @model_validator(mode="after")
+    def _profile_is_a_range(self) -> Self:
+        if self.profile is not None and not self.profiled_steps:
+            raise ValueError(f"profile = {self.profile!r} ends before it begins; write FIRST:LAST.")
         return self
 
     @model_validator(mode="after")

@@ -55,6 +55,11 @@ class RunDir:
         return self.path / "attempts"
 
     @property
+    def profiles(self) -> Path:
+        """Traces of torch's profiler, where the config asked for them."""
+        return self.path / "profile"
+
+    @property
     def stop(self) -> Path:
         """A stop request, while it stands."""
         return self.path / "stop"

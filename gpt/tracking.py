@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, MutableMapping
-from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -68,7 +67,9 @@ class Mirror:
             self.is_tagged = True
 
     def close(self) -> None:
-        """Say how the run ended."""
+        """Say how the run ended, and attach what it left to look at."""
+        for trace in sorted(self.run_dir.profiles.glob("steps-*.json.gz")):
+            self.client.log_artifact(self.run_id, str(trace), "profile")
         numbers = self.run_dir.attempt_numbers()
         result = read_json(self.run_dir.attempt(numbers[-1]) / "result.json") if numbers else None
         status = {0: "FINISHED", 75: "KILLED"}.get((result or {}).get("exit_code", 1), "FAILED")
@@ -144,8 +145,13 @@ def follow(run_dir: RunDir, run: RunConfig, ended: threading.Event) -> None:
 
 
 def _take(lines: Iterator[dict[str, Any]], metrics: int) -> list[dict[str, Any]]:
-    """The next lines that hold at most `metrics` metrics together; each holds fewer than 20."""
-    return list(islice(lines, metrics // 20))
+    """The next lines, until they hold half of `metrics`: no line holds as much as the other half."""
+    taken: list[dict[str, Any]] = []
+    held = 0
+    while held < metrics // 2 and (line := next(lines, None)) is not None:
+        taken.append(line)
+        held += len(line)
+    return taken
 
 
 def _flat(tables: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -48,6 +48,7 @@ from gpt.node_check import check_nodes
 from gpt.optimizer import group_table
 from gpt.peak import peak_flops_per_second
 from gpt.prefetch import AHEAD, Prefetcher
+from gpt.profile import Profile
 from gpt.run_dir import RunDir
 from gpt.schedule import learning_rate
 from gpt.step import train_step
@@ -210,6 +211,7 @@ class Trainer:
         self.scored: dict[int, float] = {}  # scored tokens over all ranks, of the steps that come next
         self.unsettled: tuple[int, PendingTick] | None = None
         self.lines = Lines(run_dir, world, number)
+        self.profile = Profile(run, run_dir, world)
 
     def _skip(self, before: Ranges) -> None:
         """Pass over the sequences that the checkpoint's run did, and those that the config names since."""
@@ -238,6 +240,7 @@ class Trainer:
         for step in range(first, last + 1):
             started = time.monotonic()
             self.heartbeat.beat(step - 1, "training", is_starting=step == first)
+            self.profile.before(step)
             loaded = self.batches.get(step)
             waited = time.monotonic() - started
             lr = learning_rate(run.schedule, run.optimizer.peak_lr, last, step, self.engine.initial_lr)
@@ -245,6 +248,7 @@ class Trainer:
                 seed_dropout(run.seed, step, world.rank)
             loss_sum = train_step(self.engine, loaded.micro_batches, lr, self.scored[step])
             numbers = Late(loss_sum, self.engine.grad_norm)  # the next step is queued before they are read
+            self.profile.after(step)
             self._note_what_happened(step)
             if self.unsettled is not None:
                 is_stopping = self._settle()

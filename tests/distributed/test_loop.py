@@ -1,0 +1,45 @@
+"""What the loop itself leaves behind: a trace where one was asked for, and a score for each source."""
+
+import gzip
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from gpt.config import RunConfig
+from tests.distributed.conftest import Run
+
+
+def test_a_profile_and_the_scores_of_a_mixture(
+    new_run: Callable[..., Run], data_dir: Path, tmp_path: Path
+) -> None:
+    """One run for both. The sources are the same text, so that their scores and their mean are equal."""
+    twin = tmp_path / "twin"
+    twin.symlink_to(data_dir, target_is_directory=True)
+    mixture = [{"path": str(data_dir), "weight": 0.7}, {"path": str(twin), "weight": 0.3}]
+    run = new_run(data={"mixture": mixture}, profile="3:4", zero__stage=2)
+    assert run.train(1)["exit_code"] == 0
+    [trace] = (run.dir.path / "profile").iterdir()
+    assert trace.name == "steps-3-4.json.gz"
+    names = [
+        event.get("name", "") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    ]
+    assert sum(name.startswith("Optimizer.step#AdamW") for name in names) == 2 * 2  # two groups a step
+
+    line = run.metrics()[-1]
+    scores = [line[f"val/0-{data_dir.name}/loss"], line["val/1-twin/loss"], line["val/loss"]]
+    assert scores == pytest.approx([scores[0]] * 3, rel=1e-12)
+    assert line["val/perplexity"] == pytest.approx(math.exp(scores[0]))
+    assert line["val/0-kjv/bits_per_byte"] == pytest.approx(line["val/bits_per_byte"])
+    assert 0 <= line["data/wait_seconds"] < line["train/step_seconds"]
+    assert line["train/step_seconds_p50"] <= line["train/step_seconds_p99"]
+
+
+def test_a_profile_that_ends_before_it_begins_is_refused() -> None:
+    with pytest.raises(ValidationError, match="ends before it begins"):
+        RunConfig.model_validate(
+            {"name": "x", "data": {"path": "none"}, "schedule": {"total_steps": 9}, "profile": "5:4"}
+        )
