@@ -14,15 +14,28 @@ from multiprocessing import connection, get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
-from data_pipeline.duplicates import hash_piece
+from data_pipeline.duplicates import hash_piece, is_hashed
 from data_pipeline.encoder import open_encoder
 from data_pipeline.errors import DataError
-from data_pipeline.pieces import Advance, Piece, Settings, encode_piece
+from data_pipeline.pieces import Advance, Piece, Settings, committed, encode_piece
 from data_pipeline.tokenizer import load_encoding
 
 Task = Literal["encode", "hash"]
+
+
+class EncodeAll(Protocol):
+    """Who encodes pieces: `encode_all` on this machine, or something that spreads them over several."""
+
+    def __call__(
+        self, folder: Path, pieces: Sequence[Piece], settings: Settings, workers: int, task: Task = "encode"
+    ) -> Generator[Advance | Piece, None, None]: ...
+
+
+def is_done(folder: Path, piece: Piece, task: Task) -> bool:
+    """Whether `task` is done for `piece`, all of it on disk."""
+    return is_hashed(folder, piece) if task == "hash" else committed(folder, piece) is not None
 
 
 def encode_all(

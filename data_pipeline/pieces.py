@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 from array import array
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -158,7 +159,7 @@ def encode_piece(
 
 
 def _temporary(folder: Path, piece: Piece) -> Path:
-    return folder / f".{piece.name}.{os.getpid()}"
+    return folder / f".{piece.name}.{socket.gethostname()}.{os.getpid()}"  # others may be at it elsewhere
 
 
 def _encode_piece(
@@ -191,7 +192,12 @@ def _encode_piece(
         record.checksums.append(reader.checksum)
     batch.finish()
     write_durably(temporary / _RECORD, (json.dumps(asdict(record)) + "\n").encode())
-    temporary.rename(folder / piece.name)
+    try:
+        temporary.rename(folder / piece.name)
+    except OSError:
+        if committed(folder, piece) is None:
+            raise
+        shutil.rmtree(temporary)  # somebody else was as quick, with the same bytes
     fsync_folder(folder)
 
 

@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 
 from data_pipeline import duplicates
 from data_pipeline.config_file import Section
-from data_pipeline.crew import encode_all
+from data_pipeline.crew import EncodeAll, encode_all
 from data_pipeline.cutting import cut_into_pieces
 from data_pipeline.documents import place
 from data_pipeline.durable import write_durably
@@ -118,8 +118,14 @@ class Progress:
     message: str | None = None
 
 
-def prepare(config: DataPrepConfig, progress: Callable[[Progress], None] | None = None) -> Manifest:
+def prepare(
+    config: DataPrepConfig,
+    progress: Callable[[Progress], None] | None = None,
+    encode: EncodeAll = encode_all,
+) -> Manifest:
     """Make the data directory `config.out`, or continue to, and return its manifest.
+
+    `encode` does the work; by default it is done on this machine.
 
     A complete and identical one is returned at once (sources are compared by name and size). Raises
     ConfigError for wrong settings or a folder that holds something else, DataError for broken documents, a
@@ -139,7 +145,7 @@ def prepare(config: DataPrepConfig, progress: Callable[[Progress], None] | None 
             if (out / FILE_NAME).exists():  # ended between the manifest and the tidying
                 manifest = require_identical(out, encoding, _preparation(config), sources)
             else:
-                manifest = _build(config, encoding, sources, tell)
+                manifest = _build(config, encoding, sources, tell, encode)
         # After the lock's file is closed, or NFS keeps it; whoever takes the lock now finds the manifest.
         shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
@@ -177,7 +183,11 @@ def _inputs(config: DataPrepConfig) -> tuple[Encoding, list[SourceFile | RowSour
 
 
 def _build(
-    config: DataPrepConfig, encoding: Encoding, sources: Sequence[SourceFile | RowSource], tell: "_Teller"
+    config: DataPrepConfig,
+    encoding: Encoding,
+    sources: Sequence[SourceFile | RowSource],
+    tell: "_Teller",
+    encode: EncodeAll,
 ) -> Manifest:
     out, work = config.out, config.out / ".prepare"
     take_back(out, work)
@@ -185,7 +195,7 @@ def _build(
     require_same_settings(out, encoding, _preparation(config))
     write_durably(work / ENCODING_FILE, encoding.to_json())
     pieces = cut_into_pieces(sources, config.shard_tokens)
-    records = _encode(config, encoding, pieces, work, tell)
+    records = _encode(config, encoding, pieces, work, tell, encode)
     bad = sum((Counter(record.bad) for record in records.values()), Counter())
     if bad and config.on_bad == "fail":
         raise DataError(_broken(pieces, records, bad))
@@ -200,7 +210,12 @@ def _build(
 
 
 def _encode(
-    config: DataPrepConfig, encoding: Encoding, pieces: Sequence[Piece], work: Path, tell: "_Teller"
+    config: DataPrepConfig,
+    encoding: Encoding,
+    pieces: Sequence[Piece],
+    work: Path,
+    tell: "_Teller",
+    encode: EncodeAll,
 ) -> dict[Piece, PieceRecord]:
     """Every piece's record; with on_bad = "fail" only those up to the hundredth broken document."""
     settings = Settings(
@@ -214,7 +229,7 @@ def _encode(
         deduplicate=config.deduplicate,
     )
     workers = config.workers or len(os.sched_getaffinity(0))
-    notes = _find_copies(work, pieces, settings, workers, tell) if config.deduplicate else {}
+    notes = _find_copies(work, pieces, settings, workers, tell, encode) if config.deduplicate else {}
     records = {
         piece: record
         for piece in pieces
@@ -226,7 +241,7 @@ def _encode(
     if records:
         tell.message(f"continuing: {len(records)} of {len(pieces)} pieces were finished before")
     missing = [piece for piece in pieces if piece not in records]
-    with closing(encode_all(work, missing, settings, workers)) as encoded:
+    with closing(encode(work, missing, settings, workers)) as encoded:
         for done in encoded:
             if isinstance(done, Advance):
                 tell.advance(done)
@@ -240,16 +255,22 @@ def _encode(
 
 
 def _find_copies(
-    work: Path, pieces: Sequence[Piece], settings: Settings, workers: int, tell: "_Teller"
+    work: Path,
+    pieces: Sequence[Piece],
+    settings: Settings,
+    workers: int,
+    tell: "_Teller",
+    encode: EncodeAll,
 ) -> dict[Piece, str]:
     """Which documents are copies of earlier ones, as `mark_copies` notes it."""
     (work / duplicates.FOLDER).mkdir(exist_ok=True)
     missing = [piece for piece in pieces if not duplicates.is_hashed(work, piece)]
     if missing:
         tell.message("looking for duplicates: one pass over the sources comes before tokenizing")
-    with closing(encode_all(work, missing, settings, workers, task="hash")) as hashed:
-        for _ in hashed:
-            pass
+    with closing(encode(work, missing, settings, workers, task="hash")) as hashed:
+        for done in hashed:
+            if isinstance(done, Advance) and done.message is not None:
+                tell.message(done.message)
     return duplicates.mark_copies(work, pieces)
 
 

@@ -71,6 +71,8 @@ def demo(out: Path) -> int:
 @click.option("--workers", type=int, metavar="N", help="Processes that tokenize.")
 @click.option("--val-fraction", type=float, metavar="F", help="Share of the documents that is held out.")
 @click.option("--set", "overrides", multiple=True, metavar="A=C", help="Set a field of the data config.")
+@click.option("--cluster", metavar="C", help="Prepare in tasks on this cluster: a file or a known name.")
+@click.option("--tasks", type=click.IntRange(min=1), metavar="N", help="Tasks; default: the cluster's nodes.")
 @click.option(
     "--adopt",
     "is_adoption",
@@ -85,17 +87,21 @@ def prepare(
     overrides: tuple[str, ...],
     is_adoption: bool,
     val: tuple[str, ...],
+    cluster: str | None,
+    tasks: int | None,
     **options: Any,
 ) -> int:
     """Turn raw text into token shards. Run again after an interruption, it continues."""
     from launcher.data_commands import adopt, prepare
 
     given = {key: value for key, value in options.items() if value is not None}
+    if tasks is not None and cluster is None:
+        raise click.UsageError("--tasks goes with --cluster")
     if is_adoption:
         return adopt(sources, val, {**given, **({"set": overrides} if overrides else {})})
     if val:
         raise click.UsageError("--adopt-val goes with --adopt")
-    return prepare(sources, given, overrides)
+    return prepare(sources, given, overrides, cluster, tasks)
 
 
 @commands.group()

@@ -12,19 +12,27 @@ from rich.progress import Progress as Bar
 
 from data_pipeline import manifest as data_manifest
 from data_pipeline.config_file import read_toml, validate, with_overrides
+from data_pipeline.crew import EncodeAll, encode_all
 from data_pipeline.errors import ConfigError, LaunchError
 from data_pipeline.manifest import FILE_NAME, Manifest
 from data_pipeline.prepare import DataPrepConfig, Progress
 from data_pipeline.prepare import prepare as prepare_data
 from gpt.checkpoint import format as checkpoint_format
 from gpt.run_dir import RunDir
+from launcher.cluster import load_cluster
 
 _PLAIN_LINE_S = 10.0
 # Of a document that is shown.
 _SHOWN_CHARACTERS = 600
 
 
-def prepare(sources: Sequence[str], options: dict[str, Any], overrides: Sequence[str]) -> int:
+def prepare(
+    sources: Sequence[str],
+    options: dict[str, Any],
+    overrides: Sequence[str],
+    cluster: str | None = None,
+    tasks: int | None = None,
+) -> int:
     """Make a data directory from DATA.toml or from sources; the exit code. Its folder is the last line."""
     if len(sources) == 1 and sources[0].endswith(".toml"):
         path = Path(sources[0])
@@ -37,7 +45,13 @@ def prepare(sources: Sequence[str], options: dict[str, Any], overrides: Sequence
             )
         tables, name = {"sources": list(sources), **options}, "command line"
     config = validate(DataPrepConfig, with_overrides(tables, overrides), name)
-    made = prepare_with_progress(config)
+    encode: EncodeAll = encode_all
+    if cluster is not None:
+        from launcher.spread import Spread
+
+        where = load_cluster(cluster)
+        encode = Spread(where, tasks or where.nodes, config.workers)
+    made = prepare_with_progress(config, encode)
     _say_counts(made)
     for reason, count in made.skipped.items():
         click.echo(f"{count:,} documents left out: {reason}", err=True)
@@ -112,7 +126,7 @@ def inspect(folder: Path, documents: int, seed: int) -> int:
     return 0
 
 
-def prepare_with_progress(config: DataPrepConfig) -> Manifest:
+def prepare_with_progress(config: DataPrepConfig, encode: EncodeAll = encode_all) -> Manifest:
     """The manifest of `config.out`, made with a bar on a terminal and with plain lines elsewhere."""
     console = Console(stderr=True, highlight=False)
     bar = Bar(
@@ -139,7 +153,7 @@ def prepare_with_progress(config: DataPrepConfig) -> Manifest:
             console.print(f"{share:.0%} of the text, {progress.tokens:,} tokens")
 
     with bar:
-        return prepare_data(config, show)
+        return prepare_data(config, show, encode)
 
 
 def train_encoding(sources: Sequence[str], vocab_size: int, out: Path) -> int:

@@ -201,7 +201,7 @@ def _last_submission(run: RunDir) -> int:
 
 
 @contextmanager
-def _outside_any_job() -> Iterator[None]:
+def outside_any_job() -> Iterator[None]:
     """The environment without the job that this command runs in, if it does: sbatch would inherit it.
 
     Where Slurm's configuration lies stays, and so do the SBATCH_ variables of somebody on a login node.
@@ -241,7 +241,7 @@ def main() -> None:
         executor = slurm_executor(name, cluster, mounts, folder, array_parallelism=at_once)
     tasks = [NodeTask(str(run.path), f"{_last_submission(run):04d}") for run in runs]
     try:
-        with _outside_any_job(), executor.batch():
+        with outside_any_job(), executor.batch():
             submitted = [executor.submit(task) for task in tasks]
     except FailedJobError as error:
         sys.exit(str(error))  # sbatch's own words
