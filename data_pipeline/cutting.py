@@ -1,6 +1,7 @@
 """Which pieces there are: decided by the sources alone, so that any number of workers makes the same ones."""
 
 from collections.abc import Sequence
+from pathlib import Path, PurePath
 
 from data_pipeline.compression import text_per_byte
 from data_pipeline.documents import Span
@@ -37,7 +38,7 @@ def cut_into_pieces(sources: Sequence[SourceFile | RowSource], shard_tokens: int
 
 
 def _expansion(source: SourceFile | RowSource) -> int:
-    return _EXPANSION.get(source.path.suffix, 1) if isinstance(source, SourceFile) else 1
+    return _EXPANSION.get(PurePath(source.location).suffix, 1) if isinstance(source, SourceFile) else 1
 
 
 class _Cutter:
@@ -75,10 +76,12 @@ class _Cutter:
     def cut_text(self, source: SourceFile, share: int) -> None:
         """Compressed files: whole, or in parts of equal text where one is more than its `share` of all."""
         parts = min(_MOST_PARTS, source.size_bytes * _expansion(source) // share)
-        if parts < 2 or source.suffix.startswith(".txt"):
+        if (
+            parts < 2 or source.suffix.startswith(".txt") or source.is_remote
+        ):  # or it would be fetched for each
             self._add(Span(source, 0, source.size_bytes))
             return
-        text_bytes = int(source.size_bytes * text_per_byte(source.path, source.suffix) / parts)
+        text_bytes = int(source.size_bytes * text_per_byte(Path(source.location), source.suffix) / parts)
         for part in range(parts):
             start, stop = source.size_bytes * part // parts, source.size_bytes * (part + 1) // parts
             until = None if part == parts - 1 else text_bytes * (part + 1)

@@ -8,18 +8,19 @@ import io
 import itertools
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import xxhash
 
 from data_pipeline.compression import DamagedError, decompress
 from data_pipeline.errors import DataError
 from data_pipeline.hub import RowSource
+from data_pipeline.remote import unreadable
 from data_pipeline.sources import SourceFile
 
 _READ_BYTES = 1 << 20
@@ -85,7 +86,7 @@ class DocumentReader:
 
     An empty document comes as b"". `bytes_read` tells how far into the span it has come, `line` which line
     of the span the last document stands in; once all is read, `checksum` is xxh3_128 over the bytes of the
-    span, or over the texts of a data set's rows.
+    span, or over the texts of a data set's rows or of a file in an object store, which is read but once.
     """
 
     def __init__(self, span: Span, text_field: str) -> None:
@@ -93,12 +94,15 @@ class DocumentReader:
         self.line = 0
         self._span = span
         self._text_field = text_field
-        self._rows_sum = xxhash.xxh3_128()
+        self._texts_sum = xxhash.xxh3_128()
 
     def __iter__(self) -> Iterator[bytes | BadDocument]:
         source = self._span.source
         if isinstance(source, RowSource):
             return self._rows(source)
+        return self._summed(self._file(source)) if source.is_remote else self._file(source)
+
+    def _file(self, source: SourceFile) -> Iterator[bytes | BadDocument]:
         suffix = source.suffix
         if suffix == ".parquet":
             return self._parquet(source)
@@ -113,13 +117,13 @@ class DocumentReader:
         """xxh3_128 of what was read."""
         source = self._span.source
         if isinstance(source, RowSource):
-            return self._rows_sum.hexdigest()
-        return _checksum(source.path, self._span.start, self._span.stop)
+            return self._texts_sum.hexdigest()
+        return self._texts_sum.hexdigest() if source.is_remote else _checksum(source, self._span)
 
     def _raw(self, source: SourceFile, begin: int) -> Iterator[bytes]:
-        with source.path.open("rb") as file:
+        with source.open() as file:
             file.seek(begin)
-            while chunk := file.read(_READ_BYTES):
+            while chunk := _read(source, file):
                 self.bytes_read = min(max(0, file.tell() - self._span.start), self._span.size_bytes)
                 yield chunk
 
@@ -170,7 +174,7 @@ class DocumentReader:
         import pyarrow.parquet
 
         try:
-            with pyarrow.parquet.ParquetFile(source.path) as table:
+            with _table(source) as table:
                 names = table.schema_arrow.names
                 if self._text_field not in names:
                     if self._span.start == 0:
@@ -185,6 +189,8 @@ class DocumentReader:
                         yield self._cell(value, self._text_field)
                     self.bytes_read = self._span.size_bytes * self.line // max(1, rows)
         except (pyarrow.ArrowException, OSError) as error:
+            if source.is_remote and not isinstance(error, pyarrow.ArrowInvalid):
+                raise unreadable(source.location, error) from error
             if self.line or self._span.start == 0:
                 first_line = (str(error).splitlines() or [type(error).__name__])[0]
                 yield BadDocument(self.line + 1, f"not a readable Parquet file: {first_line}")
@@ -195,9 +201,8 @@ class DocumentReader:
         try:
             for value in source.values(self._span.start, self._span.stop):
                 document = self._cell(value, source.text_field)
+                self._add_to_sum(document)
                 text = document if isinstance(document, bytes) else b""
-                self._rows_sum.update(b"%d " % len(text))
-                self._rows_sum.update(text)
                 self.bytes_read = min(self._span.size_bytes, self.bytes_read + len(text))
                 yield document
         except KeyError:
@@ -209,6 +214,16 @@ class DocumentReader:
                 f"{source.name}: reading {source.unit} {self._span.start} to {self._span.stop} failed: "
                 f"{type(error).__name__} {first_line}. What is finished stays; run again to continue"
             ) from error
+
+    def _summed(self, documents: Iterator[bytes | BadDocument]) -> Iterator[bytes | BadDocument]:
+        for document in documents:
+            self._add_to_sum(document)
+            yield document
+
+    def _add_to_sum(self, document: bytes | BadDocument) -> None:
+        text = document if isinstance(document, bytes) else b""
+        self._texts_sum.update(b"%d " % len(text))
+        self._texts_sum.update(text)
 
     def _cell(self, value: Any, column: str) -> bytes | BadDocument:
         self.line += 1
@@ -223,7 +238,7 @@ def place(span: Span, line: int) -> str:
     """`FILE:LINE` of line `line` of the span, lines and rows counted from 1."""
     source = span.source
     if isinstance(source, SourceFile):
-        return f"{source.path}:{_lines_before(span, source) + line}"
+        return f"{source.location}:{_lines_before(span, source) + line}"
     if source.is_streamed:
         return f"{source.name}, shards {span.start} to {span.stop}:{line}"
     return f"{source.name}:{span.start + line}"
@@ -235,20 +250,32 @@ def _lines_before(span: Span, source: SourceFile) -> int:
     if span.start == 0:
         return 0
     if source.suffix == ".parquet":
-        import pyarrow.parquet
-
-        metadata = pyarrow.parquet.read_metadata(source.path)
+        with _table(source) as table:
+            metadata = table.metadata
         groups = _row_groups(metadata, 0, span.start)
         return sum(int(metadata.row_group(group).num_rows) for group in groups)
     left = span.lines[0] - 1  # the byte before the span belongs to the last line before it
     newlines = 0
-    with source.path.open("rb") as file, suppress(DamagedError):
-        for chunk in decompress(iter(lambda: file.read(_READ_BYTES), b""), source.suffix):
+    with source.open() as file, suppress(DamagedError):
+        for chunk in decompress(iter(lambda: _read(source, file), b""), source.suffix):
             newlines += chunk.count(b"\n", 0, max(0, left))
             left -= len(chunk)
             if left <= 0:
                 break
     return newlines + 1
+
+
+@contextmanager
+def _table(source: SourceFile) -> Iterator[Any]:
+    """A Parquet file; one that lies here is mapped by Arrow itself."""
+    import pyarrow.parquet
+
+    if not source.is_remote:
+        with pyarrow.parquet.ParquetFile(source.location) as table:
+            yield table
+        return
+    with source.open() as file, pyarrow.parquet.ParquetFile(file) as table:
+        yield table
 
 
 def _row_groups(metadata: Any, start: int, stop: int) -> list[int]:
@@ -262,11 +289,21 @@ def _row_groups(metadata: Any, start: int, stop: int) -> list[int]:
     return found
 
 
-def _checksum(path: Path, start: int, stop: int) -> str:
+def _read(source: SourceFile, file: BinaryIO) -> bytes:
+    """The next bytes of a source, nothing at its end; a store that fails is an error of ours."""
+    try:
+        return file.read(_READ_BYTES)
+    except Exception as error:
+        if source.is_remote:
+            raise unreadable(source.location, error) from error
+        raise
+
+
+def _checksum(source: SourceFile, span: Span) -> str:
     digest = xxhash.xxh3_128()
-    left = stop - start
-    with path.open("rb") as file:
-        file.seek(start)
+    left = span.stop - span.start
+    with source.open() as file:
+        file.seek(span.start)
         while left and (block := file.read(min(left, _READ_BYTES))):
             digest.update(block)
             left -= len(block)

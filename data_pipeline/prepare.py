@@ -56,7 +56,8 @@ class DataPrepConfig(Section):
 
     sources: tuple[str, ...] = Field(
         default=(),
-        description="Files, folders and globs: .jsonl, .txt, each also .gz and .zst, and .parquet.",
+        description="Files, folders and globs, here or at s3://, gs://, hf://: .jsonl, .txt, each also .gz "
+        "and .zst, and .parquet.",
     )
     datasets: tuple[HubDataset, ...] = Field(
         default=(), description="Hugging Face data sets, by name on the hub or from a local folder."

@@ -1,7 +1,6 @@
-"""Which files a user's sources name: files, folders, globs.
+"""Which files a user's sources name: files, folders, globs, here or in an object store.
 
-Refused: files over a network, a file of a kind that is not read here when it is named itself, and the same
-file twice.
+Refused: a file of a kind that is not read here when it is named itself, and the same file twice.
 """
 
 import glob
@@ -9,8 +8,10 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from data_pipeline.errors import ConfigError
+from data_pipeline.remote import is_remote, list_remote, open_remote
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".txt.gz", ".txt.zst", ".parquet")
 
@@ -20,14 +21,25 @@ class SourceFile:
     """One input file; `name` is its path below what the user named, and is what gets recorded."""
 
     name: str
-    path: Path
+    location: str  # an absolute path or a URL
     size_bytes: int
-    mtime_ns: int
+    version: int | str  # what changes when the file does: its time, or what the store has for it
 
     @property
     def suffix(self) -> str:
         """The suffix in SUFFIXES, or nothing."""
-        return _suffix(self.path)
+        return _suffix(self.location)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the file lies in an object store."""
+        return is_remote(self.location)
+
+    def open(self) -> BinaryIO:
+        """The file's bytes, seekable."""
+        if self.is_remote:
+            return open_remote(self.location, str(self.version))
+        return Path(self.location).open("rb")
 
     @property
     def is_divisible(self) -> bool:
@@ -47,7 +59,7 @@ class SourceFile:
     @property
     def identity(self) -> tuple[str | int, ...]:
         """What changes when the file does."""
-        return (str(self.path), self.name, self.size_bytes, self.mtime_ns)
+        return (self.location, self.name, self.size_bytes, self.version)
 
 
 def find_files(sources: Sequence[str | Path]) -> tuple[list[SourceFile], int]:
@@ -60,8 +72,14 @@ def find_files(sources: Sequence[str | Path]) -> tuple[list[SourceFile], int]:
     found: list[SourceFile] = []
     ignored = 0
     for source in (str(source) for source in sources):
-        if "://" in source:
-            problems.append(f"{source}: only local files are read; copy it here first")
+        if is_remote(source):
+            try:
+                files, passed_over = _remote(source)
+            except ConfigError as error:
+                problems += error.problems
+                continue
+            ignored += passed_over
+            found += files
             continue
         paths, base, passed_over = _matches(source)
         ignored += passed_over
@@ -75,15 +93,24 @@ def find_files(sources: Sequence[str | Path]) -> tuple[list[SourceFile], int]:
             else:
                 state = path.stat()
                 name = path.relative_to(base).as_posix()
-                found.append(SourceFile(name, path.resolve(), state.st_size, state.st_mtime_ns))
-    seen: set[Path] = set()
+                found.append(SourceFile(name, str(path.resolve()), state.st_size, state.st_mtime_ns))
+    seen: set[str] = set()
     for file in found:
-        if file.path in seen:
-            problems.append(f"{file.path} is named by two sources; name it once")
-        seen.add(file.path)
+        if file.location in seen:
+            problems.append(f"{file.location} is named by two sources; name it once")
+        seen.add(file.location)
     if problems:
         raise ConfigError(problems)
     return found, ignored
+
+
+def _remote(source: str) -> tuple[list[SourceFile], int]:
+    files = list_remote(source)
+    known = [SourceFile(name, url, size, version) for url, name, size, version in files if _suffix(url)]
+    if not known:
+        what = f"none of the {len(files)} files there is" if files else "there is no such file or folder with"
+        raise ConfigError(f"{source}: {what} a kind that is read here ({', '.join(SUFFIXES)})")
+    return known, len(files) - len(known)
 
 
 def _matches(source: str) -> tuple[list[Path], Path, int]:
@@ -119,5 +146,5 @@ def _nothing_found(source: str) -> str:
     return f"{source}: no such file or folder"
 
 
-def _suffix(path: Path) -> str:
-    return max((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), key=len, default="")
+def _suffix(path: Path | str) -> str:
+    return max((suffix for suffix in SUFFIXES if str(path).endswith(suffix)), key=len, default="")

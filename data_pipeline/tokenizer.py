@@ -279,7 +279,7 @@ def _training_text(
     for file in find_files(sources)[0]:
         for document in DocumentReader(Span(file, 0, file.size_bytes), text_field):
             if isinstance(document, BadDocument):
-                raise DataError(f"{file.path}:{document.line}: {document.reason}")
+                raise DataError(f"{file.location}:{document.line}: {document.reason}")
             if not is_held_out(document, val_fraction, seed):
                 yield document.decode()
 

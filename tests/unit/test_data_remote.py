@@ -1,0 +1,158 @@
+"""Sources in an object store: a real S3 server (moto) on this machine, asked through fsspec and s3fs."""
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from data_pipeline import remote
+from data_pipeline.documents import DocumentReader, Span
+from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.prepare import prepare
+from data_pipeline.sources import find_files
+from tests.unit.data_support import config, files_of, packaged_texts
+
+TEXTS = packaged_texts()[:90]
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[Any]:
+    """A bucket of the same texts as lines, compressed lines and a table; the environment says where."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "key")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        resource = boto3.resource("s3")
+        made = resource.create_bucket(Bucket="corpus")
+        for name, content in contents().items():
+            made.put_object(Key=f"raw/{name}", Body=content)
+        made.put_object(Key="raw/.hidden/x.jsonl", Body=b"{}")
+        made.put_object(Key="raw/notes.pdf", Body=b"%PDF")
+        yield made
+    server.stop()
+
+
+def contents() -> dict[str, bytes]:
+    lines = [json.dumps({"text": text}).encode() + b"\n" for text in TEXTS]
+    table = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS[60:], "n": range(30)}), table, row_group_size=7)
+    return {
+        "a.jsonl": b"".join(lines[:30]),
+        "b/c.jsonl.gz": gzip.compress(b"".join(lines[30:40])),
+        "b/d.jsonl.zst": zstandard.compress(b"".join(lines[40:60])),
+        "e.parquet": table.getvalue().to_pybytes(),
+        "f.txt": b"one document\nof two lines",
+    }
+
+
+def local_copy(folder: Path) -> Path:
+    for name, content in contents().items():
+        path = folder / "raw" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return folder / "raw"
+
+
+@pytest.mark.usefixtures("bucket")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_bucket_gives_the_same_shards_as_its_copy_here(tmp_path: Path, workers: int) -> None:
+    settings = {"shard_tokens": 5000, "workers": workers}
+    here = prepare(config(tmp_path / "here", local_copy(tmp_path), **settings))
+    there = prepare(config(tmp_path / "there", **settings, sources=("s3://corpus/raw",)))
+    assert there.documents == here.documents == 91
+    assert there.fingerprint == here.fingerprint
+    shards = [
+        {name: content for name, content in files_of(tmp_path / folder).items() if name != "manifest.json"}
+        for folder in ("here", "there")
+    ]
+    assert shards[0] == shards[1]
+    names = [source["name"] for source in there.sources]
+    assert names == [source["name"] for source in here.sources] == [f"raw/{name}" for name in contents()]
+    assert prepare(config(tmp_path / "there", **settings, sources=("s3://corpus/raw",))) == there
+
+
+@pytest.mark.usefixtures("bucket")
+def test_globs_folders_and_files_of_a_bucket_are_named_as_those_of_a_disk(tmp_path: Path) -> None:
+    raw = local_copy(tmp_path)
+    for end in ("", "/b", "/*.jsonl", "/*/*.jsonl.*", "/**/*.jsonl*", "/a.jsonl"):
+        here, ignored_here = find_files([f"{raw}{end}"])
+        there, ignored = find_files([f"s3://corpus/raw{end}"])
+        assert [(f.name, f.size_bytes) for f in there] == [(f.name, f.size_bytes) for f in here], end
+        assert ignored == ignored_here + (end == "")  # the .pdf is in the bucket alone
+    assert {file.location.partition("://")[0] for file in there} == {"s3"}
+
+
+@pytest.mark.usefixtures("bucket")
+def test_what_cannot_be_listed_says_why() -> None:
+    urls = ["s3://corpus/missing.jsonl", "s3://corpus/raw/notes.pdf", "s3://none/x.jsonl", "gs://b/x.jsonl"]
+    with pytest.raises(ConfigError) as error:
+        find_files([*urls, "nosuch://x/a.jsonl"])
+    missing, other, no_bucket, no_package, unknown = error.value.problems
+    assert missing.startswith("s3://corpus/missing.jsonl: there is no such file or folder with a kind that")
+    assert other.startswith(
+        "s3://corpus/raw/notes.pdf: none of the 1 files there is a kind that is read here"
+    )
+    assert no_bucket.startswith("s3://none/x.jsonl: there is no such file or folder")
+    assert no_package.endswith("To read gs:// pip install 'outlast[gs]'")
+    assert unknown.startswith("nosuch://x/a.jsonl: cannot be listed: ValueError Protocol not known: nosuch")
+
+
+def test_an_object_that_was_replaced_since_it_was_listed_is_refused(bucket: Any) -> None:
+    bucket.put_object(Key="other/a.jsonl", Body=b'{"text": "before"}\n')
+    (file,), _ = find_files(["s3://corpus/other"])
+    span = Span(file, 0, file.size_bytes)
+    assert list(DocumentReader(span, "text")) == [b"before"]
+    bucket.put_object(Key="other/a.jsonl", Body=b'{"text": "after!"}\n')
+    with pytest.raises(DataError, match=r"^s3://corpus/other/a\.jsonl: it has changed since it was listed"):
+        list(DocumentReader(span, "text"))
+
+
+@pytest.mark.usefixtures("bucket")
+@pytest.mark.parametrize("name", ["a.jsonl", "e.parquet"])
+def test_a_store_that_fails_while_it_is_read_is_an_error_and_no_broken_document(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (file,), _ = find_files([f"s3://corpus/raw/{name}"])
+    import s3fs
+
+    def fail(*_: object) -> bytes:
+        raise ConnectionError("the line is dead")
+
+    monkeypatch.setattr(s3fs.core.S3File, "_fetch_range", fail)
+    with pytest.raises(DataError, match=f"{name}: reading failed: ConnectionError the line is dead. What is"):
+        list(DocumentReader(Span(file, 0, file.size_bytes), "text"))
+
+
+def test_only_a_little_more_than_a_span_is_fetched(monkeypatch: pytest.MonkeyPatch, bucket: Any) -> None:
+    """A worker that reads a part of a large object does not fetch what is before it, nor all behind."""
+    import s3fs
+
+    fetched = 0
+    fetch = s3fs.core.S3File._fetch_range
+
+    def counted(self: Any, start: int, end: int) -> bytes:
+        nonlocal fetched
+        content: bytes = fetch(self, start, end)
+        fetched += len(content)
+        return content
+
+    line = json.dumps({"text": "x" * 10_000}).encode() + b"\n"
+    bucket.put_object(Key="large/a.jsonl", Body=line * 3000)  # 30 MB
+    (file,), _ = find_files(["s3://corpus/large"])
+    monkeypatch.setattr(s3fs.core.S3File, "_fetch_range", counted)
+    documents = list(DocumentReader(Span(file, 20_000_000, 24_000_000), "text"))
+    assert abs(len(documents) - 4_000_000 / len(line)) < 2
+    assert fetched < 4_000_000 + 2 * remote._BLOCK_BYTES
