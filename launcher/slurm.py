@@ -20,7 +20,7 @@ _PATIENCE_S = 5.0
 _AGREES_S = 60.0
 _RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT")
 _ROW = "--format=%i|%T|%r|%N"
-_FORGOTTEN = "Invalid job id"
+_FORGOTTEN = ("Invalid job id", "not found")  # the second of one job of an array
 _AWAY = "Unable to contact slurm controller"
 
 
@@ -65,7 +65,8 @@ def job_fields(job_id: str) -> dict[str, str] | None:
     if answer is None:
         return None
     if answer.returncode != 0:
-        return {} if _FORGOTTEN in answer.stderr else None
+        said = answer.stdout + answer.stderr
+        return {} if any(words in said for words in _FORGOTTEN) else None
     return _fields(answer.stdout.splitlines()[0])
 
 

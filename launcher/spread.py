@@ -157,10 +157,11 @@ class Spread:
             if outcome == "success":
                 return str(result or "it ended without having done its pieces")
             return str(result).rstrip().splitlines()[-1]
-        word = slurm.why_ended(share.job.job_id) if self._cluster.kind == "slurm" else None
+        is_slurm = self._cluster.kind == "slurm"
+        word = slurm.why_ended(share.job.job_id) or "Slurm has dropped it" if is_slurm else "it was killed"
         log = paths.stderr.read_text(errors="replace").splitlines() if paths.stderr.exists() else []
         said = " | ".join(log[-_LOG_LINES:])
-        return f"{word or 'its process was killed'}{f' ({said})' if said else ''}"
+        return f"{word} ({said})" if said else word
 
     def _executor(self, folder: Path) -> "Executor":
         if self._cluster.kind == "local":
