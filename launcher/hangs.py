@@ -66,8 +66,10 @@ class Watch:
         """Whether one of the processes `workers` has been silent for too long."""
         with suppress(BlockingIOError):
             while True:
-                sign = Sign(**json.loads(self._socket.recv(4096)))
-                self._heard[sign.pid] = (time.monotonic(), sign)
+                message = self._socket.recv(4096)
+                with suppress(ValueError, TypeError):  # anybody on this machine may write here
+                    sign = Sign(**json.loads(message))
+                    self._heard[sign.pid] = (time.monotonic(), sign)
         alive = set(workers)
         self._heard = {pid: heard for pid, heard in self._heard.items() if pid in alive}
         return any(

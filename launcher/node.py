@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from data_pipeline.errors import LaunchError
 from gpt import record
 from gpt.config import RunConfig
 from gpt.run_dir import RunDir, read_json, write_json
@@ -143,7 +144,11 @@ class _Node:
         if not slurm.is_here():  # in a container: the batch script does it, once this task has ended
             requeue_mark(self.submitit_folder, job_id, self.place.turn).write_text(",".join(exclude))
             return {}
-        if slurm.requeue(job_id, exclude):
+        try:
+            is_requeued = slurm.requeue(job_id, exclude)
+        except LaunchError as error:
+            return self._conclude(replace(outcome, cause=f"{outcome.cause}\n{error}"))
+        if is_requeued:
             time.sleep(_TO_BE_KILLED_S)
             return {}
         return self._end_as_slurm_says(outcome, job_id)
@@ -184,6 +189,7 @@ class _Node:
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         self.signal_name = signal.Signals(number).name
+        self.was_signalled = True
 
     def _train(self) -> int:
         """Run torchrun to its end, turning signals into stop requests; its exit code."""
@@ -289,6 +295,10 @@ class _Node:
                 return Outcome(int(result["exit_code"]), str(result["cause"]), attempt)
         if self.stopped_now:
             outcome = Outcome(1, "stopped at once, without saving, as asked", attempt)
+        elif self.was_signalled and self.place.job_id is not None:
+            # Slurm signals torchrun too, which dies of it while it still imports: no fault of the run.
+            cause = f"asked to stop, and the workers ended without a result (torchrun: {torchrun_code})"
+            outcome = Outcome(75, cause, attempt)
         else:
             cause = f"the workers ended without a result (torchrun: {torchrun_code})"
             tail = _tail(self.folder / f"node-{self.place.node}.log")
@@ -296,7 +306,8 @@ class _Node:
         if attempt is not None:
             result = {"exit_code": outcome.exit_code, "cause": outcome.cause}
             write_json(self.run.attempt(attempt) / "result.json", result)
-        record.event(self.run.events, "failed", cause=outcome.cause.splitlines()[0])
+        name = "failed" if outcome.exit_code == 1 else "interrupted"
+        record.event(self.run.events, name, cause=outcome.cause.splitlines()[0])
         return outcome
 
     def _bad_nodes(self, outcome: Outcome) -> list[str]:

@@ -16,6 +16,8 @@ def standing_stop(run: RunDir) -> dict[str, Any] | None:
         return read_json(run.stop)
     except ConfigError:
         return {}
+    except OSError:  # a shared file system that fails for a moment: the request is read at the next look
+        return None
 
 
 def request_stop(run: RunDir, reason: str, *, now: bool = False, requeue: bool = False) -> None:

@@ -58,7 +58,6 @@ def slurm_parameters(
         "job_name": name,
         "nodes": cluster.nodes,
         "ntasks_per_node": 1,
-        "time": cluster.time_limit_min,
         "gpus_per_node": cluster.gpus_per_node or None,
         "cpus_per_task": cluster.cpus_per_process and cluster.cpus_per_process * cluster.processes,
         "mem": cluster.mem,
@@ -77,4 +76,6 @@ def slurm_parameters(
     if cluster.reservation is not None:
         additional["reservation"] = cluster.reservation
     wanted["additional_parameters"] = additional
-    return {key: value for key, value in wanted.items() if value is not None}
+    asked = {key: value for key, value in wanted.items() if value is not None}
+    # submitit asks for five minutes and a wckey of its own unless it is told None.
+    return {**asked, "time": cluster.time_limit_min, "wckey": None}

@@ -18,6 +18,7 @@ from data_pipeline.errors import LaunchError
 _QUESTION_S = 30.0
 _PATIENCE_S = 5.0
 _AGREES_S = 60.0
+_REFUSALS = 12
 _RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT")
 _ROW = "--format=%i|%T|%r|%N"
 _FORGOTTEN = ("Invalid job id", "not found")  # the second of one job of an array
@@ -135,10 +136,12 @@ def partition_fields(name: str | None) -> dict[str, str]:
 
 def requeue(job_id: str, exclude: Sequence[str] = ()) -> bool:
     """Put the running job `job_id` back in the queue, away from the nodes `exclude`; False once it is not
-    running any more. A controller that does not answer is asked again.
+    running any more. A controller that does not answer is asked again; one that answers and refuses for a
+    minute (the job may not be requeued at all) raises LaunchError.
 
     Slurm ends this very process soon after: nothing may be left to do.
     """
+    refusals = 0
     while is_wanted(job_id):
         before = (job_fields(job_id) or {}).get("ExcNodeList", "(null)")
         answer = _ask(["scontrol", "requeue", job_id])
@@ -146,7 +149,13 @@ def requeue(job_id: str, exclude: Sequence[str] = ()) -> bool:
             if exclude:
                 _keep_away(job_id, {*exclude, *([] if before == "(null)" else hostnames(before))})
             return True
-        print(f"scontrol requeue {job_id}: {answer.stderr.strip() if answer else 'no answer'}", flush=True)
+        said = answer.stderr.strip() if answer is not None else "no answer"
+        print(f"scontrol requeue {job_id}: {said}", flush=True)
+        refusals += answer is not None and _AWAY not in said
+        if refusals == _REFUSALS:
+            raise LaunchError(
+                f"Slurm does not put the job back in the queue: {said}. `outlast resume` continues."
+            )
         time.sleep(_PATIENCE_S)
     return False
 

@@ -14,6 +14,7 @@ import re
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -34,6 +35,7 @@ from launcher.recipes import run_tables
 from launcher.runs import (
     SWEEP_FILE,
     create_run,
+    job_environment,
     next_run_folder,
     open_run,
     python_module,
@@ -75,7 +77,7 @@ class SweepConfig(Section):
             raise ValueError(
                 f"{named}: a list of values is needed, for example optimizer.peak_lr = [3e-4, 6e-4]"
             )
-        count = len(list(itertools.product(*axes.values())))
+        count = prod(len(values) for values in axes.values())
         if count > _LARGEST_GRID:
             raise ValueError(
                 f"grid: {count} combinations are more than {_LARGEST_GRID}; leave some values out"
@@ -267,7 +269,9 @@ def _mlflow_parent(home: RunDir, uri: str | None, experiment: str) -> str | None
     address = uri or f"sqlite:///{home.path / 'mlflow.db'}"
     command = python_module("gpt.tracking_parent", address, experiment, home.path.name)
     try:
-        made = subprocess.run(command, capture_output=True, text=True, timeout=_PARENT_PATIENCE_S)
+        made = subprocess.run(
+            command, env=job_environment(home), capture_output=True, text=True, timeout=_PARENT_PATIENCE_S
+        )
     except subprocess.TimeoutExpired:
         made = None
     if made is None or made.returncode != 0:

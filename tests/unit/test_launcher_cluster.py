@@ -131,6 +131,8 @@ def test_what_the_file_omits_is_not_asked_of_slurm() -> None:
         "job_name": "name-x",
         "nodes": 2,
         "ntasks_per_node": 1,
+        "time": None,
+        "wckey": None,
         "signal_delay_s": 90,
         "srun_args": ["--kill-on-bad-exit=1"],
         "additional_parameters": {"requeue": True},
@@ -166,11 +168,18 @@ def test_every_slurm_field_reaches_the_submission_file(
     }  # fmt: skip
     found = {line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH")}
     assert found >= wanted
-    assert {line.partition("=")[0] for line in found - wanted} <= {"output", "error", "wckey"}, found
+    assert {line.partition("=")[0] for line in found - wanted} == {"output", "error"}, found
     assert "module load mod-x" in lines
     assert 'export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"' in lines
     [srun] = [line for line in lines if line.startswith("srun ")]
     assert " --kill-on-bad-exit=1 " in srun
+
+
+def test_no_time_limit_and_no_wckey_is_asked_of_slurm_unless_the_file_does(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    lines = submission(monkeypatch, tmp_path)
+    assert not any(line.startswith(("#SBATCH --time", "#SBATCH --wckey")) for line in lines)
 
 
 def test_pyxis_puts_the_tasks_into_the_image_and_the_batch_script_requeues(
