@@ -48,7 +48,7 @@ class AdamW(torch.optim.AdamW):
     def new_state(self, parameter: Tensor) -> dict[str, Tensor]:
         """The state before the first update of `parameter`.
 
-        GI-Adam (Kalra & Barkeshli 2024, arXiv:2406.09405, section 6) starts v at the squared first gradient
+        GI-Adam (Kalra & Barkeshli 2024, arXiv:2406.09405) starts v at the squared first gradient
         and, as the authors' published code does, keeps the bias correction: v̂_1 = g² / (1 - β2), so that the
         first rates are lower by √(1 - β2^t), an automatic warmup.
         """

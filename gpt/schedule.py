@@ -12,7 +12,7 @@ def learning_rate(
     """The rate of optimizer step `step` (1 is the first, `total_steps` the last).
 
     Linear warmup, which lets the run pass from the sharp region at initialisation to flat ones before
-    the peak (Kalra & Barkeshli 2024, arXiv:2406.09405, section 4), climbs by peak / `warmup_steps` a step
+    the peak (Kalra & Barkeshli 2024, arXiv:2406.09405), climbs by peak / `warmup_steps` a step
     from `initial_lr`, so that a start at `initial_lr` saves that part of it; then the schedule's own shape.
     """
     warmup = schedule.warmup_steps

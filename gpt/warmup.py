@@ -1,6 +1,6 @@
 """`schedule.warmup = "auto"`: where the warmup starts, by the instability of the first update.
 
-Kalra & Barkeshli 2024 (arXiv:2406.09405, section 6) start the warmup at the critical rate η_c of the
+Kalra & Barkeshli 2024 (arXiv:2406.09405) start the warmup at the critical rate η_c of the
 initial network, above which the first update raises the loss (the loss catapult), instead of at zero. Up to
 there small rates only lose time: T_warmup · η_c / η_peak steps are saved. They find η_c by doubling and
 bisecting the rate, which is done here with the run's own optimizer, first batch and ZeRO stage.

@@ -51,7 +51,7 @@ def deepspeed_config(run: RunConfig, world_size: int, *, has_gpu: bool) -> dict[
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": run.optimizer.grad_clip,
         "zero_optimization": _zero_optimization(run, has_gpu=has_gpu),
-        # With offload torch's AdamW updates on the host: its kernel is as fast there, and needs no compiler.
+        # With offload torch's AdamW updates on the host: unlike DeepSpeedCPUAdam it needs no compiler there.
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**62,
     }
