@@ -66,7 +66,7 @@ def test_mup_at_the_base_width_is_the_usual_network() -> None:
     tokens = random_tokens(2, 24)
     losses = []
     for gpt in (usual, mup):
-        optimizer = build_optimizer(gpt, OptimizerConfig())
+        optimizer = build_optimizer(gpt, OptimizerConfig(), torch.float32)
         for _ in range(3):
             loss = gpt(tokens, tokens, rows(tokens)) / tokens.numel()
             optimizer.zero_grad()
@@ -79,11 +79,14 @@ def test_mup_at_the_base_width_is_the_usual_network() -> None:
 
 def test_rates_and_decays_of_the_groups_follow_the_table_of_mup() -> None:
     gpt = build(**MUP, d_model=64, position="learned", bias=True, norm="layernorm")
-    optimizer = build_optimizer(gpt, OptimizerConfig(weight_decay=0.2))
+    optimizer = build_optimizer(gpt, OptimizerConfig(weight_decay=0.2), torch.float32)
     set_rate(optimizer, 8e-3)
     found = {g["name"]: (g["lr"], g["weight_decay"]) for g in optimizer.param_groups}
     assert found == {"decay": (8e-3, 0.2), "hidden": (2e-3, 0.8), "no_decay": (8e-3, 0.0)}
-    members = {group: [name for name, _ in members] for group, members in parameter_groups(gpt).items()}
+    members = {
+        group: [name for name, _ in members]
+        for group, members in parameter_groups(gpt, OptimizerConfig()).items()
+    }
     assert members["decay"] == ["embedding.weight", "position.weight", "head.weight"]
     hidden = ["attention.qkv", "attention.output", "ffn.up", "ffn.down"]
     assert members["hidden"] == [f"blocks.{i}.{part}.weight" for i in (0, 1) for part in hidden]
@@ -98,7 +101,7 @@ def coordinates(width: int, **fields: object) -> dict[str, float]:
     """Mean |x| of what each part computes, and of its change, after steps of Adam at one rate."""
     shape = {"n_layers": 2, "d_model": width, "n_heads": width // 16, "d_ff": 2 * width}
     gpt = fresh(**{**shape, **fields})
-    optimizer = build_optimizer(gpt, OptimizerConfig(weight_decay=0.0))
+    optimizer = build_optimizer(gpt, OptimizerConfig(weight_decay=0.0), torch.float32)
     tokens, targets = random_tokens(4, 24), random_tokens(4, 24, seed=8)
 
     def seen() -> dict[str, torch.Tensor]:
