@@ -66,8 +66,6 @@ class SlurmRun(Run):
     def outlast(self, *arguments: str, timeout_s: float = 60) -> "subprocess.CompletedProcess[str]":
         """The command as a user types it on the login node."""
         environment = {**self.cluster.environment, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
-        self.scratch.mkdir(exist_ok=True)
-        environment["TMPDIR"] = str(self.scratch)
         return subprocess.run(
             [sys.executable, "-c", "from launcher.cli import main; main()", *arguments],
             cwd=self.folder,
@@ -76,11 +74,6 @@ class SlurmRun(Run):
             text=True,
             timeout=timeout_s,
         )
-
-    @property
-    def scratch(self) -> Path:
-        """Where the job's processes put temporary files."""
-        return self.folder / "scratch"
 
     def cluster_file(self, **fields: Any) -> Path:
         path = self.folder / f"cluster-{len(list(self.folder.glob('cluster-*')))}.toml"
@@ -161,9 +154,8 @@ class SlurmRun(Run):
         return "\n".join(f"== {file}\n{file.read_text()[-3000:]}" for file in files if file.exists())
 
     def assert_nothing_is_left(self) -> None:
-        """No process of the run lives once Slurm has cleaned up (and so no port), and no temporary file."""
+        """No process of the run lives, and so no port is held, once Slurm has cleaned up."""
         wait_for(lambda: not processes_naming(str(self.dir.path)), 30)
-        assert sorted(self.scratch.glob("*")) == []
 
 
 @pytest.fixture
