@@ -38,26 +38,46 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def with_overrides(tables: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """`tables` with each `a.b=c` set; values are read as TOML, else taken as strings."""
-    result: dict[str, Any] = _deep_copy(tables)
+    fields: dict[str, Any] = {}
     problems = []
     for override in overrides:
         name, equals, text = override.partition("=")
-        keys = name.strip().split(".")
-        if not equals or not all(keys):
+        if equals and all(name.strip().split(".")):
+            fields[name.strip()] = _toml_value(text.strip())
+        else:
             problems.append(f"--set {override}: expected a.b=value, for example --set batch.micro_batch=4")
-            continue
+    return with_fields(tables, fields, problems)
+
+
+def with_fields(
+    tables: Mapping[str, Any], fields: Mapping[str, Any], problems: Sequence[str] = ()
+) -> dict[str, Any]:
+    """`tables` with each dotted field set. Raises ConfigError, after `problems`, where a table is none."""
+    result: dict[str, Any] = _deep_copy(tables)
+    found = list(problems)
+    for name, value in fields.items():
+        *above, last = name.split(".")
         table = result
-        for key in keys[:-1]:
+        for key in above:
             below = table.setdefault(key, {})
             if not isinstance(below, dict):
-                problems.append(f"--set {override}: {key} is a value, not a table")
+                found.append(f"--set {name}: {key} is a value, not a table")
                 break
             table = below
         else:
-            table[keys[-1]] = _toml_value(text.strip())
-    if problems:
-        raise ConfigError(problems)
+            table[last] = value
+    if found:
+        raise ConfigError(found)
     return result
+
+
+def dotted(tables: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of nested tables with its dotted name."""
+    for name, value in tables.items():
+        if isinstance(value, Mapping):
+            yield from dotted(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def validate(model: type[Model], tables: Mapping[str, Any], source: str) -> Model:

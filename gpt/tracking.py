@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from data_pipeline.config_file import dotted
 from gpt import record
 from gpt.config import RunConfig
 from gpt.run_dir import RunDir, read_json, write_json
@@ -96,7 +97,7 @@ class Mirror:
         self._remember(0)
         provenance = read_json(self.run_dir.provenance) or {}
         write_json(self.run_dir.provenance, {**provenance, "mlflow_run_id": run_id})
-        for name, value in _flat(self.run.model_dump(mode="json")):
+        for name, value in dotted(self.run.model_dump(mode="json")):
             self.client.log_param(run_id, name, str(value)[:6000])
         for name in ("git_commit", "host"):
             if provenance.get(name):
@@ -152,14 +153,6 @@ def _take(lines: Iterator[dict[str, Any]], metrics: int) -> list[dict[str, Any]]
         taken.append(line)
         held += len(line)
     return taken
-
-
-def _flat(tables: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tables.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def main(path: Path) -> None:

@@ -463,3 +463,6 @@ def run(arguments: list[str]) -> int:
     except BrokenPipeError:
         sys.stderr.close()  # or the interpreter complains while it flushes
         return 1
+    except (NotADirectoryError, IsADirectoryError, PermissionError) as error:  # what was named is not usable
+        click.echo(f"error: {error.filename}: {error.strerror}", err=True)
+        return 2

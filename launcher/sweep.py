@@ -12,7 +12,7 @@ import itertools
 import json
 import re
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -23,7 +23,7 @@ from pydantic import Field, model_validator
 from rich.console import Console
 from rich.table import Table
 
-from data_pipeline.config_file import Section, read_toml, validate
+from data_pipeline.config_file import Section, dotted, read_toml, validate, with_fields
 from data_pipeline.errors import ConfigError, LaunchError
 from gpt.checkpoint.format import committed
 from gpt.run_dir import RunDir, read_json, write_json
@@ -31,7 +31,7 @@ from launcher.cluster import ClusterConfig
 from launcher.follow import Follower, watch
 from launcher.launch import command_line, show_warnings
 from launcher.preflight import Request, examine
-from launcher.recipes import run_tables
+from launcher.recipes import run_tables, with_absolute_paths
 from launcher.runs import (
     SWEEP_FILE,
     create_run,
@@ -66,7 +66,7 @@ class SweepConfig(Section):
     @property
     def axes(self) -> dict[str, list[Any]]:
         """The grid by dotted field, also where the file wrote it as nested tables."""
-        return dict(_flat(self.grid))
+        return dict(dotted(self.grid))
 
     @model_validator(mode="after")
     def _is_a_grid(self) -> Self:
@@ -143,8 +143,8 @@ def _create(path: Path, cluster: str, folder: Path | None) -> RunDir:
         raise ConfigError(
             f"{home.path} exists and is not an empty folder. `outlast sweep {home.path}` continues it."
         )
-    points = list(_grid(config.axes))
-    requests = _examine(config, points, cluster, home.path)
+    points = points_of(config)
+    requests = examine_points(config, points, cluster, home.path)
     show_warnings(requests[0])
     home.path.mkdir(parents=True, exist_ok=True)
     snapshot_code(home)
@@ -166,15 +166,16 @@ def _create(path: Path, cluster: str, folder: Path | None) -> RunDir:
     return home
 
 
-def _examine(config: SweepConfig, points: Sequence[Point], cluster: str, folder: Path) -> list[Request]:
+def examine_points(config: SweepConfig, points: Sequence[Point], cluster: str, folder: Path) -> list[Request]:
+    """The launch of every point, into folders below `folder`. Raises ConfigError with the problems of all."""
     problems: dict[str, None] = {}
     requests = []
     where: str | ClusterConfig = cluster
     for point in points:
-        fields = {**dict(_flat(config.fixed)), **point.fields}
-        overrides = [f"{name}={json.dumps(value)}" for name, value in fields.items()]
         try:
-            tables, source = run_tables(config.run, overrides)
+            tables, source = run_tables(config.run, [])
+            fields = {**dict(dotted(config.fixed)), **point.fields}
+            tables = with_absolute_paths(with_fields(tables, fields))
             requests.append(examine(tables, source, where, folder / point.name))
             where = requests[-1].cluster
         except ConfigError as error:
@@ -245,23 +246,18 @@ def _points(folder: Path) -> list[Point]:
     return [Point(point["folder"], point["fields"]) for point in content["points"]]
 
 
-def _grid(axes: Mapping[str, Sequence[Any]]) -> Iterator[Point]:
-    for number, values in enumerate(itertools.product(*axes.values()), 1):
-        fields = dict(zip(axes, values, strict=True))
+def points_of(config: SweepConfig) -> list[Point]:
+    """Every combination of the grid's values, the last field's fastest."""
+    points = []
+    for number, values in enumerate(itertools.product(*config.axes.values()), 1):
+        fields = dict(zip(config.axes, values, strict=True))
         words = [f"{name.rpartition('.')[2]}={_word(value)}" for name, value in fields.items()]
-        yield Point("_".join([f"{number:04d}", *words])[:120], fields)
+        points.append(Point("_".join([f"{number:04d}", *words])[:120], fields))
+    return points
 
 
 def _word(value: Any) -> str:
     return re.sub(r"[^A-Za-z0-9.+-]+", "-", str(value)).strip("-")
-
-
-def _flat(tables: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tables.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def _mlflow_parent(home: RunDir, uri: str | None, experiment: str) -> str | None:

@@ -35,9 +35,9 @@ def test_a_step_beside_transformers_and_networks_written_by_hand(dtype: str) -> 
         speed, share, first = tokens / seconds, floor_s / seconds, found["first"][name]
         print(f"{name:22} {seconds:6.2f} s {speed:8.0f} tokens/s {share:6.1%} of that, first {first:5.1f} s")
     seconds = found["seconds"]
-    assert seconds["ours eager"] <= 1.05 * seconds["transformers eager"]
-    assert seconds["ours compiled"] <= 1.05 * seconds["minimal compiled"]
-    assert seconds["ours compiled"] <= seconds["transformers compiled"]
+    assert seconds["ours eager"] <= seconds["transformers eager"]
+    assert seconds["ours compiled"] <= seconds["minimal compiled"]
+    assert 1.15 * seconds["ours compiled"] <= seconds["transformers compiled"]
 
 
 @pytest.mark.benchmark
