@@ -41,7 +41,6 @@ _SLURM_ONLY = (
     "container",
     "sbatch",
 )
-DEFAULT_SIGNAL_DELAY_S = 90  # submitit's
 
 
 class Container(Section):
@@ -94,8 +93,8 @@ class ClusterConfig(Section):
     setup: tuple[str, ...] = Field(
         default=(), description="Shell lines before the job starts, such as `module load cuda`."
     )
-    signal_delay_s: Count | None = Field(
-        default=None, description="Seconds before the time limit at which the job is told to save."
+    signal_delay_s: Count = Field(
+        default=90, description="Seconds before the time limit at which the job is told to save."
     )
     interface: str | None = Field(
         default=None,
@@ -122,11 +121,6 @@ class ClusterConfig(Section):
     def time_limit_min(self) -> int | None:
         """The time limit in minutes, rounded up."""
         return time_limit_min(self.time_limit) if self.time_limit is not None else None
-
-    @property
-    def signal_delay(self) -> int:
-        """Seconds before the time limit at which the job is told to save, after the default."""
-        return self.signal_delay_s or DEFAULT_SIGNAL_DELAY_S
 
     @model_validator(mode="after")
     def _fits_its_kind(self) -> Self:

@@ -44,7 +44,7 @@ def needed_folders(run: RunDir, config: RunConfig) -> list[Path]:
 def requeue_mark(folder: Path, job_id: str, turn: int) -> Path:
     """The file by which a node task without scontrol asks its batch script to requeue the job.
 
-    It holds the nodes to stay away from, separated by commas.
+    It holds all the nodes to stay away from, separated by commas: they replace those that Slurm knows of.
     """
     return folder / f"requeue-{job_id}-{turn}"
 
@@ -58,7 +58,10 @@ def requeue_lines(folder: Path) -> list[str]:
         '    now=$(scontrol --oneliner show job "$job") || { sleep 5; continue; }',
         '    case "$now" in *JobState=RUNNING*) ;; *) break ;; esac',
         '    scontrol requeue "$job" || { sleep 5; continue; }',
-        f'    [ ! -s {mark} ] || scontrol update JobId="$job" ExcNodeList="$(cat {mark})"',
+        # Refused while the old turn still ends: asked until it is taken, or this script is ended.
+        f'    until [ ! -s {mark} ] || scontrol update JobId="$job" ExcNodeList="$(cat {mark})"; do',
+        "        sleep 1",
+        "    done",
         "    sleep 120",
         "done",
     ]

@@ -39,7 +39,7 @@ from launcher.processes import (
 )
 from launcher.requests import clear_turn_stop, request_stop, standing_stop
 from launcher.runs import python_module, read_cluster, read_config
-from launcher.submit import Outcome, outcome_path, read_job
+from launcher.submit import Outcome, outcome_path, read_job, without_bad_nodes
 from launcher.torchrun import torchrun_command, worker_environment
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -142,7 +142,8 @@ class _Node:
         exclude = self._bad_nodes(outcome)
         self._end_turn(outcome, exclude)
         if not slurm.is_here():  # in a container: the batch script does it, once this task has ended
-            requeue_mark(self.submitit_folder, job_id, self.place.turn).write_text(",".join(exclude))
+            away_from = without_bad_nodes(self.run, self.cluster).exclude or ""
+            requeue_mark(self.submitit_folder, job_id, self.place.turn).write_text(away_from)
             return {}
         try:
             is_requeued = slurm.requeue(job_id, exclude)

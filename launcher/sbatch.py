@@ -69,7 +69,7 @@ def slurm_parameters(
         "gres": cluster.gres,
         "setup": setup or None,
         "teardown": teardown or None,
-        "signal_delay_s": cluster.signal_delay,
+        "signal_delay_s": cluster.signal_delay_s,
         "srun_args": srun_args,
     }
     additional: dict[str, Any] = {"requeue": True, **cluster.sbatch}

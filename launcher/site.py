@@ -71,7 +71,7 @@ def check_time(config: RunConfig, cluster: ClusterConfig, findings: Findings) ->
     """Whether a job can train and then save within its time limit."""
     if cluster.time_limit_min is None:
         return
-    limit_s, delay_s = 60 * cluster.time_limit_min, cluster.signal_delay
+    limit_s, delay_s = 60 * cluster.time_limit_min, cluster.signal_delay_s
     if limit_s <= delay_s + _SIGNAL_EARLY_S:
         findings.problem(
             f"time_limit = {cluster.time_limit} leaves no time to train: the job is told to save "

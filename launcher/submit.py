@@ -167,7 +167,7 @@ def refuse_while_alive(run: RunDir) -> None:
 
 def without_bad_nodes(run: RunDir, cluster: ClusterConfig) -> ClusterConfig:
     """`cluster` with the nodes of RUN/bad_nodes.jsonl excluded; who mends one takes its line out."""
-    bad = sorted({str(line["node"]) for line in record.read(run.bad_nodes)})
+    bad = sorted({str(line["node"]) for line in record.read(run.bad_nodes) if "node" in line})
     if not bad:
         return cluster
     return cluster.model_copy(update={"exclude": ",".join([*filter(None, [cluster.exclude]), *bad])})
