@@ -402,10 +402,16 @@ def _open_validation(run: RunConfig) -> Validation:
 
 
 if __name__ == "__main__":
+    code = 0
     try:
         main(Path(sys.argv[1]))
     except BaseException:
-        # At once: an orderly exit waits for collectives whose other side may be dead, and the agent for it.
         traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
+        code = 1
+    # At once, either way. An orderly exit waits for collectives whose other side may be dead, and the agent
+    # for it; and it tears C++ threads down, where torch 2.13 was seen to abort after all had been written:
+    # the agent would take a finished attempt for a failed one and start another.
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(code)
