@@ -8,6 +8,7 @@ import click
 
 from data_pipeline.errors import LaunchError
 from gpt.run_dir import is_exported
+from launcher.paths import absolute
 from launcher.runs import open_run, python_module, read_config, runs_folder
 
 
@@ -48,7 +49,7 @@ def tracking_uri(folder: Path) -> str:
 
 def ui(folder: Path | None, port: int) -> int:
     """Serve the MLflow UI until Ctrl-C; a tracking server that runs already is only named."""
-    folder = (folder or runs_folder()).absolute()
+    folder = absolute(folder or runs_folder())
     uri = tracking_uri(folder)
     if uri.startswith(("http://", "https://")):
         click.echo(uri)

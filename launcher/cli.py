@@ -298,17 +298,14 @@ def status(run_dirs: tuple[str, ...], as_json: bool, watch: bool) -> int:
     """
     import json
 
+    from launcher.paths import absolute
     from launcher.runs import list_runs, open_run, runs_folder, sweep_runs
-    from launcher.status import Status, show, statuses
+    from launcher.status import show, statuses
 
-    named = [sweep_runs(Path(folder).absolute()) or [open_run(folder)] for folder in run_dirs]
+    named = [sweep_runs(absolute(folder)) or [open_run(folder)] for folder in run_dirs]
     runs = [run for several in named for run in several] or list_runs()
     if as_json:
-        found = statuses(runs)
-        for error in found:
-            if isinstance(error, OutlastError):
-                raise error
-        click.echo(json.dumps([row.as_json() for row in found if isinstance(row, Status)], indent=2))
+        click.echo(json.dumps([row.as_json() for row in statuses(runs)], indent=2))
     elif runs:
         show(runs, watch=watch)
     else:

@@ -34,6 +34,7 @@ from launcher.cluster import ClusterConfig
 from launcher.data_commands import prepare_with_progress
 from launcher.follow import Attendance, Display, Follower, Update, duration, outcome_of
 from launcher.launch import command_line, show_warnings
+from launcher.paths import absolute
 from launcher.plan import plan, size
 from launcher.preflight import examine
 from launcher.recipes import recipe_path, run_tables
@@ -82,7 +83,7 @@ class Saboteur:
 def demo(out: Path) -> int:
     """Run the demo in folder `out`; the exit code."""
     started = time.monotonic()
-    out = out.absolute()
+    out = absolute(out)
     _stage(1, "Prepare: text becomes token shards")
     data = out / "data"
     manifest = _prepare(data)

@@ -21,10 +21,9 @@ from gpt import record
 from gpt.run_dir import RunDir
 from launcher.plan import size
 from launcher.requests import request_stop
-from launcher.submit import Job, Outcome, read_outcome, state, submission_folder
+from launcher.submit import Job, Lookout, Outcome, read_outcome, submission_folder
 
 _POLL_S = 0.2
-_SCHEDULER_POLL_S = 5.0  # squeue is a shared service
 _PLAIN_LINE_S = 10.0
 _RECENT_STEPS = 20
 
@@ -46,12 +45,9 @@ class Follower:
 
     def updates(self, job: Job) -> Iterator[Update]:
         """An update every fifth of a second until `job` has ended, then the last one."""
-        next_question = 0.0
+        lookout = Lookout(self.run, job, serves_stop=True)
         while True:
-            is_over = False
-            if time.monotonic() >= next_question:
-                is_over = state(self.run, job) == "ended"
-                next_question = time.monotonic() + (0.0 if job.executor == "local" else _SCHEDULER_POLL_S)
+            is_over = lookout.word() == "ended"
             yield Update(self._new(self.run.metrics), self._new(self.run.events))
             if is_over:
                 return
@@ -189,7 +185,8 @@ class Attendance:
         if self._answered == 1 and self._is_urgent:
             self._answered = 2
             request_stop(self._run, "Ctrl-C twice", now=True)
-            self._display.note("ending it without saving")
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # nobody may know how the job stands
+            self._display.note("ending it without saving; Ctrl-C once more leaves it to itself")
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         now = time.monotonic()

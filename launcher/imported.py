@@ -16,28 +16,30 @@ from data_pipeline.errors import ConfigError
 from gpt.huggingface import model_fields
 from gpt.run_dir import read_json
 from launcher.launch import command_line, show_warnings
+from launcher.paths import absolute
 from launcher.preflight import examine
 from launcher.recipes import with_absolute_paths
 from launcher.runs import create_run, python_module
 
 
-def import_run(hf_dir: Path, folder: Path, data: str, cluster: str, overrides: Sequence[str]) -> int:
+def import_run(hf_dir: Path, run_dir: Path, data: str, cluster: str, overrides: Sequence[str]) -> int:
     """Make the run directory with its step 0, for `outlast resume` to start; the exit code."""
     config = read_json(hf_dir / "config.json")
     if config is None:
         raise ConfigError(
             f"{hf_dir} has no config.json; name a folder that transformers' save_pretrained wrote."
         )
+    folder = absolute(run_dir)
     tables = {"name": folder.name, "model": model_fields(config), "data": {"path": data}}
     tables = with_absolute_paths(with_overrides(tables, overrides))
-    request = examine(tables, "import", cluster, folder.absolute())
+    request = examine(tables, "import", cluster, folder)
     show_warnings(request)
-    run = create_run(folder.absolute(), request, command_line())
+    run = create_run(folder, request, command_line())
     command = python_module("gpt.pretrained", str(hf_dir.absolute()), str(run.path))
     code = subprocess.run(command).returncode
     if code != 0:  # nothing has trained here yet
         shutil.rmtree(run.path)
         return code
-    click.echo(f"`outlast resume {folder}` starts it", err=True)
+    click.echo(f"`outlast resume {run_dir}` starts it", err=True)
     click.echo(run.path)
     return 0

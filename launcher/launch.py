@@ -25,6 +25,7 @@ from gpt.run_dir import RunDir, read_json
 from launcher.branch import find_origin, plant
 from launcher.cluster import ClusterConfig
 from launcher.follow import Follower, outcome_of, watch
+from launcher.paths import absolute
 from launcher.plan import ASSUMED_MFU, plan, table
 from launcher.preflight import Request, examine
 from launcher.recipes import run_tables, with_absolute_paths
@@ -39,7 +40,10 @@ from launcher.runs import (
     read_config,
 )
 from launcher.sbatch import submission_text
-from launcher.submit import Job, claim_start, read_job, refuse_while_alive, state, submit, take_out_of_queue
+from launcher.submit import Job, Lookout, claim_start, read_job, refuse_while_alive, state, submit
+
+_POLL_S = 0.2
+_SILENCE_S = 120.0  # a controller restarts in less
 
 # What a run may change on its way without becoming another run: none of these decides a step's numbers.
 FREE_FIELDS = ("checkpoint.", "evaluation.", "tracking.", "launch.", "zero.stage", "batch.micro_batch")
@@ -62,19 +66,18 @@ def launch(
     `origin` is the RUN_DIR[@STEP] to begin from. `attend` None: stay with a local job only.
     """
     tables, source = run_tables(run, overrides)
-    if folder is None:
-        folder = next_run_folder(str(tables.get("name", "run")))
-    request = examine(tables, source, cluster, folder.absolute())
+    folder = absolute(folder or next_run_folder(str(tables.get("name", "run"))))
+    request = examine(tables, source, cluster, folder)
     start = find_origin(origin, request.config) if origin is not None else None
     show_warnings(request)
     if dry_run:
         if request.cluster.kind == "slurm":
-            click.echo(submission_text(RunDir(folder.absolute()), request.config, request.cluster))
+            click.echo(submission_text(RunDir(folder), request.config, request.cluster))
         show_plan(request)
         click.echo("dry run: all checks passed, nothing was written", err=True)
-        click.echo(folder.absolute())
+        click.echo(folder)
         return 0
-    made = create_run(folder.absolute(), request, command_line())
+    made = create_run(folder, request, command_line())
     if start is not None:
         plant(start, made, joint_fingerprint(request.manifests))
         parent = start.folder.parent.parent.name
@@ -134,11 +137,17 @@ def stop(folder: str, *, now: bool) -> int:
     if job is None or state(run, job) == "ended":
         raise LaunchError(f"{folder} is not running. `outlast status {folder}` says how it ended.")
     request_stop(run, "outlast stop --now" if now else "outlast stop", now=now)
-    if job.executor == "slurm" and state(run, job) == "pending":
-        take_out_of_queue(run, job)
     click.echo("ending it without saving" if now else "saving, then stopping", err=True)
-    while state(run, job) != "ended":
-        time.sleep(0.2 if job.executor == "local" else 5.0)
+    lookout = Lookout(run, job, serves_stop=True)
+    while lookout.word() != "ended":
+        if lookout.unknown_s > _SILENCE_S:
+            click.echo(
+                f"nobody says here how {job.executor} job {job.job_id} of {job.host} stands. The request "
+                f"stays: the job ends once it sees {run.stop}; `outlast status {folder}` shows how.",
+                err=True,
+            )
+            return 1
+        time.sleep(_POLL_S)
     outcome = outcome_of(run, job)
     click.echo(outcome.cause, err=True)
     # Doing what was asked is success, also when the last step was done before the request was seen.

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from data_pipeline.errors import LaunchError
 from gpt.run_dir import RunDir
-from launcher.submit import read_job, state
+from launcher.runs import read_cluster
+from launcher.submit import Lookout, read_job
 
 _POLL_S = 0.3
 _PIECE_BYTES = 1 << 20
@@ -42,16 +43,30 @@ def log_files(run: RunDir, attempt: int | None, node: int | None) -> list[tuple[
 
 def lines(run: RunDir, *, follow: bool, attempt: int | None, node: int | None) -> Iterator[str]:
     """The log lines, each with its origin; with `follow` until the job has ended, new attempts included."""
+    if node is not None and node not in (there := _nodes(run, attempt)):
+        raise LaunchError(
+            f"there is no node {node}; there are: {', '.join(map(str, sorted(there))) or 'none'}"
+        )
     offsets: dict[Path, int] = {}
+    watched, lookout = None, None
     while True:
-        job = read_job(run)
-        is_over = not follow or job is None or state(run, job) == "ended"
+        if follow and (job := read_job(run)) != watched:
+            watched = job
+            lookout = Lookout(run, job, serves_stop=False) if job is not None else None
+        is_over = lookout is None or lookout.word() == "ended"
         for label, path in log_files(run, attempt, node):
             for text in _new_lines(path, offsets, is_over):
                 yield f"[{label}] {text}"
         if is_over:
             return
         time.sleep(_POLL_S)
+
+
+def _nodes(run: RunDir, attempt: int | None) -> set[int]:
+    """The nodes that have written in `attempt`; for the newest also those that will, once they start."""
+    names = (name for _, path in log_files(run, attempt, None) for name in (path.stem, path.parent.name))
+    there = {int(name.removeprefix("node-")) for name in names if name.startswith("node-")}
+    return there | set(range(read_cluster(run).nodes)) if attempt is None else there
 
 
 def _new_lines(path: Path, offsets: dict[Path, int], is_last: bool) -> Iterator[str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from data_pipeline.config_file import read_toml, with_overrides
 from data_pipeline.errors import ConfigError
+from launcher.paths import absolute
 
 
 def recipe_names() -> list[str]:
@@ -45,18 +46,14 @@ def with_absolute_paths(tables: dict[str, Any]) -> dict[str, Any]:
     data = tables.get("data")
     if not isinstance(data, dict):
         return tables
-    absolute = dict(data)
+    whole = dict(data)
     if isinstance(data.get("path"), str):
-        absolute["path"] = _absolute(data["path"])
+        whole["path"] = str(absolute(data["path"]))
     if isinstance(data.get("mixture"), list):
-        absolute["mixture"] = [
-            {**source, "path": _absolute(source["path"])}
+        whole["mixture"] = [
+            {**source, "path": str(absolute(source["path"]))}
             if isinstance(source, dict) and isinstance(source.get("path"), str)
             else source
             for source in data["mixture"]
         ]
-    return {**tables, "data": absolute}
-
-
-def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().absolute())
+    return {**tables, "data": whole}

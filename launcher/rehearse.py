@@ -24,6 +24,7 @@ from launcher import slurm
 from launcher.cluster import ClusterConfig
 from launcher.follow import Attendance, Display, Follower, outcome_of
 from launcher.launch import command_line, show_warnings
+from launcher.paths import absolute
 from launcher.preflight import Request, examine
 from launcher.recipes import run_tables
 from launcher.requests import request_stop
@@ -46,7 +47,7 @@ class Check:
 
 def rehearse(run: str, cluster: str, overrides: Sequence[str], folder: Path | None, steps: int) -> int:
     """Rehearse `run` on `cluster` in `folder`; 0 when all went as it must, else 1."""
-    folder = (folder or next_run_folder("rehearsal")).absolute()
+    folder = absolute(folder or next_run_folder("rehearsal"))
     tables, source = run_tables(run, overrides)
     short = _shortened(tables, steps)
     requests = {name: examine(short, source, cluster, folder / name) for name in ("undisturbed", "disturbed")}

@@ -20,6 +20,11 @@ def standing_stop(run: RunDir) -> dict[str, Any] | None:
         return None
 
 
+def is_persons(standing: dict[str, Any] | None) -> bool:
+    """Whether a stop request stands that ends the run until somebody resumes it."""
+    return standing is not None and not standing.get("requeue")
+
+
 def request_stop(run: RunDir, reason: str, *, now: bool = False, requeue: bool = False) -> None:
     """Ask the workers to save and stop (`now`: to be killed without saving).
 

@@ -15,11 +15,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.config_file import validate
-from data_pipeline.errors import LaunchError
+from data_pipeline.config_file import Section, validate
+from data_pipeline.errors import ConfigError, LaunchError
 from gpt.config import RunConfig
 from gpt.run_dir import RunDir, read_json, write_json
 from launcher.cluster import ClusterConfig
+from launcher.paths import absolute
 from launcher.preflight import Request
 
 SWEEP_FILE = "sweep.json"
@@ -29,7 +30,7 @@ _RECORDED = ("outlast", "torch", "deepspeed", "numpy", "mlflow", "submitit", "ti
 
 def runs_folder() -> Path:
     """Where runs are made by default: $OUTLAST_RUNS, else `runs` under the caller's directory."""
-    return Path(os.environ.get("OUTLAST_RUNS", "runs")).absolute()
+    return absolute(os.environ.get("OUTLAST_RUNS", "runs"))
 
 
 def next_run_folder(name: str, folder: Path | None = None) -> Path:
@@ -45,7 +46,7 @@ def next_run_folder(name: str, folder: Path | None = None) -> Path:
 
 def open_run(folder: str | Path) -> RunDir:
     """The run in `folder`. Raises LaunchError when there is none."""
-    run = RunDir(Path(folder).absolute())
+    run = RunDir(absolute(folder))
     if not run.config.exists():
         raise LaunchError(
             f"{folder} is not a run directory: it has no config.json. `outlast status` lists runs."
@@ -61,20 +62,48 @@ def list_runs() -> list[RunDir]:
     return [RunDir(entry) for entry in sorted(folder.iterdir()) if (entry / "config.json").exists()]
 
 
+class SweepPoint(Section):
+    """One run of a sweep: its folder's name, and the fields that it varies."""
+
+    folder: str
+    fields: dict[str, Any]
+
+
+class SweepIndex(Section):
+    """SWEEP_DIR/sweep.json: the runs of a sweep, in the order of its grid."""
+
+    at_once: int | None = None
+    points: tuple[SweepPoint, ...]
+
+
+def read_sweep(folder: Path) -> SweepIndex | None:
+    """What the sweep in `folder` consists of; None when it is no sweep. Raises ConfigError."""
+    path = folder / SWEEP_FILE
+    content = read_json(path)
+    return None if content is None else validate(SweepIndex, content, str(path))
+
+
 def sweep_runs(folder: Path) -> list[RunDir] | None:
     """The runs of the sweep in `folder`, in the order of its grid; None when it is no sweep."""
-    content = read_json(folder / SWEEP_FILE)
-    return None if content is None else [RunDir(folder / point["folder"]) for point in content["points"]]
+    index = read_sweep(folder)
+    return None if index is None else [RunDir(folder / point.folder) for point in index.points]
 
 
 def read_config(run: RunDir) -> RunConfig:
-    """The resolved config of a run."""
-    return validate(RunConfig, read_json(run.config) or {}, "config.json")
+    """The resolved config of a run. Raises ConfigError."""
+    return validate(RunConfig, _content(run.config), "config.json")
 
 
 def read_cluster(run: RunDir) -> ClusterConfig:
-    """The cluster that the run was submitted to last."""
-    return validate(ClusterConfig, read_json(run.cluster) or {}, "cluster.json")
+    """The cluster that the run was submitted to last. Raises ConfigError."""
+    return validate(ClusterConfig, _content(run.cluster), "cluster.json")
+
+
+def _content(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    if content is None:
+        raise ConfigError(f"{path} is missing")
+    return content
 
 
 def create_run(folder: Path, request: Request, command: list[str]) -> RunDir:

@@ -180,9 +180,9 @@ def start_now(job_id: str) -> None:
     _ask(["scontrol", "update", f"JobId={job_id}", "StartTime=now"])
 
 
-def cancel(job_id: str) -> None:
-    """Take a job out of the queue. Raises LaunchError."""
-    _require(["scancel", job_id])
+def cancel_waiting(job_id: str) -> None:
+    """Take a job out of the queue, if it is in it and not running. Raises LaunchError."""
+    _require(["scancel", "--state=PENDING", job_id])
 
 
 def _fields(line: str) -> dict[str, str]:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -27,6 +28,7 @@ from launcher.submit import Job, Outcome, read_job, read_outcome, standings
 
 _TAIL_BYTES = 1 << 18  # about a thousand steps
 _WATCH_S = 5.0  # squeue is a shared service
+_UNREADABLE = (OutlastError, OSError)  # what a hand, another version or another user's rights make of a run
 _OUTCOME_STATES = {0: "finished", 75: "stopped"}
 
 
@@ -36,23 +38,23 @@ class Status:
 
     run_dir: str
     state: str
-    reason: str | None
-    cause: str | None
-    step: int
-    total_steps: int
-    tokens: int
-    loss: float | None
-    val_loss: float | None
-    tokens_per_second: float | None
-    mfu: float | None
-    attention: str | None
-    checkpoint_step: int | None
-    attempts: int
-    requeues: int
-    lost_s: float
-    eta_s: float | None
-    updated_at: float | None
-    job_id: str | None
+    reason: str | None = None
+    cause: str | None = None
+    step: int = 0
+    total_steps: int = 0
+    tokens: int = 0
+    loss: float | None = None
+    val_loss: float | None = None
+    tokens_per_second: float | None = None
+    mfu: float | None = None
+    attention: str | None = None
+    checkpoint_step: int | None = None
+    attempts: int = 0
+    requeues: int = 0
+    lost_s: float = 0.0
+    eta_s: float | None = None
+    updated_at: float | None = None
+    job_id: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The same as one JSON object."""
@@ -60,29 +62,39 @@ class Status:
 
 
 def status(run: RunDir) -> Status:
-    """The status of one run. Raises OutlastError when its config cannot be read."""
+    """The status of one run."""
     [found] = statuses([run])
-    if isinstance(found, OutlastError):
-        raise found
     return found
 
 
-def statuses(runs: Sequence[RunDir]) -> list["Status | OutlastError"]:
-    """The status of each run, or why it cannot be read; the scheduler is asked once for all."""
-    jobs = [(run, job) for run in runs if (job := read_job(run)) is not None]
-    standing = standings(jobs)
-    found: list[Status | OutlastError] = []
+def statuses(runs: Sequence[RunDir]) -> list[Status]:
+    """The status of each run; the scheduler is asked once for all.
+
+    One that cannot be read is "unreadable", with the reason, and stands in the way of no other.
+    """
+    jobs: dict[Path, Job] = {}
+    broken: dict[Path, Exception] = {}
     for run in runs:
         try:
-            found.append(_status(run, standing.get(run.path)))
-        except OutlastError as error:
-            found.append(error)
+            if (job := read_job(run)) is not None:
+                read_outcome(run, job)
+                jobs[run.path] = job
+        except _UNREADABLE as error:
+            broken[run.path] = error
+    standing = standings((run, jobs[run.path]) for run in runs if run.path in jobs)
+    found = []
+    for run in runs:
+        try:
+            if run.path in broken:
+                raise broken[run.path]
+            found.append(_status(run, jobs.get(run.path), standing.get(run.path)))
+        except _UNREADABLE as error:
+            found.append(Status(str(run.path), "unreadable", reason=str(error)))
     return found
 
 
-def _status(run: RunDir, standing: Standing | None) -> Status:
+def _status(run: RunDir, job: Job | None, standing: Standing | None) -> Status:
     config = read_config(run)
-    job = read_job(run)
     outcome = read_outcome(run, job) if job is not None else None
     word, reason = _state(run, job, outcome, standing)
     line, scored = _last_lines(run)
@@ -108,17 +120,19 @@ def _status(run: RunDir, standing: Standing | None) -> Status:
         attempts=len(run.attempt_numbers()),
         requeues=len(requeued),
         lost_s=sum(event.get("lost_s", 0.0) for event in continued),
-        eta_s=_left_s(config.batch.sizes, config.total_steps, line) if is_going and line else None,
+        eta_s=_left_s(config.batch.sizes, config.total_steps, line) if is_going else None,
         updated_at=line.get("time"),
         job_id=job.job_id if job is not None else None,
     )
 
 
-def _left_s(sizes: BatchSizes, total_steps: int, line: dict[str, Any]) -> float:
-    """Seconds to the last step, at the rate of the last one."""
-    step = int(line["step"])
+def _left_s(sizes: BatchSizes, total_steps: int, line: dict[str, Any]) -> float | None:
+    """Seconds to the last step, at the rate of the last one; None before the first."""
+    step = int(line.get("step", 0))
+    seconds: float | None = line.get("train/step_seconds")
+    if step == 0 or seconds is None:
+        return None
     left = sizes.until(total_steps) - sizes.until(step)
-    seconds: float = line["train/step_seconds"]
     return seconds * left / sizes.at(step)
 
 
@@ -159,8 +173,8 @@ def table(runs: Sequence[RunDir]) -> Table:
             heading, justify="left" if heading in ("run", "state", "reason") else "right", no_wrap=True
         )
     for run, now in zip(runs, statuses(runs), strict=True):
-        if isinstance(now, OutlastError):
-            result.add_row(run.path.name, f"unreadable: {now}")
+        if now.state == "unreadable":
+            result.add_row(run.path.name, f"unreadable: {now.reason}")
             continue
         result.add_row(
             run.path.name,
@@ -231,6 +245,8 @@ def _last_lines(run: RunDir) -> tuple[dict[str, Any], dict[str, Any]]:
             line = json.loads(raw)
         except ValueError:
             continue  # torn by a kill, or cut where the tail begins
+        if not isinstance(line, dict):
+            continue
         newest = newest or line
         if "val/loss" in line:
             return newest, line

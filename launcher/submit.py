@@ -15,9 +15,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO, TypeVar
 
-from data_pipeline.errors import LaunchError
+import click
+from pydantic import TypeAdapter, ValidationError
+
+from data_pipeline.errors import ConfigError, LaunchError
 from gpt import record
 from gpt.checkpoint.format import committed
 from gpt.run_dir import RunDir, read_json, write_json
@@ -25,10 +28,12 @@ from launcher import slurm
 from launcher.cluster import ClusterConfig
 from launcher.container import needed_folders
 from launcher.processes import identity
+from launcher.requests import is_persons, standing_stop
 from launcher.runs import job_environment, python_module, read_cluster, read_config
 from launcher.sbatch import slurm_executor
 from launcher.slurm import Standing
 
+_PAUSE_S = {"local": 0.0, "slurm": 5.0}  # between questions: squeue is a shared service
 _LOCAL_TIMEOUT_MIN = 60 * 24 * 365 * 10  # submitit's local default is 2 minutes
 
 
@@ -54,6 +59,10 @@ class Outcome:
     cause: str
     attempt: int | None
     is_cancelled: bool = False  # in the scheduler, by somebody
+
+
+_JOB, _OUTCOME = TypeAdapter(Job), TypeAdapter(Outcome)
+Written = TypeVar("Written")
 
 
 def submit(run: RunDir, reason: str) -> Job:
@@ -96,17 +105,32 @@ def submit_together(
 
 
 def read_job(run: RunDir) -> Job | None:
-    """The newest job of this very run directory; None before the first, and in a copy of a run."""
+    """The newest job of this very run directory; None before the first, and in a copy of a run.
+
+    Raises ConfigError when job.json is not as it was written.
+    """
     content = read_json(run.job)
     if content is None or content.get("run_inode") != run.path.stat().st_ino:
         return None
-    return Job(**content)
+    return _as_written(_JOB, content, run.job)
 
 
 def read_outcome(run: RunDir, job: Job) -> Outcome | None:
-    """How `job` ended; None while it runs, or when its node was lost."""
-    content = read_json(outcome_path(submission_folder(run, job.submission)))
-    return Outcome(**content) if content is not None else None
+    """How `job` ended; None while it runs, or when its node was lost. Raises ConfigError as `read_job`."""
+    path = outcome_path(submission_folder(run, job.submission))
+    content = read_json(path)
+    return _as_written(_OUTCOME, content, path) if content is not None else None
+
+
+def _as_written(shape: TypeAdapter[Written], content: dict[str, Any], path: Path) -> Written:
+    try:
+        return shape.validate_python(content)
+    except ValidationError as error:
+        wrong = ", ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+        raise ConfigError(
+            f"{path} is not as this version of Outlast writes it ({wrong}). If the run's job is over, remove "
+            "the file."
+        ) from None
 
 
 def state(run: RunDir, job: Job) -> str:
@@ -153,7 +177,12 @@ def claim_start(run: RunDir) -> TextIO:
 
 
 def refuse_while_alive(run: RunDir) -> None:
-    """Raise LaunchError while the newest job of `run` lives."""
+    """Raise LaunchError while the newest job of `run` lives, or may live for all that Slurm says.
+
+    Of a local job of another machine nothing can be known here, and that machine may be gone for good (a
+    container's name is new each time): the run is taken over with a warning, and the other job, if it does
+    live, finds itself fenced.
+    """
     job = read_job(run)
     if job is None:
         return
@@ -162,6 +191,18 @@ def refuse_while_alive(run: RunDir) -> None:
         raise LaunchError(
             f"{run.path} has a job already ({job.executor} {job.job_id} on {job.host}, {word}). "
             f"`outlast stop {run.path}` ends it; `outlast logs {run.path} --follow` shows it."
+        )
+    if word == "unknown" and job.executor == "slurm":
+        raise LaunchError(
+            f"whether Slurm job {job.job_id} of {run.path} has ended cannot be known here: squeue and "
+            "scontrol do not answer. Try again once they do, or on a login node of that cluster; if you know "
+            f"that the job is over, remove {run.job} first."
+        )
+    if word == "unknown":
+        click.echo(
+            f"warning: the run's last job was on {job.host}; if it still lives there, it ends now: this "
+            "start takes the run over",
+            err=True,
         )
 
 
@@ -173,9 +214,47 @@ def without_bad_nodes(run: RunDir, cluster: ClusterConfig) -> ClusterConfig:
     return cluster.model_copy(update={"exclude": ",".join([*filter(None, [cluster.exclude]), *bad])})
 
 
-def take_out_of_queue(run: RunDir, job: Job) -> None:
-    """Cancel a job that waits, and say so in its place. Raises LaunchError when Slurm does not."""
-    slurm.cancel(job.job_id)
+class Lookout:
+    """How a job stands, each time it is asked for; the scheduler hears of it every few seconds only.
+
+    With `serves_stop`, a job that waits in the queue (for the first time, or again) while a person's stop
+    request stands is taken out of it: nobody else is there to see the request.
+    """
+
+    def __init__(self, run: RunDir, job: Job, *, serves_stop: bool) -> None:
+        self._run, self._job, self._serves_stop = run, job, serves_stop
+        self._word, self._next_question = "unknown", 0.0
+        self._unknown_since: float | None = None
+        self._is_cancelled = False
+
+    @property
+    def unknown_s(self) -> float:
+        """For how long nobody has been able to say how the job stands."""
+        return 0.0 if self._unknown_since is None else time.monotonic() - self._unknown_since
+
+    def word(self) -> str:
+        """ "running", "pending", "ended" or "unknown", a few seconds old at most. Raises LaunchError."""
+        if time.monotonic() < self._next_question:
+            return self._word
+        self._word = state(self._run, self._job)
+        if self._serves_stop and self._word == "pending" and is_persons(standing_stop(self._run)):
+            slurm.cancel_waiting(self._job.job_id)
+            self._is_cancelled = True
+            self._word = state(self._run, self._job)
+        if self._is_cancelled and self._word == "ended":
+            _say_taken_out(self._run, self._job)
+        if self._word != "unknown":
+            self._unknown_since = None
+        elif self._unknown_since is None:
+            self._unknown_since = time.monotonic()
+        self._next_question = time.monotonic() + _PAUSE_S[self._job.executor]
+        return self._word
+
+
+def _say_taken_out(run: RunDir, job: Job) -> None:
+    """Write how a job ended that was cancelled while it waited, where it could not say so itself."""
+    if read_outcome(run, job) is not None or slurm.why_ended(job.job_id) != "CANCELLED":
+        return
     saved = committed(run.checkpoints)
     what = f"step {saved[-1][0]} is saved" if saved else "it had not begun"
     write_json(

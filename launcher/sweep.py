@@ -11,9 +11,10 @@ up what has not finished.
 import itertools
 import json
 import re
+import resource
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -24,30 +25,33 @@ from rich.console import Console
 from rich.table import Table
 
 from data_pipeline.config_file import Section, dotted, read_toml, validate, with_fields
-from data_pipeline.errors import ConfigError, LaunchError
-from gpt.checkpoint.format import committed
-from gpt.run_dir import RunDir, read_json, write_json
+from data_pipeline.errors import ConfigError, LaunchError, OutlastError
+from gpt.run_dir import RunDir, write_json
 from launcher.cluster import ClusterConfig
 from launcher.follow import Follower, watch
 from launcher.launch import command_line, show_warnings
+from launcher.paths import absolute
 from launcher.preflight import Request, examine
 from launcher.recipes import run_tables, with_absolute_paths
 from launcher.runs import (
     SWEEP_FILE,
+    SweepIndex,
+    SweepPoint,
     create_run,
     job_environment,
     next_run_folder,
-    open_run,
     python_module,
     read_cluster,
     read_config,
+    read_sweep,
     snapshot_code,
-    sweep_runs,
 )
-from launcher.status import Status, statuses
-from launcher.submit import submit, submit_together
+from launcher.status import statuses
+from launcher.submit import claim_start, submit, submit_together
 
 _LARGEST_GRID = 1000  # Slurm's default MaxArraySize is 1001
+_OTHER_FILES = 256  # that a process has open, at most
+_ALIVE = ("running", "stopping", "pending")
 _PARENT_PATIENCE_S = 60.0
 
 
@@ -85,18 +89,10 @@ class SweepConfig(Section):
         return self
 
 
-@dataclass(frozen=True)
-class Point:
-    """One run of a sweep: its folder's name, and the fields that it varies."""
-
-    name: str
-    fields: dict[str, Any]
-
-
 def sweep(source: Path, cluster: str | None, folder: Path | None, *, attend: bool | None) -> int:
     """Launch the sweep of a SWEEP.toml, or take up that of a SWEEP_DIR; the exit code."""
     if source.is_dir():
-        home = RunDir(source.absolute())
+        home = RunDir(absolute(source))
         if cluster is not None or folder is not None:
             raise ConfigError("--cluster and --out are those of the sweep already; give its folder alone.")
     else:
@@ -108,11 +104,12 @@ def sweep(source: Path, cluster: str | None, folder: Path | None, *, attend: boo
 
 def show_results(folder: Path, *, as_json: bool = False) -> None:
     """A sweep's points and how they did, the best validation loss first, on standard output."""
-    points, found = _points(folder), statuses(sweep_runs(folder) or [])
-    rows = [
-        (point, status) for point, status in zip(points, found, strict=True) if isinstance(status, Status)
-    ]
-    rows.sort(key=lambda row: float("inf") if row[1].val_loss is None else row[1].val_loss)
+    points = _index(folder).points
+    found = statuses([RunDir(folder / point.folder) for point in points])
+    rows = sorted(
+        zip(points, found, strict=True),
+        key=lambda row: float("inf") if row[1].val_loss is None else row[1].val_loss,
+    )
     if as_json:
         click.echo(json.dumps([{"fields": point.fields, **now.as_json()} for point, now in rows], indent=2))
         return
@@ -122,11 +119,12 @@ def show_results(folder: Path, *, as_json: bool = False) -> None:
         table.add_column(heading, no_wrap=True)
     for point, now in rows:
         numbers = ("–" if loss is None else f"{loss:.4f}" for loss in (now.loss, now.val_loss))
+        is_readable = now.state != "unreadable"
         table.add_row(
-            point.name.partition("_")[0],
-            *(str(point.fields[name]) for name in names),
-            now.state,
-            f"{now.step}/{now.total_steps}",
+            point.folder.partition("_")[0],
+            *(str(point.fields.get(name, "–")) for name in names),
+            now.state if is_readable else f"unreadable: {now.reason}",
+            f"{now.step}/{now.total_steps}" if is_readable else "–",
             *numbers,
         )
     console = Console(highlight=False)
@@ -138,7 +136,7 @@ def show_results(folder: Path, *, as_json: bool = False) -> None:
 def _create(path: Path, cluster: str, folder: Path | None) -> RunDir:
     """Check every point, then make all run directories. Raises ConfigError with the problems of all."""
     config = validate(SweepConfig, read_toml(path), path.name)
-    home = RunDir((folder or next_run_folder(path.stem)).absolute())
+    home = RunDir(absolute(folder or next_run_folder(path.stem)))
     if home.path.exists() and (not home.path.is_dir() or any(home.path.iterdir())):
         raise ConfigError(
             f"{home.path} exists and is not an empty folder. `outlast sweep {home.path}` continues it."
@@ -156,17 +154,16 @@ def _create(path: Path, cluster: str, folder: Path | None) -> RunDir:
             named = run_config.tracking.model_copy(update={"parent": parent})
             run_config = run_config.model_copy(update={"tracking": named})
         made = Request(run_config, request.cluster, request.manifests, request.warnings)
-        create_run(home.path / point.name, made, command_line())
-    content = {
-        "at_once": config.at_once,
-        "points": [{"folder": point.name, "fields": point.fields} for point in points],
-    }
-    write_json(home.path / SWEEP_FILE, content)
+        create_run(home.path / point.folder, made, command_line())
+    index = SweepIndex(at_once=config.at_once, points=tuple(points))
+    write_json(home.path / SWEEP_FILE, index.model_dump(mode="json"))
     click.echo(f"{len(points)} runs in {home.path}", err=True)
     return home
 
 
-def examine_points(config: SweepConfig, points: Sequence[Point], cluster: str, folder: Path) -> list[Request]:
+def examine_points(
+    config: SweepConfig, points: Sequence[SweepPoint], cluster: str, folder: Path
+) -> list[Request]:
     """The launch of every point, into folders below `folder`. Raises ConfigError with the problems of all."""
     problems: dict[str, None] = {}
     requests = []
@@ -176,7 +173,7 @@ def examine_points(config: SweepConfig, points: Sequence[Point], cluster: str, f
             tables, source = run_tables(config.run, [])
             fields = {**dict(dotted(config.fixed)), **point.fields}
             tables = with_absolute_paths(with_fields(tables, fields))
-            requests.append(examine(tables, source, where, folder / point.name))
+            requests.append(examine(tables, source, where, folder / point.folder))
             where = requests[-1].cluster
         except ConfigError as error:
             problems.update(dict.fromkeys(error.problems))
@@ -186,21 +183,22 @@ def examine_points(config: SweepConfig, points: Sequence[Point], cluster: str, f
 
 
 def _run(home: RunDir, attend: bool | None) -> int:
-    runs = sweep_runs(home.path)
-    if runs is None:
-        raise LaunchError(f"{home.path} is not a sweep: it has no {SWEEP_FILE}.")
-    waiting = [run for run in runs if not _is_finished(run) and not _is_alive(run)]
-    if not waiting:
-        click.echo("nothing is left to start", err=True)
-        show_results(home.path)
-        return 0
-    cluster = read_cluster(waiting[0])
-    if cluster.kind == "local":
-        code = _one_after_the_other(waiting)
-        show_results(home.path)
-        return code
-    content = read_json(home.path / SWEEP_FILE) or {}
-    jobs = submit_together(waiting, "sweep", home, content.get("at_once"))
+    runs = [RunDir(home.path / point.folder) for point in _index(home.path).points]
+    with ExitStack() as claims:
+        claims.enter_context(claim_start(home))
+        waiting, left_out = _claimed(runs, claims)
+        for path, reason in left_out.items():
+            click.echo(f"{path.name} is left out: {reason}", err=True)
+        code = 1 if left_out else 0
+        if not waiting:
+            click.echo("nothing is left to start", err=True)
+            show_results(home.path)
+            return code
+        if read_cluster(waiting[0]).kind == "local":
+            code = _one_after_the_other(waiting) or code
+            show_results(home.path)
+            return code
+        jobs = submit_together(waiting, "sweep", home, _index(home.path).at_once)
     click.echo(
         f"submitted: {len(jobs)} runs as Slurm jobs {jobs[0].job_id} to {jobs[-1].job_id}; "
         f"`outlast status {home.path}` shows them, `outlast sweep {home.path} --results` what came out",
@@ -210,7 +208,35 @@ def _run(home: RunDir, attend: bool | None) -> int:
         for run, job in zip(waiting, jobs, strict=True):
             watch(run, job, Follower(run), read_config(run).total_steps)
         show_results(home.path)
-    return 0
+    return code
+
+
+def _claimed(runs: Sequence[RunDir], claims: ExitStack) -> tuple[list[RunDir], dict[Path, str]]:
+    """The runs that are to be started, each claimed until `claims` is closed; why others cannot be.
+
+    A run that is finished, or that has a job, is neither.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(hard, len(runs) + _OTHER_FILES)  # a claim is an open file
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+    left_out: dict[Path, str] = {}
+    claimed = []
+    for run in runs:
+        try:
+            read_cluster(run)
+            claims.enter_context(claim_start(run))
+            claimed.append(run)
+        except (OutlastError, OSError) as error:
+            left_out[run.path] = str(error)
+    waiting = []
+    for run, now in zip(claimed, statuses(claimed), strict=True):
+        if now.state == "unreadable":
+            left_out[run.path] = now.reason or ""
+        elif now.state == "unknown":
+            left_out[run.path] = f"nobody says here whether its job {now.job_id} has ended"
+        elif now.state not in _ALIVE and (now.checkpoint_step or 0) < now.total_steps:
+            waiting.append(run)
+    return waiting, left_out
 
 
 def _one_after_the_other(runs: Sequence[RunDir]) -> int:
@@ -229,30 +255,20 @@ def _one_after_the_other(runs: Sequence[RunDir]) -> int:
     return code
 
 
-def _is_finished(run: RunDir) -> bool:
-    checkpoints = committed(run.checkpoints)
-    return bool(checkpoints) and checkpoints[-1][0] >= read_config(run).total_steps
-
-
-def _is_alive(run: RunDir) -> bool:
-    [now] = statuses([open_run(run.path)])
-    return isinstance(now, Status) and now.state in ("running", "stopping", "pending", "unknown")
-
-
-def _points(folder: Path) -> list[Point]:
-    content = read_json(folder / SWEEP_FILE)
-    if content is None:
+def _index(folder: Path) -> SweepIndex:
+    index = read_sweep(folder)
+    if index is None:
         raise LaunchError(f"{folder} is not a sweep: it has no {SWEEP_FILE}.")
-    return [Point(point["folder"], point["fields"]) for point in content["points"]]
+    return index
 
 
-def points_of(config: SweepConfig) -> list[Point]:
+def points_of(config: SweepConfig) -> list[SweepPoint]:
     """Every combination of the grid's values, the last field's fastest."""
     points = []
     for number, values in enumerate(itertools.product(*config.axes.values()), 1):
         fields = dict(zip(config.axes, values, strict=True))
         words = [f"{name.rpartition('.')[2]}={_word(value)}" for name, value in fields.items()]
-        points.append(Point("_".join([f"{number:04d}", *words])[:120], fields))
+        points.append(SweepPoint(folder="_".join([f"{number:04d}", *words])[:120], fields=fields))
     return points
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from tests.slurm.cluster import SlurmCluster
+from tests.slurm.cluster import SlurmCluster, wait_for
 from tests.slurm.conftest import STEPS, SlurmRun
 
 NewRun = Callable[..., SlurmRun]
@@ -80,3 +80,18 @@ def test_a_job_that_waits_in_the_queue_is_taken_out_by_stop(
     assert (done.returncode, done.stderr.splitlines()[-1]) == (0, "taken out of the queue; it had not begun")
     assert run.status()["state"] == "stopped"
     cluster.run("scancel", intruder)
+
+
+def test_a_job_that_comes_back_into_the_queue_while_it_is_stopped_is_taken_out(
+    new_slurm_run: NewRun, cluster: SlurmCluster
+) -> None:
+    run = new_slurm_run()
+    run.launch()
+    run.wait_for_step(60)
+    cluster.run("scontrol", "requeue", run.job_id, check=True)
+    wait_for(lambda: run.events("requeued"))
+    done = run.outlast("stop", str(run.dir.path))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("taken out of the queue; step ")
+    assert run.status()["state"] == "stopped"
+    assert cluster.field(run.job_id, "JobState") == "CANCELLED"

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import pytest
 
 from gpt.run_dir import RunDir
 from launcher.cli import commands
-from launcher.submit import read_job, state
+from launcher.submit import state
 from tests.unit.launcher_support import kill_tree, make_data, make_run, start, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -226,15 +227,41 @@ def test_logs_follow_a_run_to_its_end(tmp_path: Path, run: RunDir) -> None:
 
 
 def test_a_garbled_file_is_named_and_is_exit_code_2(tmp_path: Path, run: RunDir) -> None:
+    run.job.write_text(json.dumps({"run_inode": run.path.stat().st_ino, "pid": "many"}))
+    done = outlast("resume", str(run.path), cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"error: {run.job} is not as this version of Outlast writes it (submission: Field" in done.stderr
+    assert "Traceback" not in done.stderr
     run.job.write_text("[]")
-    done = outlast("status", str(run.path), "--json", cwd=tmp_path)
+    done = outlast("stop", str(run.path), cwd=tmp_path)
     assert done.returncode == 2
     assert f"{run.job} holds list, not an object" in done.stderr
 
 
-def test_an_unexpected_error_keeps_its_traceback_and_is_exit_code_1(tmp_path: Path, run: RunDir) -> None:
-    run.job.write_text(json.dumps({"run_inode": run.path.stat().st_ino}))  # what no version ever wrote
-    done = outlast("status", str(run.path), "--json", cwd=tmp_path)
+def test_a_run_that_cannot_be_read_is_a_row_beside_the_others(tmp_path: Path, run: RunDir) -> None:
+    for name in ("broken", "moved"):
+        shutil.copytree(run.path, run.path.with_name(name))
+    broken = RunDir(run.path.with_name("broken"))
+    broken.job.write_text(json.dumps({"run_inode": broken.path.stat().st_ino}))
+    RunDir(run.path.with_name("moved")).config.write_text("{")
+    done = outlast("status", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = {Path(row["run_dir"]).name: row for row in json.loads(done.stdout)}
+    assert {name: row["state"] for name, row in rows.items()} == {
+        "broken": "unreadable",
+        "moved": "unreadable",
+        "waiting": "created",
+    }
+    assert "job.json is not as this version of Outlast writes it" in rows["broken"]["reason"]
+    assert "config.json is not readable as JSON" in rows["moved"]["reason"]
+    assert rows["waiting"]["total_steps"] == 10
+
+
+def test_an_unexpected_error_keeps_its_traceback_and_is_exit_code_1(tmp_path: Path) -> None:
+    program = PROGRAM.replace("main()", "sys.modules['launcher.status'] = None; main()")
+    done = subprocess.run(
+        [sys.executable, "-c", program, "status"],
+        cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
     assert done.returncode == 1
     assert "Traceback" in done.stderr
-    assert read_job(RunDir(tmp_path)) is None

@@ -26,8 +26,8 @@ from launcher.preflight import examine
 from launcher.processes import identity
 from launcher.recipes import run_tables
 from launcher.requests import standing_stop
-from launcher.runs import changed_fields, create_run
-from launcher.status import status, table
+from launcher.runs import changed_fields, create_run, open_run
+from launcher.status import status, statuses, table
 from launcher.submit import Job, claim_start, state
 from tests.unit.launcher_support import make_data
 
@@ -196,6 +196,7 @@ def test_one_unreadable_run_does_not_hide_the_others(run: RunDir, tmp_path: Path
     other = RunDir(tmp_path / "other")
     other.path.mkdir()
     other.config.write_text("{}")
+    assert [row.state for row in statuses([other, run])] == ["unreadable", "created"]
     console = Console(file=io.StringIO(), width=300)
     console.print(table([other, run]))
     assert isinstance(console.file, io.StringIO)
@@ -242,6 +243,9 @@ def test_logs_show_the_newest_attempt_and_the_newest_submission(run: RunDir) -> 
     ]
     with pytest.raises(LaunchError, match=r"^there is no attempt 7; there are: 1, 2$"):
         log_files(run, 7, None)
+    for wanted in (None, 2):
+        with pytest.raises(LaunchError, match=r"^there is no node 9; there are: 0, 1$"):
+            list(lines(run, follow=False, attempt=wanted, node=9))
 
 
 # Resuming
@@ -358,6 +362,22 @@ def test_changed_fields_are_dotted_and_old_stands_before_new() -> None:
 
 
 # Small things
+
+
+def test_a_run_is_the_same_by_any_path_to_it(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run.path)
+    for path in (".", f"../{run.path.name}", "checkpoints/..", str(run.path)):
+        assert open_run(path).path == run.path
+    link = run.path.with_name("link")
+    link.symlink_to(run.checkpoints)
+    assert open_run(f"{link}/..").path == run.path  # as the system reads it
+    assert open_run(run.path).path.name == "run"
+
+
+def test_symbolic_links_keep_the_name_that_other_machines_know(run: RunDir) -> None:
+    link = run.path.with_name("link")
+    link.symlink_to(run.path)
+    assert open_run(link).path == link
 
 
 def test_runs_are_tracked_beside_themselves_or_where_their_config_says(run: RunDir) -> None:

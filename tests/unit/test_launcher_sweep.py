@@ -1,13 +1,22 @@
-"""Grids: what they may hold, and what becomes of it in each run's config."""
+"""Grids: what they may hold, what becomes of it in each run's config, and how a sweep is taken up again."""
 
+import json
+import os
+import socket
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from data_pipeline.config_file import validate
-from data_pipeline.errors import ConfigError
-from launcher.sweep import SweepConfig, examine_points, points_of
+from data_pipeline.errors import ConfigError, LaunchError
+from gpt.run_dir import RunDir, write_json
+from launcher.processes import identity
+from launcher.runs import sweep_runs
+from launcher.submit import Job, claim_start
+from launcher.sweep import SweepConfig, examine_points, points_of, show_results
+from launcher.sweep import sweep as take_up
 from tests.unit.launcher_support import make_data
 
 
@@ -23,8 +32,8 @@ def sweep(**tables: Any) -> SweepConfig:
 def test_every_combination_is_a_point_with_a_name_of_its_own() -> None:
     config = sweep(grid={"optimizer": {"peak_lr": [1e-3, 3e-3]}, "seed": [1, 2, 3]})
     points = points_of(config)
-    assert len(points) == len({point.name for point in points}) == 6
-    assert points[0].name == "0001_peak_lr=0.001_seed=1"
+    assert len(points) == len({point.folder for point in points}) == 6
+    assert points[0].folder == "0001_peak_lr=0.001_seed=1"
     assert points[-1].fields == {"optimizer.peak_lr": 3e-3, "seed": 3}
 
 
@@ -56,3 +65,88 @@ def test_the_problems_of_all_points_are_told_at_once(tmp_path: Path) -> None:
 def test_a_grid_that_is_none_is_refused(grid: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         sweep(grid=grid)
+
+
+@pytest.fixture
+def home(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A sweep of three runs here, whose submission is stood in for: each is done as soon as it starts."""
+    (tmp_path / "sweep.toml").write_text(
+        f'run = "tiny"\n[set]\ndata.path = "{data}"\ntracking.enabled = false\n[grid]\nseed = [1, 2, 3]\n'
+    )
+
+    def submit(run: RunDir, _reason: str) -> Job:
+        job = Job(1, "local", "1", socket.gethostname(), None, None, run.path.stat().st_ino, 0.0)
+        write_json(run.job, asdict(job))
+        folder = run.submission / "0001"
+        folder.mkdir(parents=True)
+        write_json(folder / "outcome.json", {"exit_code": 0, "cause": "done", "attempt": 1})
+        (run.checkpoints / "step-00000020").mkdir()
+        (run.checkpoints / "step-00000020" / "checkpoint.json").write_text("{}")
+        return job
+
+    monkeypatch.setattr("launcher.sweep.submit", submit)
+    monkeypatch.setattr("launcher.sweep._one_after_the_other", lambda _runs: 0)
+    assert take_up(tmp_path / "sweep.toml", None, tmp_path / "sweep", attend=None) == 0
+    monkeypatch.undo()
+    monkeypatch.setattr("launcher.sweep.submit", submit)
+    return tmp_path / "sweep"
+
+
+def started(home: Path) -> list[str]:
+    return [run.path.name for run in sweep_runs(home) or [] if run.job.exists()]
+
+
+def test_a_run_that_is_broken_or_being_started_is_left_out_and_the_others_go_on(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second, _ = sweep_runs(home) or []
+    first.config.write_text("{")
+    with claim_start(second):
+        assert take_up(home, None, None, attend=None) == 1
+    assert started(home) == ["0003_seed=3"]
+    shown = capsys.readouterr()
+    assert "0001_seed=1 is left out: " in shown.err
+    assert "config.json is not readable as JSON" in shown.err
+    assert f"0002_seed=2 is left out: {second.path} is being started by another command" in shown.err
+    show_results(home, as_json=True)
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["fields"]["seed"], row["state"]) for row in rows] == [
+        (1, "unreadable"),
+        (2, "created"),
+        (3, "finished"),
+    ]
+    assert take_up(home, None, None, attend=None) == 1
+    assert started(home) == ["0002_seed=2", "0003_seed=3"]
+
+
+def test_a_sweep_is_taken_up_by_one_command_at_a_time(home: Path) -> None:
+    with (
+        claim_start(RunDir(home)),
+        pytest.raises(LaunchError, match=rf"^{home} is being started by another command"),
+    ):
+        take_up(home, None, None, attend=None)
+    assert started(home) == []
+
+
+def test_a_run_whose_job_may_live_is_not_started_by_its_sweep(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alive, elsewhere, _ = sweep_runs(home) or []
+    for run, host in ((alive, socket.gethostname()), (elsewhere, "not-here")):
+        job = Job(1, "local", "1", host, os.getpid(), identity(os.getpid()), run.path.stat().st_ino, 0.0)
+        write_json(run.job, asdict(job))
+    before = [run.job.read_bytes() for run in (alive, elsewhere)]
+    assert take_up(home, None, None, attend=None) == 1
+    assert [run.job.read_bytes() for run in (alive, elsewhere)] == before
+    said = capsys.readouterr().err
+    assert "0002_seed=2 is left out: nobody says here whether its job 1 has ended" in said
+    assert "0001" not in said
+
+
+def test_a_sweep_of_another_shape_is_refused_in_words(tmp_path: Path) -> None:
+    (tmp_path / "sweep.json").write_text('{"points": [{"fields": {}}]}')
+    with pytest.raises(ConfigError, match=r"sweep\.json: points\.0\.folder is missing and has no default"):
+        show_results(tmp_path)
+    (tmp_path / "sweep.json").unlink()
+    with pytest.raises(LaunchError, match=r"is not a sweep: it has no sweep\.json\.$"):
+        take_up(tmp_path, None, None, attend=None)

@@ -1,0 +1,174 @@
+"""How a job stands, and who is asked how often: a scheduler that answers, waits, or is silent.
+
+Slurm's commands are stood in for here; tests/slurm has the real ones.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.errors import LaunchError
+from gpt.run_dir import RunDir, read_json, write_json
+from launcher import launch, slurm
+from launcher.follow import Follower, watch
+from launcher.logs import lines
+from launcher.requests import request_stop
+from launcher.submit import Job, refuse_while_alive
+
+
+class Scheduler:
+    """What squeue says of job 7 second by second (the last word stays), and what it is asked when."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, words: dict[int, str]) -> None:
+        self.words, self.now, self.asked = words, 0.0, list[tuple[float, str]]()
+        monkeypatch.setattr(slurm, "_ask", self._ask)
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(time, "sleep", self._sleep)
+
+    @property
+    def word(self) -> str:
+        return self.words[max(second for second in self.words if second <= self.now)]
+
+    def times_of(self, command: str) -> list[float]:
+        return [at for at, asked in self.asked if asked == command]
+
+    def _sleep(self, seconds: float) -> None:
+        self.now += seconds
+        assert self.now < 3600, "nobody ends this"
+
+    def _ask(
+        self, command: list[str], _question: str | None = None
+    ) -> "subprocess.CompletedProcess[str] | None":
+        self.asked.append((self.now, command[0]))
+        if self.word == "SILENT":
+            return None
+        if command[0] == "scancel":
+            assert command == ["scancel", "--state=PENDING", "7"]
+            if self.word == "PENDING":
+                self.words = {0: "COMPLETING", int(self.now) + 7: "CANCELLED"}
+        said = {"squeue": f"7|{self.word}|None|node1\n", "scontrol": f"JobId=7 JobState={self.word}\n"}
+        return subprocess.CompletedProcess(command, 0, said.get(command[0], ""), "")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    write_json(run.config, {})
+    give_job(run, "slurm", "login1")
+    return run
+
+
+def give_job(run: RunDir, executor: str, host: str) -> Job:
+    job = Job(1, executor, "7", host, None, None, run.path.stat().st_ino, 0.0)
+    write_json(run.job, asdict(job))
+    (run.submission / "0001").mkdir(parents=True, exist_ok=True)
+    return job
+
+
+def test_a_job_that_comes_back_into_the_queue_while_it_is_stopped_is_taken_out(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scheduler = Scheduler(monkeypatch, {0: "RUNNING", 8: "COMPLETING", 12: "PENDING"})
+    assert launch.stop(str(run.path), now=False) == 0
+    assert capsys.readouterr().err == "saving, then stopping\ntaken out of the queue; it had not begun\n"
+    outcome = read_json(run.submission / "0001" / "outcome.json")
+    assert outcome is not None
+    assert outcome["exit_code"] == 75
+    assert len(scheduler.times_of("scancel")) == 1
+
+
+def test_a_job_that_starts_just_then_is_left_to_see_the_request_itself(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = Scheduler(monkeypatch, {0: "PENDING", 60: "RUNNING"})
+    before = slurm.cancel_waiting
+
+    def start_just_before(job_id: str) -> None:
+        scheduler.words = {0: "RUNNING", 20: "COMPLETED"}
+        before(job_id)
+
+    monkeypatch.setattr(slurm, "cancel_waiting", start_just_before)
+    assert launch.stop(str(run.path), now=False) == 1  # this stand-in wrote no outcome
+    assert not (run.submission / "0001" / "outcome.json").exists()
+
+
+def test_stop_does_not_wait_for_ever_for_a_scheduler_that_is_silent(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scheduler = Scheduler(monkeypatch, {0: "RUNNING", 30: "SILENT", 60: "RUNNING", 90: "SILENT"})
+    assert launch.stop(str(run.path), now=False) == 1
+    assert 210 <= scheduler.now < 220
+    said = capsys.readouterr().err
+    assert "nobody says here how slurm job 7 of login1 stands. The request stays" in said
+    assert read_json(run.stop)
+
+
+def test_ctrl_c_takes_a_watched_job_out_of_the_queue(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = Scheduler(monkeypatch, {0: "PENDING"})
+    sleep = time.sleep
+
+    def press(seconds: float) -> None:
+        sleep(seconds)
+        if 20 <= scheduler.now < 20.2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(time, "sleep", press)
+    job = give_job(run, "slurm", "login1")
+    outcome = watch(run, job, Follower(run), total_steps=10)
+    assert outcome.exit_code == 75
+    assert outcome.cause == "taken out of the queue; it had not begun"
+    assert 20 < scheduler.times_of("scancel")[0] < 26
+
+
+def test_the_schedulers_own_stop_takes_nothing_out_of_the_queue(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = Scheduler(monkeypatch, {0: "PENDING", 60: "COMPLETED"})
+    request_stop(run, "SIGTERM", requeue=True)
+    watch(run, give_job(run, "slurm", "login1"), Follower(run), total_steps=10)
+    assert scheduler.times_of("scancel") == []
+
+
+def test_logs_that_are_followed_ask_the_scheduler_every_five_seconds(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request_stop(run, "outlast stop")  # who only reads ends nothing
+    scheduler = Scheduler(monkeypatch, {0: "PENDING", 30: "RUNNING", 60: "COMPLETED"})
+    assert list(lines(run, follow=True, attempt=None, node=None)) == []
+    times = scheduler.times_of("squeue")
+    assert 12 <= len(times) <= 13
+    assert all(later - earlier >= 5 for earlier, later in pairwise(times))
+    assert scheduler.times_of("scancel") == []
+
+
+def test_a_run_whose_job_may_live_for_all_that_slurm_says_is_not_started_again(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Scheduler(monkeypatch, {0: "SILENT"})
+    with pytest.raises(LaunchError) as error:
+        launch.resume(str(run.path), None, [], None, attend=None)
+    assert error.value.exit_code == 2
+    assert str(error.value) == (
+        f"whether Slurm job 7 of {run.path} has ended cannot be known here: squeue and scontrol do not "
+        "answer. Try again once they do, or on a login node of that cluster; if you know that the job is "
+        f"over, remove {run.job} first."
+    )
+    run.job.unlink()
+    refuse_while_alive(run)
+
+
+def test_a_local_job_of_another_machine_is_taken_over_with_a_warning(
+    run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    elsewhere = f"not-{socket.gethostname()}"
+    give_job(run, "local", elsewhere)
+    refuse_while_alive(run)
+    assert capsys.readouterr().err.startswith(f"warning: the run's last job was on {elsewhere}; if it still")
