@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from data_pipeline.config_file import Section, read_toml, validate
 from data_pipeline.errors import ConfigError
+from launcher.paths import absolute
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -41,6 +42,31 @@ _SLURM_ONLY = (
     "container",
     "sbatch",
 )
+# Options of sbatch that the other fields decide, and so may not come in by [sbatch] unseen; None: nobody may.
+_FIELD_OF = {
+    "nodes": "nodes",
+    "gpus-per-node": "gpus_per_node",
+    "gpus": "gpus_per_node",
+    "gpus-per-task": "gpus_per_node",
+    "cpus-per-task": "cpus_per_process",
+    "partition": "partition",
+    "time": "time_limit",
+    "account": "account",
+    "qos": "qos",
+    "constraint": "constraint",
+    "exclude": "exclude",
+    "reservation": "reservation",
+    "gres": "gres",
+    "mem": "mem",
+    "signal": "signal_delay_s",
+    "array": None,
+    "output": None,
+    "error": None,
+    "open-mode": None,
+    "wrap": None,
+    "wait": None,
+    "test-only": None,
+}
 
 
 class Container(Section):
@@ -105,7 +131,10 @@ class ClusterConfig(Section):
         default_factory=dict, description="Environment variables of the training processes (NCCL_…)."
     )
     container: Container | None = Field(default=None, description="Default: no container.")
-    sbatch: dict[str, Any] = Field(default_factory=dict, description="Any other option of sbatch.")
+    sbatch: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Any other option of sbatch, by its long name; true for one without a value.",
+    )
 
     @property
     def processes(self) -> int:
@@ -122,9 +151,24 @@ class ClusterConfig(Section):
         """The time limit in minutes, rounded up."""
         return time_limit_min(self.time_limit) if self.time_limit is not None else None
 
+    @property
+    def sbatch_options(self) -> dict[str, Any]:
+        """[sbatch] by the names that sbatch knows, and whether the job may be requeued: by default it may."""
+        options = {name.replace("_", "-"): value for name, value in self.sbatch.items()}
+        is_wanted = options.pop("requeue", True) is not False and options.pop("no-requeue", False) is False
+        options["requeue" if is_wanted else "no-requeue"] = True
+        return {name: value for name, value in options.items() if value is not False}
+
     @model_validator(mode="after")
     def _fits_its_kind(self) -> Self:
         problems = []
+        for option in self.sbatch_options:
+            if option.startswith("ntasks"):
+                problems.append(f"sbatch.{option}: a node has one task, which starts processes_per_node.")
+            elif (field := _FIELD_OF.get(option)) is not None:
+                problems.append(f"sbatch.{option}: say it by the field {field}, outside [sbatch].")
+            elif option in _FIELD_OF:
+                problems.append(f"sbatch.{option}: the launcher itself needs this option; leave it out.")
         if self.kind == "local":
             given = [name for name in _SLURM_ONLY if name in self.model_fields_set]
             if given:
@@ -173,4 +217,30 @@ def load_cluster(name_or_path: str) -> ClusterConfig:
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(cluster_names())}"
             raise ConfigError(f"--cluster {name_or_path}: neither a file nor a known cluster; {hint}")
         path = Path(str(resources.files("cluster_configs") / f"{name_or_path}.toml"))
-    return validate(ClusterConfig, read_toml(path), path.name)
+    return validate(ClusterConfig, _with_absolute_paths(read_toml(path)), path.name)
+
+
+def _with_absolute_paths(tables: dict[str, Any]) -> dict[str, Any]:
+    """`tables` with the container's image, where it is a file, and the sources of its mounts absolute."""
+    container = tables.get("container")
+    if not isinstance(container, dict):
+        return tables
+    whole = dict(container)
+    image, mounts = container.get("image"), container.get("mounts")
+    if isinstance(image, str) and _is_file(image, container.get("runtime")):
+        whole["image"] = str(absolute(image))
+    if isinstance(mounts, list):
+        whole["mounts"] = [_absolute_mount(mount) if isinstance(mount, str) else mount for mount in mounts]
+    return {**tables, "container": whole}
+
+
+def _is_file(image: str, runtime: object) -> bool:
+    """Whether an image is a path: without a scheme it is to apptainer, and a name in a registry to pyxis."""
+    if "://" in image:
+        return False
+    return runtime == "apptainer" or image.startswith((".", "/", "~")) or image.endswith((".sqsh", ".sif"))
+
+
+def _absolute_mount(mount: str) -> str:
+    source, colon, target = mount.partition(":")
+    return f"{absolute(source)}{colon}{target}"

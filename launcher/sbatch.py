@@ -72,7 +72,7 @@ def slurm_parameters(
         "signal_delay_s": cluster.signal_delay_s,
         "srun_args": srun_args,
     }
-    additional: dict[str, Any] = {"requeue": True, **cluster.sbatch}
+    additional = cluster.sbatch_options
     if cluster.reservation is not None:
         additional["reservation"] = cluster.reservation
     wanted["additional_parameters"] = additional

@@ -5,7 +5,7 @@ Asks Slurm's commands and the tracker's port, each for a moment only; submits no
 
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from gpt.config import RunConfig
@@ -21,15 +21,16 @@ SAVE_BYTES_PER_SECOND = 1e9
 _SIGNAL_EARLY_S = 60  # Slurm may signal a minute before the moment it was asked for (sbatch(1), --signal)
 _TRACKER_PATIENCE_S = 1.0
 _SHARED = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "fuse", "wekafs", "panfs", "pvfs2", "9p", "afs", "cifs")
-_TOO_LONG = 300  # characters of what sbatch says
+_LESS = "the job would wait for ever. Ask for less; the run takes as many turns as it needs."
+_SHOWN = 300  # characters of what sbatch says
 
 
 def check_site(run: RunDir, config: RunConfig, cluster: ClusterConfig, findings: Findings) -> None:
     """Whether Slurm would take the job, bring it back after a preemption, and give it time to save."""
     answer = slurm.would_take(submission_text(run, config, cluster))
     if answer is not None:
-        findings.problem(f"Slurm would refuse the job: {answer[:_TOO_LONG]}")
-    if cluster.sbatch.get("requeue") is False or "no-requeue" in cluster.sbatch:
+        findings.problem(f"Slurm would refuse the job: {answer[:_SHOWN]}")
+    if "no-requeue" in cluster.sbatch_options:
         findings.warnings.append(
             "the cluster file turns requeueing off: a preempted job does not come back by itself. "
             "`outlast resume` continues it by hand."
@@ -37,33 +38,78 @@ def check_site(run: RunDir, config: RunConfig, cluster: ClusterConfig, findings:
     image = Path(cluster.container.image) if cluster.container is not None else None
     if image is not None and image.suffix in (".sif", ".sqsh") and not image.exists():
         findings.problem(f"container.image = {image}: no such file.")
-    check_partition(cluster, slurm.partition_fields(cluster.partition), findings)
+    preemption = slurm.preemption()
+    check_partitions(cluster, slurm.partitions(cluster.partition), preemption, findings)
+    if cluster.qos is not None:
+        check_qos(cluster, slurm.qos_fields(cluster.qos), preemption, findings)
     check_time(config, cluster, findings)
-    if cluster.nodes > 1:
-        check_shared([run.path, *(source.path for source in config.data.sources)], findings)
+    # Also of a job of one node: that is another machine than this one.
+    check_shared([run.path, *(source.path for source in config.data.sources)], findings)
 
 
-def check_partition(cluster: ClusterConfig, partition: Mapping[str, str], findings: Findings) -> None:
-    """What Slurm takes into the queue and never starts, by default: more than the partition allows."""
-    name = partition.get("PartitionName")
-    longest_min = time_limit_min(partition.get("MaxTime", ""))
-    if (
-        cluster.time_limit_min is not None
-        and longest_min is not None
-        and cluster.time_limit_min > longest_min
-    ):
-        findings.problem(
-            f"time_limit = {cluster.time_limit} is more than partition {name} allows "
-            f"({partition['MaxTime']}): the job would wait for ever. Ask for less; the run takes as many "
-            "turns as it needs."
-        )
-    most = partition.get("MaxNodes", "")
+def check_partitions(
+    cluster: ClusterConfig, partitions: Sequence[Mapping[str, str]], preemption: str, findings: Findings
+) -> None:
+    """What Slurm takes into the queue and never starts, by default: more than any of the partitions allows.
+
+    `preemption` is the site's PreemptType.
+    """
+    refusals = [refusal for fields in partitions if (refusal := _refusal(cluster, fields)) is not None]
+    if refusals and len(refusals) == len(partitions):
+        findings.problems += [f"{refusal}: {_LESS}" for refusal in refusals]
+        return
+    findings.warnings += [f"{refusal}: the job never starts there." for refusal in refusals]
+    if preemption == "preempt/partition_prio":
+        for fields in partitions:
+            _warn_of_preemption(f"partition {fields['PartitionName']}", fields, findings)
+
+
+def check_qos(cluster: ClusterConfig, qos: Mapping[str, str], preemption: str, findings: Findings) -> None:
+    """The same of the limits of a QOS, which sbatch does not refuse either unless the site says so."""
+    if (refusal := _too_long(cluster, qos.get("MaxWall", ""), f"qos {cluster.qos}")) is not None:
+        findings.problem(f"{refusal}: {_LESS}")
+    asked = {"node": cluster.nodes, "gres/gpu": cluster.nodes * cluster.gpus_per_node}
+    if cluster.cpus_per_process is not None:
+        asked["cpu"] = cluster.world_size * cluster.cpus_per_process
+    for limit in ("MaxTRES", "MaxTRESPU", "GrpTRES"):  # of a job, of a user, of all
+        for name, most in (item.partition("=")[::2] for item in qos.get(limit, "").split(",") if item):
+            if most.isdigit() and asked.get(name, 0) > int(most):
+                findings.problem(
+                    f"{asked[name]} × {name} is more than qos {cluster.qos} allows ({limit}: {name}={most}): "
+                    "the job would wait for ever. Ask for less, or for another qos."
+                )
+    if preemption == "preempt/qos":
+        _warn_of_preemption(f"qos {cluster.qos}", qos, findings)
+
+
+def _refusal(cluster: ClusterConfig, partition: Mapping[str, str]) -> str | None:
+    name, most = partition["PartitionName"], partition.get("MaxNodes", "")
     if most.isdigit() and cluster.nodes > int(most):
-        findings.problem(f"nodes = {cluster.nodes} is more than partition {name} allows ({most}).")
-    if partition.get("PreemptMode", "OFF") not in ("OFF", "SUSPEND") and partition.get("GraceTime") == "0":
+        return f"nodes = {cluster.nodes} is more than partition {name} allows ({most})"
+    return _too_long(cluster, partition.get("MaxTime", ""), f"partition {name}")
+
+
+def _too_long(cluster: ClusterConfig, most: str, what: str) -> str | None:
+    asked_min, most_min = cluster.time_limit_min, time_limit_min(most)
+    if asked_min is None or most_min is None or asked_min <= most_min:
+        return None
+    return f"time_limit = {cluster.time_limit} is more than {what} allows ({most})"
+
+
+def _warn_of_preemption(what: str, fields: Mapping[str, str], findings: Findings) -> None:
+    """Warn of a preemption that leaves no time to save, or after which Slurm brings nothing back."""
+    modes = set(fields.get("PreemptMode", "OFF").upper().split(","))
+    has_grace = any(digit in fields.get("GraceTime", "0") for digit in "123456789")
+    if "CANCEL" in modes and not has_grace:
         findings.warnings.append(
-            f"partition {name} preempts without a grace time (GraceTime=0): what came after the last "
-            "checkpoint is then lost and computed again. Choose checkpoint.every_steps accordingly."
+            f"{what} preempts by ending jobs for good, without a grace time (PreemptMode=CANCEL, "
+            "GraceTime=0): nothing can be saved then, and the job does not come back by itself. `outlast "
+            "resume` continues from the last checkpoint; choose checkpoint.every_steps accordingly."
+        )
+    elif modes & {"CANCEL", "REQUEUE"} and not has_grace:
+        findings.warnings.append(
+            f"{what} preempts without a grace time (GraceTime=0): what came after the last checkpoint is "
+            "then lost and computed again. Choose checkpoint.every_steps accordingly."
         )
 
 
@@ -94,7 +140,7 @@ def check_shared(paths: list[Path], findings: Findings) -> None:
         kind = file_system(path)
         if kind is not None and not kind.startswith(_SHARED):
             findings.warnings.append(
-                f"{path} lies on {kind}, which other machines usually do not see; all nodes of the job must."
+                f"{path} lies on {kind}, which other machines usually do not see; every node of the job must."
             )
 
 

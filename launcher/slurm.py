@@ -122,16 +122,35 @@ def comes_back(job_id: str, turn: int) -> bool:
     return int((job_fields(job_id) or {}).get("Restarts", "0")) > turn
 
 
-def partition_fields(name: str | None) -> dict[str, str]:
-    """What `scontrol show partition` says of a partition, by field; None names the default one.
+def partitions(names: str | None) -> list[dict[str, str]]:
+    """What `scontrol show partition` says of these partitions (a,b,…), by field; None names the default one.
 
-    Empty when Slurm says nothing of it.
+    One of which Slurm says nothing is left out.
     """
-    answer = _ask(["scontrol", "--oneliner", "show", "partition", *([name] if name else [])])
+    answer = _ask(["scontrol", "--oneliner", "show", "partition"])
     if answer is None or answer.returncode != 0:
+        return []
+    found = [_fields(line) for line in answer.stdout.splitlines() if line.strip()]
+    if names is None:
+        return [fields for fields in found if fields.get("Default") == "YES"]
+    return [fields for fields in found if fields.get("PartitionName") in names.split(",")]
+
+
+def preemption() -> str:
+    """The site's PreemptType: by partition, by qos, or none; empty when Slurm says nothing."""
+    answer = _ask(["scontrol", "show", "config"])
+    found = re.search(r"^PreemptType\s*=\s*(\S+)", answer.stdout if answer is not None else "", re.MULTILINE)
+    return found.group(1) if found is not None else ""
+
+
+def qos_fields(name: str) -> dict[str, str]:
+    """What the accounting says of a QOS, by field; empty when there is no accounting or no such QOS."""
+    columns = "MaxWall,MaxTRES,MaxTRESPU,GrpTRES,PreemptMode,GraceTime"
+    question = ["sacctmgr", "--noheader", "--parsable2", "show", "qos", name, f"format={columns}"]
+    answer = _ask(question)
+    if answer is None or answer.returncode != 0 or not answer.stdout.strip():
         return {}
-    partitions = (_fields(line) for line in answer.stdout.splitlines())
-    return next((found for found in partitions if name or found.get("Default") == "YES"), {})
+    return dict(zip(columns.split(","), answer.stdout.splitlines()[0].split("|"), strict=False))
 
 
 def requeue(job_id: str, exclude: Sequence[str] = ()) -> bool:

@@ -51,6 +51,37 @@ def test_a_folder_of_the_same_name_does_not_hide_a_shipped_cluster(
     assert load_cluster("local").kind == "local"
 
 
+@pytest.mark.parametrize(
+    ("runtime", "image", "stored"),
+    [
+        ("apptainer", "images/a.sif", "{here}/images/a.sif"),
+        ("apptainer", "sandbox", "{here}/sandbox"),
+        ("apptainer", "docker://team/a:1", "docker://team/a:1"),
+        ("apptainer", "/images/a.sif", "/images/a.sif"),
+        ("pyxis", "a.sqsh", "{here}/a.sqsh"),
+        ("pyxis", "./a", "{here}/a"),
+        ("pyxis", "../a.sqsh", "{above}/a.sqsh"),
+        ("pyxis", "~/a.sqsh", "/home/me/a.sqsh"),
+        ("pyxis", "registry/team/a:1", "registry/team/a:1"),
+    ],
+)
+def test_paths_of_a_container_are_taken_against_the_callers_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runtime: str, image: str, stored: str
+) -> None:
+    (tmp_path / "below" / "here").mkdir(parents=True)
+    (tmp_path / "below" / "mine.toml").write_text(
+        f'kind = "slurm"\n[container]\nruntime = "{runtime}"\nimage = "{image}"\n'
+        'mounts = ["data:/data", "/scratch:/s:ro"]\n'
+    )
+    here = tmp_path / "below" / "here"
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", "/home/me")
+    container = load_cluster("../mine.toml").container
+    assert container is not None
+    assert container.image == stored.format(here=here, above=here.parent)
+    assert container.mounts == (f"{here}/data:/data", "/scratch:/s:ro")
+
+
 def test_an_unknown_key_suggests_the_nearest() -> None:
     assert problems(kind="slurm", partiton="gpu") == [
         "mine.toml: unknown key 'partiton'; did you mean 'partition'?"
@@ -173,6 +204,36 @@ def test_every_slurm_field_reaches_the_submission_file(
     assert 'export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"' in lines
     [srun] = [line for line in lines if line.startswith("srun ")]
     assert " --kill-on-bad-exit=1 " in srun
+
+
+@pytest.mark.parametrize(
+    "sbatch",
+    [{"requeue": False}, {"no-requeue": True}, {"no_requeue": ""}, {"requeue": True, "no-requeue": True}],
+)
+def test_a_file_that_forbids_requeueing_is_obeyed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sbatch: dict[str, Any]
+) -> None:
+    lines = submission(monkeypatch, tmp_path, sbatch=sbatch)
+    assert [line for line in lines if "requeue" in line] == ["#SBATCH --no-requeue"]
+
+
+def test_an_option_of_sbatch_that_is_false_is_not_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    lines = submission(monkeypatch, tmp_path, sbatch={"exclusive": False, "contiguous": True})
+    assert "#SBATCH --contiguous" in lines
+    assert not any("exclusive" in line for line in lines)
+
+
+def test_an_option_of_sbatch_that_a_field_decides_is_refused() -> None:
+    options = {"nodes": 4, "ntasks_per_node": 8, "cpus-per-task": 2, "output": "x", "mail-user": "me"}
+    [problem] = problems(kind="slurm", sbatch=options)
+    assert problem == (
+        "mine.toml: sbatch.nodes: say it by the field nodes, outside [sbatch]. "
+        "sbatch.ntasks-per-node: a node has one task, which starts processes_per_node. "
+        "sbatch.cpus-per-task: say it by the field cpus_per_process, outside [sbatch]. "
+        "sbatch.output: the launcher itself needs this option; leave it out."
+    )
 
 
 def test_no_time_limit_and_no_wckey_is_asked_of_slurm_unless_the_file_does(

@@ -1,16 +1,26 @@
 """What the site and the tracker say beforehand; Slurm's answers are tested on a real one (tests/slurm)."""
 
 import http.server
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gpt.config import RunConfig
+from launcher import slurm
 from launcher.cluster import ClusterConfig
 from launcher.findings import Findings
-from launcher.site import check_shared, check_time, check_tracker, file_system
+from launcher.site import (
+    check_partitions,
+    check_qos,
+    check_shared,
+    check_time,
+    check_tracker,
+    file_system,
+)
 
 
 def config(**tables: object) -> RunConfig:
@@ -41,6 +51,88 @@ def test_a_warning_shorter_than_a_save_takes_is_warned_of() -> None:
     findings = Findings()
     check_time(config(model=model), cluster.model_copy(update={"nodes": 4}), findings)
     assert findings.warnings == []
+
+
+LOW = {"PartitionName": "low", "MaxTime": "UNLIMITED", "MaxNodes": "8", "PreemptMode": "OFF"}
+SHORT = {"PartitionName": "short", "MaxTime": "01:00:00", "MaxNodes": "UNLIMITED", "PreemptMode": "OFF"}
+
+
+def of_partitions(*partitions: dict[str, str], preemption: str = "preempt/none", **fields: Any) -> Findings:
+    findings = Findings()
+    check_partitions(ClusterConfig(kind="slurm", **fields), partitions, preemption, findings)
+    return findings
+
+
+def test_what_no_partition_of_a_list_allows_is_refused_and_what_one_does_not_is_warned_of() -> None:
+    assert of_partitions(LOW, SHORT, nodes=8, time_limit="01:00:00") == Findings()
+    found = of_partitions(LOW, SHORT, time_limit="02:00:00")
+    assert found.problems == []
+    assert found.warnings == [
+        "time_limit = 02:00:00 is more than partition short allows (01:00:00): the job never starts there."
+    ]
+    found = of_partitions(LOW, SHORT, time_limit="02:00:00", nodes=9)
+    assert found.problems == [
+        "nodes = 9 is more than partition low allows (8): the job would wait for ever. Ask for less; the run "
+        "takes as many turns as it needs.",
+        "time_limit = 02:00:00 is more than partition short allows (01:00:00): the job would wait for ever. "
+        "Ask for less; the run takes as many turns as it needs.",
+    ]
+    assert found.warnings == []
+    assert of_partitions(nodes=9) == Findings()  # Slurm said nothing
+
+
+@pytest.mark.parametrize(
+    ("preemption", "mode", "grace", "words"),
+    [
+        ("preempt/partition_prio", "REQUEUE", "0", "partition p preempts without a grace time (GraceTime=0)"),
+        ("preempt/partition_prio", "REQUEUE", "30", None),
+        ("preempt/partition_prio", "CANCEL", "0", "partition p preempts by ending jobs for good, without a"),
+        ("preempt/partition_prio", "CANCEL", "30", None),
+        ("preempt/partition_prio", "GANG,SUSPEND", "0", None),
+        ("preempt/partition_prio", "OFF", "0", None),
+        ("preempt/qos", "REQUEUE", "0", None),
+        ("preempt/none", "REQUEUE", "0", None),
+    ],
+)
+def test_a_preemption_that_leaves_no_time_to_save_is_warned_of(
+    preemption: str, mode: str, grace: str, words: str | None
+) -> None:
+    partition = {"PartitionName": "p", "PreemptMode": mode, "GraceTime": grace}
+    found = of_partitions(partition, preemption=preemption)
+    assert found.problems == []
+    assert [warning[: len(words or "")] for warning in found.warnings] == ([words] if words else [])
+
+
+def test_the_limits_of_a_qos_are_those_of_a_job_a_user_and_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "1-00:00:00|cpu=64,gres/gpu=8,node=2|node=4|gres/gpu=32|requeue|00:00:00"
+    monkeypatch.setattr(
+        slurm, "_ask", lambda command: subprocess.CompletedProcess(command, 0, said + "\n", "")
+    )
+
+    def of_qos(preemption: str = "preempt/none", **fields: Any) -> Findings:
+        findings = Findings()
+        cluster = ClusterConfig(kind="slurm", qos="spare", **fields)
+        check_qos(cluster, slurm.qos_fields("spare"), preemption, findings)
+        return findings
+
+    assert of_qos(nodes=2, gpus_per_node=4, cpus_per_process=8, time_limit="24:00:00") == Findings()
+    found = of_qos(nodes=5, gpus_per_node=8, cpus_per_process=2, time_limit="1-00:01:00")
+    assert found.problems[0] == (
+        "time_limit = 1-00:01:00 is more than qos spare allows (1-00:00:00): the job would wait for ever. "
+        "Ask for less; the run takes as many turns as it needs."
+    )
+    remedy = ": the job would wait for ever. Ask for less, or for another qos."
+    assert found.problems[1:] == [
+        "80 × cpu is more than qos spare allows (MaxTRES: cpu=64)" + remedy,
+        "40 × gres/gpu is more than qos spare allows (MaxTRES: gres/gpu=8)" + remedy,
+        "5 × node is more than qos spare allows (MaxTRES: node=2)" + remedy,
+        "5 × node is more than qos spare allows (MaxTRESPU: node=4)" + remedy,
+        "40 × gres/gpu is more than qos spare allows (GrpTRES: gres/gpu=32)" + remedy,
+    ]
+    [warning] = of_qos("preempt/qos").warnings
+    assert warning.startswith("qos spare preempts without a grace time (GraceTime=0)")
+    monkeypatch.setattr(slurm, "_ask", lambda _command: None)
+    assert of_qos("preempt/qos", nodes=99) == Findings()
 
 
 MOUNTS = """\
@@ -74,7 +166,7 @@ def test_a_disk_that_other_machines_do_not_see_is_warned_of(monkeypatch: pytest.
     findings = Findings()
     check_shared(list(kinds), findings)
     assert findings.warnings == [
-        "/a lies on tmpfs, which other machines usually do not see; all nodes of the job must."
+        "/a lies on tmpfs, which other machines usually do not see; every node of the job must."
     ]
 
 
