@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import socket
+import struct
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -24,6 +25,7 @@ START_PATIENCE_S = 1800.0  # reading a checkpoint and compiling may take long; s
 _STACKS_S = 1.0
 _GATHER_S = 8.0
 _TAIL_BYTES = 1 << 17
+_UCRED = struct.Struct("3i")  # process, user, group: unix(7)
 # Where a rank that waits for the others is, seen from its innermost frame of Python.
 _WAITING = re.compile(r'File ".*(torch/distributed/|deepspeed/comm/|gpt/distributed\.py)')
 
@@ -59,6 +61,7 @@ class Watch:
         self.timeout_s = timeout_s
         self.name = f"outlast-{os.getpid()}-{time.monotonic_ns()}"
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)  # anybody here may write to it
         self._socket.bind("\0" + self.name)
         self._heard: dict[int, tuple[float, Sign]] = {}
 
@@ -66,8 +69,10 @@ class Watch:
         """Whether one of the processes `workers` has been silent for too long."""
         with suppress(BlockingIOError):
             while True:
-                message = self._socket.recv(4096)
-                with suppress(ValueError, TypeError):  # anybody on this machine may write here
+                message, credentials, _, _ = self._socket.recvmsg(4096, socket.CMSG_SPACE(_UCRED.size))
+                if _user(credentials) != os.getuid():
+                    continue
+                with suppress(ValueError, TypeError):
                     sign = Sign(**json.loads(message))
                     self._heard[sign.pid] = (time.monotonic(), sign)
         alive = set(workers)
@@ -107,6 +112,15 @@ class Watch:
                 )
             )
         return sorted(found, key=lambda suspect: suspect.rank)
+
+
+def _user(credentials: Sequence[tuple[int, int, bytes]]) -> int | None:
+    """Who has sent a message, as the kernel says."""
+    for level, kind, data in credentials:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
+            user: int = _UCRED.unpack(data[: _UCRED.size])[1]
+            return user
+    return None
 
 
 def report(folder: Path, node: int, suspects: Sequence[Suspect]) -> None:
