@@ -72,16 +72,20 @@ def job_fields(job_id: str) -> dict[str, str] | None:
 
 
 def standings(job_ids: Iterable[str]) -> dict[str, Standing]:
-    """How each of these jobs stands, with one question for all of them."""
+    """How each of these jobs stands, with two questions at most, however many they are."""
     wanted = sorted(set(job_ids))
     if not wanted:
         return {}
-    # All of this user's jobs: a list of ids that Slurm has forgotten is an error.
-    answer = _ask(["squeue", "--noheader", "--array", "--states=all", "--me", _ROW])
-    if answer is None or answer.returncode != 0:
+    found = _rows("--me")
+    if found is None:
         return dict.fromkeys(wanted, Standing("unknown"))
-    rows = {row[0]: row for row in (line.split("|") for line in answer.stdout.splitlines()) if len(row) == 4}
-    return {job_id: _standing(rows[job_id]) if job_id in rows else _elsewhere(job_id) for job_id in wanted}
+    # Not among this user's: another user's, or one that Slurm has forgotten.
+    others = [job_id for job_id in wanted if job_id not in found]
+    if len(others) == 1:  # of a single one that is forgotten squeue makes an error like any other
+        return {job_id: found.get(job_id) or _elsewhere(job_id) for job_id in wanted}
+    left = _rows(f"--jobs={','.join(others)}") if others else {}
+    unseen = Standing("unknown" if left is None else "ended")
+    return {job_id: ({**(left or {}), **found}).get(job_id, unseen) for job_id in wanted}
 
 
 def why_ended(job_id: str) -> str | None:
@@ -89,10 +93,19 @@ def why_ended(job_id: str) -> str | None:
     fields = job_fields(job_id)
     if fields and "JobState" in fields:
         return fields["JobState"]
-    answer = _ask(["sacct", "--noheader", "--parsable2", "--allocations", "--format=State", "--jobs", job_id])
-    if answer is None or answer.returncode != 0 or not answer.stdout.strip():
-        return None
-    return answer.stdout.split()[0]
+    return last_words([job_id]).get(job_id)
+
+
+def last_words(job_ids: Sequence[str]) -> dict[str, str]:
+    """The same of several jobs that only the accounting remembers, where there is one."""
+    if not job_ids:
+        return {}
+    question = ["sacct", "--noheader", "--parsable2", "--allocations", "--format=JobID,State"]
+    answer = _ask([*question, f"--jobs={','.join(job_ids)}"])
+    if answer is None or answer.returncode != 0:
+        return {}
+    rows = (line.split("|") for line in answer.stdout.splitlines())
+    return {row[0]: row[1].split()[0] for row in rows if len(row) == 2 and row[1]}
 
 
 def would_take(submission: str) -> str | None:
@@ -206,6 +219,15 @@ def cancel_waiting(job_id: str) -> None:
 
 def _fields(line: str) -> dict[str, str]:
     return dict(re.findall(r"(\S+?)=(\S*)", line))
+
+
+def _rows(choice: str) -> dict[str, Standing] | None:
+    """How the jobs stand that squeue shows for `choice`; None when it says nothing."""
+    answer = _ask(["squeue", "--noheader", "--array", "--states=all", choice, _ROW])
+    if answer is None or answer.returncode != 0:
+        return None
+    rows = (line.split("|") for line in answer.stdout.splitlines())
+    return {row[0]: _standing(row) for row in rows if len(row) == 4}
 
 
 def _standing(row: list[str]) -> Standing:

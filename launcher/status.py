@@ -6,7 +6,7 @@ Reads the last lines of a record, never the whole of a long one, so that a hundr
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -73,15 +73,20 @@ def statuses(runs: Sequence[RunDir]) -> list[Status]:
     One that cannot be read is "unreadable", with the reason, and stands in the way of no other.
     """
     jobs: dict[Path, Job] = {}
+    without_outcome: list[Path] = []
     broken: dict[Path, Exception] = {}
     for run in runs:
         try:
             if (job := read_job(run)) is not None:
-                read_outcome(run, job)
+                if read_outcome(run, job) is None and job.executor == "slurm":
+                    without_outcome.append(run.path)
                 jobs[run.path] = job
         except _UNREADABLE as error:
             broken[run.path] = error
     standing = standings((run, jobs[run.path]) for run in runs if run.path in jobs)
+    forgotten = {path: jobs[path].job_id for path in without_outcome if standing[path] == Standing("ended")}
+    last_words = slurm.last_words(list(forgotten.values()))
+    standing |= {path: Standing("ended", last_words.get(job_id, "")) for path, job_id in forgotten.items()}
     found = []
     for run in runs:
         try:
@@ -96,13 +101,12 @@ def statuses(runs: Sequence[RunDir]) -> list[Status]:
 def _status(run: RunDir, job: Job | None, standing: Standing | None) -> Status:
     config = read_config(run)
     outcome = read_outcome(run, job) if job is not None else None
-    word, reason = _state(run, job, outcome, standing)
+    word, reason = _state(run, outcome, standing)
     line, scored = _last_lines(run)
     step = int(line.get("step", 0))
     is_going = word in ("running", "stopping")
     checkpoints = committed(run.checkpoints)
-    continued, requeued = _events(run, "continued"), _events(run, "requeued")
-    built = _events(run, "network_built")
+    events = _Events(run.events)
     return Status(
         run_dir=str(run.path),
         state=word,
@@ -115,11 +119,11 @@ def _status(run: RunDir, job: Job | None, standing: Standing | None) -> Status:
         val_loss=scored.get("val/loss"),
         tokens_per_second=line.get("train/tokens_per_second") if is_going else None,
         mfu=line.get("train/mfu") if is_going else None,
-        attention=built[-1].get("attention") if built else None,
+        attention=events.last("network_built").get("attention"),
         checkpoint_step=checkpoints[-1][0] if checkpoints else None,
         attempts=len(run.attempt_numbers()),
-        requeues=len(requeued),
-        lost_s=sum(event.get("lost_s", 0.0) for event in continued),
+        requeues=events.count("requeued"),
+        lost_s=sum(event.get("lost_s", 0.0) for event in events.each("continued")),
         eta_s=_left_s(config.batch.sizes, config.total_steps, line) if is_going else None,
         updated_at=line.get("time"),
         job_id=job.job_id if job is not None else None,
@@ -195,11 +199,9 @@ def table(runs: Sequence[RunDir]) -> Table:
     return result
 
 
-def _state(
-    run: RunDir, job: Job | None, outcome: Outcome | None, standing: Standing | None
-) -> tuple[str, str]:
+def _state(run: RunDir, outcome: Outcome | None, standing: Standing | None) -> tuple[str, str]:
     """The state in a word, and the scheduler's reason (where a job runs, why it waits or has ended)."""
-    if job is None or standing is None:
+    if standing is None:
         return ("created" if not run.attempt_numbers() else "copied"), ""
     if outcome is not None:
         return "cancelled" if outcome.is_cancelled else _OUTCOME_STATES.get(outcome.exit_code, "failed"), ""
@@ -207,23 +209,42 @@ def _state(
         return "stopping", standing.reason
     if standing.word != "ended":
         return standing.word, standing.reason
-    last_word = (slurm.why_ended(job.job_id) or "") if job.executor == "slurm" else ""
-    return "cancelled" if last_word.startswith("CANCELLED") else "lost", last_word
+    return "cancelled" if standing.slurm_state == "CANCELLED" else "lost", standing.slurm_state
 
 
-def _events(run: RunDir, name: str) -> list[dict[str, Any]]:
-    """The events of one name; only their lines are parsed."""
-    try:
-        lines = run.events.read_bytes().splitlines()
-    except FileNotFoundError:
-        return []
-    wanted = f'"event": "{name}"'.encode()
-    found = []
-    for raw in lines:
-        if wanted in raw:
-            with suppress(ValueError):
-                found.append(json.loads(raw))
-    return found
+class _Events:
+    """A run's events by name: the file is read once, and parsed only where a line is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._content = path.read_bytes()
+        except FileNotFoundError:
+            self._content = b""
+
+    def count(self, name: str) -> int:
+        """How many there are of one name."""
+        return self._content.count(_mark(name))
+
+    def each(self, name: str) -> Iterator[dict[str, Any]]:
+        """Those of one name, the oldest first."""
+        at = self._content.find(_mark(name))
+        while at != -1:
+            yield from self._line(at)
+            at = self._content.find(_mark(name), at + 1)
+
+    def last(self, *names: str) -> dict[str, Any]:
+        """The newest of those of these names; empty where there is none."""
+        at = max(self._content.rfind(_mark(name)) for name in names)
+        return next(self._line(at), {}) if at != -1 else {}
+
+    def _line(self, at: int) -> Iterator[dict[str, Any]]:
+        start, end = self._content.rfind(b"\n", 0, at) + 1, self._content.find(b"\n", at)
+        with suppress(ValueError):  # torn by a kill
+            yield json.loads(self._content[start : end if end != -1 else None])
+
+
+def _mark(name: str) -> bytes:
+    return f'"event": "{name}"'.encode()
 
 
 def _last_lines(run: RunDir) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -209,6 +209,13 @@ def test_a_hundred_long_runs_take_less_than_a_second(run: RunDir) -> None:
     give_job(run, alive=False)
     step(run, 1, **{"val/loss": 7.0})
     run.metrics.write_bytes(run.metrics.read_bytes() * 5000)
+    for name in ("requeued", "continued", "network_built"):
+        record.event(run.events, name, lost_s=1.5, attention="sdpa")
+    run.events.write_bytes(run.events.read_bytes() * 30)
+    record.event(run.events, "checkpoint_saved", step=1, seconds=1.0, bytes=1 << 30)
+    run.events.write_bytes(run.events.read_bytes() + run.events.read_bytes().splitlines(True)[-1] * 4000)
+    found = status(run)
+    assert (found.requeues, found.lost_s, found.attention) == (30, 45.0, "sdpa")
     started = time.process_time()
     for _ in range(100):
         status(run)

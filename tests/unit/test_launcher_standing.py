@@ -14,12 +14,15 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.config_file import validate
 from data_pipeline.errors import LaunchError
+from gpt.config import RunConfig
 from gpt.run_dir import RunDir, read_json, write_json
 from launcher import launch, slurm
 from launcher.follow import Follower, watch
 from launcher.logs import lines
 from launcher.requests import request_stop
+from launcher.status import statuses
 from launcher.submit import Job, refuse_while_alive
 
 
@@ -172,3 +175,41 @@ def test_a_local_job_of_another_machine_is_taken_over_with_a_warning(
     give_job(run, "local", elsewhere)
     refuse_while_alive(run)
     assert capsys.readouterr().err.startswith(f"warning: the run's last job was on {elsewhere}; if it still")
+
+
+def test_a_hundred_runs_that_slurm_has_forgotten_are_three_questions(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = []
+    for number in range(100):
+        runs.append(RunDir(run.path.with_name(f"run-{number:03d}")))
+        runs[-1].path.mkdir()
+        tables = {"name": "x", "data": {"path": "/data"}, "schedule": {"total_steps": 1}}
+        write_json(runs[-1].config, validate(RunConfig, tables, "x").resolve(64).model_dump(mode="json"))
+        job = Job(1, "slurm", str(number), "login1", None, None, runs[-1].path.stat().st_ino, 0.0)
+        write_json(runs[-1].job, asdict(job))
+    answers = iter(
+        [
+            "0|RUNNING|None|node1\n1|CANCELLED|None|\n",
+            "2|PENDING|Priority|\n",
+            "3|CANCELLED by 0\n4|NODE_FAIL\n",
+        ]
+    )
+    asked = []
+
+    def ask(command: list[str], _question: str | None = None) -> "subprocess.CompletedProcess[str]":
+        ids = [word.removeprefix("--jobs=").count(",") + 1 for word in command if "--jobs=" in word]
+        asked.append((command[0], *ids))
+        return subprocess.CompletedProcess(command, 0, next(answers), "")
+
+    monkeypatch.setattr(slurm, "_ask", ask)
+    rows = statuses(runs)
+    assert asked == [("squeue",), ("squeue", 98), ("sacct", 97)]
+    assert [(row.state, row.reason) for row in rows[:6]] == [
+        ("running", "node1"),
+        ("cancelled", "CANCELLED"),
+        ("pending", "Priority"),
+        ("cancelled", "CANCELLED"),
+        ("lost", "NODE_FAIL"),
+        ("lost", None),
+    ]
