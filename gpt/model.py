@@ -22,7 +22,7 @@ from gpt.attention import Attention, Documents, Scores, choose, formula
 from gpt.compilation import require_compiler
 from gpt.initialization import initialize
 from gpt.layers import FeedForward, Linear, RMSNorm, build_norm
-from gpt.loss import ChunkLoss, capped, chunk_loss, cross_entropy_sum
+from gpt.loss import BlockLoss, block_loss, capped, cross_entropy_sum
 from gpt.model_config import ModelConfig
 from gpt.positions import positions, rope_table, rotate, sinusoid_table
 
@@ -95,11 +95,11 @@ class Head(Linear):
         super().__init__(model.d_model, model.vocabulary, bias=False)
         self.softcap, self.z_loss = model.logit_softcap, model.z_loss
         self.multiplier = 1 / model.width_ratio
-        self._compiled_loss: ChunkLoss | None = None
+        self._compiled_loss: BlockLoss | None = None
 
     def compile_loss(self) -> None:
-        """Compile what is done to each chunk of the logits."""
-        self._compiled_loss = torch.compile(chunk_loss)
+        """Compile what is done to each block of the logits."""
+        self._compiled_loss = torch.compile(block_loss)
 
     def forward(self, input: Tensor, targets: Tensor | None = None) -> Tensor:
         """[..., D] → logits [..., V]; with targets int64 [...], their summed loss (gpt.loss)."""
