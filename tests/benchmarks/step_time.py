@@ -1,0 +1,151 @@
+"""One way to train a network for a few steps: how long a step takes, and the memory it took.
+
+    torchrun --nproc-per-node=2 tests/benchmarks/step_time.py RUN_CONFIG_JSON WAY
+
+WAY is outlast (at the config's ZeRO stage), ddp (torch's, with fp32 masters), fsdp2 (torch's fully_shard) or
+bare (one process, no collectives). All train the same network on the same ids, with AdamW, gradient clipping
+and the gradient's norm. Rank 0 prints one JSON line.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from gpt.attention import Documents
+from gpt.config import RunConfig
+from gpt.distributed import World, join
+from gpt.model import GPT
+from gpt.step import ModelInputs, train_step
+from gpt.zero import DTYPES, Engine, build_model
+
+WARM, MEASURED = 3, 12
+Step = Callable[[list[ModelInputs], float], float]
+"""(micro-batches, scored tokens over all ranks) → the gradient's norm"""
+
+
+def outlast(run: RunConfig, world: World) -> Step:
+    model = build_model(run, world)
+    engine = Engine(model, run, world)
+
+    def step(batches: list[ModelInputs], scored: float) -> float:
+        train_step(engine, batches, 1e-4, scored)
+        return float(engine.grad_norm)
+
+    return step
+
+
+def with_masters(run: RunConfig, world: World, *, is_distributed: bool) -> Step:
+    """16-bit weights and gradients, fp32 masters for AdamW: what ZeRO shards, whole on every rank."""
+    dtype = DTYPES[run.precision]
+    model = GPT(run.model)
+    model.initialize(run.seed)
+    model.place(world.device, dtype)
+    network = DistributedDataParallel(model, gradient_as_bucket_view=True) if is_distributed else model
+    weights = list(model.parameters())
+    masters = [weight.detach().float().clone().requires_grad_() for weight in weights]
+    adamw = torch.optim.AdamW(masters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+    def step(batches: list[ModelInputs], scored: float) -> float:
+        for weight in weights:
+            weight.grad = None
+        for inputs in batches:
+            (network(*inputs) * (world.size / scored)).backward()
+        for master, weight in zip(masters, weights, strict=True):
+            assert weight.grad is not None
+            master.grad = weight.grad.float()
+        norm = torch.nn.utils.clip_grad_norm_(masters, 1.0)
+        adamw.step()
+        with torch.no_grad():
+            torch._foreach_copy_(weights, masters)
+        return float(norm)
+
+    return step
+
+
+def fsdp2(run: RunConfig, world: World) -> Step:
+    dtype = DTYPES[run.precision]
+    model = GPT(run.model)
+    model.initialize(run.seed)
+    model.place(world.device, dtype)
+    model.float()
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype)
+    for block in model.blocks:
+        fully_shard(block, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    adamw = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+    def step(batches: list[ModelInputs], scored: float) -> float:
+        adamw.zero_grad()
+        for inputs in batches:
+            (model(*inputs) * (world.size / scored)).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        adamw.step()
+        full: Tensor = norm.full_tensor()  # type: ignore[attr-defined]
+        return float(full)
+
+    return step
+
+
+def kibibytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+def main(run: RunConfig, way: str) -> None:
+    torch.set_num_threads(1)
+    world = join(120)
+    if way == "outlast":
+        from gpt.zero import _import_deepspeed
+
+        _import_deepspeed(world.device)
+    before = kibibytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+    steps: dict[str, Callable[[], Step]] = {
+        "outlast": lambda: outlast(run, world),
+        "ddp": lambda: with_masters(run, world, is_distributed=True),
+        "bare": lambda: with_masters(run, world, is_distributed=False),
+        "fsdp2": lambda: fsdp2(run, world),
+    }
+    step = steps[way]()
+    rows, context = run.batch.micro_batch, run.model.context
+    generator = torch.Generator().manual_seed(world.rank)
+    ends = torch.arange(1, rows + 1, dtype=torch.int32) * context
+    batches: list[ModelInputs] = []
+    for _ in range(run.micro_batches(world.size)):
+        ids = torch.randint(0, run.model.vocabulary, (rows, context + 1), generator=generator)
+        batches.append((ids[:, :-1], ids[:, 1:], Documents.from_ends(ends.numpy())))
+    scored = float(run.batch.global_batch_tokens)
+    norms = [step(batches, scored) for _ in range(WARM)]
+    seconds = []
+    for _ in range(MEASURED):
+        started = time.perf_counter()
+        step(batches, scored)
+        seconds.append(time.perf_counter() - started)
+    if world.is_first:
+        found = {
+            "way": way,
+            "stage": run.zero.stage,
+            "world": world.size,
+            "seconds": median(seconds),
+            "slowest": max(seconds),
+            "norm": norms[0],
+            "peak_bytes": 1024 * (kibibytes("VmHWM") - before),
+        }
+        print(json.dumps(found), flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main(RunConfig.model_validate_json(sys.argv[1]), sys.argv[2])
