@@ -1,0 +1,67 @@
+"""A network small enough to train many of, on the packaged corpus, by one process and torch alone."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_pipeline.batch_sizes import BatchSizes
+from data_pipeline.batches import BatchReader, EvaluationReader
+from gpt.config import OptimizerConfig, ScheduleConfig
+from gpt.model import GPT
+from gpt.model_config import ModelConfig
+from gpt.optimizer import build_optimizer
+from gpt.schedule import learning_rate
+from gpt.step import model_inputs
+
+CPU = torch.device("cpu")
+CONTEXT, SEQUENCES, VOCABULARY = 64, 16, 4096
+DIVERGED = 20.0  # nats: more than twice those of a uniform guess
+
+
+def train(
+    data: Path,
+    model_fields: dict[str, Any],
+    optimizer: OptimizerConfig,
+    schedule: ScheduleConfig,
+    *,
+    seed: int = 1,
+    factor: Callable[[int], float] = lambda _: 1.0,
+) -> float:
+    """Validation loss, in nats a token, after `schedule.total_steps`; DIVERGED where the loss went away.
+
+    `factor` changes the rate of a step.
+    """
+    torch.manual_seed(seed)
+    model = GPT(ModelConfig.model_validate({"context": CONTEXT, "vocab_size": VOCABULARY, **model_fields}))
+    model.initialize(seed)
+    model.place(CPU, torch.float32)
+    adamw = build_optimizer(model, optimizer, torch.float32)
+    reader = BatchReader([(data, 1.0)], context=CONTEXT, global_batch=BatchSizes(SEQUENCES), seed=seed)
+    steps = schedule.total_steps
+    assert steps is not None
+    for step in range(1, steps + 1):
+        batch = reader.batch(step, rank=0, world_size=1)
+        loss = model(*model_inputs(batch, CPU)) / int(batch.scored.sum())
+        if not loss.item() < DIVERGED:  # nor a number
+            return DIVERGED
+        model.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), optimizer.grad_clip)
+        for group in adamw.param_groups:
+            group["lr"] = learning_rate(schedule, optimizer.peak_lr, steps, step) * factor(step)
+        adamw.step()
+    return min(DIVERGED, validation_loss(model, data))
+
+
+@torch.no_grad()
+def validation_loss(model: GPT, data: Path) -> float:
+    """Nats a token on the beginning of the validation split."""
+    windows = EvaluationReader(data, context=CONTEXT, tokens=16_384, document_mask=True)
+    nats, scored = 0.0, 0
+    for start in range(0, len(windows), SEQUENCES):
+        batch = windows.windows(start, SEQUENCES)
+        nats += float(model(*model_inputs(batch, CPU)))
+        scored += int(batch.scored.sum())
+    return nats / scored
