@@ -9,8 +9,9 @@ KILLS ?= 20
 demo: .venv/.installed
 	$(BIN)/outlast demo --out $(OUT)
 
+# On several cores at once, where a test that takes long is left to itself.
 test: .venv/.installed-for-tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 check: .venv/.installed-for-tests
 	$(BIN)/ruff format --check .

@@ -330,6 +330,16 @@ class ZeroConfig(Section):
         return self
 
 
+class ParallelConfig(Section):
+    """What the ranks share beside the optimizer's state, the gradients and the weights."""
+
+    sequence: Count = Field(
+        default=1,
+        description="Neighbouring processes that share each sequence, for contexts too long for one "
+        "(DeepSpeed Ulysses, arXiv:2309.14509). At best those of one node.",
+    )
+
+
 class CheckpointConfig(Section):
     """When to save and what to keep."""
 
@@ -423,6 +433,7 @@ class RunConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig
     zero: ZeroConfig = ZeroConfig()
+    parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
@@ -460,11 +471,20 @@ class RunConfig(Section):
 
     def micro_batches(self, world_size: int) -> int:
         """Micro-batches of one rank in one step after the warmup (gradient accumulation)."""
-        return self.global_batch // (self.batch.micro_batch * world_size)
+        parts = max(1, world_size // self.parallel.sequence)
+        return self.global_batch // (self.batch.micro_batch * parts)
 
     def batch_problem(self, world_size: int) -> str | None:
         """Why the global batch cannot be cut for `world_size` processes, with the nearest that can."""
-        unit = self.batch.micro_batch * self.model.context * world_size
+        shared = self.parallel.sequence
+        if world_size % shared:
+            return (
+                f"parallel.sequence = {shared} does not divide the {world_size} processes; use a multiple of "
+                f"{shared}, or another parallel.sequence."
+            )
+        parts = world_size // shared
+        unit = self.batch.micro_batch * self.model.context * parts
+        sharing = "" if shared == 1 else f" / {shared} that share sequences"
         sizes = {"batch.global_batch_tokens": self.batch.global_batch_tokens}
         for number, stage in enumerate(self.batch.warmup):
             sizes[f"batch.warmup.{number}.global_batch_tokens"] = stage.global_batch_tokens
@@ -472,7 +492,7 @@ class RunConfig(Section):
             if tokens % unit:
                 return (
                     f"{name} = {tokens} is not a multiple of micro_batch {self.batch.micro_batch} × context "
-                    f"{self.model.context} × {world_size} processes = {unit}. "
+                    f"{self.model.context} × {world_size} processes{sharing} = {unit}. "
                     f"Nearest: {nearest_multiple(tokens, unit)}."
                 )
         return None
@@ -504,6 +524,23 @@ class RunConfig(Section):
             raise ValueError(
                 "optimizer.name = 'muon' needs whole matrices where the collectives are; with "
                 "zero.offload_optimizer = 'cpu' they are on the host. Use 'adamw', or no offload."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _sequences_can_be_shared(self) -> Self:
+        shared, model = self.parallel.sequence, self.model
+        possible = [
+            size
+            for size in range(1, model.n_heads + 1)
+            if model.n_heads % size == model.context % size == 0
+            and 0 in (model.kv_heads % size, size % model.kv_heads)
+        ]
+        if shared not in possible:
+            raise ValueError(
+                f"parallel.sequence = {shared} must divide model.n_heads = {model.n_heads} and model.context "
+                f"= {model.context}, and divide model.n_kv_heads = {model.kv_heads} or be a multiple of it. "
+                f"These do: {', '.join(map(str, possible))}."
             )
         return self
 

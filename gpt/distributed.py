@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from data_pipeline.errors import OutlastError
+from gpt.ulysses import WHOLE_SEQUENCES, SequenceGroup, sequence_group
 
 T = TypeVar("T")
 
@@ -31,6 +32,17 @@ class World:
     device: torch.device
     control: dist.ProcessGroup
     device_problem: str | None = None  # why this rank has no device, where it should have one
+    sequence: SequenceGroup = WHOLE_SEQUENCES
+
+    @property
+    def data_rank(self) -> int:
+        """Which part of each batch is this rank's; those that share sequences have the same."""
+        return self.rank // self.sequence.size
+
+    @property
+    def data_size(self) -> int:
+        """Into how many parts batches are cut."""
+        return self.size // self.sequence.size
 
     @property
     def is_first(self) -> bool:
@@ -38,8 +50,11 @@ class World:
         return self.rank == 0
 
 
-def join(timeout_s: float) -> World:
-    """Join the process group that torchrun's environment describes: NCCL on GPUs, gloo without."""
+def join(timeout_s: float, sequence: int = 1) -> World:
+    """Join the process group that torchrun's environment describes: NCCL on GPUs, gloo without.
+
+    `sequence` ranks share each sequence.
+    """
     local_rank = int(os.environ["LOCAL_RANK"])
     # All ranks must choose the same backend, also where one node has lost its GPUs.
     wanted = os.environ.get("OUTLAST_GPUS_PER_NODE")
@@ -60,9 +75,8 @@ def join(timeout_s: float) -> World:
     assert control is not None
     node = int(os.environ.get("OUTLAST_NODE") or os.environ.get("GROUP_RANK", "0"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return World(
-        dist.get_rank(), dist.get_world_size(), local_rank, local_size, node, device, control, problem
-    )
+    shared = sequence_group(sequence, timeout)
+    return World(rank, size, local_rank, local_size, node, device, control, problem, shared)
 
 
 def _store(rank: int, size: int, timeout: timedelta) -> Store:

@@ -8,7 +8,6 @@ RMSNorm, rotary positions, SwiGLU, no biases.
 """
 
 import math
-from collections.abc import Callable
 from functools import partial
 from hashlib import blake2b
 from typing import Any, cast
@@ -25,10 +24,9 @@ from gpt.layers import FeedForward, Linear, RMSNorm, build_norm
 from gpt.loss import BlockLoss, block_loss, capped, cross_entropy_sum
 from gpt.model_config import ModelConfig
 from gpt.positions import positions, rope_table, rotate, sinusoid_table
+from gpt.ulysses import WHOLE_SEQUENCES, Attend, SequenceGroup
 
 Rope = tuple[Tensor, Tensor]
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(q [B·T, H, E], k [B·T, K, E], v [B·T, K, E]) → [B·T, H, E]"""
 
 
 class SelfAttention(nn.Module):
@@ -151,6 +149,7 @@ class GPT(nn.Module):
         self.head = Head(model)
         if model.tie_embeddings:
             self.head.weight = self.embedding.weight
+        self.sequence = WHOLE_SEQUENCES  # set from outside where ranks share them
         self.attention_name = ""
         self._attend: Attention | None = None
         # Plain attributes, not buffers: a cast to bf16 must leave the angles in fp32.
@@ -187,7 +186,7 @@ class GPT(nn.Module):
         self.head.compile_loss()
 
     def hidden(self, tokens_bt: Tensor, documents: Documents, cache: Cache | None = None) -> Tensor:
-        """The last block's output, normalised, [B, T, D] for ids int64 [B, T].
+        """The last block's output, normalised, [B, T, D] for ids int64 [B, T]; of this rank's tokens alone.
 
         With a cache the one row continues what the cache holds, as one document, and is added to it.
         """
@@ -195,9 +194,11 @@ class GPT(nn.Module):
         start = 0 if cache is None else cache.length
         end = start + tokens_bt.shape[1]
         scores = Scores.of(self.model, is_training=self.training)
-        dense = partial(_with_documents, self._attend, documents, scores)
-        rope = None if self._rope is None else (self._rope[0][start:end], self._rope[1][start:end])
-        x_btd = self._embedded(tokens_bt, start + positions(documents, tokens_bt))
+        dense = partial(_with_documents, self._attend, documents, scores, self.sequence, len(tokens_bt))
+        mine = self.sequence.columns(tokens_bt.shape[1])
+        here = slice(start + mine.start, start + mine.stop)
+        rope = None if self._rope is None else (self._rope[0][here], self._rope[1][here])
+        x_btd = self._embedded(tokens_bt[:, mine], start + positions(documents, tokens_bt)[:, mine])
         for layer, block in enumerate(self.blocks):
             attend = dense if cache is None else partial(cache.attend, layer, dense, scores)
             x_btd = self._run(block, x_btd, rope, attend)
@@ -230,16 +231,31 @@ class GPT(nn.Module):
         return scores
 
     def forward(self, tokens_bt: Tensor, targets_bt: Tensor, documents: Documents) -> Tensor:
-        """Summed cross-entropy in nats of `targets_bt`, int64 [B, T], IGNORED where not scored."""
-        loss: Tensor = self.head(self.hidden(tokens_bt, documents), targets_bt)
+        """Summed cross-entropy in nats of `targets_bt`, int64 [B, T], IGNORED where not scored.
+
+        Ranks that share sequences get the same rows, whole, and each gives the sum over its own tokens.
+        """
+        mine = self.sequence.columns(tokens_bt.shape[1])
+        loss: Tensor = self.head(self.hidden(tokens_bt, documents), targets_bt[:, mine])
         return loss
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator] # documents differ from step to step: each batch would compile again
+# documents differ from step to step: each batch would compile again
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _with_documents(
-    attend: Attention, documents: Documents, scores: Scores, q_xhe: Tensor, k_xke: Tensor, v_xke: Tensor
+    attend: Attention,
+    documents: Documents,
+    scores: Scores,
+    sequence: SequenceGroup,
+    rows: int,
+    q_xhe: Tensor,
+    k_xke: Tensor,
+    v_xke: Tensor,
 ) -> Tensor:
-    return attend(q_xhe, k_xke, v_xke, documents, scores)
+    def over_whole(q_xhe: Tensor, k_xke: Tensor, v_xke: Tensor) -> Tensor:
+        return attend(q_xhe, k_xke, v_xke, documents, scores)
+
+    return sequence.attend(over_whole, rows, q_xhe, k_xke, v_xke)
 
 
 def _keep_products() -> Any:

@@ -18,7 +18,10 @@ AHEAD = 2  # the count of scored tokens of step n + 2 is agreed on while step n 
 
 @dataclass(frozen=True)
 class Loaded:
-    """This rank's part of one step, cut into micro-batches on the device."""
+    """This rank's part of one step, cut into micro-batches on the device.
+
+    Of ranks that share their sequences the first alone counts them.
+    """
 
     micro_batches: list[ModelInputs]
     scored_tokens: int
@@ -62,8 +65,11 @@ class Prefetcher:
         self._futures[step] = self._pool.submit(self._load, step)
 
     def _load(self, step: int) -> Loaded:
-        batch: Batch = self._reader.batch(step, self._world.rank, self._world.size)
-        parts = [model_inputs(part, self._world.device) for part in batch.micro_batches(self._micro_batch)]
+        world = self._world
+        batch: Batch = self._reader.batch(step, world.data_rank, world.data_size)
+        parts = [model_inputs(part, world.device) for part in batch.micro_batches(self._micro_batch)]
+        if world.sequence.rank > 0:
+            return Loaded(parts, 0, 0)
         return Loaded(parts, int(batch.scored.sum()), digest(batch))
 
 

@@ -73,7 +73,7 @@ def main(path: Path) -> None:
     """Take part in one attempt at the run in `path`; rank 0 leaves its result there."""
     run_dir = RunDir(path)
     run = RunConfig.model_validate_json(run_dir.config.read_text())
-    world = join(run.launch.collective_timeout_s)
+    world = join(run.launch.collective_timeout_s, run.parallel.sequence)
     clock = _Clock(run_dir, world, Heartbeat())
     clock.lap("imports and rendezvous")
     number = attempts.claim(run_dir, world)
@@ -167,6 +167,7 @@ class Trainer:
         clock.lap("data")
         together(world, lambda: choose(run.model, world.device, DTYPES[run.precision]))
         self.model = build_model(run, world)
+        self.model.sequence = world.sequence
         if run.compile:
             together(world, lambda: self.model.compile_parts())
         self.peak_flops = peak_flops_per_second(world, run.precision, DTYPES[run.precision])

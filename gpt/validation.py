@@ -55,10 +55,12 @@ class Validation:
     def _measure(self, windows: EvaluationReader, model: GPT, world: World) -> tuple[float, float]:
         """Nats a token and bits a byte over all of `windows`."""
         nats, scored, scored_bytes = 0.0, 0, 0
-        for start in range(0, len(windows), world.size * self._micro_batch):
+        for start in range(0, len(windows), world.data_size * self._micro_batch):
             # Every rank computes in every round, at last on padding: stage 3 gathers weights in forward.
-            batch = windows.windows(start + world.rank * self._micro_batch, self._micro_batch)
+            batch = windows.windows(start + world.data_rank * self._micro_batch, self._micro_batch)
             nats += float(model(*model_inputs(batch, world.device)))
+            if world.sequence.rank > 0:
+                continue
             scored += int(batch.scored.sum())
             scored_bytes += int(self._token_bytes[batch.tokens[:, 1:][batch.scored]].sum())
         nats, scored_total, bytes_total = total(world, nats, float(scored), float(scored_bytes))

@@ -80,7 +80,7 @@ def block_numel(model: ModelConfig) -> int:
 
 def largest_micro_batch(config: RunConfig, world_size: int, available: float) -> int | None:
     """The largest micro-batch that cuts the global batch evenly and fits into `available` bytes."""
-    for micro_batch in range(config.global_batch // world_size, 0, -1):
+    for micro_batch in range(config.global_batch * config.parallel.sequence // world_size, 0, -1):
         batch = config.batch.model_copy(update={"micro_batch": micro_batch})
         smaller = config.model_copy(update={"batch": batch})
         if smaller.batch_problem(world_size) is None and memory(smaller, world_size).peak <= available:
@@ -94,8 +94,7 @@ def activation_bytes(config: RunConfig) -> int:
     Counted as Korthikanti et al. do (arXiv:2205.05198, section 4), for this network's own operations:
     tests hold it against the tensors that autograd saves.
     """
-    model, tokens = config.model, config.batch.micro_batch * config.model.context
-    width = _bytes(config)
+    model, tokens, width = config.model, _tokens(config), _bytes(config)
     last_norm = _norm(model, width) if model.norm_placement == "pre" else 0
     at_head = width * model.d_model  # the gradient that the loss leaves, computed in the forward pass
     block = _block(model, width)
@@ -137,8 +136,7 @@ def _products(model: ModelConfig, width: int) -> int:
 
 def _loss_bytes(config: RunConfig) -> int:
     """The logits of a chunk as product, in fp32, as probabilities and as gradient; the head's gradient."""
-    model, width = config.model, _bytes(config)
-    tokens = config.batch.micro_batch * model.context
+    model, tokens, width = config.model, _tokens(config), _bytes(config)
     rows = min(tokens, max(1, _LOSS_CHUNK_ELEMENTS // model.vocabulary))
     return rows * model.vocabulary * (8 + 2 * width) + (4 + width) * model.vocabulary * model.d_model
 
@@ -151,6 +149,11 @@ def state_bytes(config: RunConfig) -> int:
         is_muons = config.optimizer.name == "muon" and len(shape) >= 2 and name.startswith("blocks.")
         total += prod(shape) * (4 + moment * (1 if is_muons else 2))
     return total
+
+
+def _tokens(config: RunConfig) -> int:
+    """Of a micro-batch, those that are this rank's."""
+    return config.batch.micro_batch * config.model.context // config.parallel.sequence
 
 
 def _bytes(config: RunConfig) -> int:

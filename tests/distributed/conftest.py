@@ -175,7 +175,7 @@ def _with_fields(tables: dict[str, Any], fields: Mapping[str, Any]) -> dict[str,
     for name, value in fields.items():
         table, _, key = name.partition("__")
         if key:
-            tables[table][key] = value
+            tables.setdefault(table, {})[key] = value
         else:
             tables[table] = value
     return tables

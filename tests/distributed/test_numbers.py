@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.batches import BatchReader
+from data_pipeline.batches import BatchReader, EvaluationReader
 from gpt.config import RunConfig
 from gpt.flops import flops_per_token
 from gpt.model import GPT
@@ -76,8 +76,8 @@ class PlainOptimizer:
             named[name].data.copy_(torch.cat(parts))
 
 
-def plain_loop(run: RunConfig, data_dir: Path) -> tuple[list[float], list[float]]:
-    """Losses and gradient norms of one process that computes each step's whole batch at once."""
+def plain_loop(run: RunConfig, data_dir: Path) -> tuple[list[float], list[float], float]:
+    """Losses and gradient norms of one process that computes each whole batch at once; its score."""
     model = GPT(run.model)
     model.initialize(run.seed)
     model.place(CPU, torch.float32)
@@ -94,7 +94,17 @@ def plain_loop(run: RunConfig, data_dir: Path) -> tuple[list[float], list[float]
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), run.optimizer.grad_clip)))
         optimizer.step(learning_rate(run.schedule, run.optimizer.peak_lr, run.total_steps, step))
         losses.append(loss.item())
-    return losses, norms
+    return losses, norms, plain_score(run, model, data_dir)
+
+
+@torch.no_grad()
+def plain_score(run: RunConfig, model: GPT, data_dir: Path) -> float:
+    """The loss on the validation split, all of it at once."""
+    windows = EvaluationReader(
+        data_dir, context=run.model.context, tokens=run.evaluation.tokens, document_mask=True
+    )
+    batch = windows.windows(0, len(windows))
+    return float(model(*model_inputs(batch, CPU))) / int(batch.scored.sum())
 
 
 MUP = {"model__initialization": "mup", "model__mup_base_width": 8, "optimizer__grad_clip": 0.1}
@@ -111,6 +121,8 @@ GRADIENT = {"optimizer__second_moment_init": "gradient"}
         (2, 2, 2, [4, 4], MUP | GRADIENT),
         (3, 2, 4, [], MUON | GRADIENT | {"compile": True}),
         (3, 1, 2, [2, 6], MUP),
+        (1, 2, 4, [4], {"parallel__sequence": 2, "model__n_kv_heads": 1, "compile": False}),
+        (3, 4, 2, [], {"parallel__sequence": 2, "model__n_kv_heads": 2}),
     ],
 )
 def test_losses_and_norms_are_those_of_a_plain_loop(
@@ -136,10 +148,11 @@ def test_losses_and_norms_are_those_of_a_plain_loop(
     )
     assert run.train(processes)["exit_code"] == 0
     config = RunConfig.model_validate_json(run.dir.config.read_text())
-    losses, norms = plain_loop(config, data_dir)
+    losses, norms, score = plain_loop(config, data_dir)
     np.testing.assert_allclose(run.losses(), losses, rtol=1e-5)
     np.testing.assert_allclose([line["train/grad_norm"] for line in run.metrics()], norms, rtol=1e-4)
     assert max(norms) > config.optimizer.grad_clip  # it did clip
+    assert run.metrics()[-1]["val/loss"] == pytest.approx(score, rel=1e-5)
     phases = {event["name"]: event["seconds"] for event in run.events("phase")}
     assert (phases.get("compile", 0.0) > 1.0) == config.compile
     [built] = run.events("network_built")

@@ -67,6 +67,7 @@ def test_a_killed_worker_is_restarted_and_leaves_no_trace(new_run: NewRun) -> No
     assert whole.train()["exit_code"] == 0
     agent = killed.start(max_restarts=3)
     killed.wait_for_step(random.Random(time.time()).randint(5, 30))
+    killed.wait(lambda: bool(killed.steps()))  # the first save may still be on its way to the disk
     killed.kill_worker(1)
     assert agent.wait(timeout=120) == 0, killed.logs()
     assert len(killed.dir.attempt_numbers()) == 2

@@ -68,6 +68,25 @@ def test_a_batch_that_does_not_divide_names_the_nearest_that_does(data: Path, tm
     ]
 
 
+def test_sequences_that_cannot_be_shared_say_what_can(data: Path, tmp_path: Path) -> None:
+    [problem] = refused(lambda: ask(data, tmp_path / "run", "parallel.sequence=3"))
+    assert problem.endswith(
+        "parallel.sequence = 3 must divide model.n_heads = 4 and model.context = 64, and divide "
+        "model.n_kv_heads = 4 or be a multiple of it. These do: 1, 2, 4."
+    )
+    assert refused(lambda: ask(data, tmp_path / "run", "parallel.sequence=4")) == [
+        "parallel.sequence = 4 does not divide the 2 processes; use a multiple of 4, or another "
+        "parallel.sequence."
+    ]
+    found = refused(
+        lambda: ask(data, tmp_path / "run", "parallel.sequence=2", "batch.global_batch_tokens=1000")
+    )
+    assert found == [
+        "batch.global_batch_tokens = 1000 is not a multiple of micro_batch 2 × context 64 × 2 processes / 2 "
+        "that share sequences = 128. Nearest: 1024."
+    ]
+
+
 def test_a_batch_ramp_is_checked_and_counted_step_by_step(data: Path, tmp_path: Path) -> None:
     def warmup(*sizes: int) -> str:
         stages = ", ".join(f"{{steps = 2, global_batch_tokens = {size}}}" for size in sizes)

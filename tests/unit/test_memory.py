@@ -72,6 +72,12 @@ def test_activations_are_what_autograd_keeps(precision: str, model: dict[str, An
     assert activation_bytes(run) == pytest.approx(saved_bytes(run), rel=0.1)
 
 
+def test_shared_sequences_leave_each_rank_its_share_of_the_activations() -> None:
+    shared = RunConfig.model_validate(config().model_dump() | {"parallel": {"sequence": 2}})
+    assert activation_bytes(shared) * 2 == activation_bytes(config())
+    assert shared.micro_batches(4) == config().micro_batches(2)
+
+
 def test_recomputed_blocks_keep_their_input_and_one_block() -> None:
     none, selective, full = (activation_bytes(config(recompute=r)) for r in ("none", "selective", "full"))
     assert full < selective < none

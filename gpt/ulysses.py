@@ -1,0 +1,76 @@
+"""Sequence parallelism: neighbouring ranks share the tokens of each sequence, for contexts too long for one.
+
+DeepSpeed Ulysses (Jacobs et al. 2023, arXiv:2309.14509, section 3.1): each of the S ranks of a group computes
+everything on its 1/S of the tokens, but attention, for which an all-to-all gives it all tokens of 1/S of the
+heads, and another one back. ZeRO is not concerned: it shards over all ranks, whose gradients add up as ever.
+
+    # B batch, T tokens of a sequence, t = T/S of them, H query heads, K key/value heads, E head width
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.nn.functional import all_to_all_single
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(q [B·T, H, E], k [B·T, K, E], v [B·T, K, E]) → [B·T, H, E]"""
+
+
+@dataclass(frozen=True)
+class SequenceGroup:
+    """The ranks that share sequences with this one; by default it has them to itself."""
+
+    rank: int = 0
+    size: int = 1
+    processes: dist.ProcessGroup | None = None
+
+    def columns(self, tokens: int) -> slice:
+        """Which of so many tokens of a sequence are this rank's."""
+        mine = tokens // self.size
+        return slice(self.rank * mine, (self.rank + 1) * mine)
+
+    def attend(self, over_whole: Attend, rows: int, q_xhe: Tensor, k_xke: Tensor, v_xke: Tensor) -> Tensor:
+        """Attention of this rank's tokens of `rows` sequences, by `over_whole`, which sees whole sequences.
+
+        q [B·t, H, E], k and v [B·t, K, E] → [B·t, H, E]. Where K is less than S, several ranks get the same
+        keys and values.
+        """
+        ranks, heads, width = self.size, q_xhe.shape[1], q_xhe.shape[2]
+        if ranks == 1:
+            return over_whole(q_xhe, k_xke, v_xke)
+        if (copies := ranks // k_xke.shape[1]) > 1:
+            k_xke, v_xke = k_xke.repeat_interleave(copies, 1), v_xke.repeat_interleave(copies, 1)
+        # One exchange for the three: [B, t, S, h, E] → [S, B, t, h, E], S now the ranks that get the heads.
+        parts = [x.view(rows, -1, ranks, x.shape[1] // ranks, width) for x in (q_xhe, k_xke, v_xke)]
+        shares = [part.shape[3] for part in parts]
+        given = self._exchange(torch.cat(parts, dim=3).permute(2, 0, 1, 3, 4))
+        # S now the ranks whose tokens they are: [S, B, t, h, E] → [B·T, h, E]
+        whole = given.transpose(0, 1).reshape(-1, sum(shares), width)
+        out = over_whole(*torch.split(whole, shares, dim=1))
+        # [B, S, t, h, E] → [S, B, t, h, E], and of the heads of all: → [B·t, H, E]
+        mine = self._exchange(out.view(rows, ranks, -1, shares[0], width).transpose(0, 1))
+        return mine.permute(1, 2, 0, 3, 4).reshape(-1, heads, width)
+
+    def _exchange(self, given: Tensor) -> Tensor:
+        """Part r of the first dimension goes to rank r of the group; theirs come in the same order."""
+        given = given.contiguous()
+        taken: Tensor = all_to_all_single(torch.empty_like(given), given, group=self.processes)  # type: ignore[no-untyped-call]
+        return taken
+
+
+WHOLE_SEQUENCES = SequenceGroup()
+
+
+def sequence_group(size: int, timeout: timedelta) -> SequenceGroup:
+    """The group of this rank, of `size` neighbours: those of a node, if they can. Collective."""
+    if size == 1:
+        return WHOLE_SEQUENCES
+    world, rank = dist.get_world_size(), dist.get_rank()
+    assert world % size == 0, f"{world} processes cannot be cut into groups of {size}"
+    firsts = range(0, world, size)
+    groups = [dist.new_group(list(range(first, first + size)), timeout=timeout) for first in firsts]
+    return SequenceGroup(rank % size, size, groups[rank // size])
