@@ -298,16 +298,21 @@ def status(run_dirs: tuple[str, ...], as_json: bool, watch: bool) -> int:
     """
     import json
 
+    from gpt.run_dir import RunDir
     from launcher.paths import absolute
     from launcher.runs import list_runs, open_run, runs_folder, sweep_runs
     from launcher.status import show, statuses
 
-    named = [sweep_runs(absolute(folder)) or [open_run(folder)] for folder in run_dirs]
-    runs = [run for several in named for run in several] or list_runs()
+    def find() -> list[RunDir]:
+        named = [sweep_runs(absolute(folder)) or [open_run(folder)] for folder in run_dirs]
+        return [run for several in named for run in several] or list_runs()
+
+    if as_json and watch:
+        raise click.UsageError("--watch shows the table again and again; --json is for one look")
     if as_json:
-        click.echo(json.dumps([row.as_json() for row in statuses(runs)], indent=2))
-    elif runs:
-        show(runs, watch=watch)
+        click.echo(json.dumps([row.as_json() for row in statuses(find())], indent=2))
+    elif watch or find():
+        show(find, watch=watch)
     else:
         click.echo(f"no runs in {runs_folder()}", err=True)
     return 0

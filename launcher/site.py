@@ -13,8 +13,9 @@ from gpt.run_dir import RunDir
 from launcher import slurm
 from launcher.cluster import ClusterConfig, time_limit_min
 from launcher.findings import Findings
-from launcher.plan import plan, size
+from launcher.plan import checkpoint_bytes, size
 from launcher.sbatch import submission_text
+from launcher.slurm import Preemption
 
 # What one node writes to a parallel file system while all others do; a site's own speed shows in the events.
 SAVE_BYTES_PER_SECOND = 1e9
@@ -39,32 +40,49 @@ def check_site(run: RunDir, config: RunConfig, cluster: ClusterConfig, findings:
     if image is not None and image.suffix in (".sif", ".sqsh") and not image.exists():
         findings.problem(f"container.image = {image}: no such file.")
     preemption = slurm.preemption()
-    check_partitions(cluster, slurm.partitions(cluster.partition), preemption, findings)
+    save_s = save_seconds(config, cluster)
+    check_partitions(cluster, slurm.partitions(cluster.partition), preemption, save_s, findings)
     if cluster.qos is not None:
-        check_qos(cluster, slurm.qos_fields(cluster.qos), preemption, findings)
+        check_qos(cluster, slurm.qos_fields(cluster.qos), preemption, save_s, findings)
     check_time(config, cluster, findings)
     # Also of a job of one node: that is another machine than this one.
     check_shared([run.path, *(source.path for source in config.data.sources)], findings)
 
 
+def save_seconds(config: RunConfig, cluster: ClusterConfig) -> float:
+    """About how long the nodes take to write one checkpoint."""
+    return checkpoint_bytes(config) / (SAVE_BYTES_PER_SECOND * cluster.nodes)
+
+
 def check_partitions(
-    cluster: ClusterConfig, partitions: Sequence[Mapping[str, str]], preemption: str, findings: Findings
+    cluster: ClusterConfig,
+    partitions: Sequence[Mapping[str, str]],
+    preemption: Preemption,
+    save_s: float,
+    findings: Findings,
 ) -> None:
     """What Slurm takes into the queue and never starts, by default: more than any of the partitions allows.
 
-    `preemption` is the site's PreemptType.
+    And whether a preemption leaves the `save_s` seconds that a checkpoint takes.
     """
     refusals = [refusal for fields in partitions if (refusal := _refusal(cluster, fields)) is not None]
     if refusals and len(refusals) == len(partitions):
         findings.problems += [f"{refusal}: {_LESS}" for refusal in refusals]
         return
     findings.warnings += [f"{refusal}: the job never starts there." for refusal in refusals]
-    if preemption == "preempt/partition_prio":
+    if preemption.kind == "preempt/partition_prio":
         for fields in partitions:
-            _warn_of_preemption(f"partition {fields['PartitionName']}", fields, findings)
+            mode = fields.get("PreemptMode", "OFF")
+            findings.warn(_hasty(f"partition {fields['PartitionName']}", mode, fields, save_s))
 
 
-def check_qos(cluster: ClusterConfig, qos: Mapping[str, str], preemption: str, findings: Findings) -> None:
+def check_qos(
+    cluster: ClusterConfig,
+    qos: Mapping[str, str],
+    preemption: Preemption,
+    save_s: float,
+    findings: Findings,
+) -> None:
     """The same of the limits of a QOS, which sbatch does not refuse either unless the site says so."""
     if (refusal := _too_long(cluster, qos.get("MaxWall", ""), f"qos {cluster.qos}")) is not None:
         findings.problem(f"{refusal}: {_LESS}")
@@ -78,8 +96,10 @@ def check_qos(cluster: ClusterConfig, qos: Mapping[str, str], preemption: str, f
                     f"{asked[name]} × {name} is more than qos {cluster.qos} allows ({limit}: {name}={most}): "
                     "the job would wait for ever. Ask for less, or for another qos."
                 )
-    if preemption == "preempt/qos":
-        _warn_of_preemption(f"qos {cluster.qos}", qos, findings)
+    if preemption.kind == "preempt/qos":
+        mode = qos.get("PreemptMode", "OFF")
+        mode = preemption.mode if mode == "cluster" else mode
+        findings.warn(_hasty(f"qos {cluster.qos}", mode, qos, save_s))
 
 
 def _refusal(cluster: ClusterConfig, partition: Mapping[str, str]) -> str | None:
@@ -96,21 +116,38 @@ def _too_long(cluster: ClusterConfig, most: str, what: str) -> str | None:
     return f"time_limit = {cluster.time_limit} is more than {what} allows ({most})"
 
 
-def _warn_of_preemption(what: str, fields: Mapping[str, str], findings: Findings) -> None:
-    """Warn of a preemption that leaves no time to save, or after which Slurm brings nothing back."""
-    modes = set(fields.get("PreemptMode", "OFF").upper().split(","))
-    has_grace = any(digit in fields.get("GraceTime", "0") for digit in "123456789")
-    if "CANCEL" in modes and not has_grace:
-        findings.warnings.append(
+def _hasty(what: str, mode: str, fields: Mapping[str, str], save_s: float) -> str | None:
+    """Why a preemption there may lose work, or the job for good; None where it leaves the time to save."""
+    modes = set(mode.upper().split(","))
+    grace_s = _seconds(fields.get("GraceTime", "0"))
+    if not modes & {"CANCEL", "REQUEUE"}:
+        return None
+    if grace_s == 0 and "CANCEL" in modes:
+        return (
             f"{what} preempts by ending jobs for good, without a grace time (PreemptMode=CANCEL, "
             "GraceTime=0): nothing can be saved then, and the job does not come back by itself. `outlast "
             "resume` continues from the last checkpoint; choose checkpoint.every_steps accordingly."
         )
-    elif modes & {"CANCEL", "REQUEUE"} and not has_grace:
-        findings.warnings.append(
+    if grace_s == 0:
+        return (
             f"{what} preempts without a grace time (GraceTime=0): what came after the last checkpoint is "
             "then lost and computed again. Choose checkpoint.every_steps accordingly."
         )
+    if grace_s < save_s:
+        return (
+            f"{what} preempts with a grace time of {grace_s} s, and a checkpoint takes about {save_s:.0f} s: "
+            "what came after the last one is then lost and computed again. Choose checkpoint.every_steps "
+            "accordingly, or more nodes."
+        )
+    return None
+
+
+def _seconds(text: str) -> int:
+    """Seconds of a time that scontrol writes as such and sacctmgr as HOURS:MM:SS; 0 of anything else."""
+    if text.isdigit():
+        return int(text)
+    hours, minutes, seconds = (int(part) for part in text.split(":")) if text.count(":") == 2 else (0, 0, 0)
+    return (hours * 60 + minutes) * 60 + seconds
 
 
 def check_time(config: RunConfig, cluster: ClusterConfig, findings: Findings) -> None:
@@ -124,11 +161,10 @@ def check_time(config: RunConfig, cluster: ClusterConfig, findings: Findings) ->
             f"signal_delay_s = {delay_s} s before its end, and Slurm may do so {_SIGNAL_EARLY_S} s early. "
             f"Use a longer limit, or a smaller signal_delay_s."
         )
-    needs = plan(config, cluster, None)
-    save_s = needs.checkpoint_bytes / (SAVE_BYTES_PER_SECOND * cluster.nodes)
+    save_s = save_seconds(config, cluster)
     if save_s > delay_s:
         findings.warnings.append(
-            f"signal_delay_s = {delay_s} is short for a checkpoint of {size(needs.checkpoint_bytes)}: at "
+            f"signal_delay_s = {delay_s} is short for a checkpoint of {size(checkpoint_bytes(config))}: at "
             f"{size(SAVE_BYTES_PER_SECOND)} a second and node it takes {save_s:.0f} s. "
             f"Use signal_delay_s = {2 * round(save_s)}."
         )

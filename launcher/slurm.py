@@ -149,11 +149,20 @@ def partitions(names: str | None) -> list[dict[str, str]]:
     return [fields for fields in found if fields.get("PartitionName") in names.split(",")]
 
 
-def preemption() -> str:
-    """The site's PreemptType: by partition, by qos, or none; empty when Slurm says nothing."""
+@dataclass(frozen=True)
+class Preemption:
+    """A site's PreemptType (by partition, by qos, none) and PreemptMode; empty when Slurm says nothing."""
+
+    kind: str = ""
+    mode: str = ""
+
+
+def preemption() -> Preemption:
+    """How the site takes nodes away from jobs."""
     answer = _ask(["scontrol", "show", "config"])
-    found = re.search(r"^PreemptType\s*=\s*(\S+)", answer.stdout if answer is not None else "", re.MULTILINE)
-    return found.group(1) if found is not None else ""
+    text = answer.stdout if answer is not None else ""
+    found = dict(re.findall(r"^(Preempt(?:Type|Mode))\s*=\s*(\S+)", text, re.MULTILINE))
+    return Preemption(found.get("PreemptType", ""), found.get("PreemptMode", ""))
 
 
 def qos_fields(name: str) -> dict[str, str]:

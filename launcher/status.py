@@ -6,7 +6,7 @@ Reads the last lines of a record, never the whole of a long one, so that a hundr
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -140,18 +140,18 @@ def _left_s(sizes: BatchSizes, total_steps: int, line: dict[str, Any]) -> float 
     return seconds * left / sizes.at(step)
 
 
-def show(runs: Sequence[RunDir], *, watch: bool) -> None:
-    """The table on standard output; `watch`: again and again in its place, until Ctrl-C."""
+def show(find: Callable[[], Sequence[RunDir]], *, watch: bool) -> None:
+    """The table on standard output; `watch`: again and again in its place, until Ctrl-C, with new runs."""
     console = Console()
     if not console.is_terminal:
         console.width = 180  # a pipe has no width to keep to
     if not watch:
-        console.print(table(runs))
+        console.print(table(find()))
         return
-    with suppress(KeyboardInterrupt), Live(table(runs), console=console, auto_refresh=False) as live:
+    with suppress(KeyboardInterrupt), Live(table(find()), console=console, auto_refresh=False) as live:
         while True:
             time.sleep(_WATCH_S)
-            live.update(table(runs), refresh=True)
+            live.update(table(find()), refresh=True)
 
 
 def table(runs: Sequence[RunDir]) -> Table:

@@ -206,7 +206,9 @@ def _run(home: RunDir, attend: bool | None) -> int:
     )
     if attend:
         for run, job in zip(waiting, jobs, strict=True):
-            watch(run, job, Follower(run), read_config(run).total_steps)
+            if watch(run, job, Follower(run), read_config(run).total_steps).exit_code == 75:
+                click.echo("the others go on; `outlast stop RUN_DIR` ends one", err=True)
+                break
         show_results(home.path)
     return code
 

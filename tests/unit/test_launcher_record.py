@@ -27,7 +27,7 @@ from launcher.processes import identity
 from launcher.recipes import run_tables
 from launcher.requests import standing_stop
 from launcher.runs import changed_fields, create_run, open_run
-from launcher.status import status, statuses, table
+from launcher.status import show, status, statuses, table
 from launcher.submit import Job, claim_start, state
 from tests.unit.launcher_support import make_data
 
@@ -203,6 +203,21 @@ def test_one_unreadable_run_does_not_hide_the_others(run: RunDir, tmp_path: Path
     text = console.file.getvalue()
     assert "unreadable: config.json: name is missing and has no default" in text
     assert "0/20" in text
+
+
+def test_a_watched_table_is_written_anew_with_what_is_new(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work(_seconds: float) -> None:
+        if run.metrics.exists():
+            raise KeyboardInterrupt
+        step(run, 7)
+
+    monkeypatch.setattr("launcher.status.time.sleep", work)
+    monkeypatch.setattr("launcher.status.Console", lambda: Console(width=180, force_terminal=True))
+    show(lambda: [run], watch=True)
+    shown = capsys.readouterr().out
+    assert shown.index("0/20") < shown.index("7/20")
 
 
 def test_a_hundred_long_runs_take_less_than_a_second(run: RunDir) -> None:

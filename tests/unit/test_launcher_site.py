@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from gpt.config import RunConfig
+from gpt.run_dir import RunDir
 from launcher import slurm
 from launcher.cluster import ClusterConfig
 from launcher.findings import Findings
@@ -17,10 +18,12 @@ from launcher.site import (
     check_partitions,
     check_qos,
     check_shared,
+    check_site,
     check_time,
     check_tracker,
     file_system,
 )
+from launcher.slurm import Preemption
 
 
 def config(**tables: object) -> RunConfig:
@@ -59,7 +62,8 @@ SHORT = {"PartitionName": "short", "MaxTime": "01:00:00", "MaxNodes": "UNLIMITED
 
 def of_partitions(*partitions: dict[str, str], preemption: str = "preempt/none", **fields: Any) -> Findings:
     findings = Findings()
-    check_partitions(ClusterConfig(kind="slurm", **fields), partitions, preemption, findings)
+    how = Preemption(preemption, "REQUEUE")
+    check_partitions(ClusterConfig(kind="slurm", **fields), partitions, how, 25.0, findings)
     return findings
 
 
@@ -86,6 +90,13 @@ def test_what_no_partition_of_a_list_allows_is_refused_and_what_one_does_not_is_
     [
         ("preempt/partition_prio", "REQUEUE", "0", "partition p preempts without a grace time (GraceTime=0)"),
         ("preempt/partition_prio", "REQUEUE", "30", None),
+        (
+            "preempt/partition_prio",
+            "REQUEUE",
+            "20",
+            "partition p preempts with a grace time of 20 s, and a "
+            "checkpoint takes about 25 s: what came after the last one is then lost and computed again.",
+        ),
         ("preempt/partition_prio", "CANCEL", "0", "partition p preempts by ending jobs for good, without a"),
         ("preempt/partition_prio", "CANCEL", "30", None),
         ("preempt/partition_prio", "GANG,SUSPEND", "0", None),
@@ -104,15 +115,15 @@ def test_a_preemption_that_leaves_no_time_to_save_is_warned_of(
 
 
 def test_the_limits_of_a_qos_are_those_of_a_job_a_user_and_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = "1-00:00:00|cpu=64,gres/gpu=8,node=2|node=4|gres/gpu=32|requeue|00:00:00"
+    said = "1-00:00:00|cpu=64,gres/gpu=8,node=2|node=4|gres/gpu=32|cluster|00:01:00"
     monkeypatch.setattr(
         slurm, "_ask", lambda command: subprocess.CompletedProcess(command, 0, said + "\n", "")
     )
 
-    def of_qos(preemption: str = "preempt/none", **fields: Any) -> Findings:
+    def of_qos(preemption: str = "preempt/none", save_s: float = 59.0, **fields: Any) -> Findings:
         findings = Findings()
         cluster = ClusterConfig(kind="slurm", qos="spare", **fields)
-        check_qos(cluster, slurm.qos_fields("spare"), preemption, findings)
+        check_qos(cluster, slurm.qos_fields("spare"), Preemption(preemption, "REQUEUE"), save_s, findings)
         return findings
 
     assert of_qos(nodes=2, gpus_per_node=4, cpus_per_process=8, time_limit="24:00:00") == Findings()
@@ -129,10 +140,37 @@ def test_the_limits_of_a_qos_are_those_of_a_job_a_user_and_all(monkeypatch: pyte
         "5 × node is more than qos spare allows (MaxTRESPU: node=4)" + remedy,
         "40 × gres/gpu is more than qos spare allows (GrpTRES: gres/gpu=32)" + remedy,
     ]
-    [warning] = of_qos("preempt/qos").warnings
-    assert warning.startswith("qos spare preempts without a grace time (GraceTime=0)")
+    assert of_qos("preempt/qos") == Findings()
+    [warning] = of_qos("preempt/qos", save_s=61.0).warnings
+    assert warning.startswith(
+        "qos spare preempts with a grace time of 60 s, and a checkpoint takes about 61 s"
+    )
     monkeypatch.setattr(slurm, "_ask", lambda _command: None)
     assert of_qos("preempt/qos", nodes=99) == Findings()
+
+
+def test_a_cluster_file_that_forbids_requeueing_and_an_image_that_is_not_there_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "srun").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(slurm, "_ask", lambda _command, _question=None: None)  # Slurm is silent
+    monkeypatch.setattr("launcher.site.file_system", lambda _path: "lustre")
+    image = tmp_path / "a.sif"
+    fields = {"kind": "slurm", "sbatch": {"requeue": False}}
+    container = {"runtime": "apptainer", "image": str(image)}
+    findings = Findings()
+    cluster = ClusterConfig.model_validate({**fields, "container": container})
+    check_site(RunDir(tmp_path / "run"), config(), cluster, findings)
+    assert findings.problems == [f"container.image = {image}: no such file."]
+    assert findings.warnings == [
+        "the cluster file turns requeueing off: a preempted job does not come back by itself. "
+        "`outlast resume` continues it by hand."
+    ]
+    image.touch()
+    findings = Findings()
+    check_site(RunDir(tmp_path / "run"), config(), cluster.model_copy(update={"sbatch": {}}), findings)
+    assert findings == Findings()
 
 
 MOUNTS = """\
