@@ -8,7 +8,7 @@ and what a default derives (d_ff) is filled in by `resolve` before the run direc
 import itertools
 from math import ceil
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -92,6 +92,12 @@ class DataConfig(Section):
         default="sizes",
         description="What is checked before a launch: sizes and headers of all files, or every byte of them; "
         "small data sets are checked whole always.",
+    )
+
+    changed_from: tuple[str, ...] = Field(
+        default=(),
+        description="Fingerprints of other data that checkpoints of this run may come from; "
+        "`outlast resume --allow-change data` adds to them.",
     )
 
     @property
@@ -343,8 +349,27 @@ class ParallelConfig(Section):
 class CheckpointConfig(Section):
     """When to save and what to keep."""
 
-    every_steps: Count = Field(default=500, description="Steps between checkpoints.")
-    keep_last: int = Field(default=3, ge=2, description="Committed checkpoints to keep.")
+    every_steps: Count | None = Field(
+        default=None,
+        description="Steps between checkpoints. Default: 500, unless every_minutes or interval is given; of "
+        "several the first that is due counts.",
+    )
+    every_minutes: float | None = Field(default=None, gt=0, description="Minutes between checkpoints.")
+    interval: Literal["auto"] | None = Field(
+        default=None,
+        description="auto: as often as costs least (Young 1974, Daly 2006), from the measured stall of a "
+        "save and the failures of this run.",
+    )
+    max_lost_minutes: float = Field(
+        default=60.0, gt=0, description="With interval = auto: most minutes of work that a failure may cost."
+    )
+    keep_last: int = Field(default=3, ge=2, description="Newest committed checkpoints to keep.")
+    keep_every: Count | None = Field(
+        default=None, description="Steps of which one checkpoint each is kept for ever: the first of them."
+    )
+    keep_best: int = Field(
+        default=0, ge=0, description="Checkpoints with the lowest validation loss to keep besides."
+    )
     asynchronous: bool = Field(
         default=True,
         description="Copy the state to host memory and write it while training goes on; false, or too little "
@@ -356,6 +381,14 @@ class CheckpointConfig(Section):
         description="Most that each process writes, and then reads back, in MB a second, while training goes "
         "on. Default: no limit.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_an_interval(cls, fields: Any) -> Any:
+        given = ("every_steps", "every_minutes", "interval")
+        if isinstance(fields, dict) and all(fields.get(name) is None for name in given):
+            return {**fields, "every_steps": 500}
+        return fields
 
 
 class EvaluationConfig(Section):

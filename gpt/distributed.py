@@ -135,6 +135,7 @@ class Tick:
     digest: float = 0.0
     stop: float = 0.0
     error: float = 0.0
+    save_due: float = 0.0
     save_done: float = 0.0
     save_failed: float = 0.0
 

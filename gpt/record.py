@@ -21,8 +21,8 @@ def append(path: Path, /, **fields: Any) -> None:
 
     A line that a kill has torn is ended first. Raises OSError with nothing added when the disk is full.
     """
-    fields = {name: None if _is_not_finite(value) else value for name, value in fields.items()}
-    line = (json.dumps({"time": time.time(), **fields}, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    content = {"time": time.time(), **_as_json(fields)}
+    line = (json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n").encode()
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         size = os.fstat(descriptor).st_size
@@ -71,6 +71,21 @@ def read_from(path: Path, offset: int) -> Iterator[tuple[dict[str, Any], int]]:
                 yield content, offset
 
 
+def val_losses(path: Path) -> dict[int, float]:
+    """The validation loss by step, where there is one; only those lines are parsed."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return {}
+    losses = {}
+    for raw in lines:
+        if b'"val/loss"' in raw:
+            with suppress(ValueError, KeyError, TypeError):  # torn, or not finite
+                line = json.loads(raw)
+                losses[int(line["step"])] = float(line["val/loss"])
+    return losses
+
+
 def last(path: Path, tail_bytes: int = 65536) -> dict[str, Any] | None:
     """The last whole line, reading no more than `tail_bytes`."""
     try:
@@ -108,6 +123,20 @@ def cut_back(path: Path, step: int) -> str | None:
         file.truncate(keep)
         os.fsync(file.fileno())
     return complaint
+
+
+def amend_last(path: Path, /, **fields: Any) -> None:
+    """Add fields to the last line, in one write over it: a reader finds the old line or the new one."""
+    with path.open("r+b", buffering=0) as file:
+        content = file.read()
+        start = content.rfind(b"\n", 0, -1) + 1
+        line = {**json.loads(content[start:]), **_as_json(fields)}
+        file.seek(start)
+        file.write((json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def _as_json(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: None if _is_not_finite(value) else value for name, value in fields.items()}
 
 
 def _is_not_finite(value: object) -> bool:

@@ -35,15 +35,19 @@ class Mirror:
 
         self.run_dir, self.run = run_dir, run
         self.client = MlflowClient(run.tracking.uri or f"sqlite:///{run_dir.mlflow_database}")
-        self.run_id, self.sent_step = self._resume() or (self._create(), 0)
+        self.run_id, self.sent_step, self.has_sent_scores = self._resume() or (self._create(), 0, False)
         self.client.update_run(self.run_id, status="RUNNING")
         self.is_tagged = False
 
     def send(self) -> bool:
-        """Send every line of the record past what was sent; whether there was any."""
+        """Send every line of the record past what was sent; whether there was any.
+
+        The scores of the last one that was sent may come later: an evaluation that a stop cut short is made
+        up for by the next attempt.
+        """
         from mlflow.entities import Metric
 
-        lines = (line for line in record.read(self.run_dir.metrics) if line.get("step", 0) > self.sent_step)
+        lines = (line for line in record.read(self.run_dir.metrics) if self._is_new(line))
         any_sent = False
         while batch := _take(lines, BATCH_METRICS):
             metrics = [
@@ -51,9 +55,10 @@ class Mirror:
                 for line in batch
                 for name, value in line.items()
                 if name not in ("time", "step", "data/digest") and value is not None
+                if line["step"] > self.sent_step or name.startswith("val/")
             ]
             self.client.log_batch(self.run_id, metrics=metrics)
-            self._remember(batch[-1]["step"])
+            self._remember(batch[-1]["step"], has_scores="val/loss" in batch[-1])
             any_sent = True
         if any_sent and not self.is_tagged:
             self._tag_attention()
@@ -67,6 +72,11 @@ class Mirror:
             self.client.set_tag(self.run_id, "outlast.attention", chosen[-1])
             self.is_tagged = True
 
+    def _is_new(self, line: dict[str, Any]) -> bool:
+        step = line.get("step", 0)
+        is_scored_since = step == self.sent_step and not self.has_sent_scores and "val/loss" in line
+        return step > self.sent_step or is_scored_since
+
     def close(self) -> None:
         """Say how the run ended, and attach what it left to look at."""
         for trace in sorted(self.run_dir.profiles.glob("steps-*.json.gz")):
@@ -78,12 +88,12 @@ class Mirror:
         self.client.set_tag(self.run_id, "outlast.attempts", str(len(numbers)))
         self.client.set_terminated(self.run_id, status=status)
 
-    def _resume(self) -> tuple[str, int] | None:
+    def _resume(self) -> tuple[str, int, bool] | None:
         state = read_json(self.run_dir.tracking)
         # A copied run directory is a run of its own; a moved one keeps its inode.
         if state is None or state["inode"] != self.run_dir.path.stat().st_ino:
             return None
-        return state["run_id"], state["sent_step"]
+        return state["run_id"], state["sent_step"], state.get("has_sent_scores", True)
 
     def _create(self) -> str:
         parent = self.run.tracking.parent
@@ -94,7 +104,7 @@ class Mirror:
         )
         run_id: str = created.info.run_id
         self.run_id = run_id
-        self._remember(0)
+        self._remember(0, has_scores=False)
         provenance = read_json(self.run_dir.provenance) or {}
         write_json(self.run_dir.provenance, {**provenance, "mlflow_run_id": run_id})
         for name, value in dotted(self.run.model_dump(mode="json")):
@@ -104,10 +114,11 @@ class Mirror:
                 self.client.set_tag(run_id, f"outlast.{name}", str(provenance[name]))
         return run_id
 
-    def _remember(self, step: int) -> None:
-        self.sent_step = step
+    def _remember(self, step: int, *, has_scores: bool) -> None:
+        self.sent_step, self.has_sent_scores = step, has_scores
         inode = self.run_dir.path.stat().st_ino
-        write_json(self.run_dir.tracking, {"run_id": self.run_id, "inode": inode, "sent_step": step})
+        state = {"run_id": self.run_id, "inode": inode, "sent_step": step, "has_sent_scores": has_scores}
+        write_json(self.run_dir.tracking, state)
 
 
 def experiment_id(client: Any, name: str) -> str:

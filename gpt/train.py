@@ -211,6 +211,7 @@ class Trainer:
                 _say("the first step, and the first evaluation, compile the network: a minute or more")
         self.scored: dict[int, float] = {}  # scored tokens over all ranks, of the steps that come next
         self.unsettled: tuple[int, PendingTick] | None = None
+        self.is_time_to_save = False
         self.lines = Lines(run_dir, world, number)
         self.profile = Profile(run, run_dir, world)
 
@@ -234,6 +235,8 @@ class Trainer:
         first, last = self.start + 1, run.total_steps
         self.batches = Prefetcher(self.reader, world, run.batch.micro_batch, first, last)
         self._agree_ahead(first)
+        if self._is_anyone_asked_to_stop() or not self._make_up_for_evaluation():
+            return self._stopped(self.start, "nothing new to save")
         if run.schedule.warmup == "auto" and first == 1:
             self._choose_initial_rate()
         is_stopping = False
@@ -261,22 +264,46 @@ class Trainer:
 
             is_last = step == last
             is_due_evaluation = is_last or step % run.evaluation.every_steps == 0
-            is_due_save = is_last or step % run.checkpoint.every_steps == 0
-            if not (is_due_evaluation or is_due_save or is_stopping):
+            is_due_save = self._is_due_save(step)
+            if not (is_last or is_due_evaluation or is_due_save or is_stopping):
                 continue
-            self.heartbeat.beat(step, "evaluation" if is_due_evaluation else "saving")
-            is_stopping = self._settle_all(step, is_due_evaluation) or is_stopping
+            is_stopping = self._settle_all(step, is_due_evaluation, is_stopping)
             self.heartbeat.beat(step, "saving")
             if is_last or is_stopping:
                 self._save_at_last(step, is_hurried=is_stopping)
             elif is_due_save:
                 self.saver.save(step, self.reader.skipped, problem=self.lines.problem)
             if is_stopping and not is_last:
-                reason = from_first(world, STOP.reason) or "a signal to another rank"
-                return Outcome(
-                    attempts.STOPPED, f"stopped at step {step} ({reason}); everything is saved", step
-                )
+                return self._stopped(step, "everything is saved")
         return Outcome(attempts.FINISHED, f"all {last} steps are done", last)
+
+    def _is_due_save(self, step: int) -> bool:
+        every = self.run.checkpoint.every_steps
+        return self.is_time_to_save or (every is not None and step % every == 0)
+
+    def _is_anyone_asked_to_stop(self) -> bool:
+        (asked,) = total(self.world, STOP.is_requested())
+        return asked > 0
+
+    def _stopped(self, step: int, what: str) -> Outcome:
+        reason = from_first(self.world, STOP.reason) or "a signal to another rank"
+        return Outcome(attempts.STOPPED, f"stopped at step {step} ({reason}); {what}", step)
+
+    def _make_up_for_evaluation(self) -> bool:
+        """Evaluate the step that was resumed from, if a stop cut that short; False if another one does."""
+        line = from_first(self.world, record.last(self.run_dir.metrics)) or {}
+        is_missing = line.get("step") == self.start and "val/loss" not in line
+        if not is_missing or self.start % self.run.evaluation.every_steps:
+            return True
+        scores = self._evaluate(self.start)
+        if scores is not None and self.world.is_first:
+            record.amend_last(self.run_dir.metrics, **scores)
+        return scores is not None
+
+    def _evaluate(self, step: int) -> dict[str, float] | None:
+        """The scores on the validation split; None if a stop request cut it short, never at the last step."""
+        stop = STOP if step < self.run.total_steps else None
+        return self.validation.measure(self.model, self.world, self.heartbeat, step, stop)
 
     def _agree_ahead(self, first: int) -> None:
         steps = range(first, first + AHEAD)
@@ -329,6 +356,7 @@ class Trainer:
             float(digest),
             stop=float(STOP.is_requested()),
             error=float(is_broken),
+            save_due=float(self.saver.is_due()),
             save_done=float(is_saved),
             save_failed=float(has_failed),
         )
@@ -342,18 +370,24 @@ class Trainer:
         if agreed.error:
             together(self.world, lambda: self._raise_what_is_broken(step))
         self.saver.advance(agreed.save_done, agreed.save_failed)
+        self.is_time_to_save = agreed.save_due > 0
         self.scored[step + AHEAD] = agreed.scored_ahead
         behind = self.reader.numbers_behind(step)
         self.lines.add(step, **{"data/digest": agreed.digest, "data/sequences_behind": behind})
         self.lines.complete(step - 1, agreed.loss_sum)
         return agreed.stop > 0
 
-    def _settle_all(self, step: int, is_due_evaluation: bool) -> bool:
-        """Complete the line of `step`, the last one taken, with an evaluation where it is due."""
-        is_stopping = self._settle()
+    def _settle_all(self, step: int, is_due_evaluation: bool, is_stopping: bool) -> bool:
+        """Complete the line of `step`, the last one taken, with an evaluation where it is due.
+
+        Whether a rank was asked to stop, also meanwhile.
+        """
+        is_stopping = self._settle() or is_stopping
         if is_due_evaluation:
-            scores = self.validation.measure(self.model, self.world)
-            self.lines.add(step, **scores, **self.lines.step_times(), **self._counts(step))
+            is_left_out = is_stopping and step < self.run.total_steps
+            scores = None if is_left_out else self._evaluate(step)
+            is_stopping = is_stopping or scores is None
+            self.lines.add(step, **(scores or {}), **self.lines.step_times(), **self._counts(step))
         self.lines.complete(step, *total(self.world, self.lines.loss_sum(step)))
         return is_stopping
 

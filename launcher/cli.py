@@ -215,14 +215,53 @@ def launch(
 @click.option("--cluster", metavar="C", help="Default: where it ran last.")
 @_set_option
 @click.option("--step", type=click.IntRange(min=1), metavar="N", help="Continue from an older checkpoint.")
+@click.option(
+    "--allow-change",
+    "allowed",
+    multiple=True,
+    metavar="FIELD",
+    help="Let a field change that must match (`data`: the data itself); may be repeated.",
+)
 @_detach_option
 def resume(
-    run_dir: str, cluster: str | None, overrides: tuple[str, ...], step: int | None, attend: bool | None
+    run_dir: str,
+    cluster: str | None,
+    overrides: tuple[str, ...],
+    step: int | None,
+    allowed: tuple[str, ...],
+    attend: bool | None,
 ) -> int:
     """Continue a run from its newest checkpoint, also on another number of processes."""
     from launcher.launch import resume
 
-    return resume(run_dir, cluster, overrides, step, attend=attend)
+    return resume(run_dir, cluster, overrides, step, attend=attend, allowed=allowed)
+
+
+@commands.command(
+    short_help="List, pin and delete checkpoints.",
+    epilog=_example(
+        "outlast checkpoints runs/demo-0001 --check", "outlast checkpoints runs/demo-0001 --pin 60"
+    ),
+)
+@click.argument("run_dir")
+@click.option("--pin", type=int, multiple=True, metavar="STEP", help="Keep it whatever retention says.")
+@click.option("--unpin", type=int, multiple=True, metavar="STEP", help="Leave it to retention again.")
+@click.option("--delete", type=int, multiple=True, metavar="STEP", help="Delete it; two stay always.")
+@click.option("--check", is_flag=True, help="Read every byte now; exit 1 if one is bad.")
+@click.option("--json", "as_json", is_flag=True, help="A JSON list, one object a checkpoint.")
+def checkpoints(
+    run_dir: str,
+    pin: tuple[int, ...],
+    unpin: tuple[int, ...],
+    delete: tuple[int, ...],
+    check: bool,
+    as_json: bool,
+) -> int:
+    """List a run's checkpoints: step, size, when, by how many processes, pinned or not, verified or not."""
+    from launcher.checkpoints import checkpoints
+    from launcher.runs import open_run
+
+    return checkpoints(open_run(run_dir), pin=pin, unpin=unpin, delete=delete, check=check, as_json=as_json)
 
 
 @commands.command(short_help="Save and stop a run.", epilog=_example("outlast stop runs/demo-0001"))

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,14 +16,15 @@ import click
 
 from data_pipeline.config_file import with_overrides
 from data_pipeline.durable import fsync_folder
-from data_pipeline.errors import ConfigError, LaunchError
+from data_pipeline.errors import LaunchError
 from data_pipeline.manifest import joint_fingerprint
 from data_pipeline.skip_list import SkipList
 from gpt import record
-from gpt.checkpoint.format import Corrupt, committed, read_index
+from gpt.checkpoint.format import CheckpointIndex, Corrupt, committed, read_index
 from gpt.config import RunConfig
 from gpt.run_dir import RunDir, read_json
 from launcher.branch import find_origin, plant
+from launcher.changes import DATA, data_change, judge
 from launcher.cluster import ClusterConfig
 from launcher.follow import Follower, outcome_of, watch
 from launcher.paths import absolute
@@ -44,11 +46,6 @@ from launcher.submit import Job, Lookout, claim_start, read_job, refuse_while_al
 
 _POLL_S = 0.2
 _SILENCE_S = 120.0  # a controller restarts in less
-
-# What a run may change on its way without becoming another run: none of these decides a step's numbers.
-FREE_FIELDS = ("checkpoint.", "evaluation.", "tracking.", "launch.", "zero.stage", "batch.micro_batch")
-# These do, from the step on at which they change.
-WARNED_FIELDS = ("schedule.total_steps", "schedule.total_tokens", "data.max_epochs", "data.skip")
 
 
 def launch(
@@ -86,12 +83,21 @@ def launch(
 
 
 def resume(
-    folder: str, cluster: str | None, overrides: Sequence[str], step: int | None, *, attend: bool | None
+    folder: str,
+    cluster: str | None,
+    overrides: Sequence[str],
+    step: int | None,
+    *,
+    attend: bool | None,
+    allowed: Sequence[str] = (),
 ) -> int:
-    """Continue a run from its newest checkpoint, or from `step`; the exit code."""
+    """Continue a run from its newest checkpoint, or from `step`; the exit code.
+
+    `allowed` are fields that may change although they must match.
+    """
     run = open_run(folder)
     with claim_start(run) as claim:
-        return _resume(run, cluster, overrides, step, attend, claim)
+        return _resume(run, cluster, overrides, step, attend, allowed, claim)
 
 
 def _resume(
@@ -100,6 +106,7 @@ def _resume(
     overrides: Sequence[str],
     step: int | None,
     attend: bool | None,
+    allowed: Sequence[str],
     claim: TextIO,
 ) -> int:
     refuse_while_alive(run)
@@ -111,16 +118,19 @@ def _resume(
     after = request.config.model_dump(mode="json", exclude_none=True)
     # As this version reads it: a field that is new since then has its default on both sides.
     changes = changed_fields(read_config(run).model_dump(mode="json", exclude_none=True), after)
-    _refuse_changes(changes)
-    checkpoints = committed(run.checkpoints)
-    newest = checkpoints[-1][0] if checkpoints else 0
+    checkpoints = dict(committed(run.checkpoints))
+    newest = max(checkpoints, default=0)
+    index = _index(checkpoints.get(newest if step is None else step))
+    changes |= data_change(index, request.config, joint_fingerprint(request.manifests))
+    judge(changes, allowed)
     if step is None and newest >= request.config.total_steps:
         click.echo(f"finished already: step {newest} of {request.config.total_steps}", err=True)
         click.echo(run.path)
         return 0
-    if "data.skip" in changes:
-        folder = dict(checkpoints).get(newest if step is None else step)
-        _refuse_late_skips(request.config, folder)
+    if "data.skip" in changes and index is not None:
+        _refuse_late_skips(request.config, index)
+    if index is not None and DATA in changes:
+        request = _accepting(request, index.data_fingerprint)
     if step is not None:
         _rewind(run, step)
     show_warnings(request)
@@ -207,28 +217,26 @@ def _without_other_total(tables: dict[str, Any], overrides: Sequence[str]) -> di
     return {**tables, "schedule": schedule}
 
 
-def _refuse_changes(changes: dict[str, Any]) -> None:
-    problems = []
-    for name, (old, new) in changes.items():
-        if name in WARNED_FIELDS:
-            click.echo(f"warning: {name} changes from {old} to {new}; the run follows it from here", err=True)
-        elif not name.startswith(FREE_FIELDS):
-            problems.append(
-                f"{name} cannot change in the middle of a run: {old} → {new}. "
-                "A run with another value is another run: launch it."
-            )
-    if problems:
-        raise ConfigError(problems)
-
-
-def _refuse_late_skips(config: RunConfig, folder: Path | None) -> None:
-    """Refuse ranges of data.skip that the checkpoint to continue from has read; the worker would too."""
+def _index(folder: Path | None) -> CheckpointIndex | None:
+    """The index of the checkpoint in `folder`, if there is one and it is whole."""
     if folder is None:
-        return
+        return None
     with suppress(Corrupt):  # the worker names it and takes an older one
-        index = read_index(folder)
-        places = config.batch_sizes.until(index.step)
-        SkipList(index.skipped).extended(config.data.skip, index.step, places)
+        return read_index(folder)
+    return None
+
+
+def _refuse_late_skips(config: RunConfig, index: CheckpointIndex) -> None:
+    """Refuse ranges of data.skip that the checkpoint to continue from has read; the worker would too."""
+    places = config.batch_sizes.until(index.step)
+    SkipList(index.skipped).extended(config.data.skip, index.step, places)
+
+
+def _accepting(request: Request, fingerprint: str) -> Request:
+    """`request` for a run whose checkpoints may come from the data of `fingerprint` too."""
+    before = request.config.data
+    data = before.model_copy(update={"changed_from": (*before.changed_from, fingerprint)})
+    return replace(request, config=request.config.model_copy(update={"data": data}))
 
 
 def _rewind(run: RunDir, step: int) -> None:

@@ -86,7 +86,7 @@ def plan(
         gpu_hours=hours,
         days=None if hours is None else hours / world_size / 24,
         checkpoint_bytes=one_checkpoint,
-        disk_bytes=one_checkpoint * (config.checkpoint.keep_last + 1),
+        disk_bytes=one_checkpoint * (sum(checkpoint_counts(config).values()) + 1),
     )
 
 
@@ -119,6 +119,14 @@ def checkpoint_bytes(config: RunConfig) -> int:
     """Bytes of one checkpoint: master weights and moments, all in fp32."""
     moments = config.optimizer.model_copy(update={"moments": "fp32"})
     return state_bytes(config.model_copy(update={"optimizer": moments}))
+
+
+def checkpoint_counts(config: RunConfig) -> dict[str, int]:
+    """Most checkpoints that stand on disk at a time, by the field that keeps them."""
+    checkpoint = config.checkpoint
+    for_ever = config.total_steps // checkpoint.keep_every if checkpoint.keep_every is not None else 0
+    counts = {"keep_last": checkpoint.keep_last, "keep_best": checkpoint.keep_best, "keep_every": for_ever}
+    return {name: count for name, count in counts.items() if count}
 
 
 def gpu_hours(flops: float, accelerator: str, mfu: float) -> float:

@@ -18,7 +18,16 @@ from gpt.config import DataConfig, RunConfig
 from gpt.run_dir import RunDir
 from launcher.cluster import ClusterConfig, load_cluster
 from launcher.findings import Findings
-from launcher.plan import checkpoint_bytes, memory_problem, memory_warning, mixture_of, plan, sequences, size
+from launcher.plan import (
+    checkpoint_bytes,
+    checkpoint_counts,
+    memory_problem,
+    memory_warning,
+    mixture_of,
+    plan,
+    sequences,
+    size,
+)
 from launcher.site import check_site, check_tracker
 
 READ_WHOLE_BYTES = 64 << 20  # data sets up to this size are checked byte for byte: 10 ms of xxh3
@@ -156,9 +165,10 @@ def check_disk(config: RunConfig, folder: Path, findings: Findings) -> None:
     saved = sum(file.stat().st_size for file in (folder / "checkpoints").glob("step-*/*"))
     free = shutil.disk_usage(parent).free + saved
     needed = plan(config, ClusterConfig(kind="local"), None).disk_bytes
+    kept = " + ".join(f"{name} {count}" for name, count in checkpoint_counts(config).items())
     sentence = (
         f"checkpoints need {size(needed)} ({size(checkpoint_bytes(config))} each × "
-        f"(checkpoint.keep_last {config.checkpoint.keep_last} + 1)), {parent} has {size(free)} free."
+        f"(checkpoint.{kept} + 1)), {parent} has {size(free)} free."
     )
     if free < needed:
         findings.problem(f"{sentence} Use another --run-dir, or keep fewer.")

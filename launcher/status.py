@@ -49,6 +49,7 @@ class Status:
     mfu: float | None = None
     attention: str | None = None
     checkpoint_step: int | None = None
+    save_problem: str | None = None
     attempts: int = 0
     requeues: int = 0
     lost_s: float = 0.0
@@ -121,6 +122,7 @@ def _status(run: RunDir, job: Job | None, standing: Standing | None) -> Status:
         mfu=line.get("train/mfu") if is_going else None,
         attention=events.last("network_built").get("attention"),
         checkpoint_step=checkpoints[-1][0] if checkpoints else None,
+        save_problem=_save_problem(events) if is_going else None,
         attempts=len(run.attempt_numbers()),
         requeues=events.count("requeued"),
         lost_s=sum(event.get("lost_s", 0.0) for event in events.each("continued")),
@@ -156,7 +158,8 @@ def show(find: Callable[[], Sequence[RunDir]], *, watch: bool) -> None:
 
 def table(runs: Sequence[RunDir]) -> Table:
     """The runs as a table for people; one that cannot be read says why in its row."""
-    result = Table(box=None, pad_edge=False)
+    result = Table(box=None, pad_edge=False, caption_justify="left")
+    problems = []
     for heading in (
         "run",
         "state",
@@ -196,6 +199,9 @@ def table(runs: Sequence[RunDir]) -> Table:
             duration(now.eta_s) if now.eta_s is not None else "–",
             f"{duration(time.time() - now.updated_at)} ago" if now.updated_at is not None else "–",
         )
+        if now.save_problem is not None:
+            problems.append(f"{run.path.name}: {now.save_problem}")
+    result.caption = "\n".join(problems) or None
     return result
 
 
@@ -210,6 +216,14 @@ def _state(run: RunDir, outcome: Outcome | None, standing: Standing | None) -> t
     if standing.word != "ended":
         return standing.word, standing.reason
     return "cancelled" if standing.slurm_state == "CANCELLED" else "lost", standing.slurm_state
+
+
+def _save_problem(events: "_Events") -> str | None:
+    """Why the newest checkpoint that was due is not there, if it is not."""
+    newest = events.last("checkpoint_saved", "checkpoint_failed", "checkpoint_skipped")
+    if not newest or newest["event"] == "checkpoint_saved":
+        return None
+    return f"step {newest['step']} is not saved: {newest['reason']}"
 
 
 class _Events:

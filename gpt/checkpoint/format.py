@@ -36,7 +36,8 @@ CHUNK_BYTES = 4 << 20  # large enough for streaming reads, small enough to name 
 CHECKSUM = "xxh3"
 CHUNK_TABLE = "chunk_checksums"
 INDEX_NAME = "checkpoint.json"
-HEADER_LIMIT_BYTES = 100_000_000  # the bound that safetensors itself sets
+PIN_NAME = "pinned"
+INDEX_LIMIT_BYTES = 1 << 28  # a million parameters and ranks; read whole, so there must be a bound
 _COMMITTED = re.compile(r"step-(\d{8,})")
 
 Size = Annotated[int, Field(ge=0)]
@@ -166,10 +167,17 @@ def committed(checkpoints: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), entry) for match, entry in matches if match)
 
 
+def is_pinned(folder: Path) -> bool:
+    """Whether a committed checkpoint stays whatever retention says."""
+    return (folder / PIN_NAME).exists()
+
+
 def read_index(folder: Path) -> CheckpointIndex:
     """The index of the checkpoint in `folder`. Raises Corrupt when a byte of it is not as written."""
     path = folder / INDEX_NAME
     try:
+        if (size := path.stat().st_size) > INDEX_LIMIT_BYTES:
+            raise Corrupt(BadFile(path, INDEX_LIMIT_BYTES, f"has {size} bytes; no index is that large"))
         raw = path.read_bytes()
     except OSError as error:
         raise Corrupt(BadFile(path, 0, _why(error))) from None
@@ -182,7 +190,8 @@ def read_index(folder: Path) -> CheckpointIndex:
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError, ValidationError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise Corrupt(BadFile(path, 0, f"not a readable index: {reason}")) from None
-    if [entry.name for entry in index.files] != [rank_name(rank) for rank in range(index.world_size)]:
+    names = [entry.name for entry in index.files]
+    if len(names) != index.world_size or names != [rank_name(rank) for rank in range(len(names))]:
         raise Corrupt(BadFile(path, 0, f"does not list the files of {index.world_size} ranks"))
     return index
 

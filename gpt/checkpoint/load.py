@@ -80,7 +80,7 @@ def _check_fits(index: CheckpointIndex, engine: Engine, data_fingerprint: str) -
         for name in sorted(here.keys() | there.keys())
         if here.get(name) != there.get(name)
     ]
-    if index.data_fingerprint != data_fingerprint:
+    if index.data_fingerprint not in (data_fingerprint, *engine.run.data.changed_from):
         problems.append(
             f"it was trained on data {index.data_fingerprint}, the config's data is {data_fingerprint}"
         )

@@ -39,9 +39,12 @@ class CheckpointReader:
 
     def read(self, group_name: str, state: str, start: int, end: int) -> NDArray[np.float32]:
         """Elements `start` to `end` of one flat state of a group."""
+        pieces = list(self.index.layouts[group_name].locate(start, end))
+        for rank in {piece.rank for piece in pieces}:
+            self._layout(rank)  # the files are as large as the index says, before memory is taken for it
         out = np.empty(end - start, dtype="<f4")
         done = 0
-        for piece in self.index.layouts[group_name].locate(start, end):
+        for piece in pieces:
             name = f"{group_name}.{state}"
             content = self._read_bytes(piece.rank, name, piece.offset, piece.offset + piece.length)
             out[done : done + piece.length] = np.frombuffer(content, dtype="<f4")
@@ -54,10 +57,14 @@ class CheckpointReader:
         flat = self.read(entry.group, state, entry.offset, entry.offset + entry.numel)
         return flat.reshape(entry.shape)
 
-    def _read_bytes(self, rank: int, tensor: str, start: int, end: int) -> bytes:
+    def _layout(self, rank: int) -> RankLayout:
         layout = self._layouts.get(rank)
         if layout is None:
             layout = self._layouts[rank] = read_rank_layout(self.folder, self.index, rank)
+        return layout
+
+    def _read_bytes(self, rank: int, tensor: str, start: int, end: int) -> bytes:
+        layout = self._layout(rank)
         offset = layout.tensors[tensor][0] - layout.data_start
         low, high = offset + 4 * start, offset + 4 * end
         size = layout.chunk_bytes

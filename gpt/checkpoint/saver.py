@@ -12,7 +12,9 @@ the next (`advance`), so that no step waits for a save. One save is in flight at
 daemon: a disk that hangs must not keep a process from ending.
 """
 
+import errno
 import os
+import shutil
 import struct
 import threading
 import time
@@ -27,8 +29,17 @@ from data_pipeline.errors import CheckpointError
 from data_pipeline.skip_list import Ranges
 from gpt import record
 from gpt.attempt import Superseded, is_superseded
+from gpt.checkpoint.due import SaveClock, failures_so_far, time_between_failures_s
 from gpt.checkpoint.failpoints import reach
-from gpt.checkpoint.format import CheckpointIndex, FileEntry, rank_name, rank_tensors
+from gpt.checkpoint.format import (
+    CheckpointIndex,
+    FileEntry,
+    committed,
+    is_pinned,
+    rank_name,
+    rank_tensors,
+)
+from gpt.checkpoint.retention import kept
 from gpt.checkpoint.snapshot import Snapshot, live_parts
 from gpt.checkpoint.writer import (
     Cancelled,
@@ -104,7 +115,7 @@ class _Save:
 
 
 class Saver:
-    """The checkpoints of one attempt. Every method but `report` is collective: all ranks call it together."""
+    """The checkpoints of one attempt. All ranks call `save`, `advance`, `wait` and the like together."""
 
     def __init__(
         self,
@@ -133,6 +144,7 @@ class Saver:
         )
         self._tensors = rank_tensors(self._index, world.rank)
         self._snapshot = self._make_snapshot()
+        self._clock = self._make_clock()
         self._save: _Save | None = None
         self._skipped = 0
         self._failure: CheckpointError | None = None
@@ -141,6 +153,10 @@ class Saver:
     def is_busy(self) -> bool:
         """Whether a save is in flight."""
         return self._save is not None
+
+    def is_due(self) -> bool:
+        """Whether the clock asks for a save: on rank 0, which tells the others with its tick."""
+        return self._save is None and self._world.is_first and self._clock.is_due(time.monotonic())
 
     def save(self, step: int, skipped: Ranges, *, problem: str | None = None) -> None:
         """Begin to save the state after `step`; training may go on, unless saving is synchronous.
@@ -215,6 +231,13 @@ class Saver:
             self._discard(self._save)
         self.wait()
 
+    def _make_clock(self) -> SaveClock:
+        nodes = -(-self._world.size // self._world.local_size)
+        failures, seconds = failures_so_far(record.read(self._run_dir.events))
+        return SaveClock(
+            self._config, time_between_failures_s(nodes, failures, seconds), now=time.monotonic()
+        )
+
     def _make_snapshot(self) -> Snapshot | None:
         """The host buffer, if the config wants one and every node has the memory for those of its ranks."""
         if not self._config.asynchronous:
@@ -234,6 +257,7 @@ class Saver:
 
     def _begin(self, step: int, skipped: Ranges, problem: str | None) -> None:
         started = time.monotonic()
+        self._clock.begun(started)
         self._failure = None
         folder = temporary_folder(self._run_dir.checkpoints, self._attempt, step)
         now = {
@@ -267,6 +291,8 @@ class Saver:
         try:
             save.folder.mkdir(parents=True, exist_ok=True)
             reach("folder_made")
+            if self._world.is_first:
+                _check_room(save)
             entry = write_rank_file(save.folder, self._world.rank, self._tensors, parts, pace=save.pace)
             read_back(save.folder, entry, self._tensors, pace=save.pace)
             reach("read_back")
@@ -284,19 +310,28 @@ class Saver:
                 f"attempt {self._attempt + 1} has started since: attempt {self._attempt} ends here."
             )
         commit(run_dir.checkpoints, save.folder, index)
+        seconds = time.monotonic() - save.started
+        stall_s = save.stall_s + self._snapshot.device_seconds() if self._snapshot is not None else seconds
+        self._clock.saved(stall_s, seconds)
         record.event(
             run_dir.events,
             "checkpoint_saved",
             step=index.step,
-            seconds=round(time.monotonic() - save.started, 3),
-            stall_s=round(save.stall_s, 4),
+            seconds=round(seconds, 3),
+            stall_s=round(stall_s, 4),
             bytes=sum(file.size for file in index.files),
             verified=True,
         )
         try:
-            prune(run_dir.checkpoints, self._config.keep_last)
+            self._prune()
         except OSError as error:
             record.event(run_dir.events, "prune_failed", reason=str(error))
+
+    def _prune(self) -> None:
+        there = dict(committed(self._run_dir.checkpoints))
+        pinned = [step for step, folder in there.items() if is_pinned(folder)]
+        losses = record.val_losses(self._run_dir.metrics) if self._config.keep_best else {}
+        prune(self._run_dir.checkpoints, kept(list(there), self._config, pinned, losses))
 
     def _fail(self, save: _Save) -> None:
         """Learn why, say it once, and remove what was written."""
@@ -319,6 +354,14 @@ class Saver:
             discard(save.folder, self._world.rank)
 
         save.phase, save.work = _Phase.DISCARDING, _Work(remove)
+
+
+def _check_room(save: _Save) -> None:
+    """Raise OSError before anything is written where the whole checkpoint would not fit."""
+    needed = sum(4 * group.numel * len(group.states) for group in save.index.groups)
+    free = shutil.disk_usage(save.folder).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed >> 20} MiB, {free >> 20} are free")
 
 
 def _as_integers(entry: FileEntry) -> tuple[int, int, int]:

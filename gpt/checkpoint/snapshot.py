@@ -18,10 +18,13 @@ class Snapshot:
         is_pinned = device.type == "cuda"  # the only memory that a GPU copies to while the host goes on
         self._buffer = torch.empty(numel, dtype=torch.float32, pin_memory=is_pinned)
         self._buffer.zero_()  # pages are given out at the first touch: now, not in the middle of a step
-        self._copied = torch.cuda.Event() if is_pinned else None  # type: ignore[no-untyped-call]
+        self._copying = _event() if is_pinned else None
+        self._copied = _event() if is_pinned else None
 
     def take(self, state: Iterator[StatePart]) -> None:
         """Copy `state`; on a GPU the copy is only queued, before any later step of the same stream."""
+        if self._copying is not None:
+            self._copying.record()
         end = 0
         for part in state:
             start, end = end, end + part.tensor.numel()
@@ -30,11 +33,21 @@ class Snapshot:
         if self._copied is not None:
             self._copied.record()
 
+    def device_seconds(self) -> float:
+        """How long the device was busy with the last copy, once it is there."""
+        if self._copying is None or self._copied is None:
+            return 0.0
+        return float(self._copying.elapsed_time(self._copied)) / 1000.0
+
     def parts(self) -> Iterator[NDArray[np.float32]]:
         """The content, once the copy is there."""
         if self._copied is not None:
             self._copied.synchronize()
         yield self._buffer.numpy()
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 def live_parts(state: Iterator[StatePart]) -> Iterator[NDArray[np.float32]]:

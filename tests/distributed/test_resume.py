@@ -16,6 +16,7 @@ import pytest
 
 from data_pipeline.batches import BatchReader
 from data_pipeline.manifest import read_manifest
+from gpt import record
 from gpt.checkpoint.format import committed, read_index
 from gpt.run_dir import RunDir, read_json
 from tests.distributed.conftest import CONTEXT, Run, make_run, same_state
@@ -228,19 +229,45 @@ def reader_place(reader: BatchReader, number: int) -> bytes:
     return reader.batch(step + 1, 0, 1).tokens[row].tobytes()
 
 
-def test_an_older_copy_stops_within_a_step_and_writes_nothing_more(new_run: NewRun) -> None:
-    run = new_run(
-        schedule__total_steps=100_000, checkpoint__every_steps=50_000, evaluation__every_steps=50_000
-    )
-    agent = run.start()
-    run.wait_for_step(3)
-    run.dir.attempt(2).mkdir()  # what a second copy does first
-    assert agent.wait(timeout=60) == 0, run.logs()
-    result = read_json(run.dir.attempt(1) / "result.json")
-    assert result is not None
-    assert result["exit_code"] == 93
-    assert "attempt 2 has started since" in result["cause"]
-    assert run.steps() == []
+def test_a_copy_that_was_cut_off_and_comes_back_ends_and_leaves_the_run_to_the_newer(new_run: NewRun) -> None:
+    fields = {"schedule__total_steps": 60, "checkpoint__every_steps": 5}
+    whole, run = new_run(**fields), new_run(**fields)
+    assert whole.train()["exit_code"] == 0
+    older = run.start()
+    run.wait(lambda: run.steps() != [])
+    frozen = [older.pid, *(worker["pid"] for worker in run.owner()["workers"])]
+    for pid in frozen:
+        os.kill(pid, signal.SIGSTOP)
+    newer = run.start()
+    run.wait(lambda: len(run.events("resumed")) == 1 and len(run.events("checkpoint_saved")) >= 3)
+    for pid in frozen:
+        os.kill(pid, signal.SIGCONT)
+    assert older.wait(timeout=60) == 0, run.logs()
+    assert newer.wait(timeout=120) == 0, run.logs()
+    results = [read_json(run.dir.attempt(number) / "result.json") or {} for number in (1, 2)]
+    assert [result["exit_code"] for result in results] == [93, 0]
+    assert "attempt 2 has started since" in results[0]["cause"]
+    assert run.losses() == whole.losses()
+    assert same_state(run.state(60), whole.state(60))
+
+
+def test_what_a_stop_cut_short_is_made_up_for(finished: Run, copy_run: CopyRun) -> None:
+    run = copy_run(finished)
+    shutil.rmtree(run.dir.checkpoints / "step-00000008")
+    record.cut_back(run.dir.metrics, 4)
+    *before, line = run.metrics()
+    cut_short = {name: value for name, value in line.items() if not name.startswith("val/")}
+    run.dir.metrics.write_text("".join(json.dumps(entry) + "\n" for entry in [*before, cut_short]))
+    run.dir.stop.write_text("")
+    assert run.train()["exit_code"] == 75  # before its first step
+    assert "stopped at step 4 (stop file); nothing new to save" in run.result()["cause"]
+    assert run.steps() == [4]
+    run.dir.stop.unlink()
+    assert run.train()["exit_code"] == 0
+    assert [entry.get("val/loss") for entry in run.metrics()] == [
+        entry.get("val/loss") for entry in finished.metrics()
+    ]
+    assert run.losses() == finished.losses()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")

@@ -91,6 +91,7 @@ def save_steps(folder: Path, meeting: Path, rank: int, size: int, steps: Sequenc
             record.append(run_dir.metrics, step=step)
         if step in steps:
             saver.save_and_wait(step, ())
+    dist.destroy_process_group()
 
 
 def save_in_two_processes(folder: Path, steps: Sequence[int], failpoint: str = "", at: int = 0) -> bool:

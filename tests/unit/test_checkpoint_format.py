@@ -3,83 +3,28 @@
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from data_pipeline.errors import CheckpointError
 from gpt.checkpoint.format import (
     INDEX_NAME,
-    CheckpointIndex,
     Corrupt,
-    GroupEntry,
     ParameterEntry,
     committed,
-    rank_tensors,
     read_index,
     verify,
 )
 from gpt.checkpoint.layout import GroupLayout, Kind
 from gpt.checkpoint.reader import CheckpointReader
-from gpt.checkpoint.writer import commit, prune, remove_leftovers, temporary_folder, write_rank_file
-
-STATES = ("master", "exp_avg", "exp_avg_sq")
-CHUNK_BYTES = 64
-
-
-def flat_state(group: str, state: str, numel: int) -> np.ndarray:
-    seed = sum(map(ord, group + state))
-    return np.random.default_rng(seed).standard_normal(numel, dtype=np.float32)
-
-
-def write_checkpoint(
-    checkpoints: Path, step: int = 7, world_size: int = 3, numel: int = 101, layout: Kind = "flat"
-) -> Path:
-    """A checkpoint of two groups, cut over `world_size` ranks as ZeRO cuts it: padded to equal parts."""
-    groups = tuple(
-        GroupEntry(
-            name=name,
-            numel=size,
-            partition_numel=-(-size // world_size),
-            states=STATES,
-            hyperparameters={"weight_decay": 0.1, "betas": (0.9, 0.95)},
-        )
-        for name, size in (("decay", numel), ("no_decay", 5))
-    )
-    parameters = (
-        ParameterEntry(name="w", shape=(numel - 11, 1), group="decay", offset=0),
-        ParameterEntry(name="v", shape=(11,), group="decay", offset=numel - 11),
-        ParameterEntry(name="g", shape=(5,), group="no_decay", offset=0),
-    )
-    index = CheckpointIndex(
-        step=step,
-        attempt=1,
-        world_size=world_size,
-        stage=3 if layout == "sharded" else 1,
-        layout=layout,
-        optimizer_steps=step,
-        parameters=parameters,
-        groups=groups,
-        data_fingerprint="d",
-        versions={"torch": "2.13"},
-        chunk_bytes=CHUNK_BYTES,
-        files=(),
-    )
-    temporary = temporary_folder(checkpoints, attempt=1, step=step)
-    temporary.mkdir(parents=True)
-    files = []
-    for rank in range(world_size):
-        parts = (
-            flat_state(group.name, state, group.numel)[start:end]
-            for group in groups
-            for state in STATES
-            for start, end in index.layouts[group.name].extents(rank)
-        )
-        tensors = rank_tensors(index, rank)
-        files.append(write_rank_file(temporary, rank, tensors, parts, CHUNK_BYTES))
-    return commit(checkpoints, temporary, index.model_copy(update={"files": tuple(files)}))
+from gpt.checkpoint.writer import prune, remove_leftovers, temporary_folder
+from tests.unit.checkpoint_support import CHUNK_BYTES, STATES, flat_state, write_checkpoint
 
 
 @pytest.mark.parametrize("kind", ["flat", "sharded"])
@@ -135,26 +80,29 @@ def test_an_intact_checkpoint_verifies(tmp_path: Path) -> None:
         assert list(verify(folder)) == []
 
 
-def test_every_flipped_bit_and_every_truncation_is_detected_and_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("flips", "cuts"), [(1000, 200), pytest.param(10_000, 1000, marks=pytest.mark.chaos)]
+)
+def test_every_flipped_bit_and_every_truncation_is_detected_and_named(
+    tmp_path: Path, flips: int, cuts: int
+) -> None:
     folder = write_checkpoint(tmp_path)
     chance = random.Random(0)
-    for path in sorted(folder.iterdir()):
+    paths = sorted(folder.iterdir())
+    for number in range(flips + cuts):
+        path = paths[number % len(paths)]
         content = path.read_bytes()
-        damaged = []
-        for _ in range(150):
-            position = chance.randrange(len(content))
-            flipped = bytes([content[position] ^ (1 << chance.randrange(8))])
-            damaged.append((position, content[:position] + flipped + content[position + 1 :]))
-        for _ in range(30):
-            cut = chance.randrange(len(content))
-            damaged.append((cut, content[:cut]))
-        for position, bad in damaged:
-            path.write_bytes(bad)
-            found = list(verify(folder))
-            assert found, f"byte {position} of {path.name}"
-            assert found[0].path == path
+        position = chance.randrange(len(content))
+        flipped = bytes([content[position] ^ (1 << chance.randrange(8))])
+        is_flip = number < flips
+        path.write_bytes(
+            content[:position] + flipped + content[position + 1 :] if is_flip else content[:position]
+        )
+        found = list(verify(folder))
+        assert found, f"byte {position} of {path.name}"
+        assert found[0].path == path
         path.write_bytes(content)
-    assert list(verify(folder)) == []
+    assert [list(verify(folder)) for _ in range(100)] == [[]] * 100
 
 
 def test_a_read_of_a_damaged_chunk_names_the_file_and_the_byte(tmp_path: Path) -> None:
@@ -201,6 +149,60 @@ def test_a_hostile_index_gives_a_clean_error(
         read_index(folder)
 
 
+HOSTILE = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**80), 2**80),
+    st.floats(allow_nan=True),
+    st.sampled_from(
+        ["", "../../etc/passwd", "/etc/passwd", "rank-00000.safetensors", "decay", "a" * 5000, "\0"]
+    ),
+    st.lists(st.integers(-1, 2**70), max_size=3),
+    st.dictionaries(st.text(max_size=5), st.integers(), max_size=2),
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(data=st.data())
+def test_an_index_that_is_hostile_under_a_right_checksum_gives_a_clean_error(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    folder = write_checkpoint(tmp_path_factory.mktemp("hostile"), world_size=2)
+    outside = {path.name for path in folder.parent.iterdir()}
+    content = json.loads((folder / INDEX_NAME).read_text())
+    del content["checksum"]
+    for _ in range(data.draw(st.integers(1, 3))):
+        place: Any = content
+        while isinstance(place, dict | list) and place:
+            keys = sorted(place) if isinstance(place, dict) else range(len(place))
+            key = data.draw(st.sampled_from(list(keys)))
+            if not isinstance(place[key], dict | list) or data.draw(st.booleans()):
+                place[key] = data.draw(HOSTILE)
+                break
+            place = place[key]
+    checksum = xxhash.xxh3_128_hexdigest(json.dumps(content, indent=1).encode() + b"\n")
+    (folder / INDEX_NAME).write_text(json.dumps({**content, "checksum": checksum}, indent=1) + "\n")
+    list(verify(folder))  # bad files or none: no other exception, no allocation beyond the files
+    try:
+        reader = CheckpointReader(folder)
+        for entry in reader.index.parameters:
+            reader.parameter(entry.name)
+    except (Corrupt, CheckpointError):
+        pass
+    assert {path.name for path in folder.parent.iterdir()} == outside
+
+
+def test_a_state_larger_than_its_files_is_refused_before_it_is_allocated(tmp_path: Path) -> None:
+    index = read_index(write_checkpoint(tmp_path, world_size=1))
+    huge = 2**50
+    group = index.groups[0].model_copy(update={"numel": huge, "partition_numel": huge})
+    parameter = ParameterEntry(name="w", shape=(huge,), group="decay", offset=0)
+    index = index.model_copy(update={"groups": (group,), "parameters": (parameter,)})
+    (tmp_path / "step-00000007" / INDEX_NAME).write_bytes(index.dumps())
+    with pytest.raises(Corrupt, match="bytes instead of"):
+        CheckpointReader(tmp_path / "step-00000007").parameter("w")
+
+
 def test_only_renamed_folders_are_committed_and_leftovers_go(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, step=7)
     temporary_folder(tmp_path, attempt=2, step=8).mkdir()
@@ -212,7 +214,7 @@ def test_only_renamed_folders_are_committed_and_leftovers_go(tmp_path: Path) -> 
 def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
     for step in (5, 10, 15, 20):
         write_checkpoint(tmp_path, step=step)
-    assert prune(tmp_path, keep_last=2) == [5, 10]
+    assert prune(tmp_path, keep={15, 20}) == [5, 10]
     assert [step for step, _ in committed(tmp_path)] == [15, 20]
 
 

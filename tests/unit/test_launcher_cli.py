@@ -92,8 +92,9 @@ def test_a_dry_run_answers_in_under_a_second(tmp_path: Path, data: Path) -> None
 
 def test_exactly_the_commands_that_exist_are_listed() -> None:
     assert sorted(name for name, _ in leaves(commands)) == [
-        "data inspect", "demo", "export", "import", "launch", "logs", "plan", "prepare", "rehearse", "resume",
-        "sample", "schema", "status", "stop", "sweep", "tokenizer train", "ui", "verify",
+        "checkpoints", "data inspect", "demo", "export", "import", "launch", "logs", "plan", "prepare",
+        "rehearse", "resume", "sample", "schema", "status", "stop", "sweep", "tokenizer train", "ui",
+        "verify",
     ]  # fmt: skip
 
 

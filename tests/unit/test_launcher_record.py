@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from data_pipeline.errors import ConfigError, LaunchError
+from data_pipeline.manifest import joint_fingerprint, read_manifest
 from gpt import record
 from gpt.checkpoint.format import CheckpointIndex, FileEntry, rank_name, step_name
 from gpt.run_dir import RunDir, read_json, write_json
@@ -159,6 +160,19 @@ def test_a_running_run_shows_speed_and_what_is_left(run: RunDir) -> None:
     assert (found.mfu, found.attention) == (0.4, "flash-2")
     assert (found.step, found.tokens, found.loss, found.val_loss) == (5, 5 * 1024, 8.5, 7.5)
     assert (found.tokens_per_second, found.eta_s, found.checkpoint_step) == (100.0, 30.0, 4)
+
+
+def test_a_save_that_failed_shows_until_a_later_one_is_there(run: RunDir) -> None:
+    give_job(run, alive=True)
+    record.event(run.events, "checkpoint_saved", step=4, bytes=1, seconds=1.0)
+    record.event(run.events, "checkpoint_failed", step=8, reason="No space left on device")
+    assert status(run).save_problem == "step 8 is not saved: No space left on device"
+    console = Console(file=io.StringIO(), width=300)
+    console.print(table([run]))
+    assert isinstance(console.file, io.StringIO)
+    assert f"{run.path.name}: step 8 is not saved: No space left" in console.file.getvalue()
+    record.event(run.events, "checkpoint_saved", step=12, bytes=1, seconds=1.0)
+    assert status(run).save_problem is None
 
 
 def test_a_stop_request_shows_while_the_job_lives(run: RunDir) -> None:
@@ -333,9 +347,10 @@ def test_what_may_change_on_resume_is_submitted_and_recorded(
 
 
 def test_sequences_to_pass_over_must_come_after_the_step_that_is_resumed(
-    run: RunDir, monkeypatch: pytest.MonkeyPatch
+    run: RunDir, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launch, "submit", submit_what_ends_well)
+    fingerprint = joint_fingerprint([read_manifest(data)])
     commit(run, 5, 10)
     for step, skipped in ((5, ()), (10, ((100, 120),))):
         index = CheckpointIndex(
@@ -347,7 +362,7 @@ def test_sequences_to_pass_over_must_come_after_the_step_that_is_resumed(
             skipped=skipped,
             parameters=(),
             groups=(),
-            data_fingerprint="d",
+            data_fingerprint=fingerprint,
             versions={},
             files=(FileEntry(name=rank_name(0), size=0, checksum=""),),
         )

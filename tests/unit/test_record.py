@@ -36,6 +36,17 @@ def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
     assert (line["loss"], line["norm"], line["lr"]) == (None, None, 0.5)
 
 
+def test_the_last_line_can_be_added_to(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for step in (1, 2):
+        record.append(path, step=step, loss=0.5)
+    before = record.last(path)
+    assert before is not None
+    record.amend_last(path, **{"val/loss": float("inf"), "val/perplexity": 2.0})
+    assert steps(path) == [1, 2]
+    assert record.last(path) == {**before, "val/loss": None, "val/perplexity": 2.0}
+
+
 def test_cutting_back_keeps_the_steps_before(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     for step in range(1, 9):

@@ -59,6 +59,18 @@ def test_a_restart_continues_the_same_mlflow_run_and_repeats_no_point(run_dir: R
     assert MlflowClient(uri).get_run(first.run_id).data.params["schedule.total_steps"] == "9"
 
 
+def test_scores_that_come_after_their_line_was_sent_are_sent_once(run_dir: RunDir) -> None:
+    uri = f"sqlite:///{run_dir.mlflow_database}"
+    add_steps(run_dir, 1, 2)
+    mirror = Mirror(run_dir, config())
+    mirror.send()
+    record.amend_last(run_dir.metrics, **{"val/loss": 3.0})
+    for _ in range(2):
+        Mirror(run_dir, config()).send()
+    assert history(uri, mirror.run_id, "val/loss") == [(2, 3.0)]
+    assert history(uri, mirror.run_id) == [(1, 1.0), (2, 0.5)]
+
+
 def test_points_keep_the_time_at_which_they_happened(run_dir: RunDir) -> None:
     add_steps(run_dir, 1, 1)
     happened = next(record.read(run_dir.metrics))["time"]

@@ -1,0 +1,137 @@
+"""`outlast checkpoints`: what a run has saved, what of it is whole, and what stays for ever."""
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from data_pipeline.durable import fsync_folder
+from data_pipeline.errors import LaunchError
+from gpt import record
+from gpt.checkpoint.format import PIN_NAME, Corrupt, committed, is_pinned, read_index, verify
+from gpt.run_dir import RunDir
+from launcher.plan import size
+
+_FEWEST = 2  # the newest, and one for the case that it turns out to be bad
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One committed checkpoint."""
+
+    step: int
+    size_bytes: int
+    saved_at: float
+    world_size: int | None
+    stage: int | None
+    verified: str
+    is_pinned: bool
+    val_loss: float | None
+
+
+def checkpoints(
+    run: RunDir,
+    *,
+    pin: Sequence[int],
+    unpin: Sequence[int],
+    delete: Sequence[int],
+    check: bool,
+    as_json: bool,
+) -> int:
+    """Pin, unpin and delete, then list; 1 when `check` (reading every byte) finds a bad one."""
+    there = dict(committed(run.checkpoints))
+    _refuse_unknown(there, [*pin, *unpin, *delete])
+    for step in pin:
+        (there[step] / PIN_NAME).touch()
+    for step in unpin:
+        (there[step] / PIN_NAME).unlink(missing_ok=True)
+    _delete(run, there, delete)
+    rows = _list(run, check=check)
+    if as_json:
+        click.echo(json.dumps([asdict(row) for row in rows], indent=2))
+    else:
+        _show(rows)
+    return 1 if any(row.verified.startswith("bad") for row in rows) else 0
+
+
+def _refuse_unknown(there: dict[int, Path], steps: Sequence[int]) -> None:
+    unknown = [str(step) for step in steps if step not in there]
+    if unknown:
+        known = ", ".join(map(str, there)) or "none"
+        raise LaunchError(f"there is no checkpoint of step {', '.join(unknown)}; there are: {known}.")
+
+
+def _delete(run: RunDir, there: dict[int, Path], steps: Sequence[int]) -> None:
+    pinned = [str(step) for step in steps if is_pinned(there[step])]
+    if pinned:
+        raise LaunchError(f"step {', '.join(pinned)} is pinned; --unpin it first.")
+    if steps and len(there) - len(set(steps)) < _FEWEST:
+        raise LaunchError(
+            f"{len(there)} checkpoints are there; at least {_FEWEST} stay. To give the run up, delete its "
+            "folder."
+        )
+    for step in steps:
+        # Renamed first, as in gpt.checkpoint.writer: no half of a committed folder, whatever is killed.
+        trash = there[step].with_name(f".tmp-pruned-{there[step].name}")
+        there[step].rename(trash)
+        fsync_folder(run.checkpoints)
+        shutil.rmtree(trash)
+
+
+def _list(run: RunDir, *, check: bool) -> list[Listed]:
+    losses = record.val_losses(run.metrics)
+    read_back = {line["step"] for line in record.read(run.events) if line["event"] == "checkpoint_saved"}
+    rows = []
+    for step, folder in committed(run.checkpoints):
+        verified = "when saved" if step in read_back else "not yet"
+        world_size = stage = None
+        try:
+            index = read_index(folder)
+            world_size, stage = index.world_size, index.stage
+        except Corrupt as error:
+            verified = f"bad: {error.bad.path.name}: {error.bad.reason}"
+        else:
+            if check:
+                bad = next(verify(folder), None)
+                verified = "now" if bad is None else f"bad: {bad.path.name}: {bad.reason}"
+        rows.append(
+            Listed(
+                step=step,
+                size_bytes=sum(file.stat().st_size for file in folder.iterdir()),
+                saved_at=folder.stat().st_mtime,
+                world_size=world_size,
+                stage=stage,
+                verified=verified,
+                is_pinned=is_pinned(folder),
+                val_loss=losses.get(step),
+            )
+        )
+    return rows
+
+
+def _show(rows: Sequence[Listed]) -> None:
+    table = Table(box=None, pad_edge=False)
+    for heading in ("step", "size", "saved", "processes", "stage", "val loss", "pinned", "verified"):
+        is_text = heading in ("saved", "pinned", "verified")
+        table.add_column(heading, justify="left" if is_text else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            str(row.step),
+            size(row.size_bytes),
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(row.saved_at)),
+            str(row.world_size or "–"),
+            str(row.stage or "–"),
+            f"{row.val_loss:.4f}" if row.val_loss is not None else "–",
+            "pinned" if row.is_pinned else "",
+            row.verified,
+        )
+    console = Console()
+    if not console.is_terminal:
+        console.width = 180
+    console.print(table)

@@ -1,0 +1,179 @@
+"""What a checkpoint costs, ours beside DeepSpeed's and torch's own; torchrun runs it in two processes.
+
+`checkpoint_cost.py CONFIG FOLDER OUT`: JSON from rank 0: seconds of a memcpy of the same bytes, and for each
+system how long it held the steps up, the steps while it wrote, bytes on disk, seconds to load. Each reading
+is the slowest rank's. Files are loaded from the disk where the system allows it.
+"""
+
+import json
+import os
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
+
+from gpt.attention import Documents
+from gpt.checkpoint.load import load_newest
+from gpt.checkpoint.saver import Saver
+from gpt.config import RunConfig
+from gpt.distributed import join, total
+from gpt.heartbeat import Heartbeat
+from gpt.model import GPT
+from gpt.run_dir import RunDir
+from gpt.step import train_step
+from gpt.train import DTYPES
+from gpt.zero import Engine
+
+SAVES = 3
+run = RunConfig.model_validate_json(Path(sys.argv[1]).read_text())
+folder, out = Path(sys.argv[2]), Path(sys.argv[3])
+world = join(600)
+torch.set_num_threads(1)  # two ranks on two cores
+run_dir = RunDir(folder / "ours")
+if world.is_first:
+    run_dir.attempt(1).mkdir(parents=True)
+model = GPT(run.model)
+model.initialize(run.seed)
+model.place(world.device, DTYPES[run.precision])
+engine = Engine(model, run, world)
+saver = Saver(run_dir, engine, world, attempt=1, data_fingerprint="d", heartbeat=Heartbeat())
+
+B, T = run.batch.micro_batch, run.model.context
+tokens = torch.randint(
+    0, run.model.vocabulary, (B, T + 1), generator=torch.Generator().manual_seed(world.rank)
+)
+documents = Documents.from_ends((torch.arange(1, B + 1, dtype=torch.int32) * T).numpy(), world.device)
+inputs = [(tokens[:, :-1], tokens[:, 1:], documents)]
+
+
+def slowest(seconds: float) -> float:
+    """The slowest rank's reading."""
+    value = torch.tensor(seconds, dtype=torch.float64)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX, group=world.control)
+    return float(value)
+
+
+def timed(action: Callable[[], Any]) -> float:
+    """Seconds of `action`, begun by all ranks together."""
+    dist.barrier(group=world.control)
+    started = time.perf_counter()
+    action()
+    return slowest(time.perf_counter() - started)
+
+
+def step() -> None:
+    train_step(engine, inputs, 1e-4, float(world.size * B * T))
+
+
+def steps_until(is_done: Callable[[], bool]) -> list[float]:
+    """Seconds of each whole step until every rank `is_done`."""
+    seconds: list[float] = []
+    while True:
+        (left,) = total(world, not is_done())
+        if not left:
+            return seconds
+        seconds.append(timed(step))
+
+
+def forget(path: Path) -> None:
+    """Take files out of the page cache."""
+    os.sync()
+    for file in path.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def size(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def measure(save: Callable[[int], Callable[[], bool]], load: Callable[[], Any], path: Path) -> dict[str, Any]:
+    """One system: `save(n)` gives what tells whether the n-th save is on disk."""
+    stalls, during = [], []
+    for number in range(1, SAVES + 1):
+        step()
+        is_done: list[Callable[[], bool]] = []
+        stalls.append(timed(lambda n=number, box=is_done: box.append(save(n))))  # type: ignore[misc]
+        during += steps_until(is_done[0])
+        dist.barrier(group=world.control)
+    newest = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))[-1]
+    forget(newest)
+    return {
+        "stall_s": statistics.median(stalls),
+        "first_stall_s": stalls[0],
+        "steps_while_writing_s": during,
+        "bytes": size(newest),
+        "load_s": timed(load),
+    }
+
+
+def ours(number: int) -> Callable[[], bool]:
+    saver.save(number, ())
+
+    def is_done() -> bool:
+        saver.advance(*total(world, *saver.report()))
+        return not saver.is_busy
+
+    return is_done
+
+
+def deepspeeds(number: int) -> Callable[[], bool]:
+    engine._engine.save_checkpoint(str(folder / "deepspeed"), tag=f"step-{number}", save_latest=False)
+    return lambda: True
+
+
+def torchs(number: int) -> Callable[[], bool]:
+    state = {f"rank-{world.rank}.{part.group}.{part.state}": part.tensor for part in engine.state()}
+    future: Any = dcp.async_save(
+        state, checkpoint_id=str(folder / "dcp" / f"step-{number}"), process_group=world.control
+    )
+    return lambda: bool(future.done())
+
+
+def load_torchs() -> None:
+    state = {f"rank-{world.rank}.{part.group}.{part.state}": part.tensor for part in engine.state()}
+    dcp.load(state, checkpoint_id=str(folder / "dcp" / f"step-{SAVES}"), process_group=world.control)
+
+
+def read_safetensors() -> None:
+    load_file(run_dir.checkpoints / f"step-{SAVES:08d}" / f"rank-{world.rank:05d}.safetensors")
+
+
+if world.is_first:
+    for name in ("deepspeed", "dcp"):
+        (folder / name).mkdir()
+for _ in range(3):
+    step()
+pairs = [(part.tensor, torch.zeros_like(part.tensor)) for part in engine.state()]
+copies = [timed(lambda: [target.copy_(source) for source, target in pairs]) for _ in range(5)]
+pairs.clear()
+result: dict[str, Any] = {
+    "parameters": sum(entry.numel for entry in engine.parameters),
+    "memcpy_s": statistics.median(copies),
+    "ours": measure(ours, lambda: load_newest(run_dir, engine, world, "d"), run_dir.checkpoints),
+}
+forget(run_dir.checkpoints)
+result["read_safetensors_s"] = timed(read_safetensors)
+shutil.rmtree(run_dir.checkpoints, ignore_errors=True)
+result["steps_before_s"] = [timed(step) for _ in range(8)]
+result["deepspeed"] = measure(
+    deepspeeds,
+    lambda: engine._engine.load_checkpoint(str(folder / "deepspeed"), tag=f"step-{SAVES}"),
+    folder / "deepspeed",
+)
+shutil.rmtree(folder / "deepspeed", ignore_errors=True)
+result["dcp"] = measure(torchs, load_torchs, folder / "dcp")
+result["steps_after_s"] = [timed(step) for _ in range(8)]
+if world.is_first:
+    out.write_text(json.dumps(result))
+dist.barrier(group=world.control)
+os._exit(0)  # DCP's threads are in no hurry

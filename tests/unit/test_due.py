@@ -1,0 +1,124 @@
+"""When to save and what to keep: closed forms, and the extremes."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_pipeline.config_file import validate
+from gpt.checkpoint.due import SaveClock, best_interval_s, failures_so_far, time_between_failures_s
+from gpt.checkpoint.retention import kept
+from gpt.config import CheckpointConfig
+
+DAY = 86_400.0
+
+
+def expected_loss(interval_s: float, stall_s: float, mean_s: float) -> float:
+    """Seconds lost for a second of work, by simulation of a run that fails at exponential times."""
+    chance = random.Random(7)
+    done = wall = 0.0
+    until_failure = chance.expovariate(1 / mean_s)
+    for _ in range(20_000):
+        segment = interval_s + stall_s
+        if until_failure > segment:
+            until_failure -= segment
+            done += interval_s
+            wall += segment
+        else:
+            wall += until_failure
+            until_failure = chance.expovariate(1 / mean_s)
+    return wall / done - 1
+
+
+def test_the_best_interval_loses_least_in_a_simulation() -> None:
+    best = best_interval_s(20.0, 3600.0)
+    losses = [expected_loss(factor * best, 20.0, 3600.0) for factor in (0.4, 1.0, 2.5)]
+    assert losses[1] == min(losses)
+
+
+@pytest.mark.parametrize(("stall_s", "mean_s"), [(1.0, 1e6), (5.0, 1e5)])
+def test_for_rare_failures_it_is_youngs(stall_s: float, mean_s: float) -> None:
+    assert best_interval_s(stall_s, mean_s) == pytest.approx((2 * stall_s * mean_s) ** 0.5, rel=0.01)
+
+
+def test_what_a_run_has_seen_moves_the_prior() -> None:
+    prior = time_between_failures_s(nodes=10, failures=0, seconds=0.0)
+    assert prior == pytest.approx(1000 * DAY / 6.5 / 10)
+    assert time_between_failures_s(10, 9, 0.0) == pytest.approx(prior / 10)
+    assert time_between_failures_s(10, 0, 3 * prior) == pytest.approx(4 * prior)
+    assert time_between_failures_s(10, 100, 100 * 60.0) < 3 * prior / 100
+
+
+def test_failures_are_the_attempts_that_nobody_ended() -> None:
+    names = [
+        "attempt_started",
+        "phase",
+        "attempt_started",
+        "stopped",
+        "attempt_started",
+        "failed",
+        "attempt_started",
+    ]
+    events = [{"event": name, "time": 10.0 * number} for number, name in enumerate(names)]
+    assert failures_so_far(events) == (2, 30.0)
+
+
+def test_the_clock_follows_what_saves_cost() -> None:
+    config = CheckpointConfig(interval="auto", max_lost_minutes=1e6)
+    clock = SaveClock(config, failure_interval_s=1e6, now=0.0)
+    clock.saved(stall_s=0.02, seconds=3.0)
+    assert clock.interval_s == pytest.approx(200, rel=0.01)
+    clock.saved(stall_s=0.02, seconds=300.0)  # a slow disk: one save must end before the next
+    assert clock.interval_s == 600.0
+    assert not clock.is_due(599.0)
+    assert clock.is_due(600.0)
+    clock.begun(600.0)
+    assert not clock.is_due(1199.0)
+
+
+def test_no_more_is_lost_than_allowed() -> None:
+    clock = SaveClock(CheckpointConfig(interval="auto", max_lost_minutes=5), failure_interval_s=1e9, now=0.0)
+    clock.saved(stall_s=10.0, seconds=100.0)
+    assert clock.interval_s == 200.0
+
+
+def test_minutes_and_steps_decide_alone_where_they_are_given() -> None:
+    assert SaveClock(CheckpointConfig(every_minutes=2), 1e6, now=0.0).interval_s == 120.0
+    assert CheckpointConfig(every_minutes=2).every_steps is None
+    assert SaveClock(CheckpointConfig(every_steps=7), 1e6, now=0.0).interval_s is None
+    assert CheckpointConfig().every_steps == 500
+    both = CheckpointConfig(every_steps=7, every_minutes=1)
+    assert validate(CheckpointConfig, both.model_dump(), "test") == both
+
+
+@given(steps=st.sets(st.integers(1, 500), min_size=2), data=st.data())
+def test_retention_never_leaves_fewer_than_two_and_keeps_what_it_promises(
+    steps: set[int], data: st.DataObject
+) -> None:
+    config = CheckpointConfig(
+        keep_last=data.draw(st.integers(2, 5)),
+        keep_every=data.draw(st.none() | st.integers(1, 100)),
+        keep_best=data.draw(st.integers(0, 2)),
+    )
+    pinned = data.draw(st.sets(st.sampled_from(sorted(steps))))
+    losses = {
+        step: data.draw(st.floats(0, 10)) for step in data.draw(st.sets(st.sampled_from(sorted(steps))))
+    }
+    stay = kept(sorted(steps), config, pinned, losses)
+    assert len(stay) >= 2
+    assert pinned <= stay <= steps
+    assert set(sorted(steps)[-config.keep_last :]) <= stay
+    if config.keep_best and losses:
+        assert min(losses.values()) in [losses.get(step) for step in stay]
+    if config.keep_every is None and not config.keep_best:
+        assert len(stay) <= config.keep_last + len(pinned)
+    assert kept(sorted(stay), config, pinned, losses) == stay  # what stays, stays
+
+
+def test_one_checkpoint_of_every_so_many_steps_stays_for_ever() -> None:
+    config = CheckpointConfig(keep_last=2, keep_every=100)
+    there: set[int] = set()
+    for step in range(30, 1000, 30):
+        there = kept([*there, step], config)
+    assert sorted(there) == [120, 210, 300, 420, 510, 600, 720, 810, 900, 960, 990]

@@ -1,0 +1,79 @@
+"""A run's checkpoints as a list; pins and deletions."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.errors import LaunchError
+from gpt import record
+from gpt.checkpoint.format import committed, is_pinned
+from gpt.run_dir import RunDir
+from launcher.checkpoints import checkpoints
+from tests.unit.checkpoint_support import write_checkpoint
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    """Three checkpoints; 5 was planted from another run, 10 and 15 were saved."""
+    run = RunDir(tmp_path)
+    for step in (5, 10, 15):
+        write_checkpoint(run.checkpoints, step=step)
+        record.append(run.metrics, step=step, **({"val/loss": 2.5} if step == 10 else {}))
+    for step in (10, 15):
+        record.event(run.events, "checkpoint_saved", step=step)
+    return run
+
+
+def call(run: RunDir, **options: object) -> int:
+    defaults = {"pin": (), "unpin": (), "delete": (), "check": False, "as_json": False}
+    return checkpoints(run, **{**defaults, **options})  # type: ignore[arg-type]
+
+
+def test_the_list_says_size_origin_score_and_whether_it_was_read_back(
+    run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(run, as_json=True) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["step"], row["verified"], row["val_loss"]) for row in rows] == [
+        (5, "not yet", None), (10, "when saved", 2.5), (15, "when saved", None),
+    ]  # fmt: skip
+    assert {(row["world_size"], row["stage"]) for row in rows} == {(3, 1)}
+    files = run.checkpoints / "step-00000005"
+    assert rows[0]["size_bytes"] == sum(file.stat().st_size for file in files.iterdir())
+
+
+def test_a_check_reads_every_byte_and_names_what_is_bad(
+    run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(run, check=True) == 0
+    path = run.checkpoints / "step-00000010" / "rank-00001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 1
+    path.write_bytes(content)
+    capsys.readouterr()
+    assert call(run, check=True) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "bad: rank-00001.safetensors: the chunk checksums are not as written" in lines[2]
+    assert lines[1].rstrip().endswith("now")
+
+
+def test_a_pinned_checkpoint_is_not_deleted_until_it_is_unpinned(run: RunDir) -> None:
+    call(run, pin=(5,))
+    assert is_pinned(run.checkpoints / "step-00000005")
+    with pytest.raises(LaunchError, match="step 5 is pinned; --unpin it first"):
+        call(run, delete=(5,))
+    call(run, unpin=(5,), delete=(5,))
+    assert [step for step, _ in committed(run.checkpoints)] == [10, 15]
+    assert [entry.name for entry in run.checkpoints.glob(".*")] == []
+
+
+def test_two_checkpoints_stay_always(run: RunDir) -> None:
+    with pytest.raises(LaunchError, match="3 checkpoints are there; at least 2 stay"):
+        call(run, delete=(5, 10))
+    assert len(committed(run.checkpoints)) == 3
+
+
+def test_an_unknown_step_is_named_with_those_that_are_there(run: RunDir) -> None:
+    with pytest.raises(LaunchError, match=r"no checkpoint of step 7; there are: 5, 10, 15\."):
+        call(run, pin=(7,))

@@ -1,0 +1,82 @@
+"""The loss on the validation split: exact, and quick to leave."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+from torch import Tensor
+
+from data_pipeline.tokenizer import load_encoding
+from gpt.config import DataConfig
+from gpt.distributed import World
+from gpt.heartbeat import Heartbeat
+from gpt.loss import IGNORED
+from gpt.stop import StopRequest
+from gpt.validation import Validation
+from tests.distributed.data import small_data_set
+from tests.unit.saver_support import join
+
+ROUNDS, CONTEXT = 20, 32
+
+
+class Model:
+    """Two nats for each scored token; asks for a stop in the round `asks_at`."""
+
+    def __init__(self, asks_at: int | None = None) -> None:
+        self.stop, self.asks_at, self.rounds, self.is_training = StopRequest(), asks_at, 0, True
+
+    def __call__(self, _tokens: Tensor, targets: Tensor, *_: Any) -> Tensor:
+        self.rounds += 1
+        if self.rounds == self.asks_at:
+            self.stop.reason = "SIGTERM"
+        return 2.0 * (targets != IGNORED).sum()
+
+    def eval(self) -> None:
+        self.is_training = False
+
+    def train(self) -> None:
+        self.is_training = True
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_data_set(tmp_path_factory.mktemp("data") / "kjv")
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[World]:
+    """A world of this process alone."""
+    yield join(tmp_path / "meeting", 0, 1)
+    dist.destroy_process_group()
+
+
+def scores(data: Path, world: World, model: Model, stop: StopRequest | None) -> dict[str, float] | None:
+    token_bytes = np.full(len(load_encoding(data).token_bytes()), 4, np.int64)
+    validation = Validation(DataConfig(path=data), CONTEXT, ROUNDS * 2 * CONTEXT, 2, token_bytes)
+    return validation.measure(cast(Any, model), world, Heartbeat(), 5, stop)
+
+
+def test_it_scores_every_window_once(data: Path, alone: World) -> None:
+    model = Model()
+    found = scores(data, alone, model, model.stop)
+    assert found is not None
+    assert found["val/loss"] == 2.0
+    assert found["val/perplexity"] == pytest.approx(7.389056)
+    assert found["val/bits_per_byte"] == pytest.approx(2.0 / np.log(2) / 4)
+    assert (model.rounds, model.is_training) == (ROUNDS, True)
+
+
+def test_a_stop_request_ends_it_within_two_rounds(data: Path, alone: World) -> None:
+    model = Model(asks_at=3)
+    assert scores(data, alone, model, model.stop) is None
+    assert model.rounds <= 5
+    assert model.is_training
+
+
+def test_at_the_last_step_it_goes_to_its_end(data: Path, alone: World) -> None:
+    model = Model(asks_at=3)
+    assert scores(data, alone, model, None) is not None
+    assert model.rounds == ROUNDS
