@@ -71,11 +71,16 @@ def with_fields(
     return result
 
 
-def dotted(tables: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value of nested tables with its dotted name."""
+def dotted(
+    tables: Mapping[str, Any], prefix: str = "", *, into_lists: bool = False
+) -> Iterator[tuple[str, Any]]:
+    """Every value of nested tables with its dotted name; `into_lists`: of lists of tables too, by number."""
     for name, value in tables.items():
-        if isinstance(value, Mapping):
-            yield from dotted(value, f"{prefix}{name}.")
+        below = value
+        if into_lists and isinstance(value, list) and value and isinstance(value[0], Mapping):
+            below = {str(number): entry for number, entry in enumerate(value)}
+        if isinstance(below, Mapping):
+            yield from dotted(below, f"{prefix}{name}.", into_lists=into_lists)
         else:
             yield prefix + name, value
 

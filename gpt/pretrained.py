@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 from data_pipeline.errors import ConfigError, OutlastError
 from data_pipeline.manifest import joint_fingerprint, read_manifest
 from data_pipeline.tokenizer import Encoding, load_encoding
+from gpt.changeable import config_fingerprint
 from gpt.checkpoint.format import CheckpointIndex, GroupEntry, ParameterEntry
 from gpt.checkpoint.writer import commit, temporary_folder, write_rank_file
 from gpt.config import RunConfig
@@ -137,6 +138,7 @@ def write_first_checkpoint(
         parameters=tuple(entries),
         groups=groups,
         data_fingerprint=data,
+        config_fingerprint=config_fingerprint(run),
         versions={"torch": version("torch")},
         files=(file,),
     )

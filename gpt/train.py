@@ -273,6 +273,7 @@ class Trainer:
                 self._save_at_last(step, is_hurried=is_stopping)
             elif is_due_save:
                 self.saver.save(step, self.reader.skipped, problem=self.lines.problem)
+                self.is_time_to_save = False  # what the tick of this boundary asked for was this save
             if is_stopping and not is_last:
                 return self._stopped(step, "everything is saved")
         return Outcome(attempts.FINISHED, f"all {last} steps are done", last)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from data_pipeline.durable import fsync_folder, write_durably
 from data_pipeline.errors import ConfigError
+from gpt.changeable import config_fingerprint
 from gpt.checkpoint.format import INDEX_NAME, CheckpointIndex, committed, read_index, step_name, verify
 from gpt.config import RunConfig
 from gpt.flops import parameter_table
@@ -61,15 +62,20 @@ def find_origin(text: str, config: RunConfig) -> Origin:
     return Origin(folder, index)
 
 
-def plant(origin: Origin, run: RunDir, data_fingerprint: str) -> None:
-    """Make `origin` the first checkpoint of the new run, as of the new run's data."""
+def plant(origin: Origin, run: RunDir, config: RunConfig, data_fingerprint: str) -> None:
+    """Make `origin` the first checkpoint of the new run, as of the new run's config and data."""
     temporary = run.checkpoints / f".tmp-{step_name(origin.index.step)}"
     temporary.mkdir()
     for entry in origin.index.files:
         _share(origin.folder / entry.name, temporary / entry.name)
     # Sequence numbers of other data mean nothing here.
     skipped = origin.index.skipped if origin.index.data_fingerprint == data_fingerprint else ()
-    changes = {"data_fingerprint": data_fingerprint, "attempt": 0, "skipped": skipped}
+    changes = {
+        "data_fingerprint": data_fingerprint,
+        "config_fingerprint": config_fingerprint(config),
+        "attempt": 0,
+        "skipped": skipped,
+    }
     index = origin.index.model_copy(update=changes)
     write_durably(temporary / INDEX_NAME, index.dumps())
     temporary.rename(run.checkpoints / step_name(origin.index.step))

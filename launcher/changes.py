@@ -1,40 +1,37 @@
-"""What may change when a run goes on: each field of a run config is free, worth a warning, or must match.
+"""Changes of a run that goes on: those that must not be are refused, unless they are asked for by name.
 
 A field that must match can still be changed by who names it (`--allow-change FIELD`): the numbers of the
 run are then no longer those of one config, which its events say.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import click
 
 from data_pipeline.errors import ConfigError
+from gpt.changeable import RULES, Change, rule_of
 from gpt.checkpoint.format import CheckpointIndex
 from gpt.config import RunConfig
 
-# None of these decides a step's numbers. Where the data lies is free: what it is must match (DATA).
-FREE = (
-    "checkpoint.",
-    "evaluation.",
-    "tracking.",
-    "launch.",
-    "zero.stage",
-    "batch.micro_batch",
-    "data.path",
-    "data.verify",
-    "data.changed_from",
-)
-# These do, from the step on at which they change.
-WARNED = ("schedule.total_steps", "schedule.total_tokens", "data.max_epochs", "data.skip")
 DATA = "data"  # the data itself, by its fingerprint
+CONFIG = "config"  # a config that is not the one of config.json's history, by its fingerprint
 
 
-def data_change(index: CheckpointIndex | None, config: RunConfig, fingerprint: str) -> dict[str, Any]:
-    """The data as a changed field, where a checkpoint was trained on other data than `config` accepts."""
-    if index is None or index.data_fingerprint in (fingerprint, *config.data.changed_from):
-        return {}
-    return {DATA: [index.data_fingerprint, fingerprint]}
+def fingerprint_changes(
+    index: CheckpointIndex | None, config: RunConfig, data: str, configs: Collection[str]
+) -> dict[str, Any]:
+    """What no field tells: a checkpoint of other data than `config` accepts, or not of the run's `configs`.
+
+    `data` is the fingerprint of the data, `configs` are those of the run's config now and before changes
+    that were allowed; None where there is no checkpoint.
+    """
+    changes = {}
+    if index is not None and index.data_fingerprint not in (data, *config.data.changed_from):
+        changes[DATA] = [index.data_fingerprint, data]
+    if index is not None and index.config_fingerprint not in configs:
+        changes[CONFIG] = [index.config_fingerprint, " or ".join(sorted(configs))]
+    return changes
 
 
 def judge(changes: Mapping[str, Any], allowed: Sequence[str]) -> None:
@@ -48,19 +45,30 @@ def judge(changes: Mapping[str, Any], allowed: Sequence[str]) -> None:
         if not any(_covers(name, field) for field in changes)
     ]
     for field, (old, new) in changes.items():
-        if field != DATA and field.startswith(FREE):
+        change = Change.MUST_MATCH if field in (DATA, CONFIG) else RULES[rule_of(field)]
+        if change is Change.FREE:
             continue
-        if field in WARNED or any(_covers(name, field) for name in allowed):
+        if change is Change.WARNED or any(_covers(name, field) for name in allowed):
             click.echo(
                 f"warning: {field} changes from {old} to {new}; the run follows it from here", err=True
             )
         else:
-            problems.append(
-                f"{field} cannot change in the middle of a run: {old} → {new}. "
-                f"A run with another value is another run: launch it, or insist with --allow-change {field}."
-            )
+            problems.append(_refusal(field, old, new))
     if problems:
         raise ConfigError(problems)
+
+
+def _refusal(field: str, old: object, new: object) -> str:
+    if field == CONFIG:
+        return (
+            f"the checkpoint was saved under another config ({old}) than the run's own ({new}): config.json "
+            "was edited, or the checkpoint put there by hand. Restore it, launch another run --from this "
+            f"one, or insist with --allow-change {CONFIG}."
+        )
+    return (
+        f"{field} cannot change in the middle of a run: {old} → {new}. "
+        f"A run with another value is another run: launch it, or insist with --allow-change {field}."
+    )
 
 
 def _covers(name: str, field: str) -> bool:

@@ -20,11 +20,12 @@ from data_pipeline.errors import LaunchError
 from data_pipeline.manifest import joint_fingerprint
 from data_pipeline.skip_list import SkipList
 from gpt import record
+from gpt.changeable import config_fingerprint
 from gpt.checkpoint.format import CheckpointIndex, Corrupt, committed, read_index
 from gpt.config import RunConfig
 from gpt.run_dir import RunDir, read_json
 from launcher.branch import find_origin, plant
-from launcher.changes import DATA, data_change, judge
+from launcher.changes import DATA, fingerprint_changes, judge
 from launcher.cluster import ClusterConfig
 from launcher.follow import Follower, outcome_of, watch
 from launcher.paths import absolute
@@ -76,7 +77,7 @@ def launch(
         return 0
     made = create_run(folder, request, command_line())
     if start is not None:
-        plant(start, made, joint_fingerprint(request.manifests))
+        plant(start, made, request.config, joint_fingerprint(request.manifests))
         parent = start.folder.parent.parent.name
         record.event(made.events, "branched", run=parent, step=start.index.step)
     return _submit_and_attend(made, request.config.total_steps, request.cluster, "launch", attend)
@@ -117,11 +118,13 @@ def _resume(
     request = examine(tables, "config.json", where, run.path, is_new=False)
     after = request.config.model_dump(mode="json", exclude_none=True)
     # As this version reads it: a field that is new since then has its default on both sides.
-    changes = changed_fields(read_config(run).model_dump(mode="json", exclude_none=True), after)
+    present = read_config(run)
+    changes = changed_fields(present.model_dump(mode="json", exclude_none=True), after)
     checkpoints = dict(committed(run.checkpoints))
     newest = max(checkpoints, default=0)
     index = _index(checkpoints.get(newest if step is None else step))
-    changes |= data_change(index, request.config, joint_fingerprint(request.manifests))
+    data = joint_fingerprint(request.manifests)
+    changes |= fingerprint_changes(index, request.config, data, {config_fingerprint(present), *_earlier(run)})
     judge(changes, allowed)
     if step is None and newest >= request.config.total_steps:
         click.echo(f"finished already: step {newest} of {request.config.total_steps}", err=True)
@@ -135,7 +138,8 @@ def _resume(
         _rewind(run, step)
     show_warnings(request)
     if changes:
-        record.event(run.events, "config_changed", changes=changes)
+        came_from = index.config_fingerprint if index is not None else None
+        record.event(run.events, "config_changed", changes=changes, config_fingerprint=came_from)
     put_submission(run, request, command_line())
     return _submit_and_attend(run, request.config.total_steps, request.cluster, "resume", attend, claim)
 
@@ -215,6 +219,12 @@ def _without_other_total(tables: dict[str, Any], overrides: Sequence[str]) -> di
     dropped = {other for name, other in names.items() if name in given}
     schedule = {key: value for key, value in tables["schedule"].items() if key not in dropped}
     return {**tables, "schedule": schedule}
+
+
+def _earlier(run: RunDir) -> list[str]:
+    """The fingerprints of the configs from which this run was changed before."""
+    changed = (line for line in record.read(run.events) if line["event"] == "config_changed")
+    return [line["config_fingerprint"] for line in changed if line.get("config_fingerprint")]
 
 
 def _index(folder: Path | None) -> CheckpointIndex | None:

@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.config_file import Section, validate
+from data_pipeline.config_file import Section, dotted, validate
 from data_pipeline.errors import ConfigError, LaunchError
 from gpt.config import RunConfig
 from gpt.run_dir import RunDir, read_json, write_json
@@ -161,16 +161,14 @@ def provenance(request: Request, command: list[str]) -> dict[str, Any]:
     }
 
 
-def changed_fields(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def changed_fields(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted name → [old, new] of every field in which two configs differ."""
-    changes: dict[str, Any] = {}
-    for key in sorted({*before, *after}):
-        old, new = before.get(key), after.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            changes.update(changed_fields(old, new, f"{prefix}{key}."))
-        elif old != new:
-            changes[prefix + key] = [old, new]
-    return changes
+    old, new = (dict(dotted(tables, into_lists=True)) for tables in (before, after))
+    return {
+        name: [old.get(name), new.get(name)]
+        for name in sorted({*old, *new})
+        if old.get(name) != new.get(name)
+    }
 
 
 def job_environment(run: RunDir) -> dict[str, str]:

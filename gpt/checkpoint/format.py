@@ -94,6 +94,7 @@ class CheckpointIndex(Section):
     parameters: tuple[ParameterEntry, ...]
     groups: tuple[GroupEntry, ...]
     data_fingerprint: str
+    config_fingerprint: str
     versions: dict[str, str]
     checksum_algorithm: Literal["xxh3"] = "xxh3"
     chunk_bytes: Annotated[int, Field(ge=4, multiple_of=4)] = CHUNK_BYTES

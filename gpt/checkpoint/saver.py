@@ -29,6 +29,7 @@ from data_pipeline.errors import CheckpointError
 from data_pipeline.skip_list import Ranges
 from gpt import record
 from gpt.attempt import Superseded, is_superseded
+from gpt.changeable import config_fingerprint
 from gpt.checkpoint.due import SaveClock, failures_so_far, time_between_failures_s
 from gpt.checkpoint.failpoints import reach
 from gpt.checkpoint.format import (
@@ -139,6 +140,7 @@ class Saver:
             parameters=engine.parameters,
             groups=engine.groups,
             data_fingerprint=data_fingerprint,
+            config_fingerprint=config_fingerprint(engine.run),
             versions={name: version(name) for name in ("torch", "deepspeed")},
             files=(),
         )

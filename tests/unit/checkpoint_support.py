@@ -46,6 +46,7 @@ def write_checkpoint(
         parameters=parameters,
         groups=groups,
         data_fingerprint="d",
+        config_fingerprint="c",
         versions={"torch": "2.13"},
         chunk_bytes=CHUNK_BYTES,
         files=(),

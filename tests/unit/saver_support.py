@@ -9,7 +9,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -20,7 +19,7 @@ from gpt import record
 from gpt.checkpoint.format import GroupEntry, ParameterEntry
 from gpt.checkpoint.layout import GroupLayout
 from gpt.checkpoint.saver import Saver
-from gpt.config import CheckpointConfig
+from gpt.config import CheckpointConfig, DataConfig, RunConfig, ScheduleConfig
 from gpt.distributed import World
 from gpt.heartbeat import Heartbeat
 from gpt.run_dir import RunDir
@@ -43,8 +42,11 @@ class SmallEngine:
 
     def __init__(self, rank: int, world_size: int, **checkpoint: Any) -> None:
         partition = -(-NUMEL // world_size)
-        self.run = SimpleNamespace(
-            checkpoint=CheckpointConfig(keep_last=2, **checkpoint), zero=SimpleNamespace(stage=1)
+        self.run = RunConfig(
+            name="small",
+            data=DataConfig(path=Path("/nowhere")),
+            schedule=ScheduleConfig(total_steps=1000),
+            checkpoint=CheckpointConfig(keep_last=2, **checkpoint),
         )
         self.groups = (
             GroupEntry(

@@ -13,6 +13,7 @@ ROOMS = ("launcher", "gpt", "data_pipeline")
 TORCH_FREE_IN_GPT = (
     "gpt",
     "gpt.config",
+    "gpt.changeable",
     "gpt.model_config",
     "gpt.huggingface",
     "gpt.run_dir",

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.config_file import validate
+from data_pipeline.config_file import field_names, validate
 from data_pipeline.errors import ConfigError
+from gpt.changeable import RULES, config_fingerprint, rule_of
 from gpt.checkpoint.format import read_index
 from gpt.config import RunConfig
-from launcher.changes import data_change, judge
+from launcher.changes import fingerprint_changes, judge
 from tests.unit.checkpoint_support import write_checkpoint
 
 
@@ -35,17 +36,49 @@ def test_an_allowance_for_what_does_not_change_is_an_error() -> None:
         judge({"seed": [1, 2]}, ["seed", "sed"])
 
 
-def test_other_data_is_named_and_needs_an_allowance(tmp_path: Path) -> None:
+def run_config(**fields: object) -> RunConfig:
     tables = {"name": "x", "data": {"path": "/nowhere"}, "schedule": {"total_steps": 3}}
-    config = validate(RunConfig, tables, "test")
-    index = read_index(write_checkpoint(tmp_path))  # trained on data "d"
-    assert data_change(index, config, "d") == {}
-    assert data_change(None, config, "e") == {}
-    change = data_change(index, config, "e")
+    return validate(RunConfig, {**tables, **fields}, "test")
+
+
+def test_other_data_is_named_and_needs_an_allowance(tmp_path: Path) -> None:
+    config = run_config()
+    index = read_index(write_checkpoint(tmp_path))  # trained on data "d" under config "c"
+    assert fingerprint_changes(index, config, "d", {"c"}) == {}
+    assert fingerprint_changes(None, config, "e", {"f"}) == {}
+    change = fingerprint_changes(index, config, "e", {"c"})
     with pytest.raises(ConfigError, match="data cannot change in the middle of a run: d → e"):
         judge(change, [])
     judge(change, ["data"])
     with pytest.raises(ConfigError, match=r"data\.document_mask cannot change"):  # the data, not its table
         judge({**change, "data.document_mask": [True, False]}, ["data"])
     accepting = config.model_copy(update={"data": config.data.model_copy(update={"changed_from": ("d",)})})
-    assert data_change(index, accepting, "e") == {}
+    assert fingerprint_changes(index, accepting, "e", {"c"}) == {}
+
+
+def test_a_checkpoint_of_a_config_that_the_run_never_had_is_refused(tmp_path: Path) -> None:
+    index = read_index(write_checkpoint(tmp_path))
+    change = fingerprint_changes(index, run_config(), "d", {"b", "a"})
+    with pytest.raises(ConfigError, match=r"saved under another config \(c\) than the run's own \(a or b\)"):
+        judge(change, [])
+    judge(change, ["config"])
+
+
+def test_every_field_of_a_run_config_is_classed_and_every_rule_has_a_field() -> None:
+    names = list(field_names(RunConfig))
+    leaves = [name for name in names if not any(other.startswith(f"{name}.") for other in names)]
+    assert {rule_of(name) for name in leaves} == set(RULES)
+
+
+def test_the_fingerprint_of_a_config_follows_what_must_match_alone() -> None:
+    plain = config_fingerprint(run_config())
+    free = run_config(checkpoint={"every_steps": 7}, schedule={"total_steps": 9}, zero={"stage": 3})
+    assert config_fingerprint(free) == plain
+    assert config_fingerprint(run_config(seed=1234)) == plain  # the default, given
+    assert config_fingerprint(run_config(seed=7)) != plain
+    sources = [{"path": path, "weight": 1.0} for path in "ab"]
+    mixed = config_fingerprint(run_config(data={"mixture": sources}))
+    moved = [{**source, "path": f"/elsewhere/{source['path']}"} for source in sources]
+    assert config_fingerprint(run_config(data={"mixture": moved})) == mixed
+    weighed = [{**sources[0], "weight": 2.0}, sources[1]]
+    assert config_fingerprint(run_config(data={"mixture": weighed})) != mixed

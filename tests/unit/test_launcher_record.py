@@ -15,6 +15,7 @@ from rich.console import Console
 from data_pipeline.errors import ConfigError, LaunchError
 from data_pipeline.manifest import joint_fingerprint, read_manifest
 from gpt import record
+from gpt.changeable import config_fingerprint
 from gpt.checkpoint.format import CheckpointIndex, FileEntry, rank_name, step_name
 from gpt.run_dir import RunDir, read_json, write_json
 from launcher import launch
@@ -27,7 +28,7 @@ from launcher.preflight import examine
 from launcher.processes import identity
 from launcher.recipes import run_tables
 from launcher.requests import standing_stop
-from launcher.runs import changed_fields, create_run, open_run
+from launcher.runs import changed_fields, create_run, open_run, read_config
 from launcher.status import show, status, statuses, table
 from launcher.submit import Job, claim_start, state
 from tests.unit.launcher_support import make_data
@@ -363,6 +364,7 @@ def test_sequences_to_pass_over_must_come_after_the_step_that_is_resumed(
             parameters=(),
             groups=(),
             data_fingerprint=fingerprint,
+            config_fingerprint=config_fingerprint(read_config(run)),
             versions={},
             files=(FileEntry(name=rank_name(0), size=0, checksum=""),),
         )
@@ -393,9 +395,11 @@ def test_resuming_from_an_older_step_puts_the_later_checkpoints_aside(
 
 
 def test_changed_fields_are_dotted_and_old_stands_before_new() -> None:
-    before: dict[str, Any] = {"a": 1, "b": {"c": 2, "d": [3]}, "gone": 4}
-    after: dict[str, Any] = {"a": 1, "b": {"c": 5, "d": [3]}, "new": {"e": 6}}
-    assert changed_fields(before, after) == {"b.c": [2, 5], "gone": [4, None], "new": [None, {"e": 6}]}
+    before: dict[str, Any] = {"a": 1, "b": {"c": 2, "d": [3]}, "gone": 4, "list": [{"f": 7}, {"f": 8}]}
+    after: dict[str, Any] = {"a": 1, "b": {"c": 5, "d": [3]}, "new": {"e": 6}, "list": [{"f": 7}, {"f": 9}]}
+    assert changed_fields(before, after) == {
+        "b.c": [2, 5], "gone": [4, None], "new.e": [None, 6], "list.1.f": [8, 9]
+    }  # fmt: skip
 
 
 # Small things
