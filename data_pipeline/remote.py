@@ -32,17 +32,31 @@ def is_remote(source: str) -> bool:
     return "://" in source
 
 
+def find_store(url: str, **options: Any) -> tuple[Any, str]:
+    """fsspec's file system for `url` and the path there. Raises ConfigError where it has none."""
+    from fsspec.core import url_to_fs
+
+    protocol = url.partition("://")[0]
+    try:
+        found: tuple[Any, str] = url_to_fs(url, **options)
+    except ImportError as error:
+        extra = _EXTRAS.get(protocol)
+        remedy = f"pip install 'outlast[{extra}]'" if extra else "install what fsspec needs for it"
+        raise ConfigError(f"{url}: {error}. For {protocol}:// {remedy}") from None
+    except Exception as error:  # of any library
+        raise ConfigError(f"{url}: {in_words(error)}") from error
+    return found
+
+
 def list_remote(source: str) -> list[RemoteFile]:
     """The files that a URL names: one, all below a folder, or those that match a glob, by name.
 
     Raises ConfigError where the store cannot be asked. Hidden files are left out.
     """
     import fsspec
-    from fsspec.core import url_to_fs
 
-    protocol = source.partition("://")[0]
+    store, path = find_store(source)
     try:
-        store, path = url_to_fs(source)
         if fsspec.core.has_magic(path):
             found = store.glob(path, detail=True)
             fixed = PurePosixPath(path[: min(path.index(sign) for sign in "*?[" if sign in path)])
@@ -53,12 +67,8 @@ def list_remote(source: str) -> list[RemoteFile]:
             found, base = {path: store.info(path)}, PurePosixPath(path).parent
     except FileNotFoundError:
         return []
-    except ImportError as error:
-        extra = _EXTRAS.get(protocol)
-        remedy = f"pip install 'outlast[{extra}]'" if extra else "install what fsspec needs for it"
-        raise ConfigError(f"{source}: {error}. To read {protocol}:// {remedy}") from None
     except Exception as error:  # of any library
-        raise ConfigError(f"{source}: cannot be listed: {_in_words(error)}") from error
+        raise ConfigError(f"{source}: cannot be listed: {in_words(error)}") from error
     files = []
     for name, info in sorted(cast(Mapping[str, Any], found).items()):
         below = PurePosixPath(name).relative_to(base)
@@ -87,7 +97,7 @@ def open_remote(url: str, version: str) -> BinaryIO:
 def unreadable(url: str, error: Exception) -> DataError:
     """What the user is told of a read that failed."""
     return DataError(
-        f"{url}: reading failed: {_in_words(error)}. What is finished stays; run again to continue"
+        f"{url}: reading failed: {in_words(error)}. What is finished stays; run again to continue"
     )
 
 
@@ -95,5 +105,6 @@ def _version(info: Mapping[str, Any]) -> str:
     return next((str(info[key]) for key in _VERSIONS if info.get(key)), "")
 
 
-def _in_words(error: Exception) -> str:
+def in_words(error: Exception) -> str:
+    """What any library's error says, in one line."""
     return f"{type(error).__name__} {(str(error).splitlines() or [''])[0]}".rstrip()

@@ -382,6 +382,17 @@ class CheckpointConfig(Section):
         "on. Default: no limit.",
     )
 
+    mirror: str | None = Field(
+        default=None,
+        description="A second place for checkpoints: a folder, or a URL such as s3://bucket/runs. Each is "
+        "copied below it once it is committed, and `outlast resume` takes it from there. Default: none.",
+    )
+
+    @field_validator("mirror")
+    @classmethod
+    def _empty_is_none(cls, mirror: str | None) -> str | None:
+        return mirror or None
+
     @model_validator(mode="before")
     @classmethod
     def _has_an_interval(cls, fields: Any) -> Any:

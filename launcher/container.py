@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from data_pipeline.remote import is_remote
 from gpt.config import RunConfig
 from gpt.run_dir import RunDir
 from launcher.cluster import ClusterConfig, Container
@@ -37,8 +38,10 @@ def all_mounts(container: Container, mounts: Iterable[Path]) -> list[str]:
 
 
 def needed_folders(run: RunDir, config: RunConfig) -> list[Path]:
-    """What a run's processes read and write: its own folder, its tracker's database beside it, its data."""
-    return [run.path.parent, *(source.path for source in config.data.sources)]
+    """What a run's processes read and write: its folder, the tracker's database beside it, mirror, data."""
+    mirror = config.checkpoint.mirror
+    mirrors = [Path(mirror)] if mirror is not None and not is_remote(mirror) else []
+    return [run.path.parent, *mirrors, *(source.path for source in config.data.sources)]
 
 
 def requeue_mark(folder: Path, job_id: str, turn: int) -> Path:

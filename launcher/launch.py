@@ -18,6 +18,7 @@ from data_pipeline.config_file import with_overrides
 from data_pipeline.durable import fsync_folder
 from data_pipeline.errors import LaunchError
 from data_pipeline.manifest import joint_fingerprint
+from data_pipeline.remote import is_remote
 from data_pipeline.skip_list import SkipList
 from gpt import record
 from gpt.changeable import config_fingerprint
@@ -28,6 +29,7 @@ from launcher.branch import find_origin, plant
 from launcher.changes import DATA, fingerprint_changes, judge
 from launcher.cluster import ClusterConfig
 from launcher.follow import Follower, outcome_of, watch
+from launcher.mirrors import fetch_newer, fetch_run, set_later_aside
 from launcher.paths import absolute
 from launcher.plan import ASSUMED_MFU, plan, table
 from launcher.preflight import Request, examine
@@ -41,6 +43,7 @@ from launcher.runs import (
     put_submission,
     read_cluster,
     read_config,
+    runs_folder,
 )
 from launcher.sbatch import submission_text
 from launcher.submit import Job, Lookout, claim_start, read_job, refuse_while_alive, state, submit
@@ -96,7 +99,7 @@ def resume(
 
     `allowed` are fields that may change although they must match.
     """
-    run = open_run(folder)
+    run = fetch_run(folder, runs_folder()) if is_remote(folder) else open_run(folder)
     with claim_start(run) as claim:
         return _resume(run, cluster, overrides, step, attend, allowed, claim)
 
@@ -120,6 +123,9 @@ def _resume(
     # As this version reads it: a field that is new since then has its default on both sides.
     present = read_config(run)
     changes = changed_fields(present.model_dump(mode="json", exclude_none=True), after)
+    mirror = request.config.checkpoint.mirror
+    if mirror is not None:
+        fetch_newer(run, mirror, step)
     checkpoints = dict(committed(run.checkpoints))
     newest = max(checkpoints, default=0)
     index = _index(checkpoints.get(newest if step is None else step))
@@ -135,7 +141,7 @@ def _resume(
     if index is not None and DATA in changes:
         request = _accepting(request, index.data_fingerprint)
     if step is not None:
-        _rewind(run, step)
+        _rewind(run, step, mirror)
     show_warnings(request)
     if changes:
         came_from = index.config_fingerprint if index is not None else None
@@ -249,7 +255,7 @@ def _accepting(request: Request, fingerprint: str) -> Request:
     return replace(request, config=request.config.model_copy(update={"data": data}))
 
 
-def _rewind(run: RunDir, step: int) -> None:
+def _rewind(run: RunDir, step: int, mirror: str | None) -> None:
     """Make the checkpoint of `step` the newest: later ones are put aside under names that do not count."""
     checkpoints = committed(run.checkpoints)
     steps = [number for number, _ in checkpoints]
@@ -257,6 +263,8 @@ def _rewind(run: RunDir, step: int) -> None:
         there = ", ".join(map(str, steps)) or "none"
         raise LaunchError(f"there is no checkpoint of step {step}; there are: {there}.")
     aside = f".before-{int(time.time())}-"
+    if mirror is not None:
+        set_later_aside(run, mirror, step, aside)
     for number, path in checkpoints:
         if number > step:
             path.rename(path.with_name(aside + path.name))

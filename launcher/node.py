@@ -46,6 +46,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, si
 _POLL_S = 0.1
 _LISTEN_S = 1.0  # each look for a hang goes through all processes of the node
 _TRACKING_DRAIN_S = 60.0
+_MIRRORING_DRAIN_S = 600.0
 _HURRIED_DRAIN_S = 5.0  # a grace time may be running, and the next turn sends what is left
 _TO_BE_KILLED_S = 120.0
 _TAIL_LINES = 20
@@ -77,6 +78,7 @@ class _Node:
         self.was_signalled = False
         self.stopped_now = False
         self.tracking: subprocess.Popen[bytes] | None = None
+        self.mirroring: subprocess.Popen[bytes] | None = None
         self.after = max(run.attempt_numbers(), default=0)
 
     def work(self) -> dict[str, Any]:
@@ -94,7 +96,9 @@ class _Node:
             return self._conclude(Outcome(93, f"submission {newest.submission:04d} took the run over", None))
         record.event(self.run.events, "turn_started", job=self.place.job, turn=self.place.turn)
         if self.config.tracking.enabled:
-            self.tracking = self._start_tracking()
+            self.tracking = self._start_beside("gpt.tracking", "tracking.log")
+        if self.config.checkpoint.mirror is not None:
+            self.mirroring = self._start_beside("gpt.mirroring", "mirroring.log")
         code = self._train()
         kill_descendants(spare=self._spared())
         if not self._is_current():
@@ -123,6 +127,8 @@ class _Node:
         write_json(outcome_path(self.folder), asdict(outcome))
         if self.tracking is not None and not self.stopped_now:
             _drain(self.tracking, _TRACKING_DRAIN_S)
+        if self.mirroring is not None and not self.stopped_now:
+            _drain(self.mirroring, _MIRRORING_DRAIN_S)
         kill_descendants()
         return asdict(outcome)
 
@@ -255,9 +261,10 @@ class _Node:
                 os.kill(worker, signal.SIGKILL)
         watch.forget()
 
-    def _start_tracking(self) -> subprocess.Popen[bytes]:
-        with (self.folder / "tracking.log").open("ab") as log:
-            command = python_module("gpt.tracking", str(self.run.path))
+    def _start_beside(self, module: str, log_name: str) -> subprocess.Popen[bytes]:
+        """A process that follows the run, that no worker waits for, and that outlives them."""
+        with (self.folder / log_name).open("ab") as log:
+            command = python_module(module, str(self.run.path))
             return subprocess.Popen(
                 inside(command, self.cluster, needed_folders(self.run, self.config)),
                 stdin=subprocess.DEVNULL,
@@ -267,8 +274,8 @@ class _Node:
                 preexec_fn=end_with_parent(signal.SIGTERM),
             )
 
-    def _spared(self) -> int | None:
-        return self.tracking.pid if self.tracking else None
+    def _spared(self) -> list[int]:
+        return [process.pid for process in (self.tracking, self.mirroring) if process is not None]
 
     def _is_current(self) -> bool:
         """Whether no other job, and no later turn of this one, has made an attempt since this turn began."""
@@ -330,13 +337,13 @@ def _cancelled(outcome: Outcome) -> Outcome:
     return replace(outcome, cause=f"cancelled in Slurm; {outcome.cause}", is_cancelled=True)
 
 
-def _drain(tracking: subprocess.Popen[bytes], patience_s: float) -> None:
-    """Let the mirror send what is left of the record; its failure never matters."""
-    tracking.terminate()
+def _drain(follower: subprocess.Popen[bytes], patience_s: float) -> None:
+    """Let it send what is left of the record, or of the checkpoints; its failure never matters."""
+    follower.terminate()
     try:
-        tracking.wait(timeout=patience_s)
+        follower.wait(timeout=patience_s)
     except subprocess.TimeoutExpired:
-        tracking.kill()
+        follower.kill()
 
 
 def _tail(path: Path) -> str:

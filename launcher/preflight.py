@@ -18,6 +18,7 @@ from gpt.config import DataConfig, RunConfig
 from gpt.run_dir import RunDir
 from launcher.cluster import ClusterConfig, load_cluster
 from launcher.findings import Findings
+from launcher.mirrors import check_mirror
 from launcher.plan import (
     checkpoint_bytes,
     checkpoint_counts,
@@ -88,6 +89,7 @@ def examine(
         if config is not None:
             check_disk(config, folder, findings)
             check_tracker(config, findings)
+            check_mirror(RunDir(folder), config, findings, is_new=is_new)
         if cluster_config is not None and check_machine(cluster_config, findings) and config is not None:
             check_site(RunDir(folder), config, cluster_config, findings)
     if findings.problems:

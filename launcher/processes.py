@@ -8,7 +8,7 @@ import ctypes
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
@@ -64,13 +64,13 @@ def workers(root: int) -> list[int]:
     return found
 
 
-def descendants(root: int, spare: int | None = None) -> list[int]:
-    """The living processes below `root`, `root` left out, and `spare` with all that is below it."""
+def descendants(root: int, spare: Collection[int] = ()) -> list[int]:
+    """The living processes below `root`, `root` left out, and those of `spare` with all below them."""
     return list(_below(_families(), root, spare))
 
 
-def kill_descendants(spare: int | None = None, patience_s: float = 10.0) -> None:
-    """End everything below this process with SIGKILL, except the tree of `spare`; returns when it is gone.
+def kill_descendants(spare: Collection[int] = (), patience_s: float = 10.0) -> None:
+    """End everything below this process with SIGKILL, except the trees of `spare`; returns when it is gone.
 
     One in uninterruptible sleep cannot be waited for: after `patience_s` it is left to its kernel.
     """
@@ -98,9 +98,9 @@ def _families() -> dict[int, list[int]]:
     return families
 
 
-def _below(families: dict[int, list[int]], root: int, spare: int | None) -> Iterator[int]:
+def _below(families: dict[int, list[int]], root: int, spare: Collection[int]) -> Iterator[int]:
     for child in families.get(root, ()):
-        if child != spare:
+        if child not in spare:
             yield child
             yield from _below(families, child, spare)
 

@@ -1,6 +1,6 @@
 """RUN on the command line: a recipe's name or a TOML file, with `--set` on top, as plain tables.
 
-Relative data paths are taken against the caller's directory and made absolute here, once. Refuses nothing
+Relative paths are taken against the caller's directory and made absolute here, once. Refuses nothing
 but what it cannot find: whether the tables make a run is preflight's to say.
 """
 
@@ -12,6 +12,7 @@ from typing import Any
 
 from data_pipeline.config_file import read_toml, with_overrides
 from data_pipeline.errors import ConfigError
+from data_pipeline.remote import is_remote
 from launcher.paths import absolute
 
 
@@ -42,7 +43,11 @@ def run_tables(name_or_path: str, overrides: Sequence[str]) -> tuple[dict[str, A
 
 
 def with_absolute_paths(tables: dict[str, Any]) -> dict[str, Any]:
-    """`tables` with data.path and the paths of data.mixture absolute, against the caller's directory."""
+    """`tables` with the paths of data and checkpoint.mirror absolute, against the caller's directory."""
+    checkpoint = tables.get("checkpoint")
+    if isinstance(checkpoint, dict) and isinstance(mirror := checkpoint.get("mirror"), str):
+        if mirror and not is_remote(mirror):
+            tables = {**tables, "checkpoint": {**checkpoint, "mirror": str(absolute(mirror))}}
     data = tables.get("data")
     if not isinstance(data, dict):
         return tables

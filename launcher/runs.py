@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -124,7 +125,9 @@ def put_submission(run: RunDir, request: Request, command: list[str]) -> None:
     """Write what a submission decides: cluster, provenance, code, and last the config."""
     snapshot_code(run)
     write_json(run.cluster, explicit(request.cluster))
-    write_json(run.provenance, {**(read_json(run.provenance) or {}), **provenance(request, command)})
+    before = read_json(run.provenance) or {}
+    run_id = before.get("run_id") or uuid.uuid4().hex
+    write_json(run.provenance, {**before, "run_id": run_id, **provenance(request, command)})
     write_json(run.config, request.config.model_dump(mode="json", exclude_none=True))
 
 

@@ -38,7 +38,7 @@ CHUNK_TABLE = "chunk_checksums"
 INDEX_NAME = "checkpoint.json"
 PIN_NAME = "pinned"
 INDEX_LIMIT_BYTES = 1 << 28  # a million parameters and ranks; read whole, so there must be a bound
-_COMMITTED = re.compile(r"step-(\d{8,})")
+COMMITTED = re.compile(r"step-(\d{8,})")
 
 Size = Annotated[int, Field(ge=0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -164,7 +164,7 @@ def committed(checkpoints: Path) -> list[tuple[int, Path]]:
     """Step and folder of every committed checkpoint, oldest first."""
     if not checkpoints.is_dir():
         return []
-    matches = ((_COMMITTED.fullmatch(entry.name), entry) for entry in checkpoints.iterdir())
+    matches = ((COMMITTED.fullmatch(entry.name), entry) for entry in checkpoints.iterdir())
     return sorted((int(match[1]), entry) for match, entry in matches if match)
 
 

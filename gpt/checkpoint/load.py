@@ -1,11 +1,13 @@
 """Taking a run's state back from disk, agreed between the ranks."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from data_pipeline.errors import CheckpointError, ConfigError
+from data_pipeline.errors import CheckpointError, ConfigError, OutlastError
 from gpt.checkpoint.format import CheckpointIndex, Corrupt, committed
+from gpt.checkpoint.mirror import Mirror
 from gpt.checkpoint.reader import CheckpointReader
 from gpt.checkpoint.writer import set_aside
 from gpt.distributed import World, from_first, gather, together
@@ -23,6 +25,33 @@ def load_newest(
     Raises CheckpointError when there were checkpoints and none is intact.
     """
     candidates = from_first(world, committed(run_dir.checkpoints))
+    index = _load_any(candidates, run_dir, engine, world, data_fingerprint)
+    if index is None and engine.run.checkpoint.mirror is not None:
+        is_taken = _take_from_mirror(run_dir, engine.run.checkpoint.mirror) if world.is_first else False
+        if from_first(world, is_taken):
+            fetched = from_first(world, committed(run_dir.checkpoints))
+            index = _load_any(fetched, run_dir, engine, world, data_fingerprint)
+    if index is not None:
+        return index
+    had_some = bool(candidates) or any(
+        line.get("event") in ("checkpoint_saved", "branched") for line in read(run_dir.events)
+    )
+    if from_first(world, had_some):
+        raise CheckpointError(
+            f"{run_dir.checkpoints}: the run has had checkpoints and none is intact. It does not start from "
+            "step 0 by itself: restore a checkpoint there, or launch a new run."
+        )
+    return None
+
+
+def _load_any(
+    candidates: Sequence[tuple[int, Path]],
+    run_dir: RunDir,
+    engine: Engine,
+    world: World,
+    data_fingerprint: str,
+) -> CheckpointIndex | None:
+    """Fill `engine` from the newest intact one of `candidates`; newer ones, all bad, are set aside."""
     rejected: list[Path] = []
     for step, folder in reversed(candidates):
         loaded = _load(folder, engine, world, data_fingerprint)
@@ -36,15 +65,24 @@ def load_newest(
         if world.is_first:
             event(run_dir.events, "checkpoint_rejected", path=folder.name, reason=loaded)
             print(f"checkpoint {folder.name} is passed over: {loaded}", flush=True)
-    had_some = bool(candidates) or any(
-        line.get("event") in ("checkpoint_saved", "branched") for line in read(run_dir.events)
-    )
-    if from_first(world, had_some):
-        raise CheckpointError(
-            f"{run_dir.checkpoints}: the run has had checkpoints and none is intact. It does not start from "
-            "step 0 by itself: restore a checkpoint there, or launch a new run."
-        )
     return None
+
+
+def _take_from_mirror(run_dir: RunDir, place: str) -> bool:
+    """Bring the newest intact checkpoint at the mirror here, where no checkpoint is intact."""
+    try:
+        mirror = Mirror.of(run_dir, place)
+        if mirror.steps():
+            for _, folder in committed(run_dir.checkpoints):
+                set_aside(folder)
+        step = mirror.fetch_newest(run_dir.checkpoints, lambda text: print(text, flush=True))
+    except OutlastError as error:
+        print(f"nothing is taken from the mirror: {error}", flush=True)
+        return False
+    if step is not None:
+        event(run_dir.events, "taken_from_mirror", step=step, mirror=mirror.place)
+        print(f"the checkpoint of step {step} is taken from the mirror {mirror.place}", flush=True)
+    return step is not None
 
 
 def _load(folder: Path, engine: Engine, world: World, data_fingerprint: str) -> CheckpointIndex | str:

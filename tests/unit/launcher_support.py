@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -144,3 +145,24 @@ def kill_tree(folder: Path) -> None:
     """End what a failed test left running for the run in `folder`."""
     for pid in processes_naming(str(folder)):
         os.kill(pid, signal.SIGKILL)
+
+
+def give_job(run: RunDir, *, alive: bool, submission: int = 1) -> Job:
+    process = identity(os.getpid()) if alive else "an-earlier-boot/1"
+    pid, inode = os.getpid(), run.path.stat().st_ino
+    job = Job(submission, "local", str(pid), socket.gethostname(), pid, process, inode, time.time())
+    write_json(run.job, job.__dict__)
+    (run.submission / f"{submission:04d}").mkdir(parents=True)
+    return job
+
+
+def end_job(run: RunDir, exit_code: int, cause: str) -> None:
+    content = {"exit_code": exit_code, "cause": cause, "attempt": 1}
+    write_json(run.submission / "0001" / "outcome.json", content)
+
+
+def submit_what_ends_well(run: RunDir, reason: str) -> Job:
+    assert reason == "resume"
+    job = give_job(run, alive=False)
+    end_job(run, 0, "done")
+    return job

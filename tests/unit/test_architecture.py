@@ -21,6 +21,7 @@ TORCH_FREE_IN_GPT = (
     "gpt.heartbeat",
     "gpt.flops",
     "gpt.checkpoint.format",
+    "gpt.checkpoint.mirror",
 )
 LAUNCHER_MAY_USE = {*TORCH_FREE_IN_GPT[1:]}
 

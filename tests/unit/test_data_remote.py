@@ -17,32 +17,20 @@ from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.prepare import prepare
 from data_pipeline.sources import find_files
 from tests.unit.data_support import config, files_of, packaged_texts
+from tests.unit.s3_support import s3_bucket
 
 TEXTS = packaged_texts()[:90]
 
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[Any]:
-    """A bucket of the same texts as lines, compressed lines and a table; the environment says where."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "key")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        resource = boto3.resource("s3")
-        made = resource.create_bucket(Bucket="corpus")
+    """A bucket of the same texts as lines, compressed lines and a table."""
+    with s3_bucket("corpus") as made:
         for name, content in contents().items():
             made.put_object(Key=f"raw/{name}", Body=content)
         made.put_object(Key="raw/.hidden/x.jsonl", Body=b"{}")
         made.put_object(Key="raw/notes.pdf", Body=b"%PDF")
         yield made
-    server.stop()
 
 
 def contents() -> dict[str, bytes]:
@@ -106,8 +94,8 @@ def test_what_cannot_be_listed_says_why() -> None:
         "s3://corpus/raw/notes.pdf: none of the 1 files there is a kind that is read here"
     )
     assert no_bucket.startswith("s3://none/x.jsonl: there is no such file or folder")
-    assert no_package.endswith("To read gs:// pip install 'outlast[gs]'")
-    assert unknown.startswith("nosuch://x/a.jsonl: cannot be listed: ValueError Protocol not known: nosuch")
+    assert no_package.endswith("For gs:// pip install 'outlast[gs]'")
+    assert unknown.startswith("nosuch://x/a.jsonl: ValueError Protocol not known: nosuch")
 
 
 def test_an_object_that_was_replaced_since_it_was_listed_is_refused(bucket: Any) -> None:

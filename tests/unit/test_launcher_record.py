@@ -3,7 +3,6 @@
 import io
 import os
 import signal
-import socket
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -25,13 +24,12 @@ from launcher.follow import Attendance, Display, Follower, duration, outcome_of
 from launcher.logs import lines, log_files
 from launcher.plan import size
 from launcher.preflight import examine
-from launcher.processes import identity
 from launcher.recipes import run_tables
 from launcher.requests import standing_stop
 from launcher.runs import changed_fields, create_run, open_run, read_config
 from launcher.status import show, status, statuses, table
-from launcher.submit import Job, claim_start, state
-from tests.unit.launcher_support import make_data
+from launcher.submit import claim_start, state
+from tests.unit.launcher_support import end_job, give_job, make_data, submit_what_ends_well
 
 
 @pytest.fixture(scope="module")
@@ -49,20 +47,6 @@ def run(data: Path, tmp_path: Path) -> RunDir:
 def step(run: RunDir, number: int, **more: float) -> None:
     numbers = {"train/loss": 9.0 - number / 10, "train/tokens_per_second": 100.0, "train/step_seconds": 2.0}
     record.append(run.metrics, step=number, tokens=number * 1024, **numbers, **more)
-
-
-def give_job(run: RunDir, *, alive: bool, submission: int = 1) -> Job:
-    process = identity(os.getpid()) if alive else "an-earlier-boot/1"
-    pid, inode = os.getpid(), run.path.stat().st_ino
-    job = Job(submission, "local", str(pid), socket.gethostname(), pid, process, inode, time.time())
-    write_json(run.job, job.__dict__)
-    (run.submission / f"{submission:04d}").mkdir(parents=True)
-    return job
-
-
-def end_job(run: RunDir, exit_code: int, cause: str) -> None:
-    content = {"exit_code": exit_code, "cause": cause, "attempt": 1}
-    write_json(run.submission / "0001" / "outcome.json", content)
 
 
 def commit(run: RunDir, *steps: int) -> None:
@@ -286,13 +270,6 @@ def test_logs_show_the_newest_attempt_and_the_newest_submission(run: RunDir) -> 
 
 
 # Resuming
-
-
-def submit_what_ends_well(run: RunDir, reason: str) -> Job:
-    assert reason == "resume"
-    job = give_job(run, alive=False)
-    end_job(run, 0, "done")
-    return job
 
 
 def resume(run: RunDir, *overrides: str, step: int | None = None) -> int:

@@ -1,0 +1,80 @@
+"""What may change when a run goes on: each field of its config is free, worth a warning, or must match.
+
+Torch-free: the launcher judges changes by it, and checkpoints carry the fingerprint of what must match.
+"""
+
+import json
+from enum import Enum, auto
+
+import xxhash
+
+from data_pipeline.config_file import dotted
+from gpt.config import RunConfig
+
+
+class Change(Enum):
+    """What it means that a field is another one from some step on."""
+
+    FREE = auto()  # it decides no number, or only the order in which the same numbers are added up
+    WARNED = auto()  # numbers follow it from there on, as somebody means who changes it in mid-run
+    MUST_MATCH = auto()  # the run is then another run
+
+
+# The longest name that a field is or lies under decides. A test walks all the fields of a run config.
+RULES = {
+    "name": Change.FREE,
+    "seed": Change.MUST_MATCH,
+    "precision": Change.MUST_MATCH,
+    "compile": Change.WARNED,
+    "profile": Change.FREE,
+    "model": Change.MUST_MATCH,
+    "model.attention": Change.WARNED,
+    "model.recompute": Change.FREE,
+    "data.path": Change.FREE,  # where it lies; what it is must match, by its fingerprint
+    "data.mixture": Change.MUST_MATCH,
+    "data.mixture.path": Change.FREE,
+    "data.schedule": Change.MUST_MATCH,
+    "data.document_mask": Change.MUST_MATCH,
+    "data.packing": Change.MUST_MATCH,
+    "data.max_epochs": Change.WARNED,
+    "data.skip": Change.WARNED,
+    "data.verify": Change.FREE,
+    "data.changed_from": Change.FREE,
+    "batch.global_batch_tokens": Change.MUST_MATCH,
+    "batch.micro_batch": Change.FREE,
+    "batch.warmup": Change.MUST_MATCH,
+    "optimizer": Change.MUST_MATCH,
+    "schedule": Change.MUST_MATCH,
+    "schedule.total_steps": Change.WARNED,
+    "schedule.total_tokens": Change.WARNED,
+    "zero.stage": Change.FREE,
+    "zero.offload_optimizer": Change.FREE,
+    "zero.offload_parameters": Change.FREE,
+    "zero.bucket_numel": Change.FREE,
+    "zero.prefetch_numel": Change.FREE,
+    "zero.whole_below_numel": Change.FREE,
+    "zero.secondary_shards": Change.FREE,
+    "zero.quantized_weights": Change.WARNED,
+    "zero.quantized_gradients": Change.WARNED,
+    "checkpoint": Change.FREE,
+    "evaluation": Change.FREE,
+    "tracking": Change.FREE,
+    "launch": Change.FREE,
+}
+
+
+def rule_of(field: str) -> str:
+    """The name in RULES that decides over a dotted field; numbers of entries in a list do not count."""
+    parts = [part for part in field.split(".") if not part.isdigit()]
+    names = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+    return next(name for name in names if name in RULES)
+
+
+def config_fingerprint(config: RunConfig) -> str:
+    """The same for configs that agree in all that must match.
+
+    Fields at their default do not count, so that one which a later version brings changes no fingerprint.
+    """
+    fields = dotted(config.model_dump(mode="json", exclude_defaults=True), into_lists=True)
+    kept = {name: value for name, value in fields if RULES[rule_of(name)] is Change.MUST_MATCH}
+    return xxhash.xxh3_128_hexdigest(json.dumps(kept, sort_keys=True).encode())

@@ -1,0 +1,121 @@
+"""Copies a run's checkpoints to its mirror once they are committed: a process that no step waits for.
+
+`python -m gpt.mirroring RUN_DIR`
+
+The newest comes first; older ones follow as time permits. The mirror keeps what the run's own retention
+keeps. A mirror that fails is an event and a later try, never a matter for training. Torch-free.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+
+from gpt import record
+from gpt.checkpoint.format import committed, is_pinned
+from gpt.checkpoint.mirror import Mirror, MirrorError
+from gpt.checkpoint.retention import kept
+from gpt.config import CheckpointConfig, RunConfig
+from gpt.run_dir import RunDir, read_json
+
+POLL_S = 2.0
+RETRY_S = 30.0
+DRAIN_S = 540.0  # the node task waits a little longer for this process
+
+
+class Copier:
+    """One run on its way to its mirror."""
+
+    def __init__(self, run_dir: RunDir, config: CheckpointConfig) -> None:
+        """Raises MirrorError where the mirror cannot be asked or is another run's."""
+        assert config.mirror is not None
+        self.run_dir, self.config = run_dir, config
+        self.mirror = Mirror.of(run_dir, config.mirror)
+        ours, theirs = (read_json(run_dir.provenance) or {}).get("run_id"), self.mirror.run_id()
+        if theirs not in (None, ours):
+            raise MirrorError(f"{self.mirror.place} is the mirror of another run ({theirs})")
+        self._is_there: dict[tuple[int, int], bool] = {}  # step and inode → pinned
+
+    def copy_next(self) -> bool:
+        """Copy the newest checkpoint that is not at the mirror; whether there was one."""
+        for step, folder in reversed(committed(self.run_dir.checkpoints)):
+            try:
+                key, is_pin = (step, folder.stat().st_ino), is_pinned(folder)
+                if self._is_there.get(key) == is_pin:
+                    continue
+                is_new = not self.mirror.has(step, folder)
+                if is_new:
+                    self._copy(step, folder)
+                self.mirror.set_pin(step, is_pinned=is_pin)
+            except (OSError, MirrorError):
+                if folder.exists():
+                    raise
+                continue  # pruned meanwhile: nobody wants it any more
+            self._is_there[key] = is_pin
+            if is_new:
+                self._prune()
+                return True
+        return False
+
+    def _copy(self, step: int, folder: Path) -> None:
+        started = time.monotonic()
+        self.mirror.put_run(self.run_dir)
+        count = self.mirror.put(step, folder)
+        seconds = round(time.monotonic() - started, 1)
+        record.event(self.run_dir.events, "mirrored", step=step, seconds=seconds, bytes=count)
+
+    def _prune(self) -> None:
+        steps = self.mirror.steps()
+        pinned = [step for step in steps if self.mirror.is_pinned(step)]
+        losses = record.val_losses(self.run_dir.metrics) if self.config.keep_best else {}
+        for step in set(steps) - kept(steps, self.config, pinned, losses):
+            self.mirror.delete(step)
+
+
+def follow(run_dir: RunDir, config: CheckpointConfig, ended: threading.Event) -> None:
+    """Copy until `ended` is set and all that is committed is there, or DRAIN_S after that."""
+    copier: Copier | None = None
+    failure = ""
+    deadline = float("inf")
+    while True:
+        is_last_round = ended.is_set()
+        if is_last_round:
+            deadline = min(deadline, time.monotonic() + DRAIN_S)
+        try:
+            copier = copier or Copier(run_dir, config)
+            while copier.copy_next():
+                failure = ""
+            if is_last_round:
+                return
+            ended.wait(POLL_S)
+        except Exception as error:  # whatever a store does, training goes on
+            if str(error) != failure:
+                failure = str(error)
+                record.event(run_dir.events, "mirror_failed", reason=failure)
+            print(f"{type(error).__name__}: {error}", flush=True)
+            if is_last_round and time.monotonic() > deadline - RETRY_S:
+                return
+            time.sleep(RETRY_S) if is_last_round else ended.wait(RETRY_S)
+
+
+def main(path: Path) -> None:
+    """Follow the run in `path` until SIGTERM."""
+    ended = threading.Event()
+
+    def on_end(_number: int, _frame: FrameType | None) -> None:
+        ended.set()
+
+    signal.signal(signal.SIGTERM, on_end)
+    # Stop requests are for the workers; what they leave behind is still to be copied.
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    os.nice(10)
+    run_dir = RunDir(path)
+    follow(run_dir, RunConfig.model_validate_json(run_dir.config.read_text()).checkpoint, ended)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,267 @@
+"""The second place of a run's checkpoints: a folder, and a real S3 server on this machine."""
+
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.errors import ConfigError, LaunchError
+from data_pipeline.manifest import joint_fingerprint, read_manifest
+from gpt import record
+from gpt.changeable import config_fingerprint
+from gpt.checkpoint.format import INDEX_NAME, PIN_NAME, committed, read_index, step_name
+from gpt.checkpoint.mirror import Mirror, MirrorError
+from gpt.checkpoint.writer import prune
+from gpt.config import CheckpointConfig
+from gpt.mirroring import Copier, follow
+from gpt.run_dir import RunDir
+from launcher import launch
+from launcher.cluster import ClusterConfig
+from launcher.preflight import examine
+from launcher.recipes import run_tables
+from launcher.runs import create_run, read_config
+from tests.unit.checkpoint_support import write_checkpoint
+from tests.unit.launcher_support import make_data, submit_what_ends_well
+from tests.unit.s3_support import s3_bucket
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    with s3_bucket("mirrors"):
+        yield "s3://mirrors"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(params=["folder", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A mirror that is empty."""
+    if request.param == "folder":
+        (tmp_path / "mirrors").mkdir()
+        return str(tmp_path / "mirrors")
+    return f"{request.getfixturevalue('s3')}/{time.time_ns()}"
+
+
+@pytest.fixture
+def run(tmp_path: Path, data: Path, place: str) -> RunDir:
+    """A run of 20 steps that is mirrored."""
+    return make_run(tmp_path / "here" / "mine-0001", data, place)
+
+
+def make_run(folder: Path, data: Path, place: str) -> RunDir:
+    tables, source = run_tables("tiny", [f"data.path={data}", f"checkpoint.mirror={place}"])
+    request = examine(tables, source, ClusterConfig(kind="local"), folder)
+    return create_run(folder, request, ["outlast"])
+
+
+def save(run: RunDir, *steps: int) -> None:
+    """Commit checkpoints as the run itself would."""
+    config = read_config(run)
+    data = joint_fingerprint([read_manifest(source.path) for source in config.data.sources])
+    for step in steps:
+        folder = write_checkpoint(run.checkpoints, step=step)
+        origin = {"data_fingerprint": data, "config_fingerprint": config_fingerprint(config)}
+        (folder / INDEX_NAME).write_bytes(read_index(folder).model_copy(update=origin).dumps())
+        record.append(run.metrics, step=step)
+
+
+def copier(run: RunDir) -> Copier:
+    return Copier(run, read_config(run).checkpoint)
+
+
+def copy_all(run: RunDir) -> list[int]:
+    """Copy what is new; the steps in the order in which they went."""
+    before = len(mirrored(run))
+    mine = copier(run)
+    while mine.copy_next():
+        pass
+    return mirrored(run)[before:]
+
+
+def mirrored(run: RunDir) -> list[int]:
+    return [line["step"] for line in record.read(run.events) if line["event"] == "mirrored"]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def damage(place: str, run: RunDir, step: int) -> None:
+    """Flip a bit of a rank's file at the mirror."""
+    mirror = Mirror.of(run, place)
+    path = mirror._path(step, "rank-00001.safetensors")
+    content = bytearray(mirror._store.cat_file(path))
+    content[len(content) // 2] ^= 1
+    mirror._store.pipe_file(path, bytes(content))
+
+
+def test_checkpoints_are_copied_the_newest_first_and_come_back_the_same(
+    run: RunDir, place: str, tmp_path: Path
+) -> None:
+    save(run, 5, 10)
+    assert copy_all(run) == [10, 5]
+    assert copy_all(run) == []  # a process that starts anew finds them there
+    mirror = Mirror.of(run, place)
+    assert mirror.steps() == [5, 10]
+    for step in (5, 10):
+        mirror.fetch(step, tmp_path / "back")
+        assert contents(tmp_path / "back" / step_name(step)) == contents(run.checkpoints / step_name(step))
+    assert not list((tmp_path / "back").glob(".*"))
+
+
+def test_a_checkpoint_is_at_the_mirror_only_when_its_last_file_is(run: RunDir, place: str) -> None:
+    save(run, 5)
+    mirror = Mirror.of(run, place)
+    mirror.put(5, run.checkpoints / step_name(5))
+    mirror._store.rm_file(mirror._path(5, INDEX_NAME))  # as if it had been cut off
+    assert mirror.steps() == []
+    assert copy_all(run) == [5]
+
+
+def test_another_checkpoint_of_the_same_step_takes_its_place(run: RunDir, place: str) -> None:
+    save(run, 5)
+    copy_all(run)
+    shutil.rmtree(run.checkpoints / step_name(5))
+    index = read_index(write_checkpoint(run.checkpoints, step=5, world_size=1))
+    assert copy_all(run) == [5]
+    Mirror.of(run, place).fetch(5, run.path / "back")
+    assert read_index(run.path / "back" / step_name(5)) == index
+
+
+def test_the_mirror_keeps_what_the_run_keeps(run: RunDir, place: str) -> None:
+    save(run, 5)
+    (run.checkpoints / step_name(5) / PIN_NAME).touch()
+    for step in (10, 15, 20):
+        save(run, step)
+        copy_all(run)
+    mirror = Mirror.of(run, place)
+    assert mirror.steps() == [5, 10, 15, 20]  # three of checkpoint.keep_last, and a pinned one
+    (run.checkpoints / step_name(5) / PIN_NAME).unlink()
+    save(run, 25)
+    prune(run.checkpoints, {5, 20, 25})
+    copy_all(run)
+    assert mirror.steps() == [15, 20, 25]
+    left = [path for path in mirror._store.find(f"{mirror._root}/checkpoints") if "00000005" in path]
+    assert left == []
+
+
+def test_a_damaged_copy_is_passed_over_and_named(run: RunDir, place: str, tmp_path: Path) -> None:
+    save(run, 5, 10)
+    copy_all(run)
+    damage(place, run, 10)
+    said: list[str] = []
+    assert Mirror.of(run, place).fetch_newest(tmp_path / "back", said.append) == 5
+    assert [step for step, _ in committed(tmp_path / "back")] == [5]
+    assert len(said) == 1
+    assert "step-00000010/rank-00001.safetensors at the mirror: byte" in said[0]
+
+
+def test_the_mirror_of_another_run_of_that_name_is_left_alone(
+    run: RunDir, place: str, data: Path, tmp_path: Path
+) -> None:
+    save(run, 5)
+    copy_all(run)
+    with pytest.raises(ConfigError, match="is the mirror of another run of this name"):
+        make_run(tmp_path / "elsewhere" / "mine-0001", data, place)
+    run.provenance.write_text('{"run_id": "another"}')
+    with pytest.raises(MirrorError, match="is the mirror of another run"):
+        copier(run)
+
+
+def test_a_run_goes_on_from_its_mirror_alone_on_a_fresh_machine(
+    run: RunDir, s3: str, place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    save(run, 5, 10)
+    copy_all(run)
+    if not place.startswith(s3):
+        return  # a folder is copied by hand, or mounted
+    monkeypatch.setenv("OUTLAST_RUNS", str(tmp_path / "fresh"))
+    monkeypatch.setattr(launch, "submit", submit_what_ends_well)
+    assert launch.resume(f"{place}/mine-0001", None, [], None, attend=None) == 0
+    fresh = RunDir(tmp_path / "fresh" / "mine-0001")
+    assert read_config(fresh) == read_config(run)
+    assert [step for step, _ in committed(fresh.checkpoints)] == [10]
+    assert list(record.read(fresh.metrics)) == list(record.read(run.metrics))
+    with pytest.raises(LaunchError, match="is there already"):
+        launch.resume(f"{place}/mine-0001", None, [], None, attend=None)
+    with pytest.raises(LaunchError, match=r"mine-0002 is no mirror of a run: it has no config\.json"):
+        launch.resume(f"{place}/mine-0002", None, [], None, attend=None)
+
+
+def test_a_resume_takes_what_only_the_mirror_has(
+    run: RunDir, place: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launch, "submit", submit_what_ends_well)
+    save(run, 5, 10, 15)
+    copy_all(run)
+    shutil.rmtree(run.checkpoints / step_name(15))
+    shutil.rmtree(run.checkpoints / step_name(5))
+    assert launch.resume(str(run.path), None, [], None, attend=None) == 0
+    assert "step 15 is taken from the mirror" in capsys.readouterr().err
+    assert [step for step, _ in committed(run.checkpoints)] == [10, 15]
+    assert launch.resume(str(run.path), None, [], 5, attend=None) == 0
+    assert [step for step, _ in committed(run.checkpoints)] == [5]
+    assert Mirror.of(run, place).steps() == [5]  # a later resume must not come back to step 15
+    assert launch.resume(str(run.path), None, [], None, attend=None) == 0
+    assert [step for step, _ in committed(run.checkpoints)] == [5]
+
+
+def test_a_mirror_that_fails_is_an_event_and_a_later_try(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpt.mirroring.RETRY_S", 0.05)
+    monkeypatch.setattr("gpt.mirroring.POLL_S", 0.05)
+    run, place = RunDir(tmp_path / "run"), tmp_path / "mirrors"
+    write_checkpoint(run.checkpoints, step=5)
+    place.write_text("a file where a folder should be")
+    ended = threading.Event()
+    config = CheckpointConfig(mirror=str(place))
+    following = threading.Thread(target=follow, args=(run, config, ended), daemon=True)
+    following.start()
+    time.sleep(0.5)  # several tries
+    (failed,) = record.read(run.events)
+    assert failed["event"] == "mirror_failed"
+    assert str(failed["reason"]).startswith(f"the mirror {place}/run: NotADirectoryError")
+    place.unlink()
+    ended.set()
+    following.join(20)
+    assert Mirror.of(run, str(place)).steps() == [5]
+
+
+def test_what_is_pruned_while_it_is_copied_is_no_failure(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(run, 5)
+    mine = copier(run)
+    put = mine.mirror.put
+
+    def put_late(step: int, folder: Path) -> int:
+        shutil.rmtree(folder)
+        return put(step, folder)
+
+    monkeypatch.setattr(mine.mirror, "put", put_late)
+    assert not mine.copy_next()
+    assert mirrored(run) == []
+
+
+@pytest.mark.parametrize(
+    ("mirror", "words"),
+    [
+        ("{folder}/none", "is no folder. Make it, or mount what it is on."),
+        ("{folder}", "is where the run itself lies; use another place."),
+        ("nosuch://x", "checkpoint.mirror: nosuch://x/new: ValueError Protocol not known: nosuch"),
+        ("s3://no-such-bucket/x", "s3://no-such-bucket/x: there is no such bucket."),
+    ],
+)
+@pytest.mark.usefixtures("s3")
+def test_a_launch_looks_at_the_mirror_first(tmp_path: Path, data: Path, mirror: str, words: str) -> None:
+    place = mirror.format(folder=tmp_path)
+    with pytest.raises(ConfigError) as error:
+        make_run(tmp_path / "new", data, place)
+    assert words in error.value.problems[0]
