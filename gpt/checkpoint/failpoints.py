@@ -2,8 +2,8 @@
 
 `OUTLAST_FAILPOINTS` is a list, the first entry for the first generation of workers under an agent, the
 second for the one after its first restart, and so on: `file_synced:kill@1,renamed:sleep=5,-`. Each is
-`PLACE:ACTION[@RANK]`; an action is `kill` (SIGKILL), `stop` (SIGSTOP), `sleep=SECONDS` or `error=ENOSPC`
-(any name of errno). Unset, nothing happens.
+`PLACE:ACTION[@RANK]`; an action is `kill` (SIGKILL), `kill=agent` (of the agent too, with which all its
+workers die), `stop` (SIGSTOP), `sleep=SECONDS` or `error=ENOSPC` (any name of errno). Unset, nothing happens.
 """
 
 import errno
@@ -46,6 +46,8 @@ def reach(place: str) -> None:
         return
     match armed.action:
         case "kill":
+            if armed.value == "agent":
+                os.kill(os.getppid(), signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGKILL)
         case "stop":
             os.kill(os.getpid(), signal.SIGSTOP)

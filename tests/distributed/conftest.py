@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,9 +49,12 @@ class Run:
         command += ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"]
         return [*command, *program]
 
-    def start(self, processes: int = 2, max_restarts: int = 0) -> "subprocess.Popen[bytes]":
+    def start(
+        self, processes: int = 2, max_restarts: int = 0, failpoints: Sequence[str] = ()
+    ) -> "subprocess.Popen[bytes]":
+        """The agent; `failpoints` holds one for each generation of its workers."""
         command = self.torchrun(processes, max_restarts, "-m", "gpt.train", str(self.dir.path))
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OUTLAST_FAILPOINTS": ",".join(failpoints)}
         with (self.dir.path / "torchrun.log").open("ab") as log:
             return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 

@@ -1,5 +1,6 @@
 """A run is a pure function of (config, data, step): stops, kills and other worlds leave no trace in it."""
 
+import itertools
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,6 +35,24 @@ def finished(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> Run:
     return run
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> Callable[..., Run]:
+    """Finished runs of forty steps that nobody touched, one for each config."""
+    runs: dict[str, Run] = {}
+
+    def find(**fields: Any) -> Run:
+        key = str(sorted(fields.items()))
+        if key not in runs:
+            run = make_run(
+                tmp_path_factory.mktemp("undisturbed") / "run", data_dir, schedule__total_steps=40, **fields
+            )
+            assert run.train()["exit_code"] == 0
+            runs[key] = run
+        return runs[key]
+
+    return find
+
+
 @pytest.fixture
 def copy_run(tmp_path: Path) -> CopyRun:
     def copy(run: Run) -> Run:
@@ -44,11 +64,12 @@ def copy_run(tmp_path: Path) -> CopyRun:
 @pytest.mark.parametrize(
     ("stage", "precision", "micro_batch"), [(1, "fp32", 4), (1, "bf16", 2), (2, "bf16", 4), (3, "bf16", 4)]
 )
-def test_resume_continues_bit_for_bit(new_run: NewRun, stage: int, precision: str, micro_batch: int) -> None:
+def test_resume_continues_bit_for_bit(
+    undisturbed: NewRun, new_run: NewRun, stage: int, precision: str, micro_batch: int
+) -> None:
     fields = {"zero__stage": stage, "precision": precision, "batch__micro_batch": micro_batch}
-    fields |= {"schedule__total_steps": 40, "checkpoint__every_steps": 10}
-    whole, cut = new_run(**fields), new_run(**fields)
-    assert whole.train()["exit_code"] == 0
+    whole = undisturbed(**fields)
+    cut = new_run(**fields, schedule__total_steps=40, checkpoint__every_steps=10)
     agent = cut.start()
     cut.wait(lambda: cut.steps() != [])
     agent.kill()
@@ -63,9 +84,9 @@ def test_resume_continues_bit_for_bit(new_run: NewRun, stage: int, precision: st
     assert cut.metrics()[-1]["val/loss"] == whole.metrics()[-1]["val/loss"]
 
 
-def test_a_killed_worker_is_restarted_and_leaves_no_trace(new_run: NewRun) -> None:
-    whole, killed = new_run(schedule__total_steps=40), new_run(schedule__total_steps=40)
-    assert whole.train()["exit_code"] == 0
+def test_a_killed_worker_is_restarted_and_leaves_no_trace(undisturbed: NewRun, new_run: NewRun) -> None:
+    fields = {"zero__stage": 1, "precision": "fp32", "batch__micro_batch": 4}
+    whole, killed = undisturbed(**fields), new_run(**fields, schedule__total_steps=40)
     agent = killed.start(max_restarts=3)
     killed.wait_for_step(random.Random(time.time()).randint(5, 30))
     killed.wait(lambda: bool(killed.steps()))  # the first save may still be on its way to the disk
@@ -75,6 +96,21 @@ def test_a_killed_worker_is_restarted_and_leaves_no_trace(new_run: NewRun) -> No
     assert len(killed.events("resumed")) == 1
     assert killed.losses() == whole.losses()
     assert same_state(killed.state(40), whole.state(40))
+
+
+def test_kills_along_a_save_leave_no_trace(undisturbed: NewRun, new_run: NewRun) -> None:
+    fields = {"zero__stage": 2, "precision": "bf16", "batch__micro_batch": 4}
+    whole = undisturbed(**fields)
+    killed = new_run(**fields, schedule__total_steps=40, checkpoint__every_steps=6, checkpoint__keep_last=2)
+    agent = killed.start(
+        max_restarts=3, failpoints=["chunk_written:kill@1", "index_written:kill", "renamed:kill"]
+    )
+    assert agent.wait(timeout=180) == 0, killed.logs()
+    assert len(killed.dir.attempt_numbers()) == 4
+    assert [event["step"] for event in killed.events("resumed")] == [6]
+    assert killed.losses() == whole.losses()
+    assert same_state(killed.state(40), whole.state(40))
+    assert not list(killed.dir.checkpoints.glob(".*"))
 
 
 def test_the_state_is_the_same_through_stages_and_worlds(
@@ -114,15 +150,19 @@ def test_another_stage_and_world_takes_the_same_steps(new_run: NewRun) -> None:
     assert behind == [12, 28, 40, 52, 76, 88, 100, 112]
 
 
-def test_a_stop_request_saves_and_ends_with_75(new_run: NewRun) -> None:
+def test_saves_by_the_clock_are_apart_and_a_stop_request_saves_once_more(new_run: NewRun) -> None:
     run = new_run(schedule__total_steps=10_000, checkpoint__every_steps=5000, evaluation__every_steps=5000)
+    run.configure(checkpoint__every_minutes=0.02)
     agent = run.start()
-    run.wait_for_step(3)
+    run.wait(lambda: len(run.events("checkpoint_saved")) >= 3)
+    saved = [event["time"] for event in run.events("checkpoint_saved")]
+    assert min(later - earlier for earlier, later in itertools.pairwise(saved)) > 0.8  # 1.2 less the noise
+    assert run.events("checkpoint_skipped") == []
     run.dir.stop.write_text(json.dumps({"reason": "a test"}))
     assert agent.wait(timeout=60) == 0
     assert run.result()["exit_code"] == 75
     assert "a test" in run.result()["cause"]
-    assert run.steps() == [len(run.losses())]
+    assert run.steps()[-1] == len(run.losses())
 
 
 def test_a_signal_to_one_worker_stops_all_at_the_same_step(new_run: NewRun) -> None:
