@@ -40,14 +40,13 @@ class Copier:
         self._is_there: dict[tuple[int, int], bool] = {}  # step and inode → pinned
 
     def copy_next(self) -> bool:
-        """Copy the newest checkpoint that is not at the mirror; whether there was one."""
+        """Bring the mirror a checkpoint nearer to the run, the newest first; whether anything was to do."""
         for step, folder in reversed(committed(self.run_dir.checkpoints)):
             try:
                 key, is_pin = (step, folder.stat().st_ino), is_pinned(folder)
                 if self._is_there.get(key) == is_pin:
                     continue
-                is_new = not self.mirror.has(step, folder)
-                if is_new:
+                if not self.mirror.has(step, folder):
                     self._copy(step, folder)
                 self.mirror.set_pin(step, is_pinned=is_pin)
             except (OSError, MirrorError):
@@ -55,9 +54,8 @@ class Copier:
                     raise
                 continue  # pruned meanwhile: nobody wants it any more
             self._is_there[key] = is_pin
-            if is_new:
-                self._prune()
-                return True
+            self._prune()
+            return True
         return False
 
     def _copy(self, step: int, folder: Path) -> None:

@@ -20,6 +20,8 @@ from data_pipeline.batches import BatchReader
 from data_pipeline.manifest import read_manifest
 from gpt import record
 from gpt.checkpoint.format import committed, read_index
+from gpt.config import CheckpointConfig
+from gpt.mirroring import Copier
 from gpt.run_dir import RunDir, read_json
 from tests.distributed.conftest import CONTEXT, Run, make_run, same_state
 
@@ -205,6 +207,24 @@ def test_checkpoints_that_are_gone_mean_93_and_never_step_0(finished: Run, copy_
     shutil.rmtree(run.dir.checkpoints)
     assert run.train()["exit_code"] == 93
     assert "none is intact" in run.result()["cause"]
+
+
+def test_checkpoints_that_are_gone_come_back_from_the_mirror(
+    finished: Run, copy_run: CopyRun, tmp_path: Path
+) -> None:
+    run = copy_run(finished)
+    (tmp_path / "mirrors").mkdir()
+    run.configure(checkpoint__mirror=str(tmp_path / "mirrors"), schedule__total_steps=12)
+    copier = Copier(run.dir, CheckpointConfig(mirror=str(tmp_path / "mirrors")))
+    while copier.copy_next():
+        pass
+    for _, folder in committed(run.dir.checkpoints):
+        (folder / "checkpoint.json").write_text("{}")
+    assert run.train()["exit_code"] == 0
+    assert [event["step"] for event in run.events("taken_from_mirror")] == [8]
+    assert [event["step"] for event in run.events("resumed")] == [8]
+    assert same_state(run.state(8), finished.state(8))
+    assert run.losses()[:8] == finished.losses()
 
 
 def test_attempts_without_progress_end_with_93(new_run: NewRun) -> None:

@@ -152,7 +152,7 @@ def give_job(run: RunDir, *, alive: bool, submission: int = 1) -> Job:
     pid, inode = os.getpid(), run.path.stat().st_ino
     job = Job(submission, "local", str(pid), socket.gethostname(), pid, process, inode, time.time())
     write_json(run.job, job.__dict__)
-    (run.submission / f"{submission:04d}").mkdir(parents=True)
+    (run.submission / f"{submission:04d}").mkdir(parents=True, exist_ok=True)
     return job
 
 

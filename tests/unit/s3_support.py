@@ -11,6 +11,7 @@ import pytest
 def s3_bucket(name: str) -> Iterator[Any]:
     """A bucket at a server of its own; meanwhile the environment says where that is."""
     import boto3
+    import s3fs
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
@@ -22,4 +23,5 @@ def s3_bucket(name: str) -> Iterator[Any]:
         patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         yield boto3.resource("s3").create_bucket(Bucket=name)
+    s3fs.S3FileSystem.clear_instance_cache()  # it keeps the address of the first server that it met
     server.stop()

@@ -13,14 +13,17 @@ import pytest
 
 from data_pipeline.errors import LaunchError
 from gpt import record
+from gpt.checkpoint.format import verify
 from gpt.run_dir import RunDir, read_json, write_json
 from launcher.cluster import ClusterConfig
 from launcher.follow import outcome_of
 from launcher.place import Place, find_place
 from launcher.processes import identity
 from launcher.requests import request_stop
+from launcher.runs import read_config
 from launcher.submit import Job, Outcome, read_job, refuse_while_alive, state
 from launcher.torchrun import worker_environment
+from tests.unit.checkpoint_support import write_checkpoint
 from tests.unit.launcher_support import (
     is_alive,
     kill_tree,
@@ -242,6 +245,24 @@ finish(claim(), 0, "done")
 def test_a_mirror_that_fails_does_not_matter(folder: Path) -> None:
     run = make_run(folder, 'time.sleep(1); finish(claim(), 0, "done")', tracking="raise SystemExit(3)")
     assert end_of(run, start(run)) == Outcome(0, "done", 1)
+
+
+def test_the_last_checkpoint_is_at_the_second_place_when_the_job_has_ended(
+    folder: Path, tmp_path: Path
+) -> None:
+    """The worker ends as soon as it has committed: the copy is made by a process that outlives it."""
+    (tmp_path / "second").mkdir()
+    worker = f"""
+import shutil
+shutil.copytree({str(write_checkpoint(tmp_path / "saved", step=5))!r}, run.checkpoints / "step-00000005")
+finish(claim(), 0, "done")
+"""
+    run = make_run(folder, worker)
+    config = read_config(run)
+    checkpoint = config.checkpoint.model_copy(update={"mirror": str(tmp_path / "second")})
+    write_json(run.config, config.model_copy(update={"checkpoint": checkpoint}).model_dump(mode="json"))
+    assert end_of(run, start(run)) == Outcome(0, "done", 1)
+    assert list(verify(tmp_path / "second" / "run" / "checkpoints" / "step-00000005")) == []
 
 
 def test_the_job_runs_the_code_as_submitted_and_not_the_current_folders(
