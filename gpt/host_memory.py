@@ -3,6 +3,9 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+# Of what is left on a node, for the copies of the state that asynchronous saves write from.
+LARGEST_SHARE = 0.8
+
 # Of a cgroup of version 2 and of version 1: limit, use, and the page cache that is given up on demand.
 _VERSION_2 = ("memory.max", "memory.current", "inactive_file")
 _VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")

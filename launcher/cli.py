@@ -209,7 +209,10 @@ def launch(
 
 @commands.command(
     short_help="Continue a run.",
-    epilog=_example("outlast resume runs/demo-0001 --set schedule.total_steps=400"),
+    epilog=_example(
+        "outlast resume runs/demo-0001 --set schedule.total_steps=400",
+        "outlast resume s3://bucket/runs/demo-0001",
+    ),
 )
 @click.argument("run_dir")
 @click.option("--cluster", metavar="C", help="Default: where it ran last.")
@@ -231,7 +234,10 @@ def resume(
     allowed: tuple[str, ...],
     attend: bool | None,
 ) -> int:
-    """Continue a run from its newest checkpoint, also on another number of processes."""
+    """Continue a run from its newest checkpoint, also on another number of processes.
+
+    The URL of a mirror in place of RUN_DIR brings the run from there first.
+    """
     from launcher.launch import resume
 
     return resume(run_dir, cluster, overrides, step, attend=attend, allowed=allowed)

@@ -3,6 +3,7 @@
 Time stands on a share of the accelerator's peak (MFU) that is assumed, memory on launcher/memory.py.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from data_pipeline.mixture import Mixture
 from data_pipeline.skip_list import SkipList
 from gpt.config import RunConfig
 from gpt.flops import PEAK_FLOPS_PER_SECOND, flops_per_token, parameter_count
+from gpt.host_memory import LARGEST_SHARE, available_bytes
 from launcher.cluster import ACCELERATOR_MEMORY_GIB, ClusterConfig
 from launcher.memory import Memory, largest_micro_batch, memory, state_bytes
 
@@ -20,6 +22,7 @@ _GIB = 2**30
 USABLE_FRACTION = 0.92
 # Of well-tuned runs: the GPU hours that Llama 2 reports (arXiv:2307.09288, table 2) come to 0.42 to 0.46.
 ASSUMED_MFU = 0.4
+_PROCESS_BYTES = 1 << 29  # Python, torch and DeepSpeed before anything is trained: 358 MiB on a CPU
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Plan:
     gpu_hours: float | None
     days: float | None
     checkpoint_bytes: int
+    host_copy_bytes: int
     disk_bytes: int
 
     def as_json(self) -> dict[str, Any]:
@@ -86,6 +90,7 @@ def plan(
         gpu_hours=hours,
         days=None if hours is None else hours / world_size / 24,
         checkpoint_bytes=one_checkpoint,
+        host_copy_bytes=host_copy_bytes(config, cluster),
         disk_bytes=one_checkpoint * (sum(checkpoint_counts(config).values()) + 1),
     )
 
@@ -171,6 +176,54 @@ def memory_warning(config: RunConfig, cluster: ClusterConfig) -> str | None:
     )
 
 
+def host_copy_bytes(config: RunConfig, cluster: ClusterConfig) -> int:
+    """Host memory of a node for the copies of the state from which asynchronous saves are written."""
+    if not config.checkpoint.asynchronous:
+        return 0
+    return checkpoint_bytes(config) * cluster.processes // cluster.world_size
+
+
+def host_memory_warning(config: RunConfig, cluster: ClusterConfig) -> str | None:
+    """Why saves will probably be synchronous: the nodes lack the memory for a copy of the state.
+
+    What a node has is known of Slurm nodes whose mem is given, and of this machine.
+    """
+    copies = host_copy_bytes(config, cluster)
+    if cluster.kind == "local":
+        total, which = available_bytes(), "free on this machine"
+    elif (given := _slurm_bytes(cluster.mem)) is not None:
+        total, which = given, f"mem = {cluster.mem}"
+    else:
+        return None
+    left = total - cluster.processes * _host_bytes(config, cluster)
+    if copies <= LARGEST_SHARE * left:
+        return None
+    return (
+        f"checkpoint.asynchronous needs {size(copies)} of host memory on each node for a copy of the state; "
+        f"beside training {size(max(0, left))} are left ({which}). Training will wait while a checkpoint is "
+        "written. Give more memory or nodes, or set checkpoint.asynchronous = false to say that you know."
+    )
+
+
+def _host_bytes(config: RunConfig, cluster: ClusterConfig) -> int:
+    """Host memory of one process beside the copy of its state."""
+    bytes_of_training = 0
+    if not cluster.gpus_per_node:
+        bytes_of_training = memory(config, cluster.world_size).peak
+    elif config.zero.offload_optimizer == "cpu":
+        # ZeRO-Offload also keeps the fp32 gradient of its part there.
+        bytes_of_training = (state_bytes(config) + 4 * parameter_count(config.model)) // cluster.world_size
+    return _PROCESS_BYTES + bytes_of_training
+
+
+def _slurm_bytes(mem: str | None) -> int | None:
+    """Bytes of memory as Slurm writes it, in MiB without a unit; None of 0, which means all there is."""
+    found = re.fullmatch(r"(\d+)([KMGT]?)B?", mem or "", re.IGNORECASE)
+    if found is None or not int(found[1]):
+        return None
+    return int(found[1]) << {"K": 10, "": 20, "M": 20, "G": 30, "T": 40}[found[2].upper()]
+
+
 def _available_bytes(cluster: ClusterConfig) -> float | None:
     if cluster.accelerator is None or not cluster.gpus_per_node:
         return None
@@ -206,6 +259,7 @@ def table(plan: Plan) -> list[tuple[str, str]]:
             else []
         ),
         ("one checkpoint", size(plan.checkpoint_bytes)),
+        ("host memory a node, for saves", size(plan.host_copy_bytes)),
         ("disk for checkpoints", size(plan.disk_bytes)),
     ]
 

@@ -22,6 +22,7 @@ from launcher.mirrors import check_mirror
 from launcher.plan import (
     checkpoint_bytes,
     checkpoint_counts,
+    host_memory_warning,
     memory_problem,
     memory_warning,
     mixture_of,
@@ -83,6 +84,7 @@ def examine(
     if config is not None and cluster_config is not None:
         findings.problem(memory_problem(config, cluster_config))
         findings.warn(memory_warning(config, cluster_config))
+        findings.warn(host_memory_warning(config, cluster_config))
     if folder is not None:
         if is_new:
             _check_folder(folder, findings)

@@ -54,12 +54,11 @@ from gpt.checkpoint.writer import (
 )
 from gpt.distributed import PendingGather, World, gather, total
 from gpt.heartbeat import Heartbeat
-from gpt.host_memory import available_bytes
+from gpt.host_memory import LARGEST_SHARE, available_bytes
 from gpt.run_dir import RunDir
 from gpt.zero import Engine
 
 _ROUND_S = 1.0  # how often the ranks look at each other while they wait for a save
-_LARGEST_SHARE = 0.8  # of the memory that is left on a node, for the copies of the state
 _NICENESS = 10  # a step's own threads come first
 
 
@@ -246,7 +245,7 @@ class Saver:
             return None
         numel = sum(self._tensors.values())
         needed, available = 4 * numel * self._world.local_size, available_bytes()
-        (short,) = total(self._world, needed > _LARGEST_SHARE * available)
+        (short,) = total(self._world, needed > LARGEST_SHARE * available)
         if not short:
             return Snapshot(numel, self._world.device)
         if self._world.is_first:

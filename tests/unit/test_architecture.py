@@ -20,6 +20,7 @@ TORCH_FREE_IN_GPT = (
     "gpt.record",
     "gpt.heartbeat",
     "gpt.flops",
+    "gpt.host_memory",
     "gpt.checkpoint.format",
     "gpt.checkpoint.mirror",
 )

@@ -10,10 +10,11 @@ import pytest
 from data_pipeline.config_file import with_overrides
 from data_pipeline.errors import ConfigError
 from data_pipeline.manifest import read_manifest
+from gpt.config import RunConfig
 from gpt.run_dir import read_json
 from launcher.cluster import ClusterConfig
 from launcher.findings import Findings
-from launcher.plan import plan
+from launcher.plan import host_memory_warning, plan
 from launcher.preflight import Request, check_disk, check_machine, examine
 from launcher.recipes import recipe_names, run_tables
 from launcher.runs import create_run, next_run_folder, read_cluster, read_config
@@ -248,6 +249,30 @@ def test_scoring_more_than_there_is_warns(data: Path, tmp_path: Path) -> None:
         "them are "
         "scored."
     )
+
+
+def test_too_little_host_memory_for_the_copy_of_a_save_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables, _ = run_tables("gpt2-124m", ["data.path=/nowhere"])
+    config = RunConfig.model_validate(tables).resolve(50257)
+    copies = plan(config, LOCAL, None).host_copy_bytes
+    assert copies == 12 * plan(config, LOCAL, None).parameters
+    nodes = ClusterConfig(kind="slurm", nodes=2, gpus_per_node=4, mem="2800M")
+    assert plan(config, nodes, None).host_copy_bytes == copies // 2
+    warning = host_memory_warning(config, nodes)  # 752 MiB beside four processes of half a GiB
+    assert warning is not None
+    assert (
+        "on each node for a copy of the state; beside training 752.0 MiB are left (mem = 2800M)." in warning
+    )
+    for mem in ("4G", "4096", "0", None):
+        assert host_memory_warning(config, nodes.model_copy(update={"mem": mem})) is None
+    checkpoint = config.checkpoint.model_copy(update={"asynchronous": False})
+    assert host_memory_warning(config.model_copy(update={"checkpoint": checkpoint}), nodes) is None
+    monkeypatch.setattr("launcher.plan.available_bytes", lambda: 6 << 30)
+    warning = host_memory_warning(config, LOCAL)  # whose processor trains, and keeps all of the state
+    assert warning is not None
+    assert "(free on this machine)" in warning
+    monkeypatch.setattr("launcher.plan.available_bytes", lambda: 600 << 30)
+    assert host_memory_warning(config, LOCAL) is None
 
 
 def test_a_run_directory_that_is_a_run_is_refused(data: Path, tmp_path: Path) -> None:

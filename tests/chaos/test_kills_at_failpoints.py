@@ -1,0 +1,42 @@
+"""kill -9 at every numbered place of a save and a prune, of real runs: what comes out does not tell."""
+
+from collections.abc import Callable
+
+import pytest
+
+from gpt.checkpoint.failpoints import PLACES
+from tests.distributed.conftest import Run, data_dir, new_run, same_state
+
+__all__ = ["data_dir", "new_run"]  # fixtures
+
+STEPS = 14
+OF_EVERY_RANK = PLACES[: PLACES.index("gathered")]  # rank 0 alone commits and prunes
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("victim", ["rank 0", "rank 1", "agent"])
+def test_kills_along_a_save_leave_no_trace(new_run: Callable[..., Run], stage: int, victim: str) -> None:
+    fields = {"zero__stage": stage, "schedule__total_steps": STEPS, "checkpoint__every_steps": 2}
+    fields |= {"checkpoint__keep_last": 2, "launch__max_failures": 100}
+    whole, killed = new_run(**fields), new_run(**fields)
+    assert whole.train()["exit_code"] == 0
+    if victim == "agent":
+        for place in PLACES:
+            agent = killed.start(failpoints=[f"{place}:kill=agent"])
+            assert agent.wait(timeout=120) == -9, f"{place}\n{killed.logs()}"
+            killed.wait(lambda: not killed.living_workers())
+        agent = killed.start()
+    else:
+        places = PLACES if victim == "rank 0" else OF_EVERY_RANK
+        agent = killed.start(
+            max_restarts=len(places), failpoints=[f"{place}:kill@{victim[-1]}" for place in places]
+        )
+    assert agent.wait(timeout=500) == 0, killed.logs()
+    assert killed.result()["exit_code"] == 0
+    # Each place was reached and killed at: one attempt more than there are.
+    assert len(killed.dir.attempt_numbers()) == 1 + len(PLACES if victim != "rank 1" else OF_EVERY_RANK)
+    assert killed.losses() == whole.losses()
+    assert same_state(killed.state(STEPS), whole.state(STEPS))
+    assert killed.steps() == whole.steps()
+    assert not list(killed.dir.checkpoints.glob(".*"))
