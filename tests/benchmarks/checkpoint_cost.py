@@ -26,11 +26,9 @@ from gpt.checkpoint.saver import Saver
 from gpt.config import RunConfig
 from gpt.distributed import join, total
 from gpt.heartbeat import Heartbeat
-from gpt.model import GPT
 from gpt.run_dir import RunDir
 from gpt.step import train_step
-from gpt.train import DTYPES
-from gpt.zero import Engine
+from gpt.zero import Engine, build_model
 
 SAVES = 3
 run = RunConfig.model_validate_json(Path(sys.argv[1]).read_text())
@@ -40,10 +38,7 @@ torch.set_num_threads(1)  # two ranks on two cores
 run_dir = RunDir(folder / "ours")
 if world.is_first:
     run_dir.attempt(1).mkdir(parents=True)
-model = GPT(run.model)
-model.initialize(run.seed)
-model.place(world.device, DTYPES[run.precision])
-engine = Engine(model, run, world)
+engine = Engine(build_model(run, world), run, world)
 saver = Saver(run_dir, engine, world, attempt=1, data_fingerprint="d", heartbeat=Heartbeat())
 
 B, T = run.batch.micro_batch, run.model.context

@@ -22,7 +22,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("cost")
     tables = {
         "name": "cost",
-        "precision": "fp32",
+        "precision": "bf16",
         "model": MODEL,
         "data": {"path": "/nowhere"},
         "batch": {"global_batch_tokens": 2 * 128, "micro_batch": 1},
