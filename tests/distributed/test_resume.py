@@ -160,20 +160,35 @@ def test_saves_by_the_clock_are_apart_and_a_stop_request_saves_once_more(new_run
     saved = [event["time"] for event in run.events("checkpoint_saved")]
     assert min(later - earlier for earlier, later in itertools.pairwise(saved)) > 0.8  # 1.2 less the noise
     assert run.events("checkpoint_skipped") == []
+    asked = time.time()
     run.dir.stop.write_text(json.dumps({"reason": "a test"}))
     assert agent.wait(timeout=60) == 0
     assert run.result()["exit_code"] == 75
+    assert ended(run) - asked <= longest_stop(run)
     assert "a test" in run.result()["cause"]
     assert run.steps()[-1] == len(run.losses())
+
+
+def ended(run: Run) -> float:
+    """When the newest attempt wrote its result."""
+    return (run.dir.attempt(run.dir.attempt_numbers()[-1]) / "result.json").stat().st_mtime
+
+
+def longest_stop(run: Run) -> float:
+    """Seconds in which a stop must be over: two steps, one and a half saves, one second."""
+    step = max(line["train/step_seconds"] for line in run.metrics()[-10:])
+    return float(2 * step + 1.5 * run.events("checkpoint_saved")[-1]["seconds"] + 1.0)
 
 
 def test_a_signal_to_one_worker_stops_all_at_the_same_step(new_run: NewRun) -> None:
     run = new_run(schedule__total_steps=10_000, checkpoint__every_steps=5000, evaluation__every_steps=5000)
     agent = run.start()
     run.wait_for_step(3)
+    asked = time.time()
     run.kill_worker(1, signal.SIGUSR1)
     assert agent.wait(timeout=60) == 0
     assert run.result()["exit_code"] == 75
+    assert ended(run) - asked <= longest_stop(run)
     assert run.steps() == [len(run.losses())]
 
 
