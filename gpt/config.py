@@ -519,7 +519,7 @@ class RunConfig(Section):
         return self.global_batch // (self.batch.micro_batch * parts)
 
     def batch_problem(self, world_size: int) -> str | None:
-        """Why the global batch cannot be cut for `world_size` processes, with the nearest that can."""
+        """Why the global batch cannot be cut for `world_size` processes, and what can be."""
         shared = self.parallel.sequence
         if world_size % shared:
             return (
@@ -537,9 +537,39 @@ class RunConfig(Section):
                 return (
                     f"{name} = {tokens} is not a multiple of micro_batch {self.batch.micro_batch} × context "
                     f"{self.model.context} × {world_size} processes{sharing} = {unit}. "
-                    f"Nearest: {nearest_multiple(tokens, unit)}."
+                    f"Nearest: {nearest_multiple(tokens, unit)}.{self._other_cuts(parts)}"
                 )
         return None
+
+    def _other_cuts(self, parts: int) -> str:
+        """The nearest process counts and the largest micro-batch that cut the batch as it is, in words."""
+        batches = [self.batch.global_batch_tokens, *(s.global_batch_tokens for s in self.batch.warmup)]
+
+        def cuts(micro_batch: int, parts: int) -> bool:
+            return not any(tokens % (micro_batch * self.model.context * parts) for tokens in batches)
+
+        micro_batch = self.batch.micro_batch
+        most = self.global_batch // micro_batch
+        fewer = next((n for n in range(min(parts, most), 0, -1) if cuts(micro_batch, n)), None)
+        more = next((n for n in range(parts, most + 1) if cuts(micro_batch, n)), None)
+        smaller = next((m for m in range(micro_batch, 0, -1) if cuts(m, parts)), None)
+        counts = " or ".join(str(n * self.parallel.sequence) for n in (fewer, more) if n is not None)
+        ways = [f"{counts} processes"] * bool(counts)
+        ways += [f"batch.micro_batch = {smaller}"] * (smaller is not None)
+        return f" As it is it can be cut with {', or '.join(ways)}." if ways else ""
+
+    def cuts(micro_batch: int, processes: int) -> bool:
+            return not any(tokens % (micro_batch * self.model.context * processes) for tokens in batches)
+
+        micro_batch = self.batch.micro_batch
+        most = self.global_batch // micro_batch
+        fewer = next((n for n in range(min(world_size, most), 0, -1) if cuts(micro_batch, n)), None)
+        more = next((n for n in range(world_size, most + 1) if cuts(micro_batch, n)), None)
+        smaller = next((m for m in range(micro_batch, 0, -1) if cuts(m, world_size)), None)
+        counts = " or ".join(str(n) for n in (fewer, more) if n is not None)
+        ways = [f"{counts} processes"] * bool(counts)
+        ways += [f"batch.micro_batch = {smaller}"] * (smaller is not None)
+        return f" As it is it can be cut with {', or '.join(ways)}." if ways else ""
 
     def zero_problem(self, processes_per_node: int, *, has_gpu: bool) -> str | None:
         """Why `zero` cannot run on nodes with so many processes."""

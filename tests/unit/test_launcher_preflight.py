@@ -88,6 +88,16 @@ def test_sequences_that_cannot_be_shared_say_what_can(data: Path, tmp_path: Path
     ]
 
 
+def test_a_batch_that_must_stay_names_the_processes_and_micro_batches_that_cut_it(data: Path) -> None:
+    tokens = "batch.global_batch_tokens=1536"  # 24 sequences of 64
+    cluster = ClusterConfig(kind="local", processes_per_node=8)
+    [problem] = refused(lambda: ask(data, None, tokens, cluster=cluster))
+    assert problem.endswith(
+        " × 8 processes = 1024. Nearest: 2048. "
+        "As it is it can be cut with 6 or 12 processes, or batch.micro_batch = 1."
+    )
+
+
 def test_a_batch_ramp_is_checked_and_counted_step_by_step(data: Path, tmp_path: Path) -> None:
     def warmup(*sizes: int) -> str:
         stages = ", ".join(f"{{steps = 2, global_batch_tokens = {size}}}" for size in sizes)
