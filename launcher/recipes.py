@@ -45,9 +45,9 @@ def run_tables(name_or_path: str, overrides: Sequence[str]) -> tuple[dict[str, A
 def with_absolute_paths(tables: dict[str, Any]) -> dict[str, Any]:
     """`tables` with the paths of data and checkpoint.mirror absolute, against the caller's directory."""
     checkpoint = tables.get("checkpoint")
-    if isinstance(checkpoint, dict) and isinstance(mirror := checkpoint.get("mirror"), str):
-        if mirror and not is_remote(mirror):
-            tables = {**tables, "checkpoint": {**checkpoint, "mirror": str(absolute(mirror))}}
+    mirror = checkpoint.get("mirror") if isinstance(checkpoint, dict) else None
+    if isinstance(checkpoint, dict) and isinstance(mirror, str) and mirror and not is_remote(mirror):
+        tables = {**tables, "checkpoint": {**checkpoint, "mirror": str(absolute(mirror))}}
     data = tables.get("data")
     if not isinstance(data, dict):
         return tables

@@ -122,7 +122,7 @@ def _status(run: RunDir, job: Job | None, standing: Standing | None) -> Status:
         mfu=line.get("train/mfu") if is_going else None,
         attention=events.last("network_built").get("attention"),
         checkpoint_step=checkpoints[-1][0] if checkpoints else None,
-        save_problem=_save_problem(events) if is_going else None,
+        save_problem=_save_problem(events) or _mirror_problem(events) if is_going else None,
         attempts=len(run.attempt_numbers()),
         requeues=events.count("requeued"),
         lost_s=sum(event.get("lost_s", 0.0) for event in events.each("continued")),
@@ -224,6 +224,12 @@ def _save_problem(events: "_Events") -> str | None:
     if not newest or newest["event"] == "checkpoint_saved":
         return None
     return f"step {newest['step']} is not saved: {newest['reason']}"
+
+
+def _mirror_problem(events: "_Events") -> str | None:
+    """Why the newest checkpoint is not at the mirror, if it could not be copied."""
+    newest = events.last("mirrored", "mirror_failed")
+    return f"not mirrored: {newest['reason']}" if newest.get("event") == "mirror_failed" else None
 
 
 class _Events:

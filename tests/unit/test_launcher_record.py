@@ -158,6 +158,10 @@ def test_a_save_that_failed_shows_until_a_later_one_is_there(run: RunDir) -> Non
     assert f"{run.path.name}: step 8 is not saved: No space left" in console.file.getvalue()
     record.event(run.events, "checkpoint_saved", step=12, bytes=1, seconds=1.0)
     assert status(run).save_problem is None
+    record.event(run.events, "mirror_failed", reason="no route to host")
+    assert status(run).save_problem == "not mirrored: no route to host"
+    record.event(run.events, "mirrored", step=12)
+    assert status(run).save_problem is None
 
 
 def test_a_stop_request_shows_while_the_job_lives(run: RunDir) -> None:
