@@ -56,6 +56,7 @@ RULES = {
     "zero.secondary_shards": Change.FREE,
     "zero.quantized_weights": Change.WARNED,
     "zero.quantized_gradients": Change.WARNED,
+    "parallel.sequence": Change.FREE,
     "checkpoint": Change.FREE,
     "evaluation": Change.FREE,
     "tracking": Change.FREE,

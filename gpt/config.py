@@ -558,19 +558,6 @@ class RunConfig(Section):
         ways += [f"batch.micro_batch = {smaller}"] * (smaller is not None)
         return f" As it is it can be cut with {', or '.join(ways)}." if ways else ""
 
-    def cuts(micro_batch: int, processes: int) -> bool:
-            return not any(tokens % (micro_batch * self.model.context * processes) for tokens in batches)
-
-        micro_batch = self.batch.micro_batch
-        most = self.global_batch // micro_batch
-        fewer = next((n for n in range(min(world_size, most), 0, -1) if cuts(micro_batch, n)), None)
-        more = next((n for n in range(world_size, most + 1) if cuts(micro_batch, n)), None)
-        smaller = next((m for m in range(micro_batch, 0, -1) if cuts(m, world_size)), None)
-        counts = " or ".join(str(n) for n in (fewer, more) if n is not None)
-        ways = [f"{counts} processes"] * bool(counts)
-        ways += [f"batch.micro_batch = {smaller}"] * (smaller is not None)
-        return f" As it is it can be cut with {', or '.join(ways)}." if ways else ""
-
     def zero_problem(self, processes_per_node: int, *, has_gpu: bool) -> str | None:
         """Why `zero` cannot run on nodes with so many processes."""
         zero = self.zero
