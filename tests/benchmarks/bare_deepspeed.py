@@ -21,7 +21,7 @@ from data_pipeline.batches import Batch
 from gpt.config import RunConfig
 from gpt.model import GPT
 from gpt.step import model_inputs
-from gpt.zero import deepspeed_config
+from gpt.zero import DTYPES, deepspeed_config
 
 
 def main(config: Path, out: Path) -> None:
@@ -32,6 +32,7 @@ def main(config: Path, out: Path) -> None:
     torch.manual_seed(run.seed)
     model = GPT(run.model)
     model.initialize(run.seed)
+    model.place(torch.device("cpu"), DTYPES[run.precision])
     world = dist.get_world_size()
     optimizer = torch.optim.AdamW(model.parameters(), lr=run.optimizer.peak_lr, fused=True)
     settings = deepspeed_config(run, world, has_gpu=False)

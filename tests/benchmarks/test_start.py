@@ -62,7 +62,9 @@ def bare_start_s(folder: Path, config: Path, cluster: SlurmCluster) -> float:  #
     script = folder / "bare.sh"
     script.write_text(BARE.format(folder=folder, root=ROOT, python=sys.executable, config=config))
     done = cluster.run("sbatch", "--parsable", f"--output={folder}/log", str(script), check=True)
-    wait_for((folder / "stepped").exists, 120)
+    job = done.stdout.strip()
+    wait_for(lambda: (folder / "stepped").exists() or cluster.field(job, "JobState") == "FAILED", 120)
+    assert (folder / "stepped").exists(), (folder / "log").read_text()
     time.sleep(0.2)
-    cluster.run("scancel", done.stdout.strip())
+    cluster.run("scancel", job)
     return float((folder / "stepped").read_text()) - float((folder / "began").read_text())

@@ -17,7 +17,7 @@ from gpt.step import model_inputs
 from tests.distributed.conftest import CONTEXT, Run
 
 CPU = torch.device("cpu")
-STEPS = 6
+STEPS = 20
 
 
 class PlainOptimizer:
@@ -76,24 +76,37 @@ class PlainOptimizer:
             named[name].data.copy_(torch.cat(parts))
 
 
-def plain_loop(run: RunConfig, data_dir: Path) -> tuple[list[float], list[float], float]:
-    """Losses and gradient norms of one process that computes each whole batch at once; its score."""
-    model = GPT(run.model)
-    model.initialize(run.seed)
-    model.place(CPU, torch.float32)
-    optimizer = PlainOptimizer(run, model)
+def plain_loop(
+    run: RunConfig, data_dir: Path, dtype: torch.dtype = torch.float32
+) -> tuple[list[float], list[float], float]:
+    """Losses and gradient norms of one process that computes each whole batch at once; its score.
+
+    The network computes in `dtype`; what the optimizer sees is fp32 always.
+    """
+    masters = GPT(run.model)
+    masters.initialize(run.seed)
+    model = GPT(run.model).place(CPU, dtype)
+    optimizer = PlainOptimizer(run, masters)
     reader = BatchReader(
         [(data_dir, 1.0)], context=run.model.context, global_batch=run.batch_sizes, seed=run.seed
     )
+    pairs = list(zip(model.parameters(), masters.parameters(), strict=True))
     losses, norms = [], []
     for step in range(1, run.total_steps + 1):
+        for weight, master in pairs:
+            weight.data.copy_(master.data)
         batch = reader.batch(step, rank=0, world_size=1)
         loss = model(*model_inputs(batch, CPU)) / int(batch.scored.sum())
         model.zero_grad()
         loss.backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), run.optimizer.grad_clip)))
+        for weight, master in pairs:
+            assert weight.grad is not None
+            master.grad = weight.grad.float()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(masters.parameters(), run.optimizer.grad_clip)))
         optimizer.step(learning_rate(run.schedule, run.optimizer.peak_lr, run.total_steps, step))
         losses.append(loss.item())
+    for weight, master in pairs:
+        weight.data.copy_(master.data)
     return losses, norms, plain_score(run, model, data_dir)
 
 
@@ -121,7 +134,8 @@ GRADIENT = {"optimizer__second_moment_init": "gradient"}
         (2, 2, 2, [4, 4], MUP | GRADIENT),
         (3, 2, 4, [], MUON | GRADIENT | {"compile": True}),
         (3, 1, 2, [2, 6], MUP),
-        (1, 2, 4, [4], {"parallel__sequence": 2, "model__n_kv_heads": 1, "compile": False}),
+        (2, 3, 2, [], {"batch__global_batch_tokens": 12 * CONTEXT}),
+        (1, 2, 4, [4], {"parallel__sequence": 2, "model__n_kv_heads": 1}),
         (3, 4, 2, [], {"parallel__sequence": 2, "model__n_kv_heads": 2}),
     ],
 )
@@ -161,7 +175,24 @@ def test_losses_and_norms_are_those_of_a_plain_loop(
         flops_per_second = flops_per_token(config.model) * line["train/tokens_per_second"]
         assert line["train/mfu"] == pytest.approx(flops_per_second / built["peak_flops_per_second"])
     tokens = [line["tokens"] for line in run.metrics()]
-    assert tokens == np.cumsum([*ramp, *[8] * (STEPS - len(ramp))] * np.array(CONTEXT)).tolist()
+    assert (
+        tokens
+        == np.cumsum([*ramp, *[config.global_batch] * (STEPS - len(ramp))] * np.array(CONTEXT)).tolist()
+    )
+
+
+@pytest.mark.parametrize(("stage", "processes"), [(1, 2), (3, 3)])
+def test_bf16_is_as_near_to_a_plain_loop_in_bf16_as_that_is_to_fp32(
+    new_run: Callable[..., Run], data_dir: Path, stage: int, processes: int
+) -> None:
+    batch = {"batch__micro_batch": 2, "batch__global_batch_tokens": 12 * CONTEXT}
+    run = new_run(precision="bf16", zero__stage=stage, schedule__total_steps=STEPS, **batch)
+    assert run.train(processes)["exit_code"] == 0
+    config = RunConfig.model_validate_json(run.dir.config.read_text())
+    plain, in_fp32 = (
+        np.array(plain_loop(config, data_dir, dtype)[0]) for dtype in (torch.bfloat16, torch.float32)
+    )
+    assert np.abs(run.losses() - plain).max() < np.abs(plain - in_fp32).max() < 0.02
 
 
 def test_ranks_have_unequal_counts_of_scored_tokens(data_dir: Path) -> None:
