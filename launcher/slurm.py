@@ -222,8 +222,12 @@ def start_now(job_id: str) -> None:
 
 
 def cancel_waiting(job_id: str) -> None:
-    """Take a job out of the queue, if it is in it and not running. Raises LaunchError."""
-    _require(["scancel", "--state=PENDING", job_id])
+    """Take a job that waits out of the queue; one that has just started is left alone, but for a job of an
+    array, which gets SIGTERM then and saves in Slurm's KillWait. Raises LaunchError.
+    """
+    # With a state named, scancel ends all the waiting jobs of an array for one of them (22.05).
+    only = [] if "_" in job_id else ["--state=PENDING"]
+    _require(["scancel", *only, job_id])
 
 
 def _fields(line: str) -> dict[str, str]:

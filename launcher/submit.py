@@ -253,7 +253,8 @@ class Lookout:
 
 def _say_taken_out(run: RunDir, job: Job) -> None:
     """Write how a job ended that was cancelled while it waited, where it could not say so itself."""
-    if read_outcome(run, job) is not None or slurm.why_ended(job.job_id) != "CANCELLED":
+    # A waiting job of an array is forgotten as soon as it is cancelled.
+    if read_outcome(run, job) is not None or slurm.why_ended(job.job_id) not in ("CANCELLED", None):
         return
     saved = committed(run.checkpoints)
     what = f"step {saved[-1][0]} is saved" if saved else "it had not begun"

@@ -1,5 +1,6 @@
 """How jobs end and go on: the time limit, scancel, stop, resume elsewhere, GraceTime 0."""
 
+import json
 from collections.abc import Callable
 
 from tests.slurm.cluster import SlurmCluster, wait_for
@@ -95,3 +96,22 @@ def test_a_job_that_comes_back_into_the_queue_while_it_is_stopped_is_taken_out(
     assert done.stderr.splitlines()[-1].startswith("taken out of the queue; step ")
     assert run.status()["state"] == "stopped"
     assert cluster.field(run.job_id, "JobState") == "CANCELLED"
+
+
+def test_taking_one_run_of_a_sweep_out_of_the_queue_leaves_the_others_in_it(
+    new_slurm_run: NewRun, cluster: SlurmCluster
+) -> None:
+    intruder = cluster.occupy()
+    draft = new_slurm_run()
+    (draft.folder / "sweep.toml").write_text(
+        f'run = "{draft.folder / "run.toml"}"\n[grid]\nseed = [1, 2, 3]\n'
+    )
+    sweep = draft.folder / "sweep"
+    options = ["--cluster", str(draft.cluster_file(nodes=1)), "--out", str(sweep)]
+    launched = draft.outlast("sweep", "sweep.toml", *options)
+    assert launched.returncode == 0, launched.stderr
+    done = draft.outlast("stop", str(sweep / "0002_seed=2"))
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (0, "taken out of the queue; it had not begun")
+    rows = json.loads(draft.outlast("status", str(sweep), "--json").stdout)
+    assert [row["state"] for row in rows] == ["pending", "stopped", "pending"]
+    cluster.run("scancel", intruder)

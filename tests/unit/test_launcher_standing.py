@@ -213,3 +213,13 @@ def test_a_hundred_runs_that_slurm_has_forgotten_are_three_questions(
         ("lost", "NODE_FAIL"),
         ("lost", None),
     ]
+
+
+def test_one_waiting_job_of_an_array_is_cancelled_without_naming_a_state(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+    monkeypatch.setattr(slurm, "_require", asked.append)
+    slurm.cancel_waiting("7")
+    slurm.cancel_waiting("7_1")
+    assert asked == [["scancel", "--state=PENDING", "7"], ["scancel", "7_1"]]
