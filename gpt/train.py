@@ -269,13 +269,13 @@ class Trainer:
                 continue
             is_stopping = self._settle_all(step, is_due_evaluation, is_stopping)
             self.heartbeat.beat(step, "saving")
-            if is_last or is_stopping:
+            if is_stopping and not is_last:
+                return self._stop(step)
+            if is_last:
                 self._save_at_last(step, is_hurried=is_stopping)
             elif is_due_save:
                 self.saver.save(step, self.reader.skipped, problem=self.lines.problem)
                 self.is_time_to_save = False  # what the tick of this boundary asked for was this save
-            if is_stopping and not is_last:
-                return self._stopped(step, "everything is saved")
         return Outcome(attempts.FINISHED, f"all {last} steps are done", last)
 
     def _is_due_save(self, step: int) -> bool:
@@ -286,9 +286,9 @@ class Trainer:
         (asked,) = total(self.world, STOP.is_requested())
         return asked > 0
 
-    def _stopped(self, step: int, what: str) -> Outcome:
+    def _stopped(self, step: int, what: str, exit_code: int = attempts.STOPPED) -> Outcome:
         reason = from_first(self.world, STOP.reason) or "a signal to another rank"
-        return Outcome(attempts.STOPPED, f"stopped at step {step} ({reason}); {what}", step)
+        return Outcome(exit_code, f"stopped at step {step} ({reason}); {what}", step)
 
     def _make_up_for_evaluation(self) -> bool:
         """Evaluate the step that was resumed from, if a stop cut that short; False if another one does."""
@@ -401,6 +401,18 @@ class Trainer:
         self.batches.scored_tokens(step + AHEAD)
         if self.world.is_first and is_superseded(self.run_dir, self.number):
             raise Superseded(f"attempt {self.number + 1} has started since: attempt {self.number} ends here.")
+
+    def _stop(self, step: int) -> Outcome:
+        """Save and end this attempt. A save that fails costs what came after the last checkpoint; that is no
+        reason to give the run up.
+        """
+        try:
+            self._save_at_last(step, is_hurried=True)
+        except Superseded:
+            raise
+        except CheckpointError as error:
+            return self._stopped(step, f"not saved: {error}", attempts.FAILED)
+        return self._stopped(step, "everything is saved")
 
     def _save_at_last(self, step: int, *, is_hurried: bool) -> None:
         """Commit a checkpoint and wait for it; one that is under way is given up when it must be quick."""
