@@ -50,6 +50,12 @@ class RunDir:
         return self.path / "job.json"
 
     @property
+    def code_environment(self) -> dict[str, str]:
+        """The variables by which a Python imports `code`."""
+        # Without the second one `-m` would find a checkout in the current folder first.
+        return {"PYTHONPATH": str(self.code), "PYTHONSAFEPATH": "1"}
+
+    @property
     def attempts(self) -> Path:
         """One numbered folder for each generation of workers."""
         return self.path / "attempts"

@@ -4,7 +4,6 @@ What trains runs in the image. What speaks to Slurm stays outside, where scontro
 apptainer that is the node task, with Pyxis, whose containers srun alone can start, the batch script.
 """
 
-import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -42,29 +41,3 @@ def needed_folders(run: RunDir, config: RunConfig) -> list[Path]:
     mirror = config.checkpoint.mirror
     mirrors = [Path(mirror)] if mirror is not None and not is_remote(mirror) else []
     return [run.path.parent, *mirrors, *(source.path for source in config.data.sources)]
-
-
-def requeue_mark(folder: Path, job_id: str, turn: int) -> Path:
-    """The file by which a node task without scontrol asks its batch script to requeue the job.
-
-    It holds all the nodes to stay away from, separated by commas: they replace those that Slurm knows of.
-    """
-    return folder / f"requeue-{job_id}-{turn}"
-
-
-def requeue_lines(folder: Path) -> list[str]:
-    """Shell lines for the end of the batch script: requeue a job that wants it and still has its nodes."""
-    mark = f"{shlex.quote(str(folder))}/requeue-$job-${{SLURM_RESTART_COUNT:-0}}"
-    return [
-        "job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}; job=${job:-$SLURM_JOB_ID}",
-        f"while [ -e {mark} ]; do",
-        '    now=$(scontrol --oneliner show job "$job") || { sleep 5; continue; }',
-        '    case "$now" in *JobState=RUNNING*) ;; *) break ;; esac',
-        '    scontrol requeue "$job" || { sleep 5; continue; }',
-        # Refused while the old turn still ends: asked until it is taken, or this script is ended.
-        f'    until [ ! -s {mark} ] || scontrol update JobId="$job" ExcNodeList="$(cat {mark})"; do',
-        "        sleep 1",
-        "    done",
-        "    sleep 120",
-        "done",
-    ]

@@ -27,7 +27,7 @@ from gpt.config import RunConfig
 from gpt.run_dir import RunDir, read_json, write_json
 from launcher import slurm
 from launcher.cluster import ClusterConfig
-from launcher.container import inside, needed_folders, requeue_mark
+from launcher.container import inside, needed_folders
 from launcher.hangs import Watch, culprits, gather, report
 from launcher.place import Place, find_place, meet
 from launcher.processes import (
@@ -39,6 +39,7 @@ from launcher.processes import (
 )
 from launcher.requests import clear_turn_stop, request_stop, standing_stop
 from launcher.runs import python_module, read_cluster, read_config
+from launcher.sbatch import requeue_mark
 from launcher.submit import Outcome, outcome_path, read_job, without_bad_nodes
 from launcher.torchrun import torchrun_command, worker_environment
 

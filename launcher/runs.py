@@ -176,11 +176,9 @@ def changed_fields(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[
 
 def job_environment(run: RunDir) -> dict[str, str]:
     """The caller's environment with the run's own code in front of whatever is installed."""
-    environment = dict(os.environ)
-    environment["PYTHONPATH"] = str(run.code)
+    environment = {**os.environ, **run.code_environment}
     if "CUDA_VISIBLE_DEVICES" in environment:  # submitit overwrites it in local jobs
         environment["OUTLAST_CUDA_VISIBLE_DEVICES"] = environment["CUDA_VISIBLE_DEVICES"]
-    environment["PYTHONSAFEPATH"] = "1"  # or `-m` would find a checkout in the current folder first
     return environment
 
 

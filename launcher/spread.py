@@ -179,7 +179,8 @@ class Spread:
                 "cpus_per_process": cores and cores * self._cluster.processes,
             }
         )
-        return slurm_executor("prepare", one_node, [], folder, array_parallelism=self._tasks)
+        ours = {name: os.environ[name] for name in ("PYTHONPATH", "PYTHONSAFEPATH") if name in os.environ}
+        return slurm_executor("prepare", one_node, [], folder, ours, array_parallelism=self._tasks)
 
 
 def _said(message: str) -> Advance:

@@ -318,7 +318,8 @@ def main() -> None:
         name = runs[0].path.name if len(runs) == 1 else runs[0].path.parent.name
         for run in runs:
             cluster = without_bad_nodes(run, cluster)
-        executor = slurm_executor(name, cluster, mounts, folder, array_parallelism=at_once)
+        ours = {variable: os.environ[variable] for variable in runs[0].code_environment}
+        executor = slurm_executor(name, cluster, mounts, folder, ours, array_parallelism=at_once)
     tasks = [NodeTask(str(run.path), f"{_last_submission(run):04d}") for run in runs]
     try:
         with outside_any_job(), executor.batch():

@@ -1,5 +1,7 @@
 """Cluster files: what they may say, and in what words a wrong one is refused."""
 
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +159,8 @@ def submission(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **fields: Any) -
 
 
 def test_what_the_file_omits_is_not_asked_of_slurm() -> None:
-    asked = slurm_parameters("name-x", ClusterConfig(kind="slurm", nodes=2), [], Path("/folder"))
+    asked = slurm_parameters("name-x", ClusterConfig(kind="slurm", nodes=2), [], Path("/folder"), {})
+    assert asked.pop("teardown")  # ours, for the end of the batch script
     assert asked == {
         "job_name": "name-x",
         "nodes": 2,
@@ -165,7 +168,8 @@ def test_what_the_file_omits_is_not_asked_of_slurm() -> None:
         "time": None,
         "wckey": None,
         "signal_delay_s": 90,
-        "srun_args": ["--kill-on-bad-exit=1"],
+        "setup": [],
+        "srun_args": ["--kill-on-bad-exit=1", "--export=ALL"],
         "additional_parameters": {"requeue": True},
     }
 
@@ -214,7 +218,8 @@ def test_a_file_that_forbids_requeueing_is_obeyed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sbatch: dict[str, Any]
 ) -> None:
     lines = submission(monkeypatch, tmp_path, sbatch=sbatch)
-    assert [line for line in lines if "requeue" in line] == ["#SBATCH --no-requeue"]
+    asked = [line for line in lines if line.startswith("#SBATCH") and "requeue" in line]
+    assert asked == ["#SBATCH --no-requeue"]
 
 
 def test_an_option_of_sbatch_that_is_false_is_not_asked_for(
@@ -254,7 +259,58 @@ def test_pyxis_puts_the_tasks_into_the_image_and_the_batch_script_requeues(
     assert " py3 -u -m submitit.core._submit " in srun
     after = "\n".join(lines[lines.index(srun) + 1 :])
     assert 'scontrol requeue "$job"' in after
-    assert "/shared/runs/name-x/submission/0001/requeue-$job-" in after
+    assert "/shared/runs/name-x/submission/0001/requeue-$job-$turn" in after
+
+
+def test_the_tasks_get_their_code_where_sbatch_takes_no_environment_along(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    lines = submission(monkeypatch, tmp_path, setup=("module load mod-x",), sbatch={"export": "NONE"})
+    ours = ["export PYTHONPATH=/shared/runs/name-x/code", "export PYTHONSAFEPATH=1", "module load mod-x"]
+    assert lines[lines.index("# setup") + 1 :][:3] == ours
+    [srun] = [line for line in lines if line.startswith("srun ")]
+    assert " --export=ALL " in srun
+
+
+# Stands in for a Slurm that is asked about a job, and says what it has been asked.
+SCONTROL = """#!/bin/sh
+case "$*" in
+    *"show job"*) echo "JobId=7 JobName=x JobState={state} Reason=None Restarts={restarts} \
+PreemptTime={preempted} ExcNodeList=(null)" ;;
+    *) echo "$@" >> {asked}; kill $PPID ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "answer", "is_requeued"),
+    [
+        (143, {"preempted": "2026-11-25T13:47:17"}, True),
+        (143, {"preempted": "None"}, False),  # another node failed, and srun ended this one
+        (143, {"preempted": "2026-11-25T13:47:17", "state": "CANCELLED"}, False),
+        (143, {"preempted": "2026-11-25T13:47:17", "restarts": 1}, False),  # a later turn runs already
+        (1, {"preempted": "2026-11-25T13:47:17"}, False),
+        (0, {"preempted": "2026-11-25T13:47:17"}, False),
+    ],
+)
+def test_a_preemption_before_python_listens_is_answered_by_the_batch_script(
+    tmp_path: Path, code: int, answer: dict[str, Any], is_requeued: bool
+) -> None:
+    bin_folder, asked = tmp_path / "bin", tmp_path / "asked"
+    bin_folder.mkdir()
+    (bin_folder / "scontrol").write_text(
+        SCONTROL.format(**{"state": "RUNNING", "restarts": 0, "asked": asked, **answer})
+    )
+    (bin_folder / "scontrol").chmod(0o755)
+    asked_of_slurm = slurm_parameters("x", ClusterConfig(kind="slurm"), [], tmp_path, {})
+    script = "\n".join([f"(exit {code})", *asked_of_slurm["teardown"]])
+    environment = {"PATH": f"{bin_folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    done = subprocess.run(["bash", "-c", script], env=environment, timeout=20)
+    assert asked.exists() == is_requeued
+    if is_requeued:
+        assert asked.read_text() == "requeue 7\n"
+    else:
+        assert done.returncode == code
 
 
 def test_apptainer_runs_torchrun_and_nothing_else_in_the_image(
