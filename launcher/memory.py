@@ -12,8 +12,9 @@ from gpt.config import RunConfig
 from gpt.flops import parameter_count, parameter_table
 from gpt.model_config import ModelConfig
 
-# Logits that the loss has at a time (gpt.loss), in elements.
-_LOSS_CHUNK_ELEMENTS = 2**24
+# Of gpt.loss: logits that there are at a time, and those of them that are in fp32.
+LOSS_CHUNK_ELEMENTS = {"bf16": 2**27, "else": 2**24}
+LOSS_BLOCK_ELEMENTS = {"cpu": 2**20, "else": 2**25}
 _BUCKET_NUMEL = 2**24  # gpt.zero's least bucket
 
 
@@ -34,12 +35,13 @@ class Memory:
         return self.weights + self.gradients + self.optimizer
 
 
-def memory(config: RunConfig, world_size: int) -> Memory:
-    """What one of `world_size` ranks holds, at its peak and by kind.
+def memory(config: RunConfig, world_size: int, *, on_cpu: bool = False) -> Memory:
+    """What one of `world_size` ranks, GPUs or CPU processes, holds, at its peak and by kind.
 
     ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054, section 3): stage 1 cuts the optimizer's state into
     `world_size` parts, stage 2 the gradients too, stage 3 the weights too. The peak is the larger of the end
-    of the forward pass, when all activations are there, and of the update, when all gradients are.
+    of the forward pass, when all activations are there, and of the update, when all gradients are; stage 3
+    keeps room for the gradients of its shard all along.
     """
     zero, model = config.zero, config.model
     parameters, width = parameter_count(model), _bytes(config)
@@ -61,15 +63,16 @@ def memory(config: RunConfig, world_size: int) -> Memory:
         accumulated = 4 * parameters // (world_size if zero.stage >= 2 else 1)
     update = 4 * parameters // world_size if on_device else 0  # the fp32 gradient that the optimizer reads
     activations = activation_bytes(config)
-    loss = _loss_bytes(config)
+    loss = _loss_bytes(config, on_cpu=on_cpu)
     fixed = weights + optimizer + accumulated + gathered
+    forward = activations + loss + (gradients if zero.stage == 3 else 0)
     return Memory(
         weights=weights,
         optimizer=optimizer,
         gradients=gradients + accumulated,
         activations=activations,
         workspace=loss + gathered + update,
-        peak=fixed + max(activations + loss, gradients + update),
+        peak=fixed + max(forward, gradients + update),
     )
 
 
@@ -134,11 +137,19 @@ def _products(model: ModelConfig, width: int) -> int:
     return width * (rows + (2 if model.is_gated else 1) * model.ffn_width)
 
 
-def _loss_bytes(config: RunConfig) -> int:
-    """The logits of a chunk as product, in fp32, as probabilities and as gradient; the head's gradient."""
+def _loss_bytes(config: RunConfig, *, on_cpu: bool) -> int:
+    """The logits of a chunk; of a block of it the logits and log p in fp32, and the gradient; the head's."""
     model, tokens, width = config.model, _tokens(config), _bytes(config)
-    rows = min(tokens, max(1, _LOSS_CHUNK_ELEMENTS // model.vocabulary))
-    return rows * model.vocabulary * (8 + 2 * width) + (4 + width) * model.vocabulary * model.d_model
+    head = model.vocabulary * model.d_model
+    wide = 4 if on_cpu else width  # most CPUs compute 16-bit products in fp32 (gpt.layers.compute_dtype)
+    kind = "bf16" if config.precision == "bf16" and wide == width else "else"
+    rows = min(tokens, 1 << max(1, LOSS_CHUNK_ELEMENTS[kind] // model.vocabulary).bit_length() - 1)
+    chunk = rows * model.vocabulary
+    block = min(chunk, LOSS_BLOCK_ELEMENTS["cpu" if on_cpu else "else"])
+    is_summed = rows < tokens or wide != width  # the head's gradient, in fp32
+    gradient = (4 if is_summed else 0) + width
+    weight = wide if wide != width else 0
+    return chunk * wide + block * (8 + wide) + head * (gradient + weight)
 
 
 def state_bytes(config: RunConfig) -> int:

@@ -84,7 +84,7 @@ def plan(
         epochs=tokens / sum(train_tokens) if train_tokens else None,
         sources=_shares(config, train_tokens) if train_tokens else (),
         flops=flops,
-        memory=memory(config, world_size),
+        memory=memory(config, world_size, on_cpu=cluster.gpus_per_node == 0),
         largest_micro_batch=largest_micro_batch(config, world_size, available) if available else None,
         assumed_mfu=mfu,
         gpu_hours=hours,
@@ -209,7 +209,7 @@ def _host_bytes(config: RunConfig, cluster: ClusterConfig) -> int:
     """Host memory of one process beside the copy of its state."""
     bytes_of_training = 0
     if not cluster.gpus_per_node:
-        bytes_of_training = memory(config, cluster.world_size).peak
+        bytes_of_training = memory(config, cluster.world_size, on_cpu=True).peak
     elif config.zero.offload_optimizer == "cpu":
         # ZeRO-Offload also keeps the fp32 gradient of its part there.
         bytes_of_training = (state_bytes(config) + 4 * parameter_count(config.model)) // cluster.world_size

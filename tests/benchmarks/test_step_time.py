@@ -14,6 +14,8 @@ from launcher.memory import memory
 
 pytestmark = pytest.mark.benchmark
 ROUNDS = 2  # the machine's noise: the better of each
+# glibc gives large blocks back when they are freed, so that the process holds what its tensors do; slower.
+GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 
 
 def config(stage: int, world: int, micro_batches: int = 1) -> RunConfig:
@@ -31,13 +33,13 @@ def config(stage: int, world: int, micro_batches: int = 1) -> RunConfig:
     )
 
 
-def run(way: str, run_config: RunConfig, world: int) -> dict[str, Any]:
+def run(way: str, run_config: RunConfig, world: int, **environment: str) -> dict[str, Any]:
     script = str(Path(__file__).with_name("step_time.py"))
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world}"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", script]
     done = subprocess.run(
         [*command, run_config.model_dump_json(), way],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
         timeout=300,
@@ -59,14 +61,20 @@ def test_step_times_beside_torchs_own() -> None:
             known = best.get((way, stage, world))
             if known is None or found["seconds"] < known["seconds"]:
                 best[way, stage, world] = found
-    print(f"\n{'way':<10}{'stage':>6}{'world':>6}{'seconds':>9}{'ratio':>7}{'peak MiB':>10}{'planned':>9}")
+    names = f"{'way':<10}{'stage':>6}{'world':>6}{'seconds':>9}{'ratio':>7}"
+    print(f"\n{names}{'peak MiB':>10}{'planned':>9}{'miss':>8}")
+    misses = {}
     for (way, stage, world), found in best.items():
         base = best["bare", 1, 1] if world == 1 else best["ddp", 1, 2]
-        planned = memory(config(stage, world), world).peak / 2**20 if way == "outlast" else float("nan")
+        peak = run(way, config(stage, world), world, **GIVEN_BACK)["peak_bytes"]
+        planned = memory(config(stage, world), world, on_cpu=True).peak if way == "outlast" else peak
+        misses[way, stage, world] = peak / planned - 1
         print(
             f"{way:<10}{stage:>6}{world:>6}{found['seconds']:>9.3f}{found['seconds'] / base['seconds']:>7.2f}"
-            f"{found['peak_bytes'] / 2**20:>10.0f}{planned:>9.0f}"
+            f"{peak / 2**20:>10.0f}{planned / 2**20:>9.0f}{misses[way, stage, world]:>8.1%}",
+            flush=True,
         )
     for way, stage, world in ways:  # they did train the same thing
         base = best["bare", 1, 1] if world == 1 else best["ddp", 1, 2]
         assert best[way, stage, world]["norm"] == pytest.approx(base["norm"], rel=0.02)
+    assert max(map(abs, misses.values())) < 0.1

@@ -6,12 +6,19 @@ import numpy as np
 import pytest
 import torch
 
+from gpt import loss
 from gpt.attention import Documents
 from gpt.config import RunConfig
 from gpt.flops import flops_per_token
 from gpt.model import GPT
 from gpt.zero import DTYPES
-from launcher.memory import activation_bytes, largest_micro_batch, memory
+from launcher.memory import (
+    LOSS_BLOCK_ELEMENTS,
+    LOSS_CHUNK_ELEMENTS,
+    activation_bytes,
+    largest_micro_batch,
+    memory,
+)
 from launcher.plan import gpu_hours
 from launcher.recipes import run_tables
 
@@ -76,6 +83,12 @@ def test_shared_sequences_leave_each_rank_its_share_of_the_activations() -> None
     shared = RunConfig.model_validate(config().model_dump() | {"parallel": {"sequence": 2}})
     assert activation_bytes(shared) * 2 == activation_bytes(config())
     assert shared.micro_batches(4) == config().micro_batches(2)
+
+
+def test_the_plan_counts_with_the_chunks_that_the_loss_is_cut_in() -> None:
+    chunks = {"bf16": loss._CHUNK_ELEMENTS[torch.bfloat16], "else": loss._CHUNK_ELEMENTS_ELSE}
+    blocks = {"cpu": loss._BLOCK_ELEMENTS["cpu"], "else": loss._BLOCK_ELEMENTS_ELSE}
+    assert (chunks, blocks) == (LOSS_CHUNK_ELEMENTS, LOSS_BLOCK_ELEMENTS)
 
 
 def test_recomputed_blocks_keep_their_input_and_one_block() -> None:
