@@ -18,12 +18,14 @@ from data_pipeline.pieces import Advance, Piece, Settings, committed
 from launcher import slurm
 from launcher.cluster import ClusterConfig
 from launcher.sbatch import slurm_executor
+from launcher.slurm import Standing
 
 if TYPE_CHECKING:
     from submitit import Executor, Job
 
 _STARTS = 3  # of one task, before the preparation gives up
 _POLL_S = 0.5
+_SCHEDULER_POLL_S = 5.0  # squeue is a shared service
 _LOCAL_TIMEOUT_MIN = 60 * 24 * 365 * 10  # submitit's local default is 2 minutes
 _LOG_LINES = 5
 _SILENCE_S = 30.0  # a result that lies on the file system of another machine may take as long to be seen here
@@ -74,6 +76,8 @@ class Spread:
         if workers is None and cluster.kind == "local":
             workers = max(1, len(os.sched_getaffinity(0)) // tasks)
         self._workers = workers
+        self._standings: dict[str, Standing] = {}
+        self._next_question = 0.0
 
     def __call__(
         self, folder: Path, pieces: Sequence[Piece], settings: Settings, workers: int, task: Task = "encode"
@@ -113,6 +117,7 @@ class Spread:
     ) -> Generator[Advance | Piece, None, None]:
         waiting = {piece for share in shares for piece in share.pieces}
         while waiting:
+            self._ask_slurm(shares)
             over = {
                 share.number for share in shares if self._is_over(share)
             }  # before the pieces are looked at
@@ -138,13 +143,20 @@ class Spread:
             if waiting:
                 time.sleep(_POLL_S)
 
+    def _ask_slurm(self, shares: list[_Share]) -> None:
+        """Learn how the jobs of all tasks stand, once every few seconds."""
+        if self._cluster.kind == "slurm" and time.monotonic() >= self._next_question:
+            self._standings = slurm.standings(share.job.job_id for share in shares)
+            self._next_question = time.monotonic() + _SCHEDULER_POLL_S
+
     def _is_over(self, share: _Share) -> bool:
-        """Whether the job has ended, by its result or by what its executor says."""
+        """Whether the job has ended, by its result or by what its executor has said."""
         if share.job.paths.result_pickle.exists():
             return True
         if self._cluster.kind == "local":
             return share.job.done()
-        if slurm.standings([share.job.job_id])[share.job.job_id].word != "ended":
+        standing = self._standings.get(share.job.job_id)
+        if standing is None or standing.word != "ended":
             share.over_since = None
             return False
         share.over_since = share.over_since or time.monotonic()

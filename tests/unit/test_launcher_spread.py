@@ -2,16 +2,24 @@
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from data_pipeline.documents import Span
 from data_pipeline.errors import DataError
+from data_pipeline.pieces import Piece
 from data_pipeline.prepare import DataPrepConfig, Progress, prepare
+from data_pipeline.sources import SourceFile
+from launcher import slurm
 from launcher.cluster import ClusterConfig
-from launcher.spread import Spread
+from launcher.slurm import Standing
+from launcher.spread import Spread, _Share
 from tests.unit.data_support import config, files_of, packaged_texts, write_jsonl
 
 LOCAL = ClusterConfig(kind="local")
@@ -78,3 +86,29 @@ def test_a_task_that_fails_again_and_again_ends_the_preparation_with_its_reason(
     assert sum("starts again" in message for message in seen) == 2
     source.write_bytes(text)
     assert prepare(wanted).documents == 60
+
+
+def test_slurm_is_asked_about_all_tasks_at_once_and_every_five_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    asked = []
+
+    def standings(job_ids: Iterable[str]) -> dict[str, Standing]:
+        asked.append((now[0], wanted := sorted(job_ids)))
+        return dict.fromkeys(wanted, Standing("running"))
+
+    monkeypatch.setattr(slurm, "standings", standings)
+    monkeypatch.setattr("launcher.spread.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("launcher.spread.time.sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    monkeypatch.setattr("launcher.spread.is_done", lambda *_: now[0] >= 60)
+    source = SourceFile("a", str(tmp_path / "a"), 9, 0)
+    pieces = [Piece((Span(source, start, start + 3),)) for start in (0, 3, 6)]
+    paths = SimpleNamespace(result_pickle=tmp_path / "none")
+    jobs = [SimpleNamespace(job_id=f"7_{number}", paths=paths) for number in range(3)]
+    shares: Any = [_Share(number, (pieces[number],), jobs[number]) for number in range(3)]
+    done = list(Spread(ClusterConfig(kind="slurm"), 3, None)._follow(shares, None, tmp_path, "hash"))
+    assert {piece for piece in done if isinstance(piece, Piece)} == set(pieces)
+    assert 12 <= len(asked) <= 13
+    assert all(ids == ["7_0", "7_1", "7_2"] for _, ids in asked)
+    assert all(later - earlier >= 5 for (earlier, _), (later, _) in pairwise(asked))
