@@ -70,6 +70,9 @@ def check_partitions(
         findings.problems += [f"{refusal}: {_LESS}" for refusal in refusals]
         return
     findings.warnings += [f"{refusal}: the job never starts there." for refusal in refusals]
+    for fields in partitions:
+        if (condition := fields.get("State", "UP")) != "UP":
+            findings.warn(f"partition {fields['PartitionName']} is {condition}: nothing starts there now.")
     if preemption.kind == "preempt/partition_prio":
         for fields in partitions:
             mode = fields.get("PreemptMode", "OFF")

@@ -46,6 +46,8 @@ SchedulerParameters=sched_interval=3,sched_min_interval=100000,bf_interval=3
 {nodes}
 PartitionName=low Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=30 MaxTime=INFINITE
 PartitionName=harsh Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE GraceTime=0 MaxTime=INFINITE
+PartitionName=cancel Nodes=ALL PriorityTier=1 PreemptMode=CANCEL GraceTime=30 MaxTime=INFINITE
+PartitionName=gone Nodes=ALL PriorityTier=1 PreemptMode=CANCEL GraceTime=0 MaxTime=INFINITE
 PartitionName=short Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE MaxTime=60
 PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE
 """

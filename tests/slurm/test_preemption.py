@@ -33,3 +33,14 @@ def test_preempted_within_the_grace_time_no_step_is_lost(
     assert run.wait_for_end()["exit_code"] == 0
     assert run.losses() == reference
     run.assert_nothing_is_left()
+
+
+def test_a_partition_that_cancels_after_a_grace_time_gives_the_run_back(new_slurm_run: NewRun) -> None:
+    run = new_slurm_run()
+    run.launch(partition="cancel")
+    run.wait_for_step(60)
+    run.preempt()
+    saved = run.events("checkpoint_saved")[-1]["step"]
+    run.wait_for_step(saved + 1)
+    assert run.events("resumed")[-1]["step"] == saved
+    assert len(run.events("requeued")) == 1

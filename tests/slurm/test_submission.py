@@ -56,12 +56,33 @@ def test_what_slurm_would_refuse_is_refused_before_a_file_is_written(
     assert not run.dir.path.exists()
 
 
-def test_a_partition_without_a_grace_time_is_warned_of(new_slurm_run: NewRun) -> None:
+@pytest.mark.parametrize(
+    ("partition", "told"),
+    [
+        ("low,cancel", []),
+        ("harsh", ["partition harsh preempts without a grace time"]),
+        ("gone", ["partition gone preempts by ending jobs for good, without a grace time"]),
+        (
+            "low,short",
+            [
+                "time_limit = 02:00:00 is more than partition short allows (01:00:00): the job never starts",
+                "partition short preempts without a grace time",
+            ],
+        ),
+    ],
+)
+def test_what_a_partition_does_to_its_jobs_is_told_beforehand(
+    new_slurm_run: NewRun, partition: str, told: list[str]
+) -> None:
     run = new_slurm_run()
-    options = ["--cluster", str(run.cluster_file(partition="harsh")), "--run-dir", str(run.dir.path)]
+    cluster = run.cluster_file(partition=partition, time_limit="02:00:00")
+    options = ["--cluster", str(cluster), "--run-dir", str(run.dir.path)]
     shown = run.outlast("launch", str(run.folder / "run.toml"), *options, "--dry-run")
-    assert shown.returncode == 0
-    assert "warning: partition harsh preempts without a grace time" in shown.stderr
+    assert shown.returncode == 0, shown.stderr
+    warnings = [line for line in shown.stderr.splitlines() if line.startswith("warning: ")]
+    warnings = [line for line in warnings if " lies on " not in line]  # all nodes are this machine
+    assert len(warnings) == len(told)
+    assert all(line.startswith(f"warning: {words}") for line, words in zip(warnings, told, strict=True))
 
 
 def test_a_sweep_is_one_array_whose_tasks_are_requeued_one_by_one(

@@ -83,6 +83,8 @@ def test_what_no_partition_of_a_list_allows_is_refused_and_what_one_does_not_is_
     ]
     assert found.warnings == []
     assert of_partitions(nodes=9) == Findings()  # Slurm said nothing
+    down = of_partitions({**LOW, "State": "DOWN"})
+    assert down.warnings == ["partition low is DOWN: nothing starts there now."]
 
 
 @pytest.mark.parametrize(

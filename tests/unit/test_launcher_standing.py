@@ -140,12 +140,24 @@ def test_the_schedulers_own_stop_takes_nothing_out_of_the_queue(
     assert scheduler.times_of("scancel") == []
 
 
-def test_logs_that_are_followed_ask_the_scheduler_every_five_seconds(
+def test_logs_of_two_nodes_are_followed_together_and_the_scheduler_is_asked_every_five_seconds(
     run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request_stop(run, "outlast stop")  # who only reads ends nothing
     scheduler = Scheduler(monkeypatch, {0: "PENDING", 30: "RUNNING", 60: "COMPLETED"})
-    assert list(lines(run, follow=True, attempt=None, node=None)) == []
+    for node in (0, 1):
+        (run.submission / "0001" / f"node-{node}.log").write_text(f"node {node} speaks\n")
+    seen = []
+    for line in lines(run, follow=True, attempt=None, node=None):
+        seen.append((scheduler.now < 60, line))
+        if len(seen) == 2:
+            (run.submission / "0001" / "node-0.log").open("a").write("and again\nand is cut o")
+    assert seen == [
+        (True, "[job 0001 node-0] node 0 speaks"),
+        (True, "[job 0001 node-1] node 1 speaks"),
+        (True, "[job 0001 node-0] and again"),
+        (False, "[job 0001 node-0] and is cut o"),
+    ]
     times = scheduler.times_of("squeue")
     assert 12 <= len(times) <= 13
     assert all(later - earlier >= 5 for earlier, later in pairwise(times))
