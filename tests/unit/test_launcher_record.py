@@ -476,6 +476,8 @@ def test_only_a_second_ctrl_c_after_a_while_ends_a_job_at_once(
         os.kill(os.getpid(), signal.SIGINT)
         attendance.answer()
         assert (standing_stop(run) or {})["now"] is True
+        with pytest.raises(KeyboardInterrupt):  # nobody may be able to say that the job has ended
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_job_whose_process_was_never_seen_has_ended(run: RunDir) -> None:
