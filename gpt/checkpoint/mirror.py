@@ -168,11 +168,11 @@ class Mirror:
         temporary.checkpoints.mkdir(parents=True)
         temporary.attempts.mkdir()
         try:
+            step = self.fetch_newest(temporary.checkpoints, say)
             with self._asking():
                 for path in _run_files(temporary):
                     if self._store.exists(f"{self._root}/{path.name}"):
                         self._store.get_file(f"{self._root}/{path.name}", str(path))
-            step = self.fetch_newest(temporary.checkpoints, say)
             temporary.path.rename(run_dir.path)
         finally:
             shutil.rmtree(temporary.path, ignore_errors=True)

@@ -1,0 +1,47 @@
+"""Stop requests: every signal that asks for one sets a flag, and nothing else."""
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gpt.stop import STOP_SIGNALS, StopRequest
+
+
+@pytest.fixture
+def request_() -> Iterator[StopRequest]:
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    stop = StopRequest()
+    stop.install()
+    yield stop
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"])
+def test_a_signal_is_a_request_that_says_who_asked_first(request_: StopRequest, name: str) -> None:
+    assert not request_.is_requested()
+    signal.raise_signal(signal.Signals[name])
+    assert request_.is_requested()
+    signal.raise_signal(signal.SIGTERM)  # again, and another: idempotent
+    assert request_.reason == name
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(json.dumps({"reason": "outlast stop"}), "outlast stop"), ("", "stop file"), ("[1]", "stop file")],
+)
+def test_a_stop_file_is_a_request_too_looked_for_now_and_then(
+    request_: StopRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, reason: str
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("gpt.stop.time.monotonic", lambda: now[0])
+    request_.watch(tmp_path / "stop")
+    assert not request_.is_requested()
+    (tmp_path / "stop").write_text(content)
+    assert not request_.is_requested()  # the file may lie on a shared file system: not at every step
+    now[0] += 0.5
+    assert request_.is_requested()
+    assert request_.reason == reason
