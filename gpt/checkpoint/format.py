@@ -102,6 +102,8 @@ class CheckpointIndex(Section):
 
     @model_validator(mode="after")
     def _adds_up(self) -> Self:
+        if not {entry.group for entry in self.parameters} <= {group.name for group in self.groups}:
+            raise ValueError("a parameter stands in a group that is not there")
         for group in self.groups:
             members = [entry for entry in self.parameters if entry.group == group.name]
             starts = accumulate((entry.numel for entry in members), initial=0)
@@ -272,17 +274,16 @@ def read_frame(path: Path, entry: FileEntry, tensors: Mapping[str, int], chunk_b
     return RankLayout(offsets, len(header), len(header) + data_bytes, chunk_bytes, checksums)
 
 
-def read_chunk(file: BinaryIO, path: Path, layout: RankLayout, number: int) -> bytes:
-    """Chunk `number` of an open rank file, verified. Raises Corrupt."""
+def read_chunk(file: BinaryIO, path: Path, layout: RankLayout, number: int, target: memoryview) -> None:
+    """Chunk `number` of an open rank file into `target`, of its size, verified. Raises Corrupt."""
     start, end = layout.chunk(number)
     try:
         file.seek(start)
-        content = file.read(end - start)
+        count = file.readinto(target)  # type: ignore[attr-defined]
     except OSError as error:
         raise Corrupt(BadFile(path, start, _why(error))) from None
-    if len(content) != end - start or chunk_checksum(content) != layout.chunk_checksums[number]:
+    if count != end - start or chunk_checksum(target) != layout.chunk_checksums[number]:
         raise Corrupt(BadFile(path, start, f"checksum of bytes {start} to {end} differs"))
-    return content
 
 
 def verify(folder: Path) -> Iterator[BadFile]:
@@ -315,10 +316,13 @@ def verify_file(
     except Corrupt as error:
         yield error.bad
         return
-    with path.open("rb") as file:
+    buffer = memoryview(bytearray(min(chunk_bytes, layout.data_end - layout.data_start)))
+    with path.open("rb", buffering=0) as file:
         for number in range(len(layout.chunk_checksums)):
+            start, end = layout.chunk(number)
             try:
-                advance(len(read_chunk(file, path, layout, number)))
+                read_chunk(file, path, layout, number, buffer[: end - start])
+                advance(end - start)
             except Corrupt as error:
                 yield error.bad
 

@@ -95,8 +95,11 @@ def _load(folder: Path, engine: Engine, world: World, data_fingerprint: str) -> 
             engine.prepare_load(reader.index.optimizer_steps)
             engine.load_scalars(reader.index.scalars)
             for part in engine.state():
-                content = reader.read(part.group, part.state, part.start, part.end)
-                part.tensor.copy_(torch.from_numpy(content))
+                where = part.group, part.state, part.start, part.end
+                if part.tensor.device.type == "cpu" and part.tensor.dtype == torch.float32:
+                    reader.read(*where, out=part.tensor.detach().numpy())  # no copy in between
+                else:
+                    part.tensor.copy_(torch.from_numpy(reader.read(*where)))
         except Corrupt as error:
             return str(error)
         return reader.index

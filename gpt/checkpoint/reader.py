@@ -35,20 +35,26 @@ class CheckpointReader:
         self.bytes_read = 0
         self._layouts: dict[int, RankLayout] = {}
         # Neighbouring reads meet in one chunk: keep the last few.
-        self._chunk = lru_cache(maxsize=4)(self._read_chunk)
+        self._chunk = lru_cache(maxsize=4)(self._read_part)
 
-    def read(self, group_name: str, state: str, start: int, end: int) -> NDArray[np.float32]:
-        """Elements `start` to `end` of one flat state of a group."""
+    def read(
+        self, group_name: str, state: str, start: int, end: int, out: NDArray[np.float32] | None = None
+    ) -> NDArray[np.float32]:
+        """Elements `start` to `end` of one flat state of a group; in `out`, of their number, if it is given.
+
+        What `out` holds after an error is of no use.
+        """
         pieces = list(self.index.layouts[group_name].locate(start, end))
         for rank in {piece.rank for piece in pieces}:
             self._layout(rank)  # the files are as large as the index says, before memory is taken for it
-        out = np.empty(end - start, dtype="<f4")
+        if out is None:
+            out = np.empty(end - start, dtype="<f4")
+        content = out.data.cast("B") if len(out) else memoryview(b"")
         done = 0
         for piece in pieces:
-            name = f"{group_name}.{state}"
-            content = self._read_bytes(piece.rank, name, piece.offset, piece.offset + piece.length)
-            out[done : done + piece.length] = np.frombuffer(content, dtype="<f4")
-            done += piece.length
+            count = 4 * piece.length
+            self._fill(content[done : done + count], piece.rank, f"{group_name}.{state}", piece.offset)
+            done += count
         return out
 
     def parameter(self, name: str, state: str = "master") -> NDArray[np.float32]:
@@ -63,22 +69,32 @@ class CheckpointReader:
             layout = self._layouts[rank] = read_rank_layout(self.folder, self.index, rank)
         return layout
 
-    def _read_bytes(self, rank: int, tensor: str, start: int, end: int) -> bytes:
+    def _fill(self, target: memoryview, rank: int, tensor: str, start: int) -> None:
+        """The bytes of a tensor from element `start` on, as many as `target` takes; whole chunks in place."""
         layout = self._layout(rank)
-        offset = layout.tensors[tensor][0] - layout.data_start
-        low, high = offset + 4 * start, offset + 4 * end
-        size = layout.chunk_bytes
-        first = low // size
-        parts = [self._chunk(rank, number) for number in range(first, -(-high // size))]
-        content = b"".join(parts) if len(parts) != 1 else parts[0]
-        return content[low - first * size : high - first * size]
+        position = layout.tensors[tensor][0] - layout.data_start + 4 * start
+        while len(target):
+            number, within = divmod(position, layout.chunk_bytes)
+            first, last = layout.chunk(number)
+            count = min(last - first - within, len(target))
+            if count == last - first:
+                self._read_chunk(rank, number, target[:count])
+            else:
+                target[:count] = self._chunk(rank, number)[within : within + count]
+            position += count
+            target = target[count:]
 
-    def _read_chunk(self, rank: int, number: int) -> bytes:
-        path = self.folder / self.index.files[rank].name
-        with path.open("rb") as file:
-            content = read_chunk(file, path, self._layouts[rank], number)
-        self.bytes_read += len(content)
+    def _read_part(self, rank: int, number: int) -> memoryview:
+        first, last = self._layouts[rank].chunk(number)
+        content = memoryview(bytearray(last - first))
+        self._read_chunk(rank, number, content)
         return content
+
+    def _read_chunk(self, rank: int, number: int, target: memoryview) -> None:
+        path = self.folder / self.index.files[rank].name
+        with path.open("rb", buffering=0) as file:
+            read_chunk(file, path, self._layouts[rank], number, target)
+        self.bytes_read += len(target)
 
 
 def intact_candidates(run_dir: RunDir, step: int | None) -> Iterator[tuple[int, CheckpointReader]]:
