@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -115,13 +115,22 @@ def test_kills_along_a_save_leave_no_trace(undisturbed: NewRun, new_run: NewRun)
     assert not list(killed.dir.checkpoints.glob(".*"))
 
 
+@pytest.mark.parametrize(
+    "way",
+    [
+        [(3, 3), (2, 1), (3, 2), (1, 3), (3, 1)],
+        pytest.param([(1, 1), (2, 2), (2, 3), (1, 2), (3, 2), (2, 3), (1, 1)], marks=pytest.mark.chaos),
+    ],
+    ids=["short", "long"],
+)
 def test_the_state_is_the_same_through_stages_and_worlds(
-    finished: Run, copy_run: CopyRun, data_dir: Path
+    finished: Run, copy_run: CopyRun, data_dir: Path, way: Sequence[tuple[int, int]]
 ) -> None:
+    """`way` holds stages and worlds; together the two ways go through all nine."""
     moved = copy_run(finished)
     moved.configure(checkpoint__keep_last=20, batch__micro_batch=2, batch__global_batch_tokens=12 * 32)
     original = finished.state(8)
-    for step, (stage, processes) in enumerate([(3, 3), (2, 1), (3, 2), (1, 3), (3, 1)], start=9):
+    for step, (stage, processes) in enumerate(way, start=9):
         moved.configure(zero__stage=stage)
         command = moved.torchrun(
             processes, 0, str(Path(__file__).with_name("reload.py")), str(moved.dir.path)
