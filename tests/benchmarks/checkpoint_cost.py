@@ -34,6 +34,7 @@ SAVES = 3
 run = RunConfig.model_validate_json(Path(sys.argv[1]).read_text())
 folder, out = Path(sys.argv[2]), Path(sys.argv[3])
 world = join(600)
+of_dcp = dist.new_group(backend="gloo")  # its thread takes part in collectives while the steps go on
 torch.set_num_threads(1)  # two ranks on two cores
 run_dir = RunDir(folder / "ours")
 if world.is_first:
@@ -102,13 +103,16 @@ def measure(save: Callable[[int], Callable[[], bool]], load: Callable[[], Any], 
         dist.barrier(group=world.control)
     newest = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))[-1]
     forget(newest)
-    return {
+    found = {
         "stall_s": statistics.median(stalls),
         "first_stall_s": stalls[0],
         "steps_while_writing_s": during,
         "bytes": size(newest),
         "load_s": timed(load),
     }
+    if world.is_first:
+        print(path.name, found, flush=True)
+    return found
 
 
 def ours(number: int) -> Callable[[], bool]:
@@ -129,14 +133,14 @@ def deepspeeds(number: int) -> Callable[[], bool]:
 def torchs(number: int) -> Callable[[], bool]:
     state = {f"rank-{world.rank}.{part.group}.{part.state}": part.tensor for part in engine.state()}
     future: Any = dcp.async_save(
-        state, checkpoint_id=str(folder / "dcp" / f"step-{number}"), process_group=world.control
+        state, checkpoint_id=str(folder / "dcp" / f"step-{number}"), process_group=of_dcp
     )
     return lambda: bool(future.done())
 
 
 def load_torchs() -> None:
     state = {f"rank-{world.rank}.{part.group}.{part.state}": part.tensor for part in engine.state()}
-    dcp.load(state, checkpoint_id=str(folder / "dcp" / f"step-{SAVES}"), process_group=world.control)
+    dcp.load(state, checkpoint_id=str(folder / "dcp" / f"step-{SAVES}"), process_group=of_dcp)
 
 
 def read_safetensors() -> None:
