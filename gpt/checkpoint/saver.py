@@ -59,7 +59,7 @@ from gpt.run_dir import RunDir
 from gpt.zero import Engine
 
 _ROUND_S = 1.0  # how often the ranks look at each other while they wait for a save
-_NICENESS = 10  # a step's own threads come first
+_NICENESS = 19  # a step's own threads come first: what is left over is enough
 
 
 class _Phase(Enum):

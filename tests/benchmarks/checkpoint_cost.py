@@ -94,19 +94,21 @@ def size(path: Path) -> int:
 
 def measure(save: Callable[[int], Callable[[], bool]], load: Callable[[], Any], path: Path) -> dict[str, Any]:
     """One system: `save(n)` gives what tells whether the n-th save is on disk."""
-    stalls, during = [], []
+    stalls, during, between = [], [], []
     for number in range(1, SAVES + 1):
         step()
         is_done: list[Callable[[], bool]] = []
         stalls.append(timed(lambda n=number, box=is_done: box.append(save(n))))  # type: ignore[misc]
-        during += steps_until(is_done[0])
-        dist.barrier(group=world.control)
-    newest = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))[-1]
+        during += (meanwhile := steps_until(is_done[0]))
+        # As many that nothing is written beside: the machine's own pace drifts.
+        between += [timed(step) for _ in meanwhile]
+    newest = max(path.glob("step-*"))
     forget(newest)
     found = {
         "stall_s": statistics.median(stalls),
         "first_stall_s": stalls[0],
         "steps_while_writing_s": during,
+        "steps_between_s": between,
         "bytes": size(newest),
         "load_s": timed(load),
     }
@@ -144,7 +146,9 @@ def load_torchs() -> None:
 
 
 def read_safetensors() -> None:
-    load_file(run_dir.checkpoints / f"step-{SAVES:08d}" / f"rank-{world.rank:05d}.safetensors")
+    path = run_dir.checkpoints / f"step-{SAVES:08d}" / f"rank-{world.rank:05d}.safetensors"
+    for tensor in load_file(path).values():
+        tensor.clone()  # until then it is only mapped
 
 
 if world.is_first:
@@ -163,7 +167,6 @@ result: dict[str, Any] = {
 forget(run_dir.checkpoints)
 result["read_safetensors_s"] = timed(read_safetensors)
 shutil.rmtree(run_dir.checkpoints, ignore_errors=True)
-result["steps_before_s"] = [timed(step) for _ in range(8)]
 result["deepspeed"] = measure(
     deepspeeds,
     lambda: engine._engine.load_checkpoint(str(folder / "deepspeed"), tag=f"step-{SAVES}"),
@@ -171,7 +174,6 @@ result["deepspeed"] = measure(
 )
 shutil.rmtree(folder / "deepspeed", ignore_errors=True)
 result["dcp"] = measure(torchs, load_torchs, folder / "dcp")
-result["steps_after_s"] = [timed(step) for _ in range(8)]
 if world.is_first:
     out.write_text(json.dumps(result))
 dist.barrier(group=world.control)

@@ -41,18 +41,23 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     )  # fmt: skip
     assert out.exists(), done.stdout[-3000:] + done.stderr[-3000:]
     result: dict[str, Any] = json.loads(out.read_text())
-    plain = statistics.median(result["steps_before_s"] + result["steps_after_s"])
-    print(f"\n{result['parameters']:,} parameters; memcpy {result['memcpy_s']:.3f} s; a step {plain:.2f} s; ")
-    print(f"reading safetensors {result['read_safetensors_s']:.2f} s")
+    memcpy_s, parameters = result["memcpy_s"], result["parameters"]
+    print(f"\n{parameters:,} parameters; a copy of a rank's state takes {memcpy_s:.3f} s")
+    print(f"reading a rank's file with safetensors {result['read_safetensors_s']:.2f} s")
     for name in ("ours", "deepspeed", "dcp"):
         it = result[name]
-        during = statistics.median(it["steps_while_writing_s"] or [plain])
+        meanwhile = f"a step meanwhile {slower(it):.2f}; " if it["steps_while_writing_s"] else ""
         print(
             f"{name:10} stall {it['stall_s']:.3f} s (first {it['first_stall_s']:.3f}), "
-            f"{it['stall_s'] / result['memcpy_s']:.1f} memcpys; a step meanwhile {during / plain:.2f}; "
-            f"{it['bytes'] / result['parameters']:.2f} bytes a parameter; load {it['load_s']:.2f} s"
+            f"{it['stall_s'] / memcpy_s:.1f} copies; {meanwhile}"
+            f"{it['bytes'] / parameters:.2f} bytes a parameter; load {it['load_s']:.2f} s"
         )
-    return {**result, "step_s": plain}
+    return result
+
+
+def slower(of_one: dict[str, Any]) -> float:
+    """Seconds of a step while a checkpoint is written, over those of a step between two."""
+    return statistics.median(of_one["steps_while_writing_s"]) / statistics.median(of_one["steps_between_s"])
 
 
 def test_the_stall_is_a_memcpy(measured: dict[str, Any]) -> None:
@@ -62,8 +67,7 @@ def test_the_stall_is_a_memcpy(measured: dict[str, Any]) -> None:
 
 
 def test_steps_are_hardly_slower_while_it_is_written(measured: dict[str, Any]) -> None:
-    during = statistics.median(measured["ours"]["steps_while_writing_s"])
-    assert during <= 1.10 * measured["step_s"]
+    assert slower(measured["ours"]) <= 1.10
 
 
 def test_it_takes_twelve_bytes_a_parameter(measured: dict[str, Any]) -> None:
