@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from data_pipeline.config_file import Section
 
 Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 _GATED = ("swiglu", "geglu", "reglu", "glu", "bilinear")
 

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from gpt.adamw import AdamW
-from gpt.config import OptimizerConfig
 from gpt.model import GPT
 from gpt.model_config import ModelConfig
 from gpt.muon import MuonAdamW
+from gpt.optimizer_config import OptimizerConfig
 
 T = TypeVar("T")
 

@@ -19,9 +19,11 @@ from gpt import record
 from gpt.checkpoint.format import GroupEntry, ParameterEntry
 from gpt.checkpoint.layout import GroupLayout
 from gpt.checkpoint.saver import Saver
-from gpt.config import CheckpointConfig, DataConfig, RunConfig, ScheduleConfig
+from gpt.config import CheckpointConfig, RunConfig
+from gpt.data_config import DataConfig
 from gpt.distributed import World
 from gpt.heartbeat import Heartbeat
+from gpt.optimizer_config import ScheduleConfig
 from gpt.run_dir import RunDir
 from gpt.zero import StatePart
 

@@ -14,7 +14,10 @@ TORCH_FREE_IN_GPT = (
     "gpt",
     "gpt.config",
     "gpt.changeable",
+    "gpt.data_config",
     "gpt.model_config",
+    "gpt.optimizer_config",
+    "gpt.parallel_config",
     "gpt.huggingface",
     "gpt.run_dir",
     "gpt.record",
@@ -84,11 +87,10 @@ def test_nothing_imports_the_training_entry() -> None:
     assert [e for e in edges() if e[1] == "gpt.train"] == []
 
 
-def test_the_run_config_imports_the_model_table_and_no_other_sibling() -> None:
-    siblings = {
-        e[1] for e in edges() if e[0] in ("gpt.config", "gpt.model_config") and room_of(e[1]) == "gpt"
-    }
-    assert siblings == {"gpt.model_config"}
+def test_the_run_config_imports_its_tables_and_no_other_sibling() -> None:
+    tables = {f"gpt.{name}_config" for name in ("data", "model", "optimizer", "parallel")}
+    siblings = {e[1] for e in edges() if e[0] in {"gpt.config", *tables} and room_of(e[1]) == "gpt"}
+    assert siblings == tables
 
 
 def test_tests_are_imported_by_nobody() -> None:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from gpt.config import OptimizerConfig
 from gpt.model import GPT
 from gpt.model_config import ModelConfig
 from gpt.optimizer import build_optimizer, parameter_groups, set_rate
+from gpt.optimizer_config import OptimizerConfig
 from tests.unit.model_support import CPU, GPT2, MUP, build, random_tokens, rows
 
 

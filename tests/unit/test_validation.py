@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_pipeline.tokenizer import load_encoding
-from gpt.config import DataConfig
+from gpt.data_config import DataConfig
 from gpt.distributed import World
 from gpt.heartbeat import Heartbeat
 from gpt.loss import IGNORED

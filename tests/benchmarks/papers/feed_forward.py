@@ -9,9 +9,9 @@ import tempfile
 from pathlib import Path
 from statistics import mean, stdev
 
-from gpt.config import OptimizerConfig, ScheduleConfig
 from gpt.flops import parameter_count
 from gpt.model_config import ModelConfig
+from gpt.optimizer_config import OptimizerConfig, ScheduleConfig
 from tests.benchmarks.papers.small import CONTEXT, VOCABULARY, train
 from tests.distributed.data import small_data_set
 

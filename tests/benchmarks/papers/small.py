@@ -8,10 +8,10 @@ import torch
 
 from data_pipeline.batch_sizes import BatchSizes
 from data_pipeline.batches import BatchReader, EvaluationReader
-from gpt.config import OptimizerConfig, ScheduleConfig
 from gpt.model import GPT
 from gpt.model_config import ModelConfig
 from gpt.optimizer import build_optimizer
+from gpt.optimizer_config import OptimizerConfig, ScheduleConfig
 from gpt.schedule import learning_rate
 from gpt.step import model_inputs
 
