@@ -8,23 +8,17 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from data_pipeline.errors import CheckpointError, ConfigError
 from gpt.checkpoint.format import committed
 from gpt.checkpoint.writer import remove_leftovers
 from gpt.distributed import World, from_first, gather, together
 from gpt.record import event
-from gpt.run_dir import RunDir, read_json, write_json
-
-T = TypeVar("T")
+from gpt.run_dir import RunDir, patiently, read_json, write_json
 
 FINISHED, FAILED, STOPPED, DO_NOT_RESTART = 0, 1, 75, 93
-PATIENCE_S = 300.0
-RETRY_S = 5.0
 
 
 class Superseded(CheckpointError):
@@ -32,32 +26,38 @@ class Superseded(CheckpointError):
 
 
 def claim(run_dir: RunDir, world: World) -> int:
-    """This generation's number; from here on each rank writes its output into the attempt's folder."""
+    """This generation's number; from here on each rank writes its output into the attempt's folder.
+
+    Raises Superseded, on every rank, where another job has taken the run over.
+    """
     together(world, lambda: _refuse_if_taken_over(run_dir) if world.is_first else None)
-    if world.is_first:
-        remove_leftovers(run_dir.checkpoints)  # before anything is written: a full disk needs the room
-    number = from_first(world, _patiently(lambda: _make_next(run_dir)) if world.is_first else 0)
-    if world.is_first:
-        remove_leftovers(run_dir.checkpoints)  # an older copy that was about to commit is now too late
-    folder = run_dir.attempt(number) / f"node-{world.node}"
-    _patiently(lambda: folder.mkdir(exist_ok=True))
-    _patiently(lambda: _redirect(folder / f"rank-{world.rank:05d}.log"))
     host = os.environ.get("OUTLAST_NODE_NAME") or socket.gethostname()
     workers = gather(world, {"rank": world.rank, "node": world.node, "host": host, "pid": os.getpid()})
-    if world.is_first:
-        checkpoints = committed(run_dir.checkpoints)
-        owner = {
-            "attempt": number,
-            "time": time.time(),
-            "host": host,
-            "job": os.environ.get("OUTLAST_JOB"),
-            "turn": _turn(),
-            "world_size": world.size,
-            "checkpoint_step": checkpoints[-1][0] if checkpoints else 0,
-            "workers": workers,
-        }
-        _patiently(lambda: write_json(run_dir.attempt(number) / "OWNER.json", owner))
-        event(run_dir.events, "attempt_started", attempt=number, world_size=world.size, host=owner["host"])
+    number = from_first(world, _claim_next(run_dir, world, workers) if world.is_first else 0)
+    folder = run_dir.attempt(number) / f"node-{world.node}"
+    patiently(lambda: folder.mkdir(exist_ok=True))
+    patiently(lambda: _redirect(folder / f"rank-{world.rank:05d}.log"))
+    return number
+
+
+def _claim_next(run_dir: RunDir, world: World, workers: list[dict[str, Any]]) -> int:
+    """The next number, with its owner's name on it at once: until then nobody can tell whose it is."""
+    remove_leftovers(run_dir.checkpoints)  # before anything is written: a full disk needs the room
+    number = patiently(lambda: _make_next(run_dir))
+    remove_leftovers(run_dir.checkpoints)  # an older copy that was about to commit is now too late
+    checkpoints = committed(run_dir.checkpoints)
+    owner = {
+        "attempt": number,
+        "time": time.time(),
+        "host": workers[world.rank]["host"],
+        "job": os.environ.get("OUTLAST_JOB"),
+        "turn": _turn(),
+        "world_size": world.size,
+        "checkpoint_step": checkpoints[-1][0] if checkpoints else 0,
+        "workers": workers,
+    }
+    patiently(lambda: write_json(run_dir.attempt(number) / "OWNER.json", owner))
+    event(run_dir.events, "attempt_started", attempt=number, world_size=world.size, host=owner["host"])
     return number
 
 
@@ -85,26 +85,12 @@ def finish(run_dir: RunDir, attempt: int, exit_code: int, cause: str, step: int 
     name = {FINISHED: "finished", STOPPED: "stopped"}.get(exit_code, "failed")
     event(run_dir.events, name, attempt=attempt, exit_code=exit_code, cause=cause, step=step)
     result = {"exit_code": exit_code, "cause": cause}
-    _patiently(lambda: write_json(run_dir.attempt(attempt) / "result.json", result))
+    patiently(lambda: write_json(run_dir.attempt(attempt) / "result.json", result))
 
 
 def is_superseded(run_dir: RunDir, attempt: int) -> bool:
     """Whether another attempt has started since `attempt` did: this one is then no longer the run."""
-    return run_dir.attempt(attempt + 1).exists()
-
-
-def _patiently(action: Callable[[], T]) -> T:
-    """`action()`, tried again for PATIENCE_S while the disk does not take it: a restart would not help."""
-    deadline = time.monotonic() + PATIENCE_S
-    while True:
-        try:
-            return action()
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise
-            with suppress(OSError):
-                print(f"the run directory cannot be written, trying again: {error}", flush=True)
-            time.sleep(RETRY_S)
+    return max(run_dir.attempt_numbers(), default=attempt) > attempt
 
 
 def _make_next(run_dir: RunDir) -> int:

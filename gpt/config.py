@@ -114,6 +114,12 @@ class LaunchConfig(Section):
         gt=0,
         description="Seconds without a step, an evaluation or a save after which the workers are restarted.",
     )
+    start_timeout_s: float = Field(
+        default=900.0,
+        gt=0,
+        description="The same for each phase of a start: imports, reading a checkpoint, the first step with "
+        "what it compiles. Less than collective_timeout_s too.",
+    )
     collective_timeout_s: float = Field(
         default=1200.0,
         gt=0,

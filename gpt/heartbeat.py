@@ -14,15 +14,17 @@ import sys
 from contextlib import suppress
 
 VARIABLE = "OUTLAST_HEARTBEAT"
+WAITING = "waiting for the other ranks to start"
 
 
 class Heartbeat:
-    """This worker's line to its node task."""
+    """This worker's line to its node task. `attempt` is 0 until the worker belongs to one."""
 
     def __init__(self) -> None:
         name = os.environ.get(VARIABLE)
         self._address = "\0" + name if name else None
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        self.attempt = 0
         self._rank = int(os.environ.get("RANK", "0"))
         faulthandler.register(signal.SIGQUIT, file=sys.stderr, all_threads=True)
 
@@ -30,6 +32,13 @@ class Heartbeat:
         """Alive: `step` steps are done, and now comes `doing`. `is_starting` asks for more patience."""
         if self._address is None:
             return
-        sign = {"rank": self._rank, "pid": os.getpid(), "step": step, "doing": doing, "starting": is_starting}
+        sign = {
+            "attempt": self.attempt,
+            "rank": self._rank,
+            "pid": os.getpid(),
+            "step": step,
+            "doing": doing,
+            "starting": is_starting,
+        }
         with suppress(OSError):  # a full queue, or nobody there: never a matter for training
             self._socket.sendto(json.dumps(sign).encode(), self._address)

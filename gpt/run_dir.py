@@ -4,13 +4,21 @@ A run directory never stores its own path, so that it can be moved or copied.
 """
 
 import json
-from collections.abc import Mapping
+import os
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from data_pipeline.durable import write_durably
 from data_pipeline.errors import ConfigError
+
+T = TypeVar("T")
+
+PATIENCE_S = 300.0
+RETRY_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,12 @@ class RunDir:
         return self.path / "code"
 
     @property
+    def code_environment(self) -> dict[str, str]:
+        """The variables by which a Python imports `code`."""
+        # Without the second one `-m` would find a checkout in the current folder first.
+        return {"PYTHONPATH": str(self.code), "PYTHONSAFEPATH": "1"}
+
+    @property
     def submission(self) -> Path:
         """submitit's own folder: pickles and the logs of its tasks."""
         return self.path / "submission"
@@ -48,12 +62,6 @@ class RunDir:
     def job(self) -> Path:
         """The newest submission: executor, job id, host, process id, time."""
         return self.path / "job.json"
-
-    @property
-    def code_environment(self) -> dict[str, str]:
-        """The variables by which a Python imports `code`."""
-        # Without the second one `-m` would find a checkout in the current folder first.
-        return {"PYTHONPATH": str(self.code), "PYTHONSAFEPATH": "1"}
 
     @property
     def attempts(self) -> Path:
@@ -127,6 +135,30 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds {type(content).__name__}, not an object")
     return content
+
+
+def is_listed(path: Path) -> bool:
+    """Whether `path` is there, for those who ask again and again for what another machine may make: NFS
+    caches for a while that a name is missing, but reads a folder anew whenever it is opened.
+    """
+    try:
+        return path.name in os.listdir(path.parent)  # noqa: PTH208 - names alone are wanted
+    except FileNotFoundError:
+        return False
+
+
+def patiently(action: Callable[[], T]) -> T:
+    """`action()`, tried again for PATIENCE_S while the disk does not take it: a restart would not help."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return action()
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise
+            with suppress(OSError):
+                print(f"the run directory does not answer, trying again: {error}", flush=True)
+            time.sleep(RETRY_S)
 
 
 def is_exported(folder: Path) -> bool:

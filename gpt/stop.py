@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from gpt.run_dir import is_listed
+
 # Slurm and torchrun send these to the whole process tree, each perhaps twice; the handler is idempotent.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 POLL_S = 0.5  # the stop file may lie on a shared file system
@@ -40,7 +42,7 @@ class StopRequest:
         now = time.monotonic()
         if self.reason is None and self._path is not None and now >= self._next_poll:
             self._next_poll = now + POLL_S
-            if self._path.exists():
+            if is_listed(self._path):
                 self.reason = _file_reason(self._path)
         return self.reason is not None
 

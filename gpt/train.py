@@ -13,12 +13,14 @@ import time
 import traceback
 from contextlib import suppress
 
+from gpt.heartbeat import WAITING, Heartbeat
 from gpt.stop import StopRequest, die_with_parent
 
-STOP = StopRequest()
+STOP, HEARTBEAT = StopRequest(), Heartbeat()
 if __name__ == "__main__":
     die_with_parent()
     STOP.install()
+    HEARTBEAT.beat(0, "importing", is_starting=True)
 _STARTED = time.monotonic()
 
 from dataclasses import dataclass
@@ -41,7 +43,6 @@ from gpt.compilation import compile_seconds
 from gpt.config import RunConfig
 from gpt.distributed import PendingTick, Tick, World, from_first, join, together, total
 from gpt.flops import flops_per_token
-from gpt.heartbeat import Heartbeat
 from gpt.lines import Late, Line, Lines
 from gpt.model import seed_dropout
 from gpt.node_check import check_nodes
@@ -73,21 +74,30 @@ def main(path: Path) -> None:
     """Take part in one attempt at the run in `path`; rank 0 leaves its result there."""
     run_dir = RunDir(path)
     run = RunConfig.model_validate_json(run_dir.config.read_text())
+    HEARTBEAT.beat(0, WAITING, is_starting=True)
     world = join(run.launch.collective_timeout_s, run.parallel.sequence)
-    clock = _Clock(run_dir, world, Heartbeat())
+    clock = _Clock(run_dir, world, HEARTBEAT)
     clock.lap("imports and rendezvous")
-    number = attempts.claim(run_dir, world)
+    try:
+        number = attempts.claim(run_dir, world)
+    except Superseded as error:  # a failure would be answered by a restart
+        _say(str(error))
+        return
+    HEARTBEAT.attempt = number
     if world.is_first:
         STOP.watch(run_dir.stop)
+    outcome = None
     try:
         outcome = _give_up(run, run_dir, world, number)
         if outcome is None and run.launch.node_check:
             outcome = _leave_bad_nodes(run_dir, world, number)
             clock.lap("node check")
         outcome = outcome or Trainer(run, run_dir, world, number, clock).train()
+    except Superseded as error:  # not a file of the run is ours to write any more
+        _say(str(error))
     except OutlastError as error:  # agreed upon: every rank raises it
         outcome = Outcome(error.exit_code, str(error))
-    if world.is_first:
+    if world.is_first and outcome is not None:
         _say(f"attempt {number} ends with {outcome.exit_code}: {outcome.cause}")
         attempts.finish(run_dir, number, outcome.exit_code, outcome.cause, outcome.step)
     # All is written and agreed: a connection that another rank has closed already is no failure.

@@ -18,22 +18,25 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from gpt.run_dir import read_json, write_json
+from gpt.heartbeat import WAITING
+from gpt.run_dir import is_listed, read_json, write_json
 from launcher.processes import process_state
 
-START_PATIENCE_S = 1800.0  # reading a checkpoint and compiling may take long; steps may not
+# A rank that waits for one which does not come: the node of that one has it first.
+_WAITING_PATIENCE_S = 60.0
 _STACKS_S = 1.0
 _GATHER_S = 8.0
 _TAIL_BYTES = 1 << 17
 _UCRED = struct.Struct("3i")  # process, user, group: unix(7)
 # Where a rank that waits for the others is, seen from its innermost frame of Python.
-_WAITING = re.compile(r'File ".*(torch/distributed/|deepspeed/comm/|gpt/distributed\.py)')
+_IN_COLLECTIVE = re.compile(r'File ".*(torch/distributed/|deepspeed/comm/|gpt/distributed\.py)')
 
 
 @dataclass(frozen=True)
 class Sign:
-    """The last sign of life of one worker."""
+    """The last sign of life of one worker; `attempt` is 0 until it belongs to one."""
 
+    attempt: int
     rank: int
     pid: int
     step: int
@@ -57,8 +60,8 @@ class Suspect:
 class Watch:
     """Listens to the workers of one node."""
 
-    def __init__(self, timeout_s: float) -> None:
-        self.timeout_s = timeout_s
+    def __init__(self, timeout_s: float, start_timeout_s: float) -> None:
+        self._timeout_s, self._start_timeout_s = timeout_s, max(timeout_s, start_timeout_s)
         self.name = f"outlast-{os.getpid()}-{time.monotonic_ns()}"
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)  # anybody here may write to it
@@ -77,11 +80,23 @@ class Watch:
                     self._heard[sign.pid] = (time.monotonic(), sign)
         alive = set(workers)
         self._heard = {pid: heard for pid, heard in self._heard.items() if pid in alive}
-        return any(
-            time.monotonic() - at
-            > (max(self.timeout_s, START_PATIENCE_S) if sign.starting else self.timeout_s)
-            for at, sign in self._heard.values()
-        )
+        return any(time.monotonic() - at > self._patience_s(sign) for at, sign in self._heard.values())
+
+    def _patience_s(self, sign: Sign) -> float:
+        """Reading a checkpoint and compiling may take long; steps may not."""
+        if not sign.starting:
+            return self._timeout_s
+        return self._start_timeout_s + (_WAITING_PATIENCE_S if sign.doing == WAITING else 0.0)
+
+    @property
+    def attempt(self) -> int:
+        """The attempt that the workers make, 0 before they have claimed one."""
+        return max((sign.attempt for _, sign in self._heard.values()), default=0)
+
+    @property
+    def silence_s(self) -> float:
+        """How long the worker heard last has been silent."""
+        return time.monotonic() - max(at for at, _ in self._heard.values())
 
     def forget(self) -> None:
         """These workers are dealt with."""
@@ -108,7 +123,7 @@ class Watch:
                     sign.doing,
                     process_state(pid) or "gone",
                     "; ".join(frames[:3]),
-                    bool(frames) and _WAITING.search(frames[0]) is not None,
+                    sign.doing == WAITING or (bool(frames) and _IN_COLLECTIVE.search(frames[0]) is not None),
                 )
             )
         return sorted(found, key=lambda suspect: suspect.rank)
@@ -132,7 +147,8 @@ def gather(folder: Path, nodes: int) -> tuple[list[Suspect], list[int]]:
     """All nodes' suspects, and the nodes that said nothing in time."""
     deadline = time.monotonic() + _GATHER_S
     while True:
-        parts = {node: read_json(folder / f"hang-node-{node}.json") for node in range(nodes)}
+        paths = {node: folder / f"hang-node-{node}.json" for node in range(nodes)}
+        parts = {node: read_json(path) if is_listed(path) else None for node, path in paths.items()}
         silent = [node for node, part in parts.items() if part is None]
         if not silent or time.monotonic() > deadline:
             break
@@ -154,9 +170,8 @@ def culprits(suspects: Sequence[Suspect], silent_nodes: Sequence[int]) -> str:
         return f"{_names(late)} has done {behind} steps, the others more; {late[0].doing}: {late[0].where}"
     busy = [suspect for suspect in suspects if not suspect.is_waiting]
     if busy and len(busy) < len(suspects):
-        return (
-            f"{_names(busy)} does not wait for the others, they do for it; {busy[0].doing}: {busy[0].where}"
-        )
+        where = busy[0].where or f"state {busy[0].state} in /proc"
+        return f"{_names(busy)} does not wait for the others, they do for it; {busy[0].doing}: {where}"
     return f"no rank stands out after step {behind}; the stacks are in the ranks' logs"
 
 

@@ -12,8 +12,8 @@ that says not to.
 import os
 import signal
 import subprocess
-import sys
 import time
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -24,12 +24,12 @@ from typing import Any
 from data_pipeline.errors import LaunchError
 from gpt import record
 from gpt.config import RunConfig
-from gpt.run_dir import RunDir, read_json, write_json
+from gpt.run_dir import RunDir, patiently, read_json, write_json
 from launcher import slurm
 from launcher.cluster import ClusterConfig
 from launcher.container import inside, needed_folders
 from launcher.hangs import Watch, culprits, gather, report
-from launcher.place import Place, find_place, meet
+from launcher.place import Place, failures, find_place, meet, report_failure
 from launcher.processes import (
     adopt_orphans,
     end_self_with_parent,
@@ -45,7 +45,7 @@ from launcher.torchrun import torchrun_command, worker_environment
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _POLL_S = 0.1
-_LISTEN_S = 1.0  # each look for a hang goes through all processes of the node
+_LOOK_S = 1.0  # each look goes through all processes of the node, and asks the shared file system
 _TRACKING_DRAIN_S = 60.0
 _MIRRORING_DRAIN_S = 600.0
 _HURRIED_DRAIN_S = 5.0  # a grace time may be running, and the next turn sends what is left
@@ -72,15 +72,15 @@ class _Node:
         self.submitit_folder = Path(
             os.environ.get("SUBMITIT_FOLDER", self.folder)
         )  # an array has one for all
-        self.config: RunConfig = read_config(run)
-        self.cluster: ClusterConfig = read_cluster(run)
+        self.config: RunConfig = patiently(lambda: read_config(run))
+        self.cluster: ClusterConfig = patiently(lambda: read_cluster(run))
         self.place: Place = find_place(self.cluster)
         self.signal_name: str | None = None
         self.was_signalled = False
         self.stopped_now = False
         self.tracking: subprocess.Popen[bytes] | None = None
         self.mirroring: subprocess.Popen[bytes] | None = None
-        self.after = max(run.attempt_numbers(), default=0)
+        self.after = max(patiently(run.attempt_numbers), default=0)
 
     def work(self) -> dict[str, Any]:
         for number in STOP_SIGNALS:
@@ -88,13 +88,39 @@ class _Node:
         signal.signal(signal.SIGCONT, signal.SIG_DFL)  # Slurm sends one before each SIGTERM; submitit logs it
         adopt_orphans()
         end_self_with_parent(signal.SIGKILL)  # a job whose controller or slurmstepd is gone passes for dead
-        self._remove_leftovers_of_submitit()
+        patiently(self._remove_leftovers_of_submitit)
         if not self.place.is_first:
             return self._help()
+        try:
+            outcome = self._turn()
+        except Exception as error:  # Slurm lets a job that fails fail: it is for us to start it again
+            traceback.print_exc()
+            kill_descendants(spare=self._spared())
+            outcome = Outcome(1, f"the node task failed: {error!r}", None)
+            record.event(self.run.events, "failed", cause=outcome.cause)
+            with suppress(OSError):
+                report_failure(self.place, self.folder, outcome.cause)
+        if outcome is None:
+            # Another copy of the run has started since. Not a file of the run is ours to write any more.
+            print("another job has taken the run over; this one ends without a word", flush=True)
+            return {}
+        if self.place.job_id is None or self._is_over(outcome):
+            return self._conclude(outcome)
+        if outcome.exit_code == 1 and (failed := self._failed_turns()) >= self.config.launch.max_failures:
+            cause = (
+                f"{failed} turns of the job failed without a new checkpoint, the last one so: {outcome.cause}"
+            )
+            return self._conclude(replace(outcome, exit_code=93, cause=cause))
+        if slurm.is_here() and not slurm.is_wanted(self.place.job_id, self.place.turn):
+            return self._end_as_slurm_says(outcome, self.place.job_id)
+        return self._requeue(outcome, self.place.job_id)
+
+    def _turn(self) -> Outcome | None:
+        """Train until the workers end: how they did, or None where the run is another job's by now."""
         outcome_path(self.folder).unlink(missing_ok=True)
         clear_turn_stop(self.run)
         if (newest := read_job(self.run)) is not None and newest.submission > int(self.folder.name):
-            return self._conclude(Outcome(93, f"submission {newest.submission:04d} took the run over", None))
+            return Outcome(93, f"submission {newest.submission:04d} took the run over", None)
         record.event(self.run.events, "turn_started", job=self.place.job, turn=self.place.turn)
         if self.config.tracking.enabled:
             self.tracking = self._start_beside("gpt.tracking", "tracking.log")
@@ -102,30 +128,29 @@ class _Node:
             self.mirroring = self._start_beside("gpt.mirroring", "mirroring.log")
         code = self._train()
         kill_descendants(spare=self._spared())
-        if not self._is_current():
-            # Another copy of the run has started since. Not a file of the run is ours to write any more.
-            print("another job has taken the run over; this one ends without a word", flush=True)
-            return {}
-        outcome = self._outcome(code)
-        if self.place.job_id is None or not self._may_go_on(outcome):
-            return self._conclude(outcome)
-        if slurm.is_here() and not slurm.is_wanted(self.place.job_id):
-            return self._end_as_slurm_says(outcome, self.place.job_id)
-        return self._requeue(outcome, self.place.job_id)
+        return self._outcome(code) if self._is_current() else None
 
     def _help(self) -> dict[str, Any]:
-        """The part of every node but the first: train, and fail loudly, so that Slurm ends the others."""
-        code = self._train()
-        kill_descendants()
-        attempt = self._own_attempt()
-        has_result = attempt is not None and (self.run.attempt(attempt) / "result.json").exists()
-        if code != 0 and not has_result and standing_stop(self.run) is None:
-            sys.exit(1)  # srun --kill-on-bad-exit
+        """The part of every node but the first: train, and tell the first one of a failure."""
+        try:
+            code = self._train()
+            kill_descendants()
+            attempt = self._own_attempt()
+            has_result = attempt is not None and (self.run.attempt(attempt) / "result.json").exists()
+            if code != 0 and not has_result and standing_stop(self.run) is None and not self._failures():
+                report_failure(
+                    self.place, self.folder, f"the workers ended without a result (torchrun: {code})"
+                )
+        except Exception as error:
+            traceback.print_exc()
+            kill_descendants()
+            # Where even this cannot be written, srun ends the other nodes for it (--kill-on-bad-exit).
+            report_failure(self.place, self.folder, f"the node task failed: {error!r}")
         return {}
 
     def _conclude(self, outcome: Outcome) -> dict[str, Any]:
         # Before the tracker is waited for: a node that is killed meanwhile has ended as it ended.
-        write_json(outcome_path(self.folder), asdict(outcome))
+        patiently(lambda: write_json(outcome_path(self.folder), asdict(outcome)))
         if self.tracking is not None and not self.stopped_now:
             _drain(self.tracking, _TRACKING_DRAIN_S)
         if self.mirroring is not None and not self.stopped_now:
@@ -133,16 +158,11 @@ class _Node:
         kill_descendants()
         return asdict(outcome)
 
-    def _may_go_on(self, outcome: Outcome) -> bool:
-        """Whether the job is to start again, as far as the run itself can say."""
+    def _is_over(self, outcome: Outcome) -> bool:
+        """Whether the job is to end here, by what the run and the people behind it say."""
         standing = standing_stop(self.run)
         is_persons_stop = standing is not None and not standing.get("requeue")
-        if is_persons_stop or self.stopped_now:
-            return False
-        is_failure = outcome.exit_code == 1
-        return outcome.exit_code == 75 or (
-            is_failure and self._failed_turns() < self.config.launch.max_failures
-        )
+        return is_persons_stop or self.stopped_now or outcome.exit_code not in (1, 75)
 
     def _requeue(self, outcome: Outcome, job_id: str) -> dict[str, Any]:
         """Put the job back in the queue; Slurm then ends this process."""
@@ -150,10 +170,11 @@ class _Node:
         self._end_turn(outcome, exclude)
         if not slurm.is_here():  # in a container: the batch script does it, once this task has ended
             away_from = without_bad_nodes(self.run, self.cluster).exclude or ""
-            requeue_mark(self.submitit_folder, job_id, self.place.turn).write_text(away_from)
+            mark = requeue_mark(self.submitit_folder, job_id, self.place.turn)
+            patiently(lambda: mark.write_text(away_from))
             return {}
         try:
-            is_requeued = slurm.requeue(job_id, exclude)
+            is_requeued = slurm.requeue(job_id, self.place.turn, exclude)
         except LaunchError as error:
             return self._conclude(replace(outcome, cause=f"{outcome.cause}\n{error}"))
         if is_requeued:
@@ -182,12 +203,13 @@ class _Node:
         if self.tracking is not None:
             _drain(self.tracking, _HURRIED_DRAIN_S)
         kill_descendants()
-        clear_turn_stop(self.run)
+        with suppress(OSError):  # the next turn does it too
+            clear_turn_stop(self.run)
 
     def _failed_turns(self) -> int:
         """Turns of this job that ended in a failure since the last checkpoint, this one included."""
         count = 1
-        for line in record.read(self.run.events):
+        for line in patiently(lambda: list(record.read(self.run.events))):
             match line["event"]:
                 case "checkpoint_saved":
                     count = 1
@@ -201,13 +223,13 @@ class _Node:
 
     def _train(self) -> int:
         """Run torchrun to its end, turning signals into stop requests; its exit code."""
-        endpoint = meet(self.place, self.folder)
-        watch = Watch(self.config.launch.hang_timeout_s)
+        meeting = meet(self.place, self.folder)
+        watch = Watch(self.config.launch.hang_timeout_s, self.config.launch.start_timeout_s)
         environment = worker_environment(self.cluster, self.place, self.after, watch.name, dict(os.environ))
         logs = self.folder / "torchrun" / f"{self.place.turn}-{self.place.node}"
         with (self.folder / f"node-{self.place.node}.log").open("ab") as log:
             torchrun = subprocess.Popen(
-                torchrun_command(self.run, self.config, self.cluster, self.place, endpoint, logs),
+                torchrun_command(self.run, self.config, self.cluster, self.place, meeting, logs),
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -215,19 +237,19 @@ class _Node:
                 start_new_session=True,
                 preexec_fn=end_with_parent(signal.SIGKILL),
             )
-        next_listen = time.monotonic() + _LISTEN_S
+        next_look = time.monotonic() + _LOOK_S
         while torchrun.poll() is None:
             time.sleep(_POLL_S)
             if self.signal_name is not None:
                 self._pass_on(self.signal_name, torchrun.pid)
                 self.signal_name = None
-            if time.monotonic() >= next_listen:
-                next_listen = time.monotonic() + _LISTEN_S
-                if watch.silent(alive := workers(torchrun.pid)):
-                    self._end_hang(watch, alive)
-            stop = standing_stop(self.run)
-            if stop is not None and stop.get("now"):
-                self.stopped_now = True
+            if time.monotonic() < next_look:
+                continue
+            next_look = time.monotonic() + _LOOK_S
+            if watch.silent(alive := workers(torchrun.pid)):
+                self._end_hang(watch, alive)
+            self.stopped_now = (standing_stop(self.run) or {}).get("now", False)
+            if self.stopped_now or self._failures():
                 torchrun.kill()
                 kill_descendants(spare=self._spared())
         return torchrun.wait()
@@ -237,26 +259,33 @@ class _Node:
 
         Slurm signals the whole tree of processes or the task alone, by its proctrack plugin.
         """
-        if not self._is_current():
-            return
-        is_schedulers = self.place.job_id is not None
-        request_stop(self.run, signal_name, requeue=is_schedulers)
         for worker in workers(torchrun):
             with suppress(ProcessLookupError):
                 os.kill(worker, signal.SIGTERM)
+        is_schedulers = self.place.job_id is not None
+        try:
+            if self._is_current():
+                request_stop(self.run, signal_name, requeue=is_schedulers)
+        except OSError as error:  # our workers were told, and one that stops stops them all
+            print(f"the stop request cannot be written: {error}", flush=True)
 
     def _end_hang(self, watch: Watch, alive: Sequence[int]) -> None:
         """Find out who holds up the run, write it down, and end our workers: torchrun starts all again."""
-        attempt = self._own_attempt()
-        folder = self.run.attempt(attempt or 0)
+        attempt = watch.attempt
+        folder = self.run.attempt(attempt)
         suspects = watch.suspects(self.place.name, folder / f"node-{self.place.node}")
-        if attempt is not None:
-            report(folder, self.place.node, suspects)
-            everyone, silent_nodes = gather(folder, self.place.nodes)
-            if self.place.is_first:
-                culprit = culprits(everyone, silent_nodes)
-                print(f"no step for {watch.timeout_s:.0f} s: {culprit}", flush=True)
-                record.event(self.run.events, "hang", attempt=attempt, culprit=culprit)
+        silent_nodes: list[int] = []
+        if attempt:
+            try:
+                report(folder, self.place.node, suspects)
+                suspects, silent_nodes = gather(folder, self.place.nodes)
+            except OSError as error:
+                print(f"the report on the hang cannot be passed on: {error}", flush=True)
+        # While they start, each node speaks for its own: the others' workers may not even be there.
+        if self.place.is_first or not attempt:
+            culprit = culprits(suspects, silent_nodes)
+            print(f"no sign of life for {watch.silence_s:.0f} s: {culprit}", flush=True)
+            record.event(self.run.events, "hang", attempt=attempt or None, culprit=culprit)
         for worker in alive:
             with suppress(ProcessLookupError):
                 os.kill(worker, signal.SIGKILL)
@@ -275,6 +304,13 @@ class _Node:
                 preexec_fn=end_with_parent(signal.SIGTERM),
             )
 
+    def _failures(self) -> list[str]:
+        """What other nodes of this turn say of their failure."""
+        try:
+            return failures(self.place, self.folder)
+        except OSError:  # a shared file system that fails for a moment
+            return []
+
     def _spared(self) -> list[int]:
         return [process.pid for process in (self.tracking, self.mirroring) if process is not None]
 
@@ -290,7 +326,7 @@ class _Node:
         """The newest attempt of this turn."""
         mine = (self.place.job, self.place.turn)
         numbers = [number for number in self.run.attempt_numbers() if number > self.after]
-        return next((number for number in reversed(numbers) if self._owner(number) in (mine, None)), None)
+        return next((number for number in reversed(numbers) if self._owner(number) == mine), None)
 
     def _owner(self, attempt: int) -> tuple[str, int] | None:
         owner = read_json(self.run.attempt(attempt) / "OWNER.json")
@@ -301,20 +337,21 @@ class _Node:
         if attempt is not None:
             result = read_json(self.run.attempt(attempt) / "result.json")
             if result is not None:
-                return Outcome(int(result["exit_code"]), str(result["cause"]), attempt)
+                outcome = Outcome(int(result["exit_code"]), str(result["cause"]), attempt)
+                return self._with_nodes_given_again(outcome)
+        elsewhere = self._failures()
+        cause = "; ".join([f"the workers ended without a result (torchrun: {torchrun_code})", *elsewhere])
         if self.stopped_now:
             outcome = Outcome(1, "stopped at once, without saving, as asked", attempt)
-        elif self.was_signalled and self.place.job_id is not None:
+        elif self.was_signalled and self.place.job_id is not None and not elsewhere:
             # Slurm signals torchrun too, which dies of it while it still imports: no fault of the run.
-            cause = f"asked to stop, and the workers ended without a result (torchrun: {torchrun_code})"
-            outcome = Outcome(75, cause, attempt)
+            outcome = Outcome(75, f"asked to stop, and {cause}", attempt)
         else:
-            cause = f"the workers ended without a result (torchrun: {torchrun_code})"
             tail = _tail(self.folder / f"node-{self.place.node}.log")
             outcome = Outcome(1, f"{cause}\n{tail}".rstrip(), attempt)
         if attempt is not None:
             result = {"exit_code": outcome.exit_code, "cause": outcome.cause}
-            write_json(self.run.attempt(attempt) / "result.json", result)
+            patiently(lambda: write_json(self.run.attempt(attempt) / "result.json", result))
         name = "failed" if outcome.exit_code == 1 else "interrupted"
         record.event(self.run.events, name, cause=outcome.cause.splitlines()[0])
         return outcome
@@ -323,9 +360,21 @@ class _Node:
         """The nodes that this attempt's check has named."""
         if outcome.attempt is None:
             return []
-        return [
-            line["node"] for line in record.read(self.run.bad_nodes) if line.get("attempt") == outcome.attempt
-        ]
+        return [line["node"] for line in self._all_bad_nodes() if line.get("attempt") == outcome.attempt]
+
+    def _with_nodes_given_again(self, outcome: Outcome) -> Outcome:
+        """A stop for a bad node is a failure where that node had been named before: Slurm was asked to keep
+        the job away from it and has not, and would do so for ever.
+        """
+        named = {line["node"] for line in self._all_bad_nodes() if line.get("attempt") != outcome.attempt}
+        again = named.intersection(self._bad_nodes(outcome))
+        if outcome.exit_code != 75 or not again:
+            return outcome
+        given = f"Slurm has given the job {', '.join(sorted(again))} again, which it was to keep away from"
+        return replace(outcome, exit_code=1, cause=f"{outcome.cause}; {given}")
+
+    def _all_bad_nodes(self) -> list[dict[str, Any]]:
+        return patiently(lambda: [line for line in record.read(self.run.bad_nodes) if "node" in line])
 
     def _remove_leftovers_of_submitit(self) -> None:
         """A killed turn's half-written result would fail this one, and a whole one would pass for ours."""
@@ -350,6 +399,6 @@ def _drain(follower: subprocess.Popen[bytes], patience_s: float) -> None:
 def _tail(path: Path) -> str:
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
+    except OSError:
         return ""
     return "\n".join(lines[-_TAIL_LINES:])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.errors import LaunchError
-from gpt.run_dir import read_json, write_json
+from gpt.run_dir import is_listed, read_json, write_json
 from launcher import slurm
 from launcher.cluster import ClusterConfig
 
@@ -28,7 +28,6 @@ class Place:
     node: int
     nodes: int
     name: str
-    address: str
     job_id: str | None = None  # Slurm's; of a task of an array ARRAY_TASK, or scontrol would mean them all
 
     @property
@@ -37,11 +36,19 @@ class Place:
         return self.node == 0
 
 
+@dataclass(frozen=True)
+class Meeting:
+    """Where the nodes of a turn meet: this node's own address, and ADDRESS:PORT of the first node."""
+
+    address: str
+    endpoint: str
+
+
 def find_place(cluster: ClusterConfig) -> Place:
     """This node task's place, from the scheduler's environment. Raises LaunchError outside a job."""
     if cluster.kind == "local":
         job = os.environ.get("SUBMITIT_LOCAL_JOB_ID", str(os.getpid()))
-        return Place(f"local-{job}", 0, 0, 1, socket.gethostname(), "127.0.0.1")
+        return Place(f"local-{job}", 0, 0, 1, socket.gethostname())
     try:
         node, nodes, job_id, name = (
             os.environ[key] for key in ("SLURM_NODEID", "SLURM_NNODES", "SLURM_JOB_ID", "SLURMD_NODENAME")
@@ -52,38 +59,53 @@ def find_place(cluster: ClusterConfig) -> Place:
     if array is not None and task is not None:
         job_id = f"{array}_{task}"
     turn = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    address = slurm.node_address(name) if int(nodes) > 1 else "127.0.0.1"
-    return Place(f"slurm-{job_id}", turn, int(node), int(nodes), name, address, job_id)
+    return Place(f"slurm-{job_id}", turn, int(node), int(nodes), name, job_id)
 
 
-def meet(place: Place, folder: Path) -> str:
-    """ADDRESS:PORT at which the nodes of this turn rendezvous; one node alone takes any free port.
+def meet(place: Place, folder: Path) -> Meeting:
+    """Where the nodes of this turn rendezvous; one node alone takes any free port.
 
     The first node starts from a port derived from the job id, takes the next one that is free, and says
     in `folder`, which all nodes share, which it is. Raises LaunchError when it says nothing.
     """
     if place.nodes == 1:
-        return f"{place.address}:0"
+        return Meeting("127.0.0.1", "127.0.0.1:0")
+    address = slurm.node_address(place.name, [name for name in _nodes_of_job() if name != place.name])
     path = folder / f"meeting-{place.job}-{place.turn}.json"
     if place.is_first:
-        port = _free_port(
-            place.address, _PORTS[(int((place.job_id or "0").replace("_", "")) * 7) % len(_PORTS)]
-        )
-        write_json(path, {"address": place.address, "port": port})
+        port = _free_port(address, _PORTS[(int((place.job_id or "0").replace("_", "")) * 7) % len(_PORTS)])
+        write_json(path, {"address": address, "port": port})
     deadline = time.monotonic() + _MEETING_PATIENCE_S
-    while (found := read_json(path) if path.name in _names(folder) else None) is None:
+    while (found := read_json(path) if is_listed(path) else None) is None:
         if time.monotonic() > deadline:
             raise LaunchError(
                 f"{place.name} waited {_MEETING_PATIENCE_S:.0f} s for the first node's {path.name}: it did "
                 "not start, or the run directory is not on a file system that all nodes share."
             )
         time.sleep(_POLL_S)
-    return f"{found['address']}:{found['port']}"
+    return Meeting(address, f"{found['address']}:{found['port']}")
 
 
-def _names(folder: Path) -> list[str]:
-    """What is in `folder`: NFS caches for a while that a name is missing, but not a listing."""
-    return os.listdir(folder)  # noqa: PTH208 - names alone are wanted
+def _nodes_of_job() -> list[str]:
+    from submitit.slurm.slurm import SlurmJobEnvironment
+
+    return SlurmJobEnvironment().hostnames  # without a question to Slurm: a container may not have scontrol
+
+
+def report_failure(place: Place, folder: Path, cause: str) -> None:
+    """Tell the other nodes of this turn that this one has failed, and of what."""
+    path = folder / f"{_failure_prefix(place)}{place.node}.json"
+    write_json(path, {"cause": f"node {place.name}: {cause}"})
+
+
+def failures(place: Place, folder: Path) -> list[str]:
+    """What the nodes of this turn that have failed said."""
+    found = (read_json(path) for path in sorted(folder.glob(f"{_failure_prefix(place)}*.json")))
+    return [content["cause"] for content in found if content is not None]
+
+
+def _failure_prefix(place: Place) -> str:
+    return f"failure-{place.job}-{place.turn}-"
 
 
 def _free_port(address: str, wanted: int) -> int:

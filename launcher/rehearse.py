@@ -129,7 +129,7 @@ class Killer:
 
     def _kill(self) -> None:
         if self.cluster.kind == "slurm":
-            slurm.requeue(self._job_id())
+            slurm.requeue(self._job_id(), slurm.restarts(self._job_id()))
             return
         owner = read_json(self.run.attempt(self.run.attempt_numbers()[-1]) / "OWNER.json")
         assert owner is not None

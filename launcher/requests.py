@@ -7,13 +7,13 @@ import time
 from typing import Any
 
 from data_pipeline.errors import ConfigError
-from gpt.run_dir import RunDir, read_json, write_json
+from gpt.run_dir import RunDir, is_listed, read_json, write_json
 
 
 def standing_stop(run: RunDir) -> dict[str, Any] | None:
     """The stop request of `run`, if one stands; an empty or garbled file is a plain one."""
     try:
-        return read_json(run.stop)
+        return read_json(run.stop) if is_listed(run.stop) else None
     except ConfigError:
         return {}
     except OSError:  # a shared file system that fails for a moment: the request is read at the next look

@@ -44,16 +44,30 @@ def hostnames(node_list: str) -> list[str]:
     return _require(["scontrol", "show", "hostnames", node_list]).split()
 
 
-def node_address(node: str) -> str:
-    """The IP address of this node: its name's, or where the name is known to Slurm alone, its NodeAddr's.
+def node_address(node: str, others: Sequence[str]) -> str:
+    """The IP address at which the nodes `others` reach this one, which Slurm calls `node`.
 
-    In a container without Slurm's commands the machine's own name is all that is left to ask for.
+    On Debian a machine knows its own name as 127.0.1.1. There it is the address that this machine has
+    towards one of the others. Raises LaunchError when nobody knows one.
     """
+    try:
+        address = _address(node)
+    except LaunchError:
+        if is_here():
+            raise
+        address = socket.gethostbyname(socket.gethostname())  # in a container without Slurm's commands
+    if not address.startswith("127.") or not others:
+        return address
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((_address(others[0]), 9))  # of UDP: nothing is sent, the kernel chooses a route
+        return str(probe.getsockname()[0])
+
+
+def _address(node: str) -> str:
+    """The IP address of a node: its name's, or where the name is known to Slurm alone, its NodeAddr's."""
     try:
         return str(socket.getaddrinfo(node, None, socket.AF_INET)[0][4][0])
     except OSError:
-        if not is_here():
-            return socket.gethostbyname(socket.gethostname())
         found = re.search(r"NodeAddr=(\S+)", _require(["scontrol", "show", "node", node]))
         if found is None:
             raise LaunchError(f"neither this machine nor Slurm knows an address of node {node}") from None
@@ -120,11 +134,13 @@ def would_take(submission: str) -> str | None:
     return "; ".join(line.removeprefix("sbatch: ").removeprefix("error: ") for line in said) or None
 
 
-def is_wanted(job_id: str) -> bool:
-    """Whether the job has its nodes and nobody has cancelled it; waits for a controller that is away."""
+def is_wanted(job_id: str, turn: int) -> bool:
+    """Whether the job has its nodes in its turn `turn` and nobody has cancelled it; waits for a controller
+    that is away. A later turn may run while a node that was cut off still ends an earlier one.
+    """
     while (fields := job_fields(job_id)) is None:
         time.sleep(_PATIENCE_S)
-    return fields.get("JobState") == "RUNNING"
+    return fields.get("JobState") == "RUNNING" and int(fields.get("Restarts", "0")) == turn
 
 
 def comes_back(job_id: str, turn: int) -> bool:
@@ -132,7 +148,12 @@ def comes_back(job_id: str, turn: int) -> bool:
 
     Slurm counts a restart as soon as it is asked for, while the job still runs out.
     """
-    return int((job_fields(job_id) or {}).get("Restarts", "0")) > turn
+    return restarts(job_id) > turn
+
+
+def restarts(job_id: str) -> int:
+    """How often the job was put back in the queue, as far as Slurm says."""
+    return int((job_fields(job_id) or {}).get("Restarts", "0"))
 
 
 def partitions(names: str | None) -> list[dict[str, str]]:
@@ -175,15 +196,15 @@ def qos_fields(name: str) -> dict[str, str]:
     return dict(zip(columns.split(","), answer.stdout.splitlines()[0].split("|"), strict=False))
 
 
-def requeue(job_id: str, exclude: Sequence[str] = ()) -> bool:
-    """Put the running job `job_id` back in the queue, away from the nodes `exclude`; False once it is not
-    running any more. A controller that does not answer is asked again; one that answers and refuses for a
-    minute (the job may not be requeued at all) raises LaunchError.
+def requeue(job_id: str, turn: int, exclude: Sequence[str] = ()) -> bool:
+    """Put the job `job_id`, which runs its turn `turn`, back in the queue, away from the nodes `exclude`;
+    False once that turn is not running any more. A controller that does not answer is asked again; one that
+    answers and refuses for a minute (the job may not be requeued at all) raises LaunchError.
 
     Slurm ends this very process soon after: nothing may be left to do.
     """
     refusals = 0
-    while is_wanted(job_id):
+    while is_wanted(job_id, turn):
         before = (job_fields(job_id) or {}).get("ExcNodeList", "(null)")
         answer = _ask(["scontrol", "requeue", job_id])
         if answer is not None and answer.returncode == 0:
@@ -265,12 +286,12 @@ def _elsewhere(job_id: str) -> Standing:
 
 
 def _ask(command: list[str], question: str | None = None) -> "subprocess.CompletedProcess[str] | None":
-    """The answer, or None when there is no such command or it does not end in time."""
+    """The answer, or None when there is no such command, or it cannot run or does not end in time."""
     if shutil.which(command[0]) is None:
         return None
     try:
         return subprocess.run(command, input=question, capture_output=True, text=True, timeout=_QUESTION_S)
-    except subprocess.TimeoutExpired:
+    except (OSError, subprocess.TimeoutExpired):  # no memory for another process, say
         return None
 
 

@@ -8,7 +8,7 @@ from gpt.heartbeat import VARIABLE as HEARTBEAT
 from gpt.run_dir import RunDir
 from launcher.cluster import ClusterConfig
 from launcher.container import inside, needed_folders
-from launcher.place import Place
+from launcher.place import Meeting, Place
 from launcher.runs import python_module
 
 _FORWARDED = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"  # torchrun would die of the last two, and orphan
@@ -20,21 +20,21 @@ _OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFF
 
 
 def torchrun_command(
-    run: RunDir, config: RunConfig, cluster: ClusterConfig, place: Place, endpoint: str, logs: Path
+    run: RunDir, config: RunConfig, cluster: ClusterConfig, place: Place, meeting: Meeting, logs: Path
 ) -> list[str]:
     """torchrun with its c10d rendezvous, which restarts the workers of all nodes together.
 
-    The static rendezvous lets each node restart on its own. `endpoint` is ADDRESS:PORT of the first node.
+    The static rendezvous lets each node restart on its own.
     """
     command = python_module(
         "torch.distributed.run",
         f"--nnodes={place.nodes}",
         f"--nproc-per-node={cluster.processes}",
         "--rdzv-backend=c10d",
-        f"--rdzv-endpoint={endpoint}",
+        f"--rdzv-endpoint={meeting.endpoint}",
         f"--rdzv-id={run.path.name}-{place.job}-{place.turn}",
         f"--rdzv-conf=is_host={int(place.is_first)}",
-        f"--local-addr={place.address}",  # never a name lookup
+        f"--local-addr={meeting.address}",  # never a name lookup
         f"--max-restarts={config.launch.max_restarts}",
         "--monitor-interval=0.2",
         f"--signals-to-handle={_FORWARDED}",

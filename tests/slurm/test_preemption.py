@@ -44,3 +44,26 @@ def test_a_partition_that_cancels_after_a_grace_time_gives_the_run_back(new_slur
     run.wait_for_step(saved + 1)
     assert run.events("resumed")[-1]["step"] == saved
     assert len(run.events("requeued")) == 1
+
+
+# In the run's code, which the tasks import from: the interpreter itself takes its time, once.
+SLOW_PYTHON = """
+import os, time
+from pathlib import Path
+
+if os.environ.get("SLURM_STEP_ID") == "0" and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+    Path("{seen}").touch()
+    time.sleep(60)
+"""
+
+
+def test_preempted_before_python_listens_the_job_comes_back(new_slurm_run: NewRun) -> None:
+    run = new_slurm_run(schedule__total_steps=20)
+    run.launch(sbatch={"export": "NONE"})  # nor does the job see the environment of whoever submits it
+    seen = run.folder / "seen"
+    (run.dir.code / "sitecustomize.py").write_text(SLOW_PYTHON.format(seen=seen))
+    run.wait(seen.exists)
+    run.preempt()
+    assert run.wait_for_end()["exit_code"] == 0
+    assert [line["turn"] for line in run.events("turn_started")] == [1]
+    run.assert_nothing_is_left()

@@ -41,6 +41,8 @@ generation = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 def claim():
     number = max(run.attempt_numbers(), default=0) + 1
     run.attempt(number).mkdir()
+    owner = {"job": os.environ["OUTLAST_JOB"], "turn": int(os.environ["OUTLAST_TURN"])}
+    write_json(run.attempt(number) / "OWNER.json", owner)
     return number
 
 def finish(number, exit_code, cause):

@@ -12,7 +12,7 @@ from data_pipeline.errors import ConfigError
 from gpt.config import RunConfig
 from gpt.run_dir import RunDir
 from launcher.cluster import ClusterConfig, cluster_names, load_cluster
-from launcher.place import Place
+from launcher.place import Meeting, Place
 from launcher.runs import explicit
 from launcher.sbatch import slurm_parameters, submission_text
 from launcher.torchrun import torchrun_command, worker_environment
@@ -318,8 +318,9 @@ def test_apptainer_runs_torchrun_and_nothing_else_in_the_image(
 ) -> None:
     container = {"runtime": "apptainer", "image": "/images/outlast.sif", "mounts": ["/scratch:/s"]}
     cluster = ClusterConfig(kind="slurm", gpus_per_node=2, container=container)
-    place = Place("slurm-7", 0, 0, 1, "node1", "127.0.0.1", "7")
-    command = torchrun_command(RUN, CONFIG, cluster, place, "127.0.0.1:0", Path("/logs"))
+    place = Place("slurm-7", 0, 0, 1, "node1", "7")
+    meeting = Meeting("", "127.0.0.1:0")
+    command = torchrun_command(RUN, CONFIG, cluster, place, meeting, Path("/logs"))
     assert command[:9] == [
         "apptainer", "exec", "--nv", "--bind=/shared/runs:/shared/runs", "--bind=/shared/data:/shared/data",
         "--bind=/scratch:/s", "/images/outlast.sif", "python3", "-u",
@@ -329,7 +330,7 @@ def test_apptainer_runs_torchrun_and_nothing_else_in_the_image(
 
 
 def test_the_interface_is_that_of_nccl_and_of_gloo() -> None:
-    place = Place("slurm-7", 0, 0, 1, "node1", "127.0.0.1", "7")
+    place = Place("slurm-7", 0, 0, 1, "node1", "7")
     cluster = ClusterConfig(kind="slurm", interface="ib0", environment={"GLOO_SOCKET_IFNAME": "eth1"})
     environment = worker_environment(cluster, place, 0, "heartbeat", {})
     assert (environment["NCCL_SOCKET_IFNAME"], environment["GLOO_SOCKET_IFNAME"]) == ("ib0", "eth1")

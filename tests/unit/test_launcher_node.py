@@ -57,7 +57,7 @@ time.sleep(600)
 """
 
 
-HERE = Place("local-1", 0, 0, 1, "here", "127.0.0.1")
+HERE = Place("local-1", 0, 0, 1, "here")
 
 
 @pytest.fixture
@@ -109,6 +109,32 @@ if rank == 0:
         processes=2,
     )
     assert end_of(run, start(run)) == Outcome(0, "generation 1", 2)
+
+
+def test_a_worker_that_is_stuck_while_it_starts_is_named_and_all_start_again(folder: Path) -> None:
+    run = make_run(
+        folder,
+        """
+from gpt.heartbeat import WAITING, Heartbeat
+heartbeat = Heartbeat()
+if generation < 1:
+    heartbeat.beat(0, "importing" if rank else WAITING, is_starting=True)
+    time.sleep(600)
+if rank == 0:
+    finish(claim(), 0, f"generation {generation}")
+""",
+        processes=2,
+    )
+    config = read_json(run.config) or {}
+    limits = {"hang_timeout_s": 1, "start_timeout_s": 2}
+    write_json(run.config, {**config, "launch": {**config["launch"], **limits}})
+    assert end_of(run, start(run)) == Outcome(0, "generation 1", 1)
+    [hang] = [line for line in record.read(run.events) if line["event"] == "hang"]
+    host = os.uname().nodename
+    assert hang["culprit"] == (
+        f"rank 1 on {host} does not wait for the others, they do for it; importing: state S in /proc"
+    )
+    assert hang["attempt"] is None  # it had claimed none
 
 
 def test_workers_that_end_without_a_result_are_a_failure_with_their_last_words(folder: Path) -> None:
@@ -341,7 +367,7 @@ def test_workers_on_a_cpu_share_its_cores() -> None:
 
 
 def test_a_slurm_node_uses_the_cores_that_slurm_gave_it() -> None:
-    here = Place("slurm-7", 0, 0, 1, "node1", "127.0.0.1", "7")
+    here = Place("slurm-7", 0, 0, 1, "node1", "7")
     environment = worker_environment(ClusterConfig(kind="slurm"), here, 0, "", {"SLURM_CPUS_ON_NODE": "1"})
     assert environment["OMP_NUM_THREADS"] == "1"
 

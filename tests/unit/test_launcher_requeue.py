@@ -34,12 +34,12 @@ def controller(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
 def test_a_refusal_that_stands_is_told(controller: Callable[..., list[str]]) -> None:
     asked = controller(["Requested operation is presently disabled"])
     with pytest.raises(LaunchError, match="Requested operation is presently disabled"):
-        slurm.requeue("7")
+        slurm.requeue("7", 0)
     assert asked.count("requeue") == 12
 
 
 def test_a_controller_that_is_away_is_asked_until_it_is_back(controller: Callable[..., list[str]]) -> None:
     away = "Unable to contact slurm controller (connect failure)"
     asked = controller([*[away] * 40, ""])
-    assert slurm.requeue("7")
+    assert slurm.requeue("7", 0)
     assert asked.count("requeue") == 41
