@@ -40,6 +40,7 @@ from launcher.processes import (
 from launcher.requests import clear_turn_stop, request_stop, standing_stop
 from launcher.runs import python_module, read_cluster, read_config
 from launcher.sbatch import requeue_mark
+from launcher.scratch import make_scratch, remove_scratch
 from launcher.submit import Outcome, outcome_path, read_job, without_bad_nodes
 from launcher.torchrun import torchrun_command, worker_environment
 
@@ -80,12 +81,14 @@ class _Node:
         self.stopped_now = False
         self.tracking: subprocess.Popen[bytes] | None = None
         self.mirroring: subprocess.Popen[bytes] | None = None
+        self.scratch: Path | None = None
         self.after = max(patiently(run.attempt_numbers), default=0)
 
     def work(self) -> dict[str, Any]:
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
         signal.signal(signal.SIGCONT, signal.SIG_DFL)  # Slurm sends one before each SIGTERM; submitit logs it
+        self.scratch = make_scratch(self.place)
         adopt_orphans()
         end_self_with_parent(signal.SIGKILL)  # a job whose controller or slurmstepd is gone passes for dead
         patiently(self._remove_leftovers_of_submitit)
@@ -103,6 +106,7 @@ class _Node:
         if outcome is None:
             # Another copy of the run has started since. Not a file of the run is ours to write any more.
             print("another job has taken the run over; this one ends without a word", flush=True)
+            self._leave_nothing()
             return {}
         if self.place.job_id is None or self._is_over(outcome):
             return self._conclude(outcome)
@@ -134,7 +138,7 @@ class _Node:
         """The part of every node but the first: train, and tell the first one of a failure."""
         try:
             code = self._train()
-            kill_descendants()
+            self._leave_nothing()
             attempt = self._own_attempt()
             has_result = attempt is not None and (self.run.attempt(attempt) / "result.json").exists()
             if code != 0 and not has_result and standing_stop(self.run) is None and not self._failures():
@@ -143,10 +147,15 @@ class _Node:
                 )
         except Exception as error:
             traceback.print_exc()
-            kill_descendants()
+            self._leave_nothing()
             # Where even this cannot be written, srun ends the other nodes for it (--kill-on-bad-exit).
             report_failure(self.place, self.folder, f"the node task failed: {error!r}")
         return {}
+
+    def _leave_nothing(self) -> None:
+        """End every process that this task has started, and remove what they wrote into TMPDIR."""
+        kill_descendants()
+        remove_scratch(self.scratch)
 
     def _conclude(self, outcome: Outcome) -> dict[str, Any]:
         # Before the tracker is waited for: a node that is killed meanwhile has ended as it ended.
@@ -155,7 +164,7 @@ class _Node:
             _drain(self.tracking, _TRACKING_DRAIN_S)
         if self.mirroring is not None and not self.stopped_now:
             _drain(self.mirroring, _MIRRORING_DRAIN_S)
-        kill_descendants()
+        self._leave_nothing()
         return asdict(outcome)
 
     def _is_over(self, outcome: Outcome) -> bool:
@@ -202,7 +211,7 @@ class _Node:
         )
         if self.tracking is not None:
             _drain(self.tracking, _HURRIED_DRAIN_S)
-        kill_descendants()
+        self._leave_nothing()
         with suppress(OSError):  # the next turn does it too
             clear_turn_stop(self.run)
 
@@ -229,7 +238,9 @@ class _Node:
         logs = self.folder / "torchrun" / f"{self.place.turn}-{self.place.node}"
         with (self.folder / f"node-{self.place.node}.log").open("ab") as log:
             torchrun = subprocess.Popen(
-                torchrun_command(self.run, self.config, self.cluster, self.place, meeting, logs),
+                torchrun_command(
+                    self.run, self.config, self.cluster, self.place, meeting, logs, self._mounts()
+                ),
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -296,7 +307,7 @@ class _Node:
         with (self.folder / log_name).open("ab") as log:
             command = python_module(module, str(self.run.path))
             return subprocess.Popen(
-                inside(command, self.cluster, needed_folders(self.run, self.config)),
+                inside(command, self.cluster, self._mounts()),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -310,6 +321,10 @@ class _Node:
             return failures(self.place, self.folder)
         except OSError:  # a shared file system that fails for a moment
             return []
+
+    def _mounts(self) -> list[Path]:
+        """The folders that what runs in a container must see."""
+        return [*needed_folders(self.run, self.config), *([self.scratch] if self.scratch else [])]
 
     def _spared(self) -> list[int]:
         return [process.pid for process in (self.tracking, self.mirroring) if process is not None]

@@ -1,13 +1,14 @@
 """The command and the environment of torchrun on one node: everything that the workers are told."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from gpt.config import RunConfig
 from gpt.heartbeat import VARIABLE as HEARTBEAT
 from gpt.run_dir import RunDir
 from launcher.cluster import ClusterConfig
-from launcher.container import inside, needed_folders
+from launcher.container import inside
 from launcher.place import Meeting, Place
 from launcher.runs import python_module
 
@@ -20,7 +21,13 @@ _OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFF
 
 
 def torchrun_command(
-    run: RunDir, config: RunConfig, cluster: ClusterConfig, place: Place, meeting: Meeting, logs: Path
+    run: RunDir,
+    config: RunConfig,
+    cluster: ClusterConfig,
+    place: Place,
+    meeting: Meeting,
+    logs: Path,
+    mounts: Sequence[Path],
 ) -> list[str]:
     """torchrun with its c10d rendezvous, which restarts the workers of all nodes together.
 
@@ -44,7 +51,7 @@ def torchrun_command(
         "gpt.train",
         str(run.path),
     )
-    return inside(command, cluster, needed_folders(run, config))
+    return inside(command, cluster, mounts)
 
 
 def worker_environment(

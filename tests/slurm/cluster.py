@@ -68,7 +68,13 @@ class SlurmCluster:
         self.folder = folder
         folder.chmod(0o755)  # munge refuses a socket that others cannot reach
         self.nodes = [f"node{number}" for number in range(1, nodes + 1)]
-        self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
+        self.temporary_files = folder / "tmp"
+        self.temporary_files.mkdir()
+        self.environment = {
+            **os.environ,
+            "SLURM_CONF": str(folder / "slurm.conf"),
+            "TMPDIR": str(self.temporary_files),
+        }
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         host = socket.gethostname().partition(".")[0]
         lines = [

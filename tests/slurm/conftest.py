@@ -154,8 +154,11 @@ class SlurmRun(Run):
         return "\n".join(f"== {file}\n{file.read_text()[-3000:]}" for file in files if file.exists())
 
     def assert_nothing_is_left(self) -> None:
-        """No process of the run lives, and so no port is held, once Slurm has cleaned up."""
+        """No process of the run lives, and so no port is held, and no temporary folder is there, once Slurm
+        has cleaned up.
+        """
         wait_for(lambda: not processes_naming(str(self.dir.path)), 30)
+        wait_for(lambda: not list(self.cluster.temporary_files.glob("outlast-*")), 30)
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from launcher.submit import Job, submit
 
 # What the fake workers share: rank, attempt, a way to finish as gpt.train does, the parent-death signal.
 WORKER_PRELUDE = """
-import json, os, signal, sys, time
+import json, os, signal, sys, tempfile, time
 from pathlib import Path
 from gpt.run_dir import RunDir, write_json
 from launcher.processes import end_self_with_parent
@@ -36,6 +36,7 @@ for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
 run = RunDir(Path(sys.argv[1]))
 rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 generation = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+Path(tempfile.gettempdir(), f"torchinductor_{rank}").mkdir(exist_ok=True)  # as torch does
 (run.path / f"worker-{generation}-{rank}").write_text(str(os.getpid()))
 
 def claim():

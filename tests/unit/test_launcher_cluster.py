@@ -319,8 +319,8 @@ def test_apptainer_runs_torchrun_and_nothing_else_in_the_image(
     container = {"runtime": "apptainer", "image": "/images/outlast.sif", "mounts": ["/scratch:/s"]}
     cluster = ClusterConfig(kind="slurm", gpus_per_node=2, container=container)
     place = Place("slurm-7", 0, 0, 1, "node1", "7")
-    meeting = Meeting("", "127.0.0.1:0")
-    command = torchrun_command(RUN, CONFIG, cluster, place, meeting, Path("/logs"))
+    meeting, mounts = Meeting("", "127.0.0.1:0"), [Path("/shared/runs"), Path("/shared/data")]
+    command = torchrun_command(RUN, CONFIG, cluster, place, meeting, Path("/logs"), mounts)
     assert command[:9] == [
         "apptainer", "exec", "--nv", "--bind=/shared/runs:/shared/runs", "--bind=/shared/data:/shared/data",
         "--bind=/scratch:/s", "/images/outlast.sif", "python3", "-u",

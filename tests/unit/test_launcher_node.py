@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -61,16 +62,25 @@ HERE = Place("local-1", 0, 0, 1, "here")
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
-    """A run directory to be; whatever still names it afterwards is ended, so that one failure stays one."""
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A run directory to be, beside the folder for temporary files; whatever still names it afterwards is
+    ended, so that one failure stays one.
+    """
     path = tmp_path / "run"
+    temporary_files(path).mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary_files(path)))
     yield path
     kill_tree(path)
+
+
+def temporary_files(run: Path) -> Path:
+    return run.with_name("tmp")
 
 
 def end_of(run: RunDir, job: Job) -> Outcome:
     """How the job ends; nothing of it may be left."""
     wait_for(lambda: job.pid is not None and not is_alive(job.pid))
+    assert list(temporary_files(run.path).iterdir()) == []
     assert state(run, job) == "ended"
     assert processes_naming(str(run.path)) == []
     return outcome_of(run, job)
@@ -109,6 +119,26 @@ if rank == 0:
         processes=2,
     )
     assert end_of(run, start(run)) == Outcome(0, "generation 1", 2)
+
+
+@pytest.mark.chaos  # half a minute: torchrun's own wait between SIGTERM and SIGKILL
+def test_a_peer_that_waits_for_ever_does_not_hold_up_the_restart(folder: Path) -> None:
+    # What a rank in an NCCL kernel is when its peer has died: deaf to SIGTERM, and never done.
+    run = make_run(
+        folder,
+        """
+if generation < 1:
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(3600)
+if rank == 0:
+    finish(claim(), 0, f"generation {generation}")
+""",
+        processes=2,
+    )
+    started = time.monotonic()
+    assert end_of(run, start(run)) == Outcome(0, "generation 1", 1)
+    assert time.monotonic() - started < 60  # launch.collective_timeout_s is 1200
 
 
 def test_a_worker_that_is_stuck_while_it_starts_is_named_and_all_start_again(folder: Path) -> None:
@@ -233,6 +263,7 @@ def test_a_killed_process_leaves_no_orphan(folder: Path, victim: str) -> None:
     [pid] = [pid for pid in family if victim in command_line(pid)]
     os.kill(pid, signal.SIGKILL)
     wait_for(lambda: not any(is_alive(pid) for pid in family))
+    wait_for(lambda: list(temporary_files(folder).iterdir()) == [])
     assert state(run, job) == "ended"
     if victim == "torch.distributed.run":
         assert outcome_of(run, job).cause.startswith("the workers ended without a result (torchrun: -9)")
