@@ -79,6 +79,7 @@ class _Node:
         self.signal_name: str | None = None
         self.was_signalled = False
         self.stopped_now = False
+        self.hangs_at_start = 0
         self.tracking: subprocess.Popen[bytes] | None = None
         self.mirroring: subprocess.Popen[bytes] | None = None
         self.scratch: Path | None = None
@@ -259,6 +260,8 @@ class _Node:
             next_look = time.monotonic() + _LOOK_S
             if watch.silent(alive := workers(torchrun.pid)):
                 self._end_hang(watch, alive)
+                if self.hangs_at_start == self.config.launch.max_failures:
+                    torchrun.kill()  # it would try a hundred times; another turn may get other nodes
             self.stopped_now = (standing_stop(self.run) or {}).get("now", False)
             if self.stopped_now or self._failures():
                 torchrun.kill()
@@ -293,6 +296,7 @@ class _Node:
             except OSError as error:
                 print(f"the report on the hang cannot be passed on: {error}", flush=True)
         # While they start, each node speaks for its own: the others' workers may not even be there.
+        self.hangs_at_start += not attempt
         if self.place.is_first or not attempt:
             culprit = culprits(suspects, silent_nodes)
             print(f"no sign of life for {watch.silence_s:.0f} s: {culprit}", flush=True)

@@ -141,30 +141,28 @@ if rank == 0:
     assert time.monotonic() - started < 60  # launch.collective_timeout_s is 1200
 
 
-def test_a_worker_that_is_stuck_while_it_starts_is_named_and_all_start_again(folder: Path) -> None:
+def test_a_worker_that_is_stuck_while_it_starts_is_named_and_not_for_ever_started_again(folder: Path) -> None:
     run = make_run(
         folder,
         """
 from gpt.heartbeat import WAITING, Heartbeat
 heartbeat = Heartbeat()
-if generation < 1:
-    heartbeat.beat(0, "importing" if rank else WAITING, is_starting=True)
-    time.sleep(600)
-if rank == 0:
-    finish(claim(), 0, f"generation {generation}")
+heartbeat.beat(0, "importing" if rank else WAITING, is_starting=True)
+time.sleep(600)
 """,
         processes=2,
     )
     config = read_json(run.config) or {}
-    limits = {"hang_timeout_s": 1, "start_timeout_s": 2}
+    limits = {"hang_timeout_s": 1, "start_timeout_s": 2, "max_failures": 2}
     write_json(run.config, {**config, "launch": {**config["launch"], **limits}})
-    assert end_of(run, start(run)) == Outcome(0, "generation 1", 1)
-    [hang] = [line for line in record.read(run.events) if line["event"] == "hang"]
+    assert end_of(run, start(run)).cause.startswith("the workers ended without a result (torchrun: -9)")
+    hang, again = [line for line in record.read(run.events) if line["event"] == "hang"]
     host = os.uname().nodename
     assert hang["culprit"] == (
         f"rank 1 on {host} does not wait for the others, they do for it; importing: state S in /proc"
     )
     assert hang["attempt"] is None  # it had claimed none
+    assert again["culprit"] == hang["culprit"]  # and after two of them the turn is over
 
 
 def test_workers_that_end_without_a_result_are_a_failure_with_their_last_words(folder: Path) -> None:
