@@ -33,13 +33,14 @@ from launcher.children import sample_command
 from launcher.cluster import ClusterConfig
 from launcher.data_commands import prepare_with_progress
 from launcher.follow import Attendance, Display, Follower, Update, duration, outcome_of
+from launcher.jobs import Outcome
 from launcher.launch import command_line, show_warnings
 from launcher.paths import absolute
 from launcher.plan import plan, size
 from launcher.preflight import examine
 from launcher.recipes import recipe_path, run_tables
 from launcher.runs import create_run, next_run_folder
-from launcher.submit import Outcome, submit
+from launcher.submit import submit
 
 PROMPT = "And it came to pass"
 VAL_FRACTION = 0.05

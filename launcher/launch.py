@@ -29,6 +29,7 @@ from launcher.branch import find_origin, plant
 from launcher.changes import DATA, fingerprint_changes, judge
 from launcher.cluster import ClusterConfig
 from launcher.follow import Follower, outcome_of, watch
+from launcher.jobs import Job, Lookout, claim_start, read_job, refuse_while_alive, state
 from launcher.mirrors import fetch_newer, fetch_run, set_later_aside
 from launcher.paths import absolute
 from launcher.plan import ASSUMED_MFU, plan, table
@@ -46,7 +47,7 @@ from launcher.runs import (
     runs_folder,
 )
 from launcher.sbatch import submission_text
-from launcher.submit import Job, Lookout, claim_start, read_job, refuse_while_alive, state, submit
+from launcher.submit import submit
 
 _POLL_S = 0.2
 _SILENCE_S = 120.0  # a controller restarts in less

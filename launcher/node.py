@@ -29,6 +29,7 @@ from launcher import slurm
 from launcher.cluster import ClusterConfig
 from launcher.container import inside, needed_folders
 from launcher.hangs import Watch, culprits, gather, report
+from launcher.jobs import Outcome, outcome_path, read_job
 from launcher.place import Place, failures, find_place, meet, report_failure
 from launcher.processes import (
     adopt_orphans,
@@ -41,7 +42,7 @@ from launcher.requests import clear_turn_stop, request_stop, standing_stop
 from launcher.runs import python_module, read_cluster, read_config
 from launcher.sbatch import requeue_mark
 from launcher.scratch import make_scratch, remove_scratch
-from launcher.submit import Outcome, outcome_path, read_job, without_bad_nodes
+from launcher.submit import without_bad_nodes
 from launcher.torchrun import torchrun_command, worker_environment
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)

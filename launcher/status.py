@@ -22,9 +22,9 @@ from gpt.checkpoint.format import committed
 from gpt.run_dir import RunDir
 from launcher import slurm
 from launcher.follow import duration
+from launcher.jobs import Job, Outcome, read_job, read_outcome, standings
 from launcher.runs import read_config
 from launcher.slurm import Standing
-from launcher.submit import Job, Outcome, read_job, read_outcome, standings
 
 _TAIL_BYTES = 1 << 18  # about a thousand steps
 _WATCH_S = 5.0  # squeue is a shared service

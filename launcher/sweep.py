@@ -29,6 +29,7 @@ from data_pipeline.errors import ConfigError, LaunchError, OutlastError
 from gpt.run_dir import RunDir, write_json
 from launcher.cluster import ClusterConfig
 from launcher.follow import Follower, watch
+from launcher.jobs import claim_start
 from launcher.launch import command_line, show_warnings
 from launcher.paths import absolute
 from launcher.preflight import Request, examine
@@ -47,7 +48,7 @@ from launcher.runs import (
     snapshot_code,
 )
 from launcher.status import statuses
-from launcher.submit import claim_start, submit, submit_together
+from launcher.submit import submit, submit_together
 
 _LARGEST_GRID = 1000  # Slurm's default MaxArraySize is 1001
 _OTHER_FILES = 256  # that a process has open, at most

@@ -20,9 +20,10 @@ from data_pipeline.tokenizer import train_tokenizer
 from gpt.config import RunConfig
 from gpt.run_dir import RunDir, write_json
 from launcher.cluster import ClusterConfig
+from launcher.jobs import Job
 from launcher.processes import descendants, identity
 from launcher.runs import explicit, snapshot_code
-from launcher.submit import Job, submit
+from launcher.submit import submit
 
 # What the fake workers share: rank, attempt, a way to finish as gpt.train does, the parent-death signal.
 WORKER_PRELUDE = """

@@ -18,11 +18,11 @@ from gpt.checkpoint.format import verify
 from gpt.run_dir import RunDir, read_json, write_json
 from launcher.cluster import ClusterConfig
 from launcher.follow import outcome_of
+from launcher.jobs import Job, Outcome, read_job, refuse_while_alive, state
 from launcher.place import Place, find_place
 from launcher.processes import identity
 from launcher.requests import request_stop
 from launcher.runs import read_config
-from launcher.submit import Job, Outcome, read_job, refuse_while_alive, state
 from launcher.torchrun import worker_environment
 from tests.unit.checkpoint_support import write_checkpoint
 from tests.unit.launcher_support import (

@@ -20,10 +20,10 @@ from gpt.config import RunConfig
 from gpt.run_dir import RunDir, read_json, write_json
 from launcher import launch, slurm
 from launcher.follow import Follower, watch
+from launcher.jobs import Job, refuse_while_alive
 from launcher.logs import lines
 from launcher.requests import request_stop
 from launcher.status import statuses
-from launcher.submit import Job, refuse_while_alive
 
 
 class Scheduler:

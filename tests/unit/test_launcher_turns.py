@@ -15,9 +15,9 @@ import pytest
 from gpt import record
 from gpt.run_dir import RunDir, read_json, write_json
 from launcher.cluster import ClusterConfig
+from launcher.jobs import Outcome
 from launcher.node import _Node
 from launcher.runs import explicit
-from launcher.submit import Outcome
 from tests.unit.launcher_support import make_run
 
 SCONTROL = """#!/bin/sh
