@@ -98,18 +98,18 @@ def standings(jobs: Iterable[tuple[RunDir, Job]]) -> dict[Path, Standing]:
         if read_outcome(run, job) is not None:
             found[run.path] = Standing("ended")
         elif job.executor == "local":
-            found[run.path] = Standing(_local_state(job))
+            found[run.path] = _local_standing(job)
         else:
             questions[run.path] = job.job_id
     answers = slurm.standings(questions.values())
     return found | {path: answers[job_id] for path, job_id in questions.items()}
 
 
-def _local_state(job: Job) -> str:
+def _local_standing(job: Job) -> Standing:
     if job.host != socket.gethostname():
-        return "unknown"
+        return Standing("unknown", reason=f"started on {job.host}")
     is_alive = job.process is not None and job.pid is not None and identity(job.pid) == job.process
-    return "running" if is_alive else "ended"
+    return Standing("running" if is_alive else "ended")
 
 
 class Lookout:

@@ -27,11 +27,16 @@ _AWAY = "Unable to contact slurm controller"
 
 @dataclass(frozen=True)
 class Standing:
-    """How a job stands: "running", "pending", "ended" or "unknown"; Slurm's own word; its reason or nodes."""
+    """How a job stands: "running", "pending", "ended" or "unknown"; Slurm's own word; its reason or nodes,
+    or why nobody can say.
+    """
 
     word: str
     slurm_state: str = ""
     reason: str = ""
+
+
+_SILENT = Standing("unknown", reason="Slurm is silent")
 
 
 def is_here() -> bool:
@@ -92,13 +97,13 @@ def standings(job_ids: Iterable[str]) -> dict[str, Standing]:
         return {}
     found = _rows("--me")
     if found is None:
-        return dict.fromkeys(wanted, Standing("unknown"))
+        return dict.fromkeys(wanted, _SILENT)
     # Not among this user's: another user's, or one that Slurm has forgotten.
     others = [job_id for job_id in wanted if job_id not in found]
     if len(others) == 1:  # of a single one that is forgotten squeue makes an error like any other
         return {job_id: found.get(job_id) or _elsewhere(job_id) for job_id in wanted}
     left = _rows(f"--jobs={','.join(others)}") if others else {}
-    unseen = Standing("unknown" if left is None else "ended")
+    unseen = _SILENT if left is None else Standing("ended")
     return {job_id: ({**(left or {}), **found}).get(job_id, unseen) for job_id in wanted}
 
 
@@ -277,7 +282,7 @@ def _elsewhere(job_id: str) -> Standing:
     """A job that is not among this user's: another user's run, or one that Slurm has forgotten."""
     fields = job_fields(job_id)
     if fields is None:
-        return Standing("unknown")
+        return _SILENT
     if not fields:
         return Standing("ended")
     return _standing(

@@ -236,7 +236,7 @@ def _claimed(runs: Sequence[RunDir], claims: ExitStack) -> tuple[list[RunDir], d
         if now.state == "unreadable":
             left_out[run.path] = now.reason or ""
         elif now.state == "unknown":
-            left_out[run.path] = f"nobody says here whether its job {now.job_id} has ended"
+            left_out[run.path] = f"nobody says here whether its job {now.job_id} has ended ({now.reason})"
         elif now.state not in _ALIVE and (now.checkpoint_step or 0) < now.total_steps:
             waiting.append(run)
     return waiting, left_out

@@ -22,6 +22,7 @@ from launcher import launch, slurm
 from launcher.follow import Follower, watch
 from launcher.jobs import Job, refuse_while_alive
 from launcher.logs import lines
+from launcher.recipes import run_tables
 from launcher.requests import request_stop
 from launcher.status import statuses
 
@@ -176,6 +177,8 @@ def test_a_run_whose_job_may_live_for_all_that_slurm_says_is_not_started_again(
         "answer. Try again once they do, or on a login node of that cluster; if you know that the job is "
         f"over, remove {run.job} first."
     )
+    write_json(run.config, run_tables("tiny", ["data.path=/data"])[0])
+    assert [(row.state, row.reason) for row in statuses([run])] == [("unknown", "Slurm is silent")]
     run.job.unlink()
     refuse_while_alive(run)
 

@@ -139,7 +139,9 @@ def test_a_run_whose_job_may_live_is_not_started_by_its_sweep(
     assert take_up(home, None, None, attend=None) == 1
     assert [run.job.read_bytes() for run in (alive, elsewhere)] == before
     said = capsys.readouterr().err
-    assert "0002_seed=2 is left out: nobody says here whether its job 1 has ended" in said
+    assert (
+        "0002_seed=2 is left out: nobody says here whether its job 1 has ended (started on not-here)" in said
+    )
     assert "0001" not in said
 
 
