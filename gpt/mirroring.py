@@ -6,15 +6,12 @@ The newest comes first; older ones follow as time permits. The mirror keeps what
 keeps. A mirror that fails is an event and a later try, never a matter for training. Torch-free.
 """
 
-import os
-import signal
 import sys
 import threading
 import time
 from pathlib import Path
-from types import FrameType
 
-from gpt import record
+from gpt import beside, record
 from gpt.checkpoint.format import committed, is_pinned
 from gpt.checkpoint.mirror import Mirror, MirrorError
 from gpt.checkpoint.retention import kept
@@ -23,7 +20,7 @@ from gpt.run_dir import RunDir, read_json
 
 POLL_S = 2.0
 RETRY_S = 30.0
-DRAIN_S = 540.0  # the node task waits a little longer for this process
+PATIENCE_S = 45.0  # with a mirror that fails, once the run has ended
 
 
 class Copier:
@@ -74,46 +71,26 @@ class Copier:
 
 
 def follow(run_dir: RunDir, config: CheckpointConfig, ended: threading.Event) -> None:
-    """Copy until `ended` is set and all that is committed is there, or DRAIN_S after that."""
+    """Copy until `ended` is set and all that is committed is there, or PATIENCE_S after that."""
     copier: Copier | None = None
     failure = ""
-    deadline = float("inf")
-    while True:
-        is_last_round = ended.is_set()
-        if is_last_round:
-            deadline = min(deadline, time.monotonic() + DRAIN_S)
-        try:
-            copier = copier or Copier(run_dir, config)
-            while copier.copy_next():
-                failure = ""
-            if is_last_round:
-                return
-            ended.wait(POLL_S)
-        except Exception as error:  # whatever a store does, training goes on
-            if str(error) != failure:
-                failure = str(error)
-                record.event(run_dir.events, "mirror_failed", reason=failure)
-            print(f"{type(error).__name__}: {error}", flush=True)
-            if is_last_round and time.monotonic() > deadline - RETRY_S:
-                return
-            time.sleep(RETRY_S) if is_last_round else ended.wait(RETRY_S)
 
+    def copy_all(_is_last: bool) -> None:
+        nonlocal copier, failure
+        copier = copier or Copier(run_dir, config)
+        while copier.copy_next():
+            failure = ""
 
-def main(path: Path) -> None:
-    """Follow the run in `path` until SIGTERM."""
-    ended = threading.Event()
+    def say(error: Exception) -> None:
+        nonlocal failure
+        print(f"{type(error).__name__}: {error}", flush=True)
+        if str(error) != failure:
+            failure = str(error)
+            record.event(run_dir.events, "mirror_failed", reason=failure)
 
-    def on_end(_number: int, _frame: FrameType | None) -> None:
-        ended.set()
-
-    signal.signal(signal.SIGTERM, on_end)
-    # Stop requests are for the workers; what they leave behind is still to be copied.
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-    os.nice(10)
-    run_dir = RunDir(path)
-    follow(run_dir, RunConfig.model_validate_json(run_dir.config.read_text()).checkpoint, ended)
+    beside.follow(copy_all, ended, failed=say, poll_s=POLL_S, retry_s=RETRY_S, patience_s=PATIENCE_S)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run = RunDir(Path(sys.argv[1]))
+    follow(run, RunConfig.model_validate_json(run.config.read_text()).checkpoint, beside.until_asked_to_end())

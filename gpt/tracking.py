@@ -7,17 +7,14 @@ what was not sent waits in the record for the next start. Nothing here is ever r
 """
 
 import os
-import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from data_pipeline.config_file import dotted
-from gpt import record
+from gpt import beside, record
 from gpt.config import RunConfig
 from gpt.run_dir import RunDir, read_json, write_json
 
@@ -136,24 +133,19 @@ def fail_soon(environment: MutableMapping[str, str]) -> None:
 def follow(run_dir: RunDir, run: RunConfig, ended: threading.Event) -> None:
     """Mirror the record until `ended` is set and all of it is sent, or DRAIN_S after that."""
     mirror: Mirror | None = None
-    deadline = float("inf")
-    while True:
-        is_last_round = ended.is_set()
-        if is_last_round:
-            deadline = min(deadline, time.monotonic() + DRAIN_S)
-        try:
-            mirror = mirror or Mirror(run_dir, run)
-            mirror.send()
-            if is_last_round:
-                mirror.close()
-                return
-            ended.wait(POLL_S)
-        except Exception as error:  # whatever a tracker does, training goes on
-            print(f"MLflow: {type(error).__name__}: {error}", flush=True)
-            if is_last_round and time.monotonic() > deadline - RETRY_S:
-                print("MLflow: gave up; the rest stays in the record", flush=True)
-                return
-            time.sleep(RETRY_S) if is_last_round else ended.wait(RETRY_S)
+
+    def send(is_last: bool) -> None:
+        nonlocal mirror
+        mirror = mirror or Mirror(run_dir, run)
+        mirror.send()
+        if is_last:
+            mirror.close()
+
+    def say(error: Exception) -> None:
+        print(f"MLflow: {type(error).__name__}: {error}", flush=True)
+
+    if not beside.follow(send, ended, failed=say, poll_s=POLL_S, retry_s=RETRY_S, patience_s=DRAIN_S):
+        print("MLflow: gave up; the rest stays in the record", flush=True)
 
 
 def _take(lines: Iterator[dict[str, Any]], metrics: int) -> list[dict[str, Any]]:
@@ -166,22 +158,8 @@ def _take(lines: Iterator[dict[str, Any]], metrics: int) -> list[dict[str, Any]]
     return taken
 
 
-def main(path: Path) -> None:
-    """Follow the run in `path` until SIGTERM."""
-    ended = threading.Event()
-
-    def on_end(_number: int, _frame: FrameType | None) -> None:
-        ended.set()
-
-    signal.signal(signal.SIGTERM, on_end)
-    # Stop requests are for the workers; what they leave behind is still to be sent.
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-    fail_soon(os.environ)
-    os.nice(10)
-    run_dir = RunDir(path)
-    follow(run_dir, RunConfig.model_validate_json(run_dir.config.read_text()), ended)
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    ended = beside.until_asked_to_end()
+    fail_soon(os.environ)
+    directory = RunDir(Path(sys.argv[1]))
+    follow(directory, RunConfig.model_validate_json(directory.config.read_text()), ended)
