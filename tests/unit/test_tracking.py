@@ -121,6 +121,7 @@ def test_a_server_that_comes_late_gets_every_point(
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setattr("gpt.tracking.RETRY_S", 0.5)
+    monkeypatch.setattr("gpt.tracking.DRAIN_S", 170.0)  # on a busy machine the server starts for a minute
     uri, command = server
     run = config(uri=uri)
     add_steps(run_dir, 1, 5)
@@ -135,7 +136,7 @@ def test_a_server_that_comes_late_gets_every_point(
     try:
         add_steps(run_dir, 6, 9)
         ended.set()
-        thread.join(timeout=60)
+        thread.join(timeout=180)
         assert not thread.is_alive()
         run_id = (read_json(run_dir.tracking) or {})["run_id"]
         assert history(uri, run_id) == [(step, 1.0 / step) for step in range(1, 10)]
