@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -20,7 +21,7 @@ import xxhash
 from data_pipeline.compression import DamagedError, decompress
 from data_pipeline.errors import DataError
 from data_pipeline.hub import RowSource
-from data_pipeline.remote import unreadable
+from data_pipeline.remote import in_words, unreadable
 from data_pipeline.sources import SourceFile
 
 _READ_BYTES = 1 << 20
@@ -181,23 +182,37 @@ class DocumentReader:
                         yield BadDocument(1, f"no column {self._text_field!r}; it has {', '.join(names)}")
                     return
                 groups = _row_groups(table.metadata, self._span.start, self._span.stop)
-                rows = sum(table.metadata.row_group(group).num_rows for group in groups)
-                for batch in table.iter_batches(
-                    batch_size=1024, row_groups=groups, columns=[self._text_field]
-                ):
-                    for value in batch.column(0):
-                        yield self._cell(value, self._text_field)
-                    self.bytes_read = self._span.size_bytes * self.line // max(1, rows)
+                sizes = [int(table.metadata.row_group(group).num_rows) for group in groups]
+                for group, begin, size in zip(groups, accumulate(sizes, initial=0), sizes, strict=False):
+                    try:
+                        yield from self._row_group(table, group)
+                    except (pyarrow.ArrowException, OSError) as error:
+                        self._require_here(source, error)
+                        yield BadDocument(
+                            self.line + 1,
+                            f"rows to the end of their group are unreadable: {_first_line(error)}",
+                        )
+                        self.line = begin + size
+                    self.bytes_read = self._span.size_bytes * self.line // max(1, sum(sizes))
         except (pyarrow.ArrowException, OSError) as error:
-            if source.is_remote and not isinstance(error, pyarrow.ArrowInvalid):
-                raise unreadable(source.location, error) from error
-            if self.line or self._span.start == 0:
-                first_line = (str(error).splitlines() or [type(error).__name__])[0]
-                yield BadDocument(self.line + 1, f"not a readable Parquet file: {first_line}")
+            self._require_here(source, error)
+            if self._span.start == 0:
+                yield BadDocument(1, f"not a readable Parquet file: {_first_line(error)}")
 
-    def _rows(self, source: RowSource) -> Iterator[bytes | BadDocument]:
+    def _row_group(self, table: Any, group: int) -> Iterator[bytes | BadDocument]:
+        batches = table.iter_batches(batch_size=1024, row_groups=[group], columns=[self._text_field])
+        for batch in batches:
+            for value in batch.column(0):
+                yield self._cell(value, self._text_field)
+
+    def _require_here(self, source: SourceFile, error: Exception) -> None:
+        """Raises DataError where `error` may be the store's and not the file's."""
         import pyarrow
 
+        if source.is_remote and not isinstance(error, pyarrow.ArrowInvalid):
+            raise unreadable(source.location, error) from error
+
+    def _rows(self, source: RowSource) -> Iterator[bytes | BadDocument]:
         try:
             for value in source.values(self._span.start, self._span.stop):
                 document = self._cell(value, source.text_field)
@@ -207,12 +222,11 @@ class DocumentReader:
                 yield document
         except KeyError:
             yield BadDocument(self.line + 1, f"no column {source.text_field!r}")
-        except (pyarrow.ArrowException, OSError, ValueError) as error:
+        except Exception as error:  # of any library: of Arrow, of the files' compression, of the network
             # Not a broken document: the same rows may well be readable a minute later.
-            first_line = (str(error).splitlines() or [""])[0]
             raise DataError(
                 f"{source.name}: reading {source.unit} {self._span.start} to {self._span.stop} failed: "
-                f"{type(error).__name__} {first_line}. What is finished stays; run again to continue"
+                f"{in_words(error)}. What is finished stays; run again to continue"
             ) from error
 
     def _summed(self, documents: Iterator[bytes | BadDocument]) -> Iterator[bytes | BadDocument]:
@@ -287,6 +301,10 @@ def _row_groups(metadata: Any, start: int, stop: int) -> list[int]:
         if start <= begin < stop:
             found.append(index)
     return found
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _read(source: SourceFile, file: BinaryIO) -> bytes:

@@ -16,6 +16,7 @@ from pydantic import Field
 
 from data_pipeline.config_file import Section
 from data_pipeline.errors import ConfigError
+from data_pipeline.remote import in_words
 
 _ROWS_A_READ = 1024
 _SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` leaves
@@ -96,11 +97,10 @@ def open_dataset(wanted: HubDataset, text_field: str) -> RowSource:
     column = wanted.text_field or text_field
     try:
         dataset, fingerprint, size_bytes = _streamed(wanted) if wanted.streaming else _loaded(wanted)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError) as error:
-        first_line = (str(error).splitlines() or [""])[0]
-        raise ConfigError(
-            f"datasets: {wanted.label} cannot be loaded: {type(error).__name__} {first_line}"
-        ) from error
+    except Exception as error:  # of any library
+        # What `datasets` itself says of a file that it cannot read is no more than that there was an error.
+        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        raise ConfigError(f"datasets: {wanted.label} cannot be loaded: {in_words(cause)}") from error
     if dataset.features is not None and column not in dataset.features:
         raise ConfigError(
             f"datasets: {wanted.label} has no column {column!r}; it has {', '.join(dataset.features)}. "
