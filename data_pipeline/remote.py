@@ -84,6 +84,7 @@ def open_remote(url: str, version: str) -> BinaryIO:
 
     try:
         store, path = url_to_fs(url, use_listings_cache=False)
+        store.invalidate_cache()  # the hub's keeps what it has seen of a file all the same
         found = _version(store.info(path))
         if found != version:
             raise DataError(f"{url}: it has changed since it was listed; run again to begin it anew")

@@ -1,4 +1,7 @@
-"""Sources in an object store: a real S3 server (moto) on this machine, asked through fsspec and s3fs."""
+"""Sources in object stores on this machine: a real S3 server (moto) through s3fs, and a stand-in for the hub.
+
+gs:// takes the same way through fsspec; its package gcsfs is not asked for by the tests.
+"""
 
 import gzip
 import json
@@ -17,6 +20,7 @@ from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.prepare import prepare
 from data_pipeline.sources import find_files
 from tests.unit.data_support import config, files_of, packaged_texts
+from tests.unit.hub_support import hub
 from tests.unit.s3_support import s3_bucket
 
 TEXTS = packaged_texts()[:90]
@@ -144,3 +148,34 @@ def test_only_a_little_more_than_a_span_is_fetched(monkeypatch: pytest.MonkeyPat
     documents = list(DocumentReader(Span(file, 20_000_000, 24_000_000), "text"))
     assert abs(len(documents) - 4_000_000 / len(line)) < 2
     assert fetched < 4_000_000 + 2 * remote._BLOCK_BYTES
+
+
+def test_files_of_a_hub_repository_give_the_same_shards_as_their_copies_here(tmp_path: Path) -> None:
+    settings = {"shard_tokens": 5000}
+    here = prepare(config(tmp_path / "here", local_copy(tmp_path), **settings))
+    files = {f"raw/{name}": content for name, content in contents().items()}
+    with hub("somebody/texts", {**files, "README.md": b"# texts"}) as ranges:
+        source = "hf://datasets/somebody/texts/raw"
+        there = prepare(config(tmp_path / "there", **settings, sources=(source,)))
+        assert there.documents == here.documents == 91
+        assert there.fingerprint == here.fingerprint
+        assert [of["name"] for of in there.sources] == [f"raw/{name}" for name in contents()]
+        assert {fetched.partition(":")[0] for fetched in ranges} == set(files)
+        fetched = len(ranges)
+        assert prepare(config(tmp_path / "there", **settings, sources=(source,))) == there
+        assert len(ranges) == fetched
+        found, _ = find_files([f"{source}/**/*.jsonl*"])
+        assert [file.name for file in found] == ["a.jsonl", "b/c.jsonl.gz", "b/d.jsonl.zst"]
+        with pytest.raises(ConfigError, match=r"somebody/nothing/a\.jsonl: "):
+            find_files(["hf://datasets/somebody/nothing/a.jsonl"])
+
+
+def test_a_file_of_the_hub_that_was_replaced_since_it_was_listed_is_refused() -> None:
+    files = {"a.jsonl": b'{"text": "before"}\n'}
+    with hub("somebody/texts", files):
+        (file,), _ = find_files(["hf://datasets/somebody/texts/a.jsonl"])
+        span = Span(file, 0, file.size_bytes)
+        assert list(DocumentReader(span, "text")) == [b"before"]
+        files["a.jsonl"] = b'{"text": "after!"}\n'
+        with pytest.raises(DataError, match=r"texts/a\.jsonl: it has changed since it was listed"):
+            list(DocumentReader(span, "text"))
