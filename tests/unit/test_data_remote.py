@@ -1,11 +1,12 @@
-"""Sources in object stores on this machine: a real S3 server (moto) through s3fs, and a stand-in for the hub.
+"""Sources in object stores on this machine: a real S3 server (moto), stand-ins for the hub and for Google's.
 
-gs:// takes the same way through fsspec; its package gcsfs is not asked for by the tests.
+gs:// is tested where its package gcsfs is installed (the extra `gs`).
 """
 
 import gzip
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.prepare import prepare
 from data_pipeline.sources import find_files
 from tests.unit.data_support import config, files_of, packaged_texts
-from tests.unit.hub_support import hub
 from tests.unit.s3_support import s3_bucket
+from tests.unit.store_support import google_storage, hub
 
 TEXTS = packaged_texts()[:90]
 
@@ -150,24 +151,34 @@ def test_only_a_little_more_than_a_span_is_fetched(monkeypatch: pytest.MonkeyPat
     assert fetched < 4_000_000 + 2 * remote._BLOCK_BYTES
 
 
-def test_files_of_a_hub_repository_give_the_same_shards_as_their_copies_here(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("store", "name", "source"),
+    [
+        (hub, "somebody/texts", "hf://datasets/somebody/texts"),
+        (google_storage, "texts", "gs://texts"),
+    ],
+)
+def test_files_of_other_stores_give_the_same_shards_as_their_copies_here(
+    tmp_path: Path, store: Callable[..., AbstractContextManager[list[str]]], name: str, source: str
+) -> None:
+    if store is google_storage:
+        pytest.importorskip("gcsfs", reason="gcsfs is not installed")
     settings = {"shard_tokens": 5000}
     here = prepare(config(tmp_path / "here", local_copy(tmp_path), **settings))
-    files = {f"raw/{name}": content for name, content in contents().items()}
-    with hub("somebody/texts", {**files, "README.md": b"# texts"}) as ranges:
-        source = "hf://datasets/somebody/texts/raw"
-        there = prepare(config(tmp_path / "there", **settings, sources=(source,)))
+    files = {f"raw/{file}": content for file, content in contents().items()}
+    with store(name, {**files, "README.md": b"# texts"}) as fetched:
+        there = prepare(config(tmp_path / "there", **settings, sources=(f"{source}/raw",)))
         assert there.documents == here.documents == 91
         assert there.fingerprint == here.fingerprint
-        assert [of["name"] for of in there.sources] == [f"raw/{name}" for name in contents()]
-        assert {fetched.partition(":")[0] for fetched in ranges} == set(files)
-        fetched = len(ranges)
-        assert prepare(config(tmp_path / "there", **settings, sources=(source,))) == there
-        assert len(ranges) == fetched
-        found, _ = find_files([f"{source}/**/*.jsonl*"])
+        assert [of["name"] for of in there.sources] == list(files)
+        assert set(fetched) == set(files)
+        before = len(fetched)
+        assert prepare(config(tmp_path / "there", **settings, sources=(f"{source}/raw",))) == there
+        assert len(fetched) == before
+        found, _ = find_files([f"{source}/raw/**/*.jsonl*"])
         assert [file.name for file in found] == ["a.jsonl", "b/c.jsonl.gz", "b/d.jsonl.zst"]
-        with pytest.raises(ConfigError, match=r"somebody/nothing/a\.jsonl: "):
-            find_files(["hf://datasets/somebody/nothing/a.jsonl"])
+        with pytest.raises(ConfigError, match=r"nothing/a\.jsonl: "):
+            find_files([f"{source}-nothing/a.jsonl"])
 
 
 def test_a_file_of_the_hub_that_was_replaced_since_it_was_listed_is_refused() -> None:
