@@ -1,8 +1,9 @@
 """RunConfig: everything that decides the numbers of a run, and where its outputs go.
 
-A run is a pure function of (config, data manifest, step), so whatever changes a number stands here and
-nowhere else. Torch-free: the launcher reads it on login nodes. What the data decides (the vocabulary)
-and what a default derives (d_ff) is filled in by `resolve` before the run directory is written.
+A run is a pure function of (config, data manifest, step), so whatever changes a number stands here, in the
+tables that it is made of, and nowhere else. Torch-free: the launcher reads it on login nodes. What the data
+decides (the vocabulary) and what a default derives (d_ff) is filled in by `resolve` before the run directory
+is written.
 """
 
 import itertools
