@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from data_pipeline.errors import OutlastError
+from gpt.host_memory import keep_freed_memory
 from gpt.ulysses import WHOLE_SEQUENCES, SequenceGroup, sequence_group
 
 T = TypeVar("T")
@@ -65,6 +66,8 @@ def join(timeout_s: float, sequence: int = 1) -> World:
     device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
     if has_gpu and problem is None:
         torch.cuda.set_device(device)
+    if not has_gpu:
+        keep_freed_memory()
     timeout = timedelta(seconds=timeout_s)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     backend = "nccl" if has_gpu else "gloo"

@@ -1,5 +1,6 @@
-"""How much host memory is left to this process: of the machine, and of the control group that limits it."""
+"""Host memory: how much is left, of the machine and of the control group that limits it; and who keeps it."""
 
+import ctypes
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,22 @@ LARGEST_SHARE = 0.8
 # Of a cgroup of version 2 and of version 1: limit, use, and the page cache that is given up on demand.
 _VERSION_2 = ("memory.max", "memory.current", "inactive_file")
 _VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+# glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed for the next allocation, instead of giving large blocks back at once.
+
+    A step allocates the same buffers every time, those of ZeRO as large as the network. To get their pages
+    anew from the kernel took a tenth of the step (27 M parameters, one process, one thread): copies into
+    them 141 ms instead of 59.
+    """
+    allocator = getattr(ctypes.CDLL(None), "mallopt", None)
+    if allocator is not None:  # it is glibc's
+        allocator(_M_MMAP_MAX, 0)
+        allocator(_M_TRIM_THRESHOLD, -1)
 
 
 def available_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:

@@ -14,8 +14,7 @@ from launcher.memory import memory
 
 pytestmark = pytest.mark.benchmark
 ROUNDS = 2  # the machine's noise: the better of each
-# glibc gives large blocks back when they are freed, so that the process holds what its tensors do; slower.
-GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+GIVEN_BACK = {"OUTLAST_MEMORY": "1", "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 
 
 def config(stage: int, world: int, micro_batches: int = 1) -> RunConfig:
