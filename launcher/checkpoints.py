@@ -4,7 +4,9 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 import click
@@ -57,6 +59,7 @@ def checkpoints(
         click.echo(json.dumps([asdict(row) for row in rows], indent=2))
     else:
         _show(rows)
+    _show_set_aside(run)
     return 1 if any(row.verified.startswith("bad") for row in rows) else 0
 
 
@@ -68,15 +71,20 @@ def _refuse_unknown(there: dict[int, Path], steps: Sequence[int]) -> None:
 
 
 def _delete(run: RunDir, there: dict[int, Path], steps: Sequence[int]) -> None:
+    """Remove the checkpoints of `steps`; of those that are whole enough stay, bad ones may always go."""
     pinned = [str(step) for step in steps if is_pinned(there[step])]
     if pinned:
         raise LaunchError(f"step {', '.join(pinned)} is pinned; --unpin it first.")
-    if steps and len(there) - len(set(steps)) < _FEWEST:
-        raise LaunchError(
-            f"{len(there)} checkpoints are there; at least {_FEWEST} stay. To give the run up, delete its "
-            "folder."
-        )
-    for step in steps:
+    going = dict.fromkeys(steps)
+    if any(_is_whole(there[step]) for step in going):
+        staying = [folder for step, folder in reversed(there.items()) if step not in going]
+        whole = list(islice(filter(_is_whole, staying), _FEWEST))
+        if len(whole) < _FEWEST:
+            raise LaunchError(
+                f"{len(whole)} of the checkpoints that would stay are whole; at least {_FEWEST} stay. To "
+                "give the run up, delete its folder."
+            )
+    for step in going:
         # Renamed first, as in gpt.checkpoint.writer: no half of a committed folder, whatever is killed.
         trash = there[step].with_name(f".tmp-pruned-{there[step].name}")
         there[step].rename(trash)
@@ -84,35 +92,53 @@ def _delete(run: RunDir, there: dict[int, Path], steps: Sequence[int]) -> None:
         shutil.rmtree(trash)
 
 
+def _is_whole(folder: Path) -> bool:
+    return next(verify(folder), None) is None
+
+
 def _list(run: RunDir, *, check: bool) -> list[Listed]:
     losses = record.val_losses(run.metrics)
     read_back = {line["step"] for line in record.read(run.events) if line["event"] == "checkpoint_saved"}
     rows = []
     for step, folder in committed(run.checkpoints):
-        verified = "when saved" if step in read_back else "not yet"
-        world_size = stage = None
-        try:
-            index = read_index(folder)
-            world_size, stage = index.world_size, index.stage
-        except Corrupt as error:
-            verified = f"bad: {error.bad.path.name}: {error.bad.reason}"
-        else:
-            if check:
-                bad = next(verify(folder), None)
-                verified = "now" if bad is None else f"bad: {bad.path.name}: {bad.reason}"
-        rows.append(
-            Listed(
-                step=step,
-                size_bytes=sum(file.stat().st_size for file in folder.iterdir()),
-                saved_at=folder.stat().st_mtime,
-                world_size=world_size,
-                stage=stage,
-                verified=verified,
-                is_pinned=is_pinned(folder),
-                val_loss=losses.get(step),
-            )
-        )
+        with suppress(FileNotFoundError):  # pruned meanwhile
+            rows.append(_listed(step, folder, losses.get(step), is_read_back=step in read_back, check=check))
     return rows
+
+
+def _listed(step: int, folder: Path, val_loss: float | None, *, is_read_back: bool, check: bool) -> Listed:
+    verified = "when saved" if is_read_back else "not yet"
+    world_size = stage = None
+    try:
+        index = read_index(folder)
+        world_size, stage = index.world_size, index.stage
+    except Corrupt as error:
+        verified = f"bad: {error.bad.path.name}: {error.bad.reason}"
+    else:
+        if check:
+            bad = next(verify(folder), None)
+            verified = "now" if bad is None else f"bad: {bad.path.name}: {bad.reason}"
+    return Listed(
+        step=step,
+        size_bytes=_bytes_in(folder),
+        saved_at=folder.stat().st_mtime,
+        world_size=world_size,
+        stage=stage,
+        verified=verified,
+        is_pinned=is_pinned(folder),
+        val_loss=val_loss,
+    )
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
+def _show_set_aside(run: RunDir) -> None:
+    """Say what stands beside the checkpoints and counts no more: nothing removes it but the user."""
+    for folder in sorted(run.checkpoints.glob(".b*-step-*")):
+        with suppress(FileNotFoundError):
+            click.echo(f"set aside, to be removed by hand: {folder}, {size(_bytes_in(folder))}", err=True)
 
 
 def _show(rows: Sequence[Listed]) -> None:

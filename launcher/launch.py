@@ -22,7 +22,7 @@ from data_pipeline.remote import is_remote
 from data_pipeline.skip_list import SkipList
 from gpt import record
 from gpt.changeable import config_fingerprint
-from gpt.checkpoint.format import CheckpointIndex, Corrupt, committed, read_index
+from gpt.checkpoint.format import BadFile, CheckpointIndex, Corrupt, committed, read_index, verify
 from gpt.config import RunConfig
 from gpt.run_dir import RunDir, read_json
 from launcher.branch import find_origin, plant
@@ -134,9 +134,12 @@ def _resume(
     changes |= fingerprint_changes(index, request.config, data, {config_fingerprint(present), *_earlier(run)})
     judge(changes, allowed)
     if step is None and newest >= request.config.total_steps:
-        click.echo(f"finished already: step {newest} of {request.config.total_steps}", err=True)
-        click.echo(run.path)
-        return 0
+        bad = next(verify(checkpoints[newest]), None)
+        if bad is None:
+            click.echo(f"finished already: step {newest} of {request.config.total_steps}", err=True)
+            click.echo(run.path)
+            return 0
+        click.echo(f"the last checkpoint is bad, its steps are taken again: {_where(bad)}", err=True)
     if "data.skip" in changes and index is not None:
         _refuse_late_skips(request.config, index)
     if index is not None and DATA in changes:
@@ -263,6 +266,11 @@ def _rewind(run: RunDir, step: int, mirror: str | None) -> None:
     if step not in steps:
         there = ", ".join(map(str, steps)) or "none"
         raise LaunchError(f"there is no checkpoint of step {step}; there are: {there}.")
+    click.echo(f"reading every byte of the checkpoint of step {step}", err=True)
+    bad = next(verify(dict(checkpoints)[step]), None)
+    if bad is not None:
+        there = ", ".join(str(number) for number in steps if number != step) or "none"
+        raise LaunchError(f"the checkpoint of step {step} is bad: {_where(bad)}. There are also: {there}.")
     aside = f".before-{int(time.time())}-"
     if mirror is not None:
         set_later_aside(run, mirror, step, aside)
@@ -271,3 +279,7 @@ def _rewind(run: RunDir, step: int, mirror: str | None) -> None:
             path.rename(path.with_name(aside + path.name))
             click.echo(f"step {number} is put aside as checkpoints/{aside}{path.name}", err=True)
     fsync_folder(run.checkpoints)
+
+
+def _where(bad: BadFile) -> str:
+    return f"{bad.path}: byte {bad.offset}: {bad.reason}"

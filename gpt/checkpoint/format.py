@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, Self
 
 import xxhash
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from data_pipeline.config_file import Section
 from data_pipeline.errors import CheckpointError
+from data_pipeline.skip_list import Ranges, SkipList
 from gpt.checkpoint.layout import GroupLayout, Kind
 
 FORMAT_VERSION = 1
@@ -40,7 +41,7 @@ PIN_NAME = "pinned"
 INDEX_LIMIT_BYTES = 1 << 28  # a million parameters and ranks; read whole, so there must be a bound
 COMMITTED = re.compile(r"step-(\d{8,})")
 
-Size = Annotated[int, Field(ge=0)]
+Size = Annotated[int, Field(ge=0, lt=2**63)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
@@ -48,7 +49,7 @@ class ParameterEntry(Section):
     """Where a parameter stands in the flat state of its group."""
 
     name: str
-    shape: tuple[Size, ...]
+    shape: Annotated[tuple[Size, ...], Field(max_length=8)]
     group: Name
     offset: Size
 
@@ -66,7 +67,7 @@ class GroupEntry(Section):
 
     name: Name
     numel: Size
-    partition_numel: Annotated[int, Field(ge=1)]
+    partition_numel: Annotated[Size, Field(ge=1)]
     states: tuple[Name, ...]
     hyperparameters: dict[str, float | int | bool | tuple[float, ...] | None]
 
@@ -86,7 +87,7 @@ class CheckpointIndex(Section):
     step: Size
     attempt: Size
     world_size: Annotated[int, Field(ge=1)]
-    stage: int
+    stage: Literal[1, 2, 3]
     layout: Kind = "flat"
     optimizer_steps: Size
     skipped: tuple[tuple[Size, Size], ...] = ()
@@ -100,8 +101,15 @@ class CheckpointIndex(Section):
     chunk_bytes: Annotated[int, Field(ge=4, multiple_of=4)] = CHUNK_BYTES
     files: tuple[FileEntry, ...]
 
+    @field_validator("skipped")
+    @classmethod
+    def _are_ranges(cls, skipped: Ranges) -> Ranges:
+        return SkipList(skipped).ranges
+
     @model_validator(mode="after")
     def _adds_up(self) -> Self:
+        if len({group.name for group in self.groups}) < len(self.groups):
+            raise ValueError("two groups have one name")
         if not {entry.group for entry in self.parameters} <= {group.name for group in self.groups}:
             raise ValueError("a parameter stands in a group that is not there")
         for group in self.groups:
@@ -166,8 +174,14 @@ def committed(checkpoints: Path) -> list[tuple[int, Path]]:
     """Step and folder of every committed checkpoint, oldest first."""
     if not checkpoints.is_dir():
         return []
-    matches = ((COMMITTED.fullmatch(entry.name), entry) for entry in checkpoints.iterdir())
-    return sorted((int(match[1]), entry) for match, entry in matches if match)
+    found = [(_step_of(entry), entry) for entry in checkpoints.iterdir()]
+    return sorted((step, entry) for step, entry in found if step is not None and entry.is_dir())
+
+
+def _step_of(folder: Path) -> int | None:
+    """The step that the name of a committed checkpoint's folder says; None for any other name."""
+    match = COMMITTED.fullmatch(folder.name)
+    return int(match[1]) if match and folder.name == step_name(int(match[1])) else None
 
 
 def is_pinned(folder: Path) -> bool:
@@ -190,12 +204,18 @@ def read_index(folder: Path) -> CheckpointIndex:
         if checksum != _index_checksum(content) or raw != _canonical({**content, "checksum": checksum}):
             raise Corrupt(BadFile(path, 0, "the index does not match its own checksum"))
         index = CheckpointIndex.model_validate(content)
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError, ValidationError) as error:
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the whole"
+        raise Corrupt(BadFile(path, 0, f"not a readable index: {where}: {first['msg'][:200]}")) from None
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise Corrupt(BadFile(path, 0, f"not a readable index: {reason}")) from None
     names = [entry.name for entry in index.files]
     if len(names) != index.world_size or names != [rank_name(rank) for rank in range(len(names))]:
         raise Corrupt(BadFile(path, 0, f"does not list the files of {index.world_size} ranks"))
+    if (step := _step_of(folder)) is not None and step != index.step:
+        raise Corrupt(BadFile(path, 0, f"is the checkpoint of step {index.step}, in a folder for {step}"))
     return index
 
 

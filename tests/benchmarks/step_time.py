@@ -4,8 +4,8 @@
 
 WAY is outlast (at the config's ZeRO stage), ddp (torch's, with fp32 masters), fsdp2 (torch's fully_shard) or
 bare (one process, no collectives). All train the same network on the same ids, with AdamW, gradient clipping
-and the gradient's norm. Rank 0 prints one JSON line. With OUTLAST_MEMORY=1 what is freed is given back at once,
-so that the process holds what its tensors do; that costs time.
+and the gradient's norm. Rank 0 prints one JSON line. With OUTLAST_MEMORY=1 what is freed is given back at
+once, so that the process holds what its tensors do; that costs time.
 """
 
 import json

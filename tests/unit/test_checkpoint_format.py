@@ -192,6 +192,48 @@ def test_an_index_that_is_hostile_under_a_right_checksum_gives_a_clean_error(
     assert {path.name for path in folder.parent.iterdir()} == outside
 
 
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        {"optimizer_steps": 10**30},
+        {"step": 10**40},
+        {"skipped": [[5, 2]]},
+        {"stage": 77},
+        {"parameters": [{"name": "w", "shape": [10**4200] * 3000, "group": "decay", "offset": 0}]},
+        {"parameters": [{"name": "w", "shape": [1], "group": "nobody", "offset": 0}]},
+        {"step": 8},
+    ],
+)
+def test_an_index_that_cannot_be_meant_is_corrupt(tmp_path: Path, hostile: dict[str, Any]) -> None:
+    folder = write_checkpoint(tmp_path, world_size=2)
+    content = json.loads((folder / INDEX_NAME).read_text()) | hostile
+    del content["checksum"]
+    checksum = xxhash.xxh3_128_hexdigest(json.dumps(content, indent=1).encode() + b"\n")
+    (folder / INDEX_NAME).write_text(json.dumps({**content, "checksum": checksum}, indent=1) + "\n")
+    with pytest.raises(Corrupt):
+        read_index(folder)
+
+
+def test_two_groups_of_one_name_are_corrupt(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path)
+    index = read_index(folder)
+    doubled = index.model_copy(update={"groups": (*index.groups, index.groups[0])})
+    (folder / INDEX_NAME).write_bytes(doubled.dumps())
+    with pytest.raises(Corrupt, match="two groups have one name"):
+        read_index(folder)
+
+
+def test_a_folder_for_another_step_is_corrupt_and_what_is_no_folder_of_ours_does_not_count(
+    tmp_path: Path,
+) -> None:
+    moved = write_checkpoint(tmp_path, step=7).rename(tmp_path / "step-00000030")
+    with pytest.raises(Corrupt, match="is the checkpoint of step 7, in a folder for 30"):
+        read_index(moved)
+    (tmp_path / "step-00000099").touch()
+    (tmp_path / "step-000000030").mkdir()
+    assert committed(tmp_path) == [(30, moved)]
+
+
 def test_a_state_larger_than_its_files_is_refused_before_it_is_allocated(tmp_path: Path) -> None:
     index = read_index(write_checkpoint(tmp_path, world_size=1))
     huge = 2**50

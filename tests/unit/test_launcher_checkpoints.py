@@ -68,10 +68,22 @@ def test_a_pinned_checkpoint_is_not_deleted_until_it_is_unpinned(run: RunDir) ->
     assert [entry.name for entry in run.checkpoints.glob(".*")] == []
 
 
-def test_two_checkpoints_stay_always(run: RunDir) -> None:
-    with pytest.raises(LaunchError, match="3 checkpoints are there; at least 2 stay"):
+def test_two_whole_checkpoints_stay_always(run: RunDir) -> None:
+    with pytest.raises(LaunchError, match="1 of the checkpoints that would stay are whole; at least 2 stay"):
         call(run, delete=(5, 10))
     assert len(committed(run.checkpoints)) == 3
+    (run.checkpoints / "step-00000015" / "rank-00000.safetensors").write_bytes(b"")
+    with pytest.raises(LaunchError, match="1 of the checkpoints that would stay are whole"):
+        call(run, delete=(5,))
+    call(run, delete=(15, 15))  # a bad one helps nobody
+    assert [step for step, _ in committed(run.checkpoints)] == [5, 10]
+
+
+def test_what_was_set_aside_is_told(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    aside = run.checkpoints / ".before-1-step-00000015"
+    (run.checkpoints / "step-00000015").rename(aside)
+    call(run)
+    assert f"set aside, to be removed by hand: {aside}, " in capsys.readouterr().err
 
 
 def test_an_unknown_step_is_named_with_those_that_are_there(run: RunDir) -> None:

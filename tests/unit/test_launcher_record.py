@@ -13,9 +13,12 @@ from rich.console import Console
 
 from data_pipeline.errors import ConfigError, LaunchError
 from data_pipeline.manifest import joint_fingerprint, read_manifest
+from data_pipeline.skip_list import Ranges
 from gpt import record
 from gpt.changeable import config_fingerprint
-from gpt.checkpoint.format import CheckpointIndex, FileEntry, rank_name, step_name
+from gpt.checkpoint.format import CHUNK_BYTES, CheckpointIndex, committed, rank_name, step_name
+from gpt.checkpoint.writer import commit as commit_checkpoint
+from gpt.checkpoint.writer import temporary_folder, write_rank_file
 from gpt.run_dir import RunDir, read_json, write_json
 from launcher import launch
 from launcher.children import tracking_uri, ui
@@ -49,10 +52,35 @@ def step(run: RunDir, number: int, **more: float) -> None:
     record.append(run.metrics, step=number, tokens=number * 1024, **numbers, **more)
 
 
-def commit(run: RunDir, *steps: int) -> None:
+def commit(run: RunDir, *steps: int, skipped: Ranges = ()) -> None:
+    """Whole checkpoints of a network without parameters."""
+    config = read_config(run)
+    manifests = [read_manifest(source.path) for source in config.data.sources]
     for number in steps:
-        (run.checkpoints / f"step-{number:08d}").mkdir()
-        (run.checkpoints / f"step-{number:08d}" / "checkpoint.json").write_text("{}")
+        temporary = temporary_folder(run.checkpoints, attempt=1, step=number)
+        temporary.mkdir()
+        index = CheckpointIndex(
+            step=number,
+            attempt=1,
+            world_size=1,
+            stage=1,
+            optimizer_steps=number,
+            skipped=skipped,
+            parameters=(),
+            groups=(),
+            data_fingerprint=joint_fingerprint(manifests),
+            config_fingerprint=config_fingerprint(config),
+            versions={},
+            files=(write_rank_file(temporary, 0, {}, (), CHUNK_BYTES),),
+        )
+        commit_checkpoint(run.checkpoints, temporary, index)
+
+
+def spoil(run: RunDir, number: int) -> Path:
+    """Change a byte of the checkpoint of step `number`."""
+    path = run.checkpoints / step_name(number) / rank_name(0)
+    path.write_bytes(b"x" + path.read_bytes()[1:])
+    return path
 
 
 # Following
@@ -291,6 +319,19 @@ def test_a_finished_run_is_left_as_it_is(run: RunDir, capsys: pytest.CaptureFixt
     assert not run.job.exists()
 
 
+def test_a_finished_run_whose_last_checkpoint_is_bad_takes_its_last_steps_again(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launch, "submit", submit_what_ends_well)
+    commit(run, 10, 20)
+    path = spoil(run, 20)
+    assert resume(run) == 0
+    assert (
+        f"the last checkpoint is bad, its steps are taken again: {path}: byte 0:" in capsys.readouterr().err
+    )
+    assert run.job.exists()
+
+
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
@@ -329,27 +370,11 @@ def test_what_may_change_on_resume_is_submitted_and_recorded(
 
 
 def test_sequences_to_pass_over_must_come_after_the_step_that_is_resumed(
-    run: RunDir, data: Path, monkeypatch: pytest.MonkeyPatch
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launch, "submit", submit_what_ends_well)
-    fingerprint = joint_fingerprint([read_manifest(data)])
-    commit(run, 5, 10)
-    for step, skipped in ((5, ()), (10, ((100, 120),))):
-        index = CheckpointIndex(
-            step=step,
-            attempt=1,
-            world_size=1,
-            stage=1,
-            optimizer_steps=step,
-            skipped=skipped,
-            parameters=(),
-            groups=(),
-            data_fingerprint=fingerprint,
-            config_fingerprint=config_fingerprint(read_config(run)),
-            versions={},
-            files=(FileEntry(name=rank_name(0), size=0, checksum=""),),
-        )
-        (run.checkpoints / step_name(step) / "checkpoint.json").write_bytes(index.dumps())
+    commit(run, 5)
+    commit(run, 10, skipped=((100, 120),))
     with pytest.raises(ConfigError) as error:
         resume(run, "data.skip=[[150, 160], [160, 190], [500, 501]]")
     assert error.value.problems == [
@@ -368,6 +393,10 @@ def test_resuming_from_an_older_step_puts_the_later_checkpoints_aside(
     commit(run, 5, 10, 15)
     with pytest.raises(LaunchError, match=r"^there is no checkpoint of step 7; there are: 5, 10, 15\.$"):
         resume(run, step=7)
+    spoil(run, 10)
+    with pytest.raises(LaunchError, match=r"step 10 is bad: .*: byte 0: .*\. There are also: 5, 15\.$"):
+        resume(run, step=10)
+    assert [number for number, _ in committed(run.checkpoints)] == [5, 10, 15]
     assert resume(run, step=5) == 0
     names = sorted(entry.name for entry in run.checkpoints.iterdir())
     assert names[-1] == "step-00000005"
