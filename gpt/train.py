@@ -38,7 +38,7 @@ from gpt import record
 from gpt.attempt import Superseded, is_superseded
 from gpt.attention import choose
 from gpt.checkpoint.load import load_newest
-from gpt.checkpoint.saver import Saver
+from gpt.checkpoint.saver import SILENCE_S, Saver
 from gpt.compilation import compile_seconds
 from gpt.config import RunConfig
 from gpt.distributed import PendingTick, Tick, World, from_first, join, together, total
@@ -279,10 +279,13 @@ class Trainer:
                 continue
             is_stopping = self._settle_all(step, is_due_evaluation, is_stopping)
             self.heartbeat.beat(step, "saving")
-            if is_stopping and not is_last:
-                return self._stop(step)
-            if is_last:
-                self._save_at_last(step, is_hurried=is_stopping)
+            if is_stopping:
+                stopped = self._stop(step)
+                if not is_last or stopped.exit_code != attempts.STOPPED:
+                    return stopped
+            elif is_last:
+                self.lines.write()
+                self.saver.save_and_wait(step, self.reader.skipped, problem=self.lines.problem)
             elif is_due_save:
                 self.saver.save(step, self.reader.skipped, problem=self.lines.problem)
                 self.is_time_to_save = False  # what the tick of this boundary asked for was this save
@@ -413,23 +416,21 @@ class Trainer:
             raise Superseded(f"attempt {self.number + 1} has started since: attempt {self.number} ends here.")
 
     def _stop(self, step: int) -> Outcome:
-        """Save and end this attempt. A save that fails costs what came after the last checkpoint; that is no
-        reason to give the run up.
+        """Save and end this attempt; a save that is under way is given up, and one that hangs not waited for.
+
+        A save that fails costs what came after the last checkpoint; that is no reason to give the run up.
         """
         try:
-            self._save_at_last(step, is_hurried=True)
+            self.saver.give_up()
+            self.lines.write()
+            self.saver.save_and_wait(
+                step, self.reader.skipped, problem=self.lines.problem, patience_s=SILENCE_S
+            )
         except Superseded:
             raise
         except CheckpointError as error:
             return self._stopped(step, f"not saved: {error}", attempts.FAILED)
         return self._stopped(step, "everything is saved")
-
-    def _save_at_last(self, step: int, *, is_hurried: bool) -> None:
-        """Commit a checkpoint and wait for it; one that is under way is given up when it must be quick."""
-        if is_hurried:
-            self.saver.give_up()
-        self.lines.write()
-        self.saver.save_and_wait(step, self.reader.skipped, problem=self.lines.problem)
 
 
 def _leave_garbage() -> None:

@@ -62,6 +62,10 @@ _ROUND_S = 1.0  # how often the ranks look at each other while they wait for a s
 # Of a core that the steps fill, 6%. At 19 it is 1%: the thread is then put aside while it holds the
 # interpreter's lock, and the steps wait for it (measured: 21% slower for 80 s, here 8% for 8 s).
 _NICENESS = 12
+# Of a stop, behind which a grace time may be running. A thread that is told to end does so at its next chunk;
+# the sync of a large file moves no byte that could be seen, and may take most of a minute on a slow disk.
+GIVE_UP_S = 5.0
+SILENCE_S = 60.0
 
 
 class _Phase(Enum):
@@ -174,11 +178,19 @@ class Saver:
         if self._snapshot is None:
             self.wait()
 
-    def save_and_wait(self, step: int, skipped: Ranges, *, problem: str | None = None) -> None:
-        """Save the state after `step`. Raises CheckpointError on every rank where it cannot be committed."""
+    def save_and_wait(
+        self, step: int, skipped: Ranges, *, problem: str | None = None, patience_s: float | None = None
+    ) -> None:
+        """Save the state after `step`. Raises CheckpointError on every rank where it cannot be committed.
+
+        With `patience_s` that is also where the writers have done nothing for so long.
+        """
         self.wait()
         self._begin(step, skipped, problem)
-        self.wait()
+        self.wait(patience_s)
+        if self._save is not None:
+            self._abandon(self._save)
+            self._failure = CheckpointError(f"nothing more of it was written for {patience_s:g} s")
         if self._failure is not None:
             raise self._failure
 
@@ -213,26 +225,49 @@ class Saver:
             case _Phase.DISCARDING if done == self._world.size:
                 self._save = None
 
-    def wait(self) -> None:
-        """Until no save is in flight, at full speed."""
+    def wait(self, patience_s: float | None = None) -> None:
+        """Until no save is in flight, at full speed, or until one has made no progress for `patience_s`."""
         reported = -1.0
+        last_moved = time.monotonic()
         while (save := self._save) is not None:
+            phase = save.phase
             save.pace.hurry()
             if save.work is not None:
-                save.work.wait(_ROUND_S)
-            done, failed, progress = total(self._world, *self.report(), save.pace.bytes_done)
-            if progress > reported:  # else it is silent: the hang watchdog counts from here
+                save.work.wait(_ROUND_S if patience_s is None else min(_ROUND_S, patience_s))
+            is_silent = patience_s is not None and time.monotonic() - last_moved >= patience_s
+            done, failed, progress, silent = total(
+                self._world, *self.report(), save.pace.bytes_done, is_silent
+            )
+            has_moved = progress > reported
+            if has_moved:  # else it is silent: the hang watchdog counts from here
                 self._heartbeat.beat(save.index.step, "saving")
                 reported = progress
             self.advance(done, failed)
+            if has_moved or save.phase is not phase:
+                last_moved = time.monotonic()
+            elif silent:  # on any rank: all of them leave it in this round
+                return
 
     def give_up(self) -> None:
-        """Give up a save that is still being written, and wait until nothing is in flight."""
+        """Give up a save that is still being written, and wait until nothing is in flight.
+
+        A thread that does not react is left alone: whatever it still does, it is not committed.
+        """
         if self._save is not None and self._save.phase is _Phase.WRITING:
             if self._world.is_first:
                 record.event(self._run_dir.events, "checkpoint_given_up", step=self._save.index.step)
             self._discard(self._save)
-        self.wait()
+        self.wait(GIVE_UP_S)
+        if self._save is not None:
+            self._abandon(self._save)
+
+    def _abandon(self, save: _Save) -> None:
+        """Leave a save to its thread, which hangs. Its folder goes when that ends, or at the next start."""
+        if save.phase is _Phase.WRITING:
+            self._discard(save)
+        self._save = None
+        if self._world.is_first:
+            record.event(self._run_dir.events, "checkpoint_abandoned", step=save.index.step)
 
     def _make_clock(self) -> SaveClock:
         nodes = -(-self._world.size // self._world.local_size)

@@ -3,6 +3,7 @@
 `python -m tests.unit.saver_support RUN_DIR STEP…` saves those steps, one after the other.
 """
 
+import inspect
 import multiprocessing
 import os
 import sys
@@ -12,10 +13,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 
 from gpt import record
+from gpt.checkpoint import failpoints
 from gpt.checkpoint.format import GroupEntry, ParameterEntry
 from gpt.checkpoint.layout import GroupLayout
 from gpt.checkpoint.saver import Saver
@@ -120,6 +123,12 @@ def save_in_two_processes(folder: Path, steps: Sequence[int], failpoint: str = "
 def _rank(folder: Path, meeting: Path, rank: int, steps: Sequence[int], failpoint: str) -> None:
     os.environ["OUTLAST_FAILPOINTS"] = failpoint
     save_steps(folder, meeting, rank, 2, steps)
+
+
+def arm(patch: pytest.MonkeyPatch, failpoint: str) -> None:
+    """Set a failpoint in this process."""
+    patch.setenv("OUTLAST_FAILPOINTS", failpoint)
+    patch.setattr(failpoints, "_armed", inspect.unwrap(failpoints._armed))
 
 
 if __name__ == "__main__":

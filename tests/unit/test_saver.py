@@ -20,7 +20,14 @@ from gpt.checkpoint.saver import Saver
 from gpt.checkpoint.writer import remove_leftovers
 from gpt.distributed import World, total
 from gpt.run_dir import RunDir
-from tests.unit.saver_support import STATES, expected_state, join, make_saver, save_in_two_processes
+from tests.unit.saver_support import (
+    STATES,
+    arm,
+    expected_state,
+    join,
+    make_saver,
+    save_in_two_processes,
+)
 
 
 @pytest.fixture
@@ -239,11 +246,3 @@ def test_a_kill_at_any_failpoint_leaves_a_whole_checkpoint(
     assert len(steps) >= 2
     assert all(holds(run_dir, step) for step in steps)
     assert all(entry.name.startswith("step-") for entry in run_dir.checkpoints.iterdir())
-
-
-def arm(patch: pytest.MonkeyPatch, failpoint: str) -> None:
-    """Set a failpoint in this process."""
-    from gpt.checkpoint import failpoints
-
-    patch.setenv("OUTLAST_FAILPOINTS", failpoint)
-    patch.setattr(failpoints, "_armed", failpoints._armed.__wrapped__)
