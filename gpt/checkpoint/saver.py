@@ -343,10 +343,7 @@ class Saver:
         reach("gathered")
         record.sync(run_dir.metrics)
         reach("record_synced")
-        if is_superseded(run_dir, self._attempt):
-            raise Superseded(
-                f"attempt {self._attempt + 1} has started since: attempt {self._attempt} ends here."
-            )
+        self._stay_the_run()
         commit(run_dir.checkpoints, save.folder, index)
         seconds = time.monotonic() - save.started
         stall_s = save.stall_s + self._snapshot.device_seconds() if self._snapshot is not None else seconds
@@ -365,11 +362,19 @@ class Saver:
         except OSError as error:
             record.event(run_dir.events, "prune_failed", reason=str(error))
 
+    def _stay_the_run(self) -> None:
+        """Raise Superseded where another copy of the run has started since."""
+        if is_superseded(self._run_dir, self._attempt):
+            raise Superseded(
+                f"attempt {self._attempt + 1} has started since: attempt {self._attempt} ends here."
+            )
+
     def _prune(self) -> None:
         there = dict(committed(self._run_dir.checkpoints))
         pinned = [step for step, folder in there.items() if is_pinned(folder)]
         losses = record.val_losses(self._run_dir.metrics) if self._config.keep_best else {}
-        prune(self._run_dir.checkpoints, kept(list(there), self._config, pinned, losses))
+        # What a newer copy keeps, whose config may be another, is not this one's to delete.
+        prune(self._run_dir.checkpoints, kept(list(there), self._config, pinned, losses), self._stay_the_run)
 
     def _fail(self, save: _Save) -> None:
         """Learn why, say it once, and remove what was written."""

@@ -8,7 +8,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -181,10 +181,14 @@ def set_aside(folder: Path) -> Path:
     return aside
 
 
-def prune(checkpoints: Path, keep: Collection[int]) -> list[int]:
-    """Delete the committed checkpoints whose step is not one of `keep`; the steps that went."""
+def prune(checkpoints: Path, keep: Collection[int], check: Callable[[], None] = lambda: None) -> list[int]:
+    """Delete the committed checkpoints whose step is not one of `keep`; the steps that went.
+
+    `check` raises when the caller may delete no more.
+    """
     doomed = [(step, folder) for step, folder in committed(checkpoints) if step not in keep]
     for _, folder in doomed:
+        check()
         # Renamed first: a kill in the middle of the deletion must not leave half a committed folder.
         trash = folder.with_name(f"{_TEMPORARY}pruned-{folder.name}")
         folder.rename(trash)

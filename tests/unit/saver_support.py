@@ -51,7 +51,7 @@ class SmallEngine:
             name="small",
             data=DataConfig(path=Path("/nowhere")),
             schedule=ScheduleConfig(total_steps=1000),
-            checkpoint=CheckpointConfig(keep_last=2, **checkpoint),
+            checkpoint=CheckpointConfig(**{"keep_last": 2, **checkpoint}),
         )
         self.groups = (
             GroupEntry(

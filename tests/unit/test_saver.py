@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch.distributed as dist
 
 from gpt import record
 from gpt.attempt import Superseded
+from gpt.checkpoint import writer
 from gpt.checkpoint.failpoints import PLACES
 from gpt.checkpoint.format import committed, verify
 from gpt.checkpoint.reader import CheckpointReader
@@ -202,6 +204,35 @@ def test_an_older_copy_commits_nothing_more(run_dir: RunDir, alone: World) -> No
     with pytest.raises(Superseded, match="attempt 2 has started since"):
         drain(saver, alone)
     assert committed(run_dir.checkpoints) == []
+
+
+@pytest.mark.parametrize("place", ["committed", "pruned"])
+def test_an_older_copy_deletes_nothing_more(
+    run_dir: RunDir, alone: World, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    earlier, engine = make_saver(run_dir, alone, keep_last=4)
+    for step in (1, 2, 3):
+        engine.take_step()
+        earlier.save_and_wait(step, ())
+    saver, engine = make_saver(run_dir, alone)  # it keeps two: 1 and 2 have to go
+    engine.take_step()
+    is_there, may_go_on = threading.Event(), threading.Event()
+
+    def pause(at: str) -> None:
+        if at == place:
+            is_there.set()
+            may_go_on.wait(20)
+
+    monkeypatch.setattr(writer, "reach", pause)
+    saver.save(4, ())
+    while not is_there.is_set():
+        boundary(saver, alone)
+    run_dir.attempt(2).mkdir()  # a copy with a larger keep_last goes on from here
+    may_go_on.set()
+    with pytest.raises(Superseded, match="attempt 2 has started since"):
+        drain(saver, alone)
+    steps = [step for step, _ in committed(run_dir.checkpoints)]
+    assert steps == ([1, 2, 3, 4] if place == "committed" else [2, 3, 4])
 
 
 def test_a_folder_that_a_newer_copy_cleared_is_not_committed(
