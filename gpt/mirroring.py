@@ -16,7 +16,7 @@ from gpt.checkpoint.format import committed, is_pinned
 from gpt.checkpoint.mirror import Mirror, MirrorError
 from gpt.checkpoint.retention import kept
 from gpt.config import CheckpointConfig, RunConfig
-from gpt.run_dir import RunDir, read_json
+from gpt.run_dir import RunDir
 
 POLL_S = 2.0
 RETRY_S = 30.0
@@ -31,9 +31,7 @@ class Copier:
         assert config.mirror is not None
         self.run_dir, self.config = run_dir, config
         self.mirror = Mirror.of(run_dir, config.mirror)
-        ours, theirs = (read_json(run_dir.provenance) or {}).get("run_id"), self.mirror.run_id()
-        if theirs not in (None, ours):
-            raise MirrorError(f"{self.mirror.place} is the mirror of another run ({theirs})")
+        self.mirror.check_owner(run_dir)
         self._is_there: dict[tuple[int, int], bool] = {}  # step and inode → pinned
 
     def copy_next(self) -> bool:

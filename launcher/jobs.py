@@ -59,9 +59,15 @@ def read_job(run: RunDir) -> Job | None:
     Raises ConfigError when job.json is not as it was written.
     """
     content = read_json(run.job)
-    if content is None or content.get("run_inode") != run.path.stat().st_ino:
+    if content is None or is_copy(run):
         return None
     return _as_written(_JOB, content, run.job)
+
+
+def is_copy(run: RunDir) -> bool:
+    """Whether this run directory was copied from one that had a job, and has had none of its own yet."""
+    content = read_json(run.job)
+    return content is not None and content.get("run_inode") != run.path.stat().st_ino
 
 
 def read_outcome(run: RunDir, job: Job) -> Outcome | None:

@@ -11,6 +11,7 @@ from gpt.checkpoint.mirror import Mirror, MirrorError
 from gpt.config import RunConfig
 from gpt.run_dir import RunDir
 from launcher.findings import Findings
+from launcher.jobs import is_copy
 
 
 def check_mirror(run: RunDir, config: RunConfig, findings: Findings, *, is_new: bool) -> None:
@@ -31,6 +32,8 @@ def check_mirror(run: RunDir, config: RunConfig, findings: Findings, *, is_new: 
             findings.problem(f"checkpoint.mirror = {place}: there is no such bucket. Make it, or correct it.")
             return
         is_taken = mirror.run_id() is not None
+        if not is_new and not is_copy(run):
+            mirror.check_owner(run)
     except (ConfigError, MirrorError) as error:
         findings.problem(f"checkpoint.mirror: {error}")
         return
@@ -38,6 +41,11 @@ def check_mirror(run: RunDir, config: RunConfig, findings: Findings, *, is_new: 
         findings.problem(
             f"{mirror.place} is the mirror of another run of this name. `outlast resume {mirror.place}` "
             "continues that; a new run needs another --run-dir or checkpoint.mirror."
+        )
+    elif is_taken and is_copy(run):
+        findings.problem(
+            f"{run.path} is a copy, and {mirror.place} is the mirror of the run that it was copied from. A "
+            "copy is a run of its own: give it another checkpoint.mirror with --set, or another name."
         )
 
 

@@ -21,6 +21,7 @@ from data_pipeline.errors import ConfigError, LaunchError
 from gpt.config import RunConfig
 from gpt.run_dir import RunDir, read_json, write_json
 from launcher.cluster import ClusterConfig
+from launcher.jobs import is_copy
 from launcher.paths import absolute
 from launcher.preflight import Request
 
@@ -126,7 +127,9 @@ def put_submission(run: RunDir, request: Request, command: list[str]) -> None:
     snapshot_code(run)
     write_json(run.cluster, explicit(request.cluster))
     before = read_json(run.provenance) or {}
-    run_id = before.get("run_id") or uuid.uuid4().hex
+    # A copy is a run of its own, with a mirror of its own.
+    inherited = None if is_copy(run) else before.get("run_id")
+    run_id = inherited or uuid.uuid4().hex
     write_json(run.provenance, {**before, "run_id": run_id, **provenance(request, command)})
     write_json(run.config, request.config.model_dump(mode="json", exclude_none=True))
 

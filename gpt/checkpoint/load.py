@@ -72,6 +72,7 @@ def _take_from_mirror(run_dir: RunDir, place: str) -> bool:
     """Bring the newest intact checkpoint at the mirror here, where no checkpoint is intact."""
     try:
         mirror = Mirror.of(run_dir, place)
+        mirror.check_owner(run_dir)
         if mirror.steps():
             for _, folder in committed(run_dir.checkpoints):
                 set_aside(folder)

@@ -18,7 +18,7 @@ from data_pipeline.errors import LaunchError, OutlastError
 from data_pipeline.remote import find_store, in_words, is_remote
 from gpt import record
 from gpt.checkpoint.format import COMMITTED, INDEX_NAME, PIN_NAME, step_name, verify
-from gpt.run_dir import RunDir
+from gpt.run_dir import RunDir, read_json
 
 
 class MirrorError(LaunchError):
@@ -54,6 +54,12 @@ class Mirror:
             if not self._store.exists(path):
                 return None
             return str(json.loads(self._store.cat_file(path)).get("run_id"))
+
+    def check_owner(self, run_dir: RunDir) -> None:
+        """Raise MirrorError where another run than `run_dir` is mirrored there."""
+        ours, theirs = (read_json(run_dir.provenance) or {}).get("run_id"), self.run_id()
+        if theirs not in (None, ours):
+            raise MirrorError(f"{self.place} is the mirror of another run ({theirs})")
 
     def steps(self) -> list[int]:
         """The steps of the checkpoints that are there whole, in order."""

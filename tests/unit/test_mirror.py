@@ -17,7 +17,7 @@ from gpt.checkpoint.mirror import Mirror, MirrorError
 from gpt.checkpoint.writer import prune
 from gpt.config import CheckpointConfig
 from gpt.mirroring import Copier, follow
-from gpt.run_dir import RunDir
+from gpt.run_dir import RunDir, read_json, write_json
 from launcher import launch
 from launcher.cluster import ClusterConfig
 from launcher.preflight import examine
@@ -210,6 +210,27 @@ def test_a_resume_takes_what_only_the_mirror_has(
     assert Mirror.of(run, place).steps() == [5]  # a later resume must not come back to step 15
     assert launch.resume(str(run.path), None, [], None, attend=None) == 0
     assert [step for step, _ in committed(run.checkpoints)] == [5]
+
+
+def test_a_copy_of_a_run_leaves_the_mirror_to_its_original(
+    run: RunDir, place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(launch, "submit", submit_what_ends_well)
+    save(run, 5)
+    copy_all(run)
+    write_json(run.job, {"run_inode": run.path.stat().st_ino})
+    copy = RunDir(Path(shutil.copytree(run.path, tmp_path / "copies" / "mine-0001")))
+    with pytest.raises(ConfigError, match="is the mirror of the run that it was copied from"):
+        launch.resume(str(copy.path), None, [], None, attend=None)
+    (tmp_path / "others").mkdir()
+    elsewhere = f"checkpoint.mirror={tmp_path / 'others'}"
+    assert launch.resume(str(copy.path), None, [elsewhere], None, attend=None) == 0
+    ours, theirs = (read_json(each.provenance) or {} for each in (copy, run))
+    assert ours["run_id"] != theirs["run_id"]
+    back = f"checkpoint.mirror={place}"
+    with pytest.raises(ConfigError, match="is the mirror of another run"):
+        launch.resume(str(copy.path), None, [back], None, attend=None)
+    copier(run)  # the mirror is still the original's
 
 
 def test_a_mirror_that_fails_is_an_event_and_a_later_try(
