@@ -23,6 +23,7 @@ from data_pipeline.skip_list import SkipList
 from gpt import record
 from gpt.changeable import config_fingerprint
 from gpt.checkpoint.format import BadFile, CheckpointIndex, Corrupt, committed, read_index, verify
+from gpt.checkpoint.mirror import Mirror
 from gpt.config import RunConfig
 from gpt.run_dir import RunDir, read_json
 from launcher.branch import find_origin, plant
@@ -30,7 +31,7 @@ from launcher.changes import DATA, fingerprint_changes, judge
 from launcher.cluster import ClusterConfig
 from launcher.follow import Follower, outcome_of, watch
 from launcher.jobs import Job, Lookout, claim_start, read_job, refuse_while_alive, state
-from launcher.mirrors import fetch_newer, fetch_run, set_later_aside
+from launcher.mirrors import fetch_newer, fetch_run
 from launcher.paths import absolute
 from launcher.plan import ASSUMED_MFU, plan, table
 from launcher.preflight import Request, examine
@@ -273,7 +274,7 @@ def _rewind(run: RunDir, step: int, mirror: str | None) -> None:
         raise LaunchError(f"the checkpoint of step {step} is bad: {_where(bad)}. There are also: {there}.")
     aside = f".before-{int(time.time())}-"
     if mirror is not None:
-        set_later_aside(run, mirror, step, aside)
+        Mirror.of(run, mirror).set_later_aside(step)
     for number, path in checkpoints:
         if number > step:
             path.rename(path.with_name(aside + path.name))

@@ -85,13 +85,5 @@ def fetch_newer(run: RunDir, place: str, step: int | None) -> None:
         _say(f"step {taken} is taken from the mirror {mirror.place}")
 
 
-def set_later_aside(run: RunDir, place: str, step: int, mark: str) -> None:
-    """Put what the mirror has after `step` under names that do not count, as in the run itself."""
-    mirror = Mirror.of(run, place)
-    for number in mirror.steps():
-        if number > step:
-            mirror.set_aside(number, mark)
-
-
 def _say(text: str) -> None:
     click.echo(text, err=True)

@@ -51,21 +51,57 @@ def _load_any(
     world: World,
     data_fingerprint: str,
 ) -> CheckpointIndex | None:
-    """Fill `engine` from the newest intact one of `candidates`; newer ones, all bad, are set aside."""
+    """Fill `engine` from the newest intact one of `candidates`; newer ones, all bad, are set aside.
+
+    A bad one is taken from the mirror anew, where that has it, before an older one is.
+    """
     rejected: list[Path] = []
+    mirror = engine.run.checkpoint.mirror
     for step, folder in reversed(candidates):
         loaded = _load(folder, engine, world, data_fingerprint)
+        if isinstance(loaded, str):
+            if world.is_first:
+                event(run_dir.events, "checkpoint_rejected", path=folder.name, reason=loaded)
+                print(f"checkpoint {folder.name} is passed over: {loaded}", flush=True)
+            if mirror is not None:
+                is_taken = _take_again(run_dir, mirror, step) if world.is_first else False
+                if from_first(world, is_taken):
+                    loaded = _load(folder, engine, world, data_fingerprint)
         if isinstance(loaded, CheckpointIndex):
             if world.is_first:
                 for path in rejected:
                     set_aside(path)
+                if rejected and mirror is not None:
+                    _set_later_aside(run_dir, mirror, step)
                 event(run_dir.events, "resumed", step=step, checkpoint=folder.name)
             return loaded
         rejected.append(folder)
-        if world.is_first:
-            event(run_dir.events, "checkpoint_rejected", path=folder.name, reason=loaded)
-            print(f"checkpoint {folder.name} is passed over: {loaded}", flush=True)
     return None
+
+
+def _take_again(run_dir: RunDir, place: str, step: int) -> bool:
+    """Bring the mirror's copy of `step` here in the place of a bad one, if it has an intact one."""
+    try:
+        mirror = Mirror.of(run_dir, place)
+        mirror.check_owner(run_dir)
+        if step not in mirror.steps():
+            return False
+        mirror.fetch(step, run_dir.checkpoints)
+    except OutlastError as error:
+        print(f"step {step} is not taken from the mirror: {error}", flush=True)
+        return False
+    _say_taken(run_dir, mirror, step)
+    return True
+
+
+def _set_later_aside(run_dir: RunDir, place: str, step: int) -> None:
+    """The run goes on from `step`: what the mirror has of its earlier course is not its newest any more."""
+    try:
+        mirror = Mirror.of(run_dir, place)
+        mirror.check_owner(run_dir)
+        mirror.set_later_aside(step)
+    except OutlastError as error:
+        print(f"what the mirror has after step {step} stays there: {error}", flush=True)
 
 
 def _take_from_mirror(run_dir: RunDir, place: str) -> bool:
@@ -81,9 +117,13 @@ def _take_from_mirror(run_dir: RunDir, place: str) -> bool:
         print(f"nothing is taken from the mirror: {error}", flush=True)
         return False
     if step is not None:
-        event(run_dir.events, "taken_from_mirror", step=step, mirror=mirror.place)
-        print(f"the checkpoint of step {step} is taken from the mirror {mirror.place}", flush=True)
+        _say_taken(run_dir, mirror, step)
     return step is not None
+
+
+def _say_taken(run_dir: RunDir, mirror: Mirror, step: int) -> None:
+    event(run_dir.events, "taken_from_mirror", step=step, mirror=mirror.place)
+    print(f"the checkpoint of step {step} is taken from the mirror {mirror.place}", flush=True)
 
 
 def _load(folder: Path, engine: Engine, world: World, data_fingerprint: str) -> CheckpointIndex | str:

@@ -9,6 +9,7 @@ that a checkpoint is there whole or not at all; what is fetched is checked byte 
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from data_pipeline.errors import LaunchError, OutlastError
 from data_pipeline.remote import find_store, in_words, is_remote
 from gpt import record
 from gpt.checkpoint.format import COMMITTED, INDEX_NAME, PIN_NAME, step_name, verify
+from gpt.checkpoint.writer import set_aside
 from gpt.run_dir import RunDir, read_json
 
 
@@ -110,6 +112,13 @@ class Mirror:
             self._store.pipe_file(self._path(step, f"{mark}{INDEX_NAME}"), self._store.cat_file(index))
             self._store.rm_file(index)
 
+    def set_later_aside(self, step: int) -> None:
+        """Take what is there after `step` out of the line: the run goes on from `step` another time."""
+        mark = f".before-{int(time.time())}-"
+        for number in self.steps():
+            if number > step:
+                self.set_aside(number, mark)
+
     def set_pin(self, step: int, *, is_pinned: bool) -> None:
         """Have a checkpoint there stay whatever retention says, or not."""
         path = self._path(step, PIN_NAME)
@@ -125,7 +134,10 @@ class Mirror:
             return bool(self._store.exists(self._path(step, PIN_NAME)))
 
     def fetch(self, step: int, checkpoints: Path) -> None:
-        """Bring a checkpoint into the folder `checkpoints`. Raises MirrorError where a byte of it is bad."""
+        """Bring a checkpoint into the folder `checkpoints`; one of that step that is there is put aside.
+
+        Raises MirrorError where a byte of it is bad.
+        """
         temporary = checkpoints / f".tmp-fetched-{step_name(step)}"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -140,7 +152,10 @@ class Mirror:
             for file in temporary.iterdir():
                 record.sync(file)
             fsync_folder(temporary)
-            temporary.rename(checkpoints / step_name(step))
+            final = checkpoints / step_name(step)
+            if final.exists():
+                set_aside(final)
+            temporary.rename(final)
             fsync_folder(checkpoints)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -73,6 +73,23 @@ class SmallEngine:
     def state(self) -> Iterator[StatePart]:
         for name, whole in self._state.items():
             yield StatePart("decay", name, self._start, self._end, whole[self._start : self._end])
+
+    def prepare_load(self, optimizer_steps: int) -> None:
+        self.take_step()  # other values, which a load replaces
+        self.optimizer_steps = optimizer_steps
+
+    def load_scalars(self, scalars: Mapping[str, float]) -> None:
+        self.scalars = dict(scalars)
+
+    def finish_load(self) -> None:
+        pass
+
+    def holds(self, step: int) -> bool:
+        """Whether this rank's part of the state is that after `step`."""
+        return all(
+            np.array_equal(part.tensor.numpy(), expected_state(step, part.state)[self._start : self._end])
+            for part in self.state()
+        )
 
 
 def join(meeting: Path, rank: int, size: int) -> World:

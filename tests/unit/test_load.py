@@ -1,0 +1,99 @@
+"""Which state a run goes on from, whatever is bad."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch.distributed as dist
+
+from gpt import record
+from gpt.checkpoint.format import committed, rank_name
+from gpt.checkpoint.load import load_newest
+from gpt.checkpoint.mirror import Mirror
+from gpt.distributed import World
+from gpt.mirroring import Copier
+from gpt.run_dir import RunDir
+from tests.unit.saver_support import SmallEngine, join, make_saver
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    """A run with a folder for its mirror beside it."""
+    (tmp_path / "mirrors").mkdir()
+    run = RunDir(tmp_path / "run")
+    run.attempt(1).mkdir(parents=True)
+    return run
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[World]:
+    yield join(tmp_path / "meeting", 0, 1)
+    dist.destroy_process_group()
+
+
+def save(run: RunDir, world: World, *steps: int, **checkpoint: Any) -> None:
+    saver, engine = make_saver(run, world, **checkpoint)
+    for step in range(1, steps[-1] + 1):
+        engine.take_step()
+        if step in steps:
+            saver.save_and_wait(step, ())
+
+
+def load(run: RunDir, world: World, **checkpoint: Any) -> tuple[int | None, SmallEngine]:
+    """The step that a load gives, and the engine that it filled."""
+    engine = SmallEngine(world.rank, world.size, **checkpoint)
+    index = load_newest(run, cast(Any, engine), world, "d")
+    return (index.step if index is not None else None), engine
+
+
+def flip(folder: Path) -> None:
+    """Flip a bit in the middle of rank 0's file."""
+    path = folder / rank_name(0)
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ 1]))
+
+
+def copy_all(run: RunDir, place: Path) -> Mirror:
+    copier = Copier(run, SmallEngine(0, 1, mirror=str(place)).run.checkpoint)
+    while copier.copy_next():
+        pass
+    return copier.mirror
+
+
+def test_a_bad_checkpoint_is_taken_anew_from_the_mirror_before_an_older_one_is(
+    run: RunDir, alone: World, tmp_path: Path
+) -> None:
+    save(run, alone, 1, 2)
+    copy_all(run, tmp_path / "mirrors")
+    flip(dict(committed(run.checkpoints))[2])
+    step, engine = load(run, alone, mirror=str(tmp_path / "mirrors"))
+    assert step == 2
+    assert engine.holds(2)
+    names = [line["event"] for line in record.read(run.events)]
+    assert names[-3:] == ["checkpoint_rejected", "taken_from_mirror", "resumed"]
+    assert len(list(run.checkpoints.glob(".bad-step-00000002-*"))) == 1
+
+
+def test_what_the_mirror_has_after_the_step_that_a_run_goes_on_from_is_out_of_the_line(
+    run: RunDir, alone: World, tmp_path: Path
+) -> None:
+    save(run, alone, 1, 2)
+    mirror = copy_all(run, tmp_path / "mirrors")
+    flip(dict(committed(run.checkpoints))[2])
+    flip(tmp_path / "mirrors" / "run" / "checkpoints" / "step-00000002")
+    assert load(run, alone, mirror=str(tmp_path / "mirrors"))[0] == 1
+    assert mirror.steps() == [1]
+
+
+def test_a_run_that_went_back_mirrors_its_new_course(run: RunDir, alone: World, tmp_path: Path) -> None:
+    save(run, alone, 1, 5, 6)  # two are kept
+    mirror = copy_all(run, tmp_path / "mirrors")
+    for _, folder in committed(run.checkpoints):
+        folder.rename(folder.with_name(f".bad-{folder.name}"))
+    save(run, alone, 2)
+    assert copy_all(run, tmp_path / "mirrors").steps() == [2]
+    assert mirror.steps() == [2]
