@@ -72,11 +72,16 @@ class Mirror:
         return sorted(int(match[1]) for match in matches if match)
 
     def has(self, step: int, folder: Path) -> bool:
-        """Whether the checkpoint in `folder` is there, and not another one of the same step."""
+        """Whether this very checkpoint of `step`, that in `folder`, is there with each file in its size."""
         index = (folder / INDEX_NAME).read_bytes()
+        sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.name != PIN_NAME}
         with self._asking():
             path = self._path(step, INDEX_NAME)
-            return bool(self._store.exists(path) and self._store.cat_file(path) == index)
+            if not self._store.exists(path) or self._store.cat_file(path) != index:
+                return False
+            listed = self._store.ls(self._path(step), detail=True, refresh=True)
+        theirs = {Path(entry["name"]).name: entry["size"] for entry in listed}
+        return sizes.items() <= theirs.items()
 
     def put(self, step: int, folder: Path) -> int:
         """Copy the checkpoint in `folder`; its bytes."""

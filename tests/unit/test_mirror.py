@@ -124,6 +124,20 @@ def test_a_checkpoint_is_at_the_mirror_only_when_its_last_file_is(run: RunDir, p
     assert copy_all(run) == [5]
 
 
+@pytest.mark.parametrize("is_gone", [False, True])
+def test_a_copy_that_was_cut_short_is_made_anew(run: RunDir, place: str, is_gone: bool) -> None:
+    save(run, 5)
+    copy_all(run)
+    mirror = Mirror.of(run, place)
+    path = mirror._path(5, "rank-00001.safetensors")
+    content = mirror._store.cat_file(path)
+    mirror._store.rm_file(path)
+    if not is_gone:
+        mirror._store.pipe_file(path, content[:-1])
+    assert copier(run).copy_next()
+    assert mirror._store.cat_file(path) == content
+
+
 def test_another_checkpoint_of_the_same_step_takes_its_place(run: RunDir, place: str) -> None:
     save(run, 5)
     copy_all(run)
