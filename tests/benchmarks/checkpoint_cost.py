@@ -111,6 +111,7 @@ def measure(save: Callable[[int], Callable[[], bool]], load: Callable[[], Any], 
         "steps_between_s": between,
         "bytes": size(newest),
         "load_s": timed(load),
+        "load_from_memory_s": timed(load),
     }
     if world.is_first:
         print(path.name, found, flush=True)

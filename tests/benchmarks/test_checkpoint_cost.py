@@ -50,7 +50,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         print(
             f"{name:10} stall {it['stall_s']:.3f} s (first {it['first_stall_s']:.3f}), "
             f"{it['stall_s'] / memcpy_s:.1f} copies; {meanwhile}"
-            f"{it['bytes'] / parameters:.2f} bytes a parameter; load {it['load_s']:.2f} s"
+            f"{it['bytes'] / parameters:.2f} bytes a parameter; load {it['load_s']:.2f} s from the disk, "
+            f"{it['load_from_memory_s']:.2f} s from the page cache"
         )
     return result
 
