@@ -34,7 +34,10 @@ def make_scratch(place: Place) -> Path | None:
         return None
     os.environ["TMPDIR"] = str(folder)
     end, _held_open = os.pipe()  # the other end is closed with this process
-    subprocess.run(["sh", "-c", _SWEEPER, "sh", str(folder)], stdin=end)
+    path = f"{os.environ.get('PATH', '')}:{os.defpath}"  # a container's own may have neither cat nor rm
+    subprocess.run(
+        ["/bin/sh", "-c", _SWEEPER, "sh", str(folder)], stdin=end, env={**os.environ, "PATH": path}
+    )
     os.close(end)
     return folder
 
