@@ -86,6 +86,12 @@ def val_losses(path: Path) -> dict[int, float]:
     return losses
 
 
+def earlier_configs(events: Path) -> set[str]:
+    """The fingerprints of the configs from which a run was changed, as somebody allowed."""
+    changed = (line for line in read(events) if line.get("event") == "config_changed")
+    return {line["config_fingerprint"] for line in changed if line.get("config_fingerprint")}
+
+
 def last(path: Path, tail_bytes: int = 65536) -> dict[str, Any] | None:
     """The last whole line, reading no more than `tail_bytes`."""
     try:

@@ -132,7 +132,8 @@ def _resume(
     newest = max(checkpoints, default=0)
     index = _index(checkpoints.get(newest if step is None else step))
     data = joint_fingerprint(request.manifests)
-    changes |= fingerprint_changes(index, request.config, data, {config_fingerprint(present), *_earlier(run)})
+    configs = {config_fingerprint(present), *record.earlier_configs(run.events)}
+    changes |= fingerprint_changes(index, request.config, data, configs)
     judge(changes, allowed)
     if step is None and newest >= request.config.total_steps:
         bad = next(verify(checkpoints[newest]), None)
@@ -149,7 +150,8 @@ def _resume(
         _rewind(run, step, mirror)
     show_warnings(request)
     if changes:
-        came_from = index.config_fingerprint if index is not None else None
+        # Of the checkpoint to go on from; where that is bad, an older one is of the config as it was.
+        came_from = index.config_fingerprint if index is not None else config_fingerprint(present)
         record.event(run.events, "config_changed", changes=changes, config_fingerprint=came_from)
     put_submission(run, request, command_line())
     return _submit_and_attend(run, request.config.total_steps, request.cluster, "resume", attend, claim)
@@ -230,12 +232,6 @@ def _without_other_total(tables: dict[str, Any], overrides: Sequence[str]) -> di
     dropped = {other for name, other in names.items() if name in given}
     schedule = {key: value for key, value in tables["schedule"].items() if key not in dropped}
     return {**tables, "schedule": schedule}
-
-
-def _earlier(run: RunDir) -> list[str]:
-    """The fingerprints of the configs from which this run was changed before."""
-    changed = (line for line in record.read(run.events) if line["event"] == "config_changed")
-    return [line["config_fingerprint"] for line in changed if line.get("config_fingerprint")]
 
 
 def _index(folder: Path | None) -> CheckpointIndex | None:

@@ -1,19 +1,29 @@
 """Taking a run's state back from disk, agreed between the ranks."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from data_pipeline.errors import CheckpointError, ConfigError, OutlastError
+from gpt.changeable import config_fingerprint
 from gpt.checkpoint.format import CheckpointIndex, Corrupt, committed
 from gpt.checkpoint.mirror import Mirror
 from gpt.checkpoint.reader import CheckpointReader
 from gpt.checkpoint.writer import set_aside
 from gpt.distributed import World, from_first, gather, together
-from gpt.record import event, read
+from gpt.record import earlier_configs, event, read
 from gpt.run_dir import RunDir
 from gpt.zero import Engine
+
+
+@dataclass(frozen=True)
+class _Belonging:
+    """What tells whether a checkpoint is of this run."""
+
+    data: str  # the fingerprint of its data
+    configs: Collection[str]  # those of its config, now and before changes that were allowed
 
 
 def load_newest(
@@ -25,12 +35,14 @@ def load_newest(
     Raises CheckpointError when there were checkpoints and none is intact.
     """
     candidates = from_first(world, committed(run_dir.checkpoints))
-    index = _load_any(candidates, run_dir, engine, world, data_fingerprint)
+    earlier = from_first(world, earlier_configs(run_dir.events) if world.is_first else set())
+    belongs = _Belonging(data_fingerprint, {config_fingerprint(engine.run), *earlier})
+    index = _load_any(candidates, run_dir, engine, world, belongs)
     if index is None and engine.run.checkpoint.mirror is not None:
         is_taken = _take_from_mirror(run_dir, engine.run.checkpoint.mirror) if world.is_first else False
         if from_first(world, is_taken):
             fetched = from_first(world, committed(run_dir.checkpoints))
-            index = _load_any(fetched, run_dir, engine, world, data_fingerprint)
+            index = _load_any(fetched, run_dir, engine, world, belongs)
     if index is not None:
         return index
     had_some = bool(candidates) or any(
@@ -49,7 +61,7 @@ def _load_any(
     run_dir: RunDir,
     engine: Engine,
     world: World,
-    data_fingerprint: str,
+    belongs: _Belonging,
 ) -> CheckpointIndex | None:
     """Fill `engine` from the newest intact one of `candidates`; newer ones, all bad, are set aside.
 
@@ -58,7 +70,7 @@ def _load_any(
     rejected: list[Path] = []
     mirror = engine.run.checkpoint.mirror
     for step, folder in reversed(candidates):
-        loaded = _load(folder, engine, world, data_fingerprint)
+        loaded = _load(folder, engine, world, belongs)
         if isinstance(loaded, str):
             if world.is_first:
                 event(run_dir.events, "checkpoint_rejected", path=folder.name, reason=loaded)
@@ -66,7 +78,7 @@ def _load_any(
             if mirror is not None:
                 is_taken = _take_again(run_dir, mirror, step) if world.is_first else False
                 if from_first(world, is_taken):
-                    loaded = _load(folder, engine, world, data_fingerprint)
+                    loaded = _load(folder, engine, world, belongs)
         if isinstance(loaded, CheckpointIndex):
             if world.is_first:
                 for path in rejected:
@@ -126,13 +138,13 @@ def _say_taken(run_dir: RunDir, mirror: Mirror, step: int) -> None:
     print(f"the checkpoint of step {step} is taken from the mirror {mirror.place}", flush=True)
 
 
-def _load(folder: Path, engine: Engine, world: World, data_fingerprint: str) -> CheckpointIndex | str:
+def _load(folder: Path, engine: Engine, world: World, belongs: _Belonging) -> CheckpointIndex | str:
     """Fill `engine` from one checkpoint; its index, or why not, if a byte of it is bad."""
 
     def attempt() -> CheckpointIndex | str:
         try:
             reader = CheckpointReader(folder)
-            _check_fits(reader.index, engine, data_fingerprint)
+            _check_fits(reader.index, engine, belongs)
             engine.prepare_load(reader.index.optimizer_steps)
             engine.load_scalars(reader.index.scalars)
             for part in engine.state():
@@ -153,8 +165,8 @@ def _load(folder: Path, engine: Engine, world: World, data_fingerprint: str) -> 
     return bad or loaded
 
 
-def _check_fits(index: CheckpointIndex, engine: Engine, data_fingerprint: str) -> None:
-    """Raise ConfigError when the checkpoint belongs to another model or other data."""
+def _check_fits(index: CheckpointIndex, engine: Engine, belongs: _Belonging) -> None:
+    """Raise ConfigError when the checkpoint belongs to another model, other data or another config."""
     here = {entry.name: entry for entry in engine.parameters}
     there = {entry.name: entry for entry in index.parameters}
     problems = [
@@ -162,9 +174,15 @@ def _check_fits(index: CheckpointIndex, engine: Engine, data_fingerprint: str) -
         for name in sorted(here.keys() | there.keys())
         if here.get(name) != there.get(name)
     ]
-    if index.data_fingerprint not in (data_fingerprint, *engine.run.data.changed_from):
+    if index.data_fingerprint not in (belongs.data, *engine.run.data.changed_from):
         problems.append(
-            f"it was trained on data {index.data_fingerprint}, the config's data is {data_fingerprint}"
+            f"it was trained on data {index.data_fingerprint}, the config's data is {belongs.data}"
+        )
+    if not problems and index.config_fingerprint not in belongs.configs:
+        problems.append(
+            f"it was saved under another config ({index.config_fingerprint}) than the run's own "
+            f"({' or '.join(sorted(belongs.configs))}): config.json was edited, or the checkpoint put there "
+            "by hand. Restore it, or insist with `outlast resume --allow-change config`"
         )
     if problems:
         more = [f"and {len(problems) - 5} more"] if len(problems) > 5 else []

@@ -128,7 +128,9 @@ def test_the_state_is_the_same_through_stages_and_worlds(
 ) -> None:
     """`way` holds stages and worlds; together the two ways go through all nine."""
     moved = copy_run(finished)
+    came_from = read_index(committed(moved.dir.checkpoints)[-1][1]).config_fingerprint
     moved.configure(checkpoint__keep_last=20, batch__micro_batch=2, batch__global_batch_tokens=12 * 32)
+    record.event(moved.dir.events, "config_changed", config_fingerprint=came_from)  # as a resume allows it
     original = finished.state(8)
     for step, (stage, processes) in enumerate(way, start=9):
         moved.configure(zero__stage=stage)

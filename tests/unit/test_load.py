@@ -7,7 +7,9 @@ from typing import Any, cast
 import pytest
 import torch.distributed as dist
 
+from data_pipeline.errors import ConfigError
 from gpt import record
+from gpt.changeable import config_fingerprint
 from gpt.checkpoint.format import committed, rank_name
 from gpt.checkpoint.load import load_newest
 from gpt.checkpoint.mirror import Mirror
@@ -40,9 +42,10 @@ def save(run: RunDir, world: World, *steps: int, **checkpoint: Any) -> None:
             saver.save_and_wait(step, ())
 
 
-def load(run: RunDir, world: World, **checkpoint: Any) -> tuple[int | None, SmallEngine]:
+def load(run: RunDir, world: World, seed: int = 1234, **checkpoint: Any) -> tuple[int | None, SmallEngine]:
     """The step that a load gives, and the engine that it filled."""
     engine = SmallEngine(world.rank, world.size, **checkpoint)
+    engine.run = engine.run.model_copy(update={"seed": seed})
     index = load_newest(run, cast(Any, engine), world, "d")
     return (index.step if index is not None else None), engine
 
@@ -97,3 +100,12 @@ def test_a_run_that_went_back_mirrors_its_new_course(run: RunDir, alone: World, 
     save(run, alone, 2)
     assert copy_all(run, tmp_path / "mirrors").steps() == [2]
     assert mirror.steps() == [2]
+
+
+def test_a_config_that_was_edited_behind_the_runs_back_is_refused(run: RunDir, alone: World) -> None:
+    save(run, alone, 1)
+    with pytest.raises(ConfigError, match=r"saved under another config \(\w+\) .* config\.json was edited"):
+        load(run, alone, seed=7)
+    came_from = config_fingerprint(SmallEngine(0, 1).run)
+    record.event(run.events, "config_changed", changes={"seed": [1234, 7]}, config_fingerprint=came_from)
+    assert load(run, alone, seed=7)[0] == 1
