@@ -23,14 +23,13 @@ from data_pipeline.errors import ConfigError, OutlastError
 from data_pipeline.manifest import joint_fingerprint, read_manifest
 from data_pipeline.tokenizer import Encoding, load_encoding
 from gpt.changeable import config_fingerprint
-from gpt.checkpoint.format import CheckpointIndex, GroupEntry, ParameterEntry
+from gpt.checkpoint.format import CheckpointIndex, GroupEntry
 from gpt.checkpoint.writer import commit, temporary_folder, write_rank_file
 from gpt.config import RunConfig
-from gpt.flops import parameter_table
 from gpt.huggingface import TensorPlace, tensor_places
 from gpt.huggingface_tokenizer import SAMPLES
 from gpt.model_config import ModelConfig
-from gpt.optimizer import by_group, hyperparameters, states
+from gpt.parameter_groups import hyperparameters, parameter_entries, sizes_by_group, states
 from gpt.run_dir import RunDir
 
 
@@ -98,17 +97,12 @@ def write_first_checkpoint(
 
     `data` is the fingerprint of the data set. Memory: one fp32 copy of the model.
     """
-    entries: list[ParameterEntry] = []
-    flats: dict[str, NDArray[np.float32]] = {}
-    table = ((name, shape, shape) for name, shape in parameter_table(run.model))
-    for group, members in by_group(table, run.model, run.optimizer).items():
-        offset = 0
-        flat = np.empty(sum(int(np.prod(shape)) for _, shape in members), dtype=np.float32)
-        for name, shape in members:
-            entries.append(ParameterEntry(name=name, shape=shape, group=group, offset=offset))
-            flat[offset : offset + entries[-1].numel] = parameter(name, shape).reshape(-1)
-            offset += entries[-1].numel
-        flats[group] = flat
+    entries = parameter_entries(run.model, run.optimizer)
+    sizes = sizes_by_group(entries)
+    flats = {group: np.empty(sum(numels), dtype=np.float32) for group, numels in sizes.items()}
+    for entry in entries:
+        whole = parameter(entry.name, entry.shape).reshape(-1)
+        flats[entry.group][entry.offset : entry.offset + entry.numel] = whole
     groups = tuple(
         GroupEntry(
             name=name,
@@ -135,7 +129,7 @@ def write_first_checkpoint(
         world_size=1,
         stage=run.zero.stage,
         optimizer_steps=0,
-        parameters=tuple(entries),
+        parameters=entries,
         groups=groups,
         data_fingerprint=data,
         config_fingerprint=config_fingerprint(run),

@@ -35,7 +35,8 @@ from gpt.initialization import initialize
 from gpt.model import GPT
 from gpt.model_config import ModelConfig
 from gpt.muon import Exchange, MuonAdamW, Whole
-from gpt.optimizer import build_optimizer, by_group, hyperparameters, set_rate, states
+from gpt.optimizer import build_optimizer, set_rate
+from gpt.parameter_groups import hyperparameters, parameter_entries, sizes_by_group, states
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -426,28 +427,23 @@ def _tables(
     kind: Kind, run: RunConfig, world: World, partition_numels: list[int]
 ) -> tuple[tuple[ParameterEntry, ...], tuple[GroupEntry, ...], dict[str, GroupLayout]]:
     """Parameters, groups and cuts in closed form."""
-    parameters: list[ParameterEntry] = []
+    parameters = parameter_entries(run.model, run.optimizer)
     groups: list[GroupEntry] = []
     layouts = {}
-    table = ((name, shape, shape) for name, shape in parameter_table(run.model))
-    for (name, members), partition_numel in zip(
-        by_group(table, run.model, run.optimizer).items(), partition_numels, strict=True
+    for (name, sizes), partition_numel in zip(
+        sizes_by_group(parameters).items(), partition_numels, strict=True
     ):
-        offset = 0
-        for parameter_name, shape in members:
-            parameters.append(ParameterEntry(name=parameter_name, shape=shape, group=name, offset=offset))
-            offset += prod(shape)
         groups.append(
             GroupEntry(
                 name=name,
-                numel=offset,
+                numel=sum(sizes),
                 partition_numel=partition_numel,
                 states=states(name),
                 hyperparameters=hyperparameters(name, run.optimizer, run.model),
             )
         )
-        layouts[name] = GroupLayout(kind, world.size, [prod(shape) for _, shape in members], partition_numel)
-    return tuple(parameters), tuple(groups), layouts
+        layouts[name] = GroupLayout(kind, world.size, sizes, partition_numel)
+    return parameters, tuple(groups), layouts
 
 
 def _import_deepspeed(device: torch.device) -> Any:

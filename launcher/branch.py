@@ -15,7 +15,7 @@ from data_pipeline.errors import ConfigError
 from gpt.changeable import config_fingerprint
 from gpt.checkpoint.format import INDEX_NAME, CheckpointIndex, committed, read_index, step_name, verify
 from gpt.config import RunConfig
-from gpt.flops import parameter_table
+from gpt.parameter_groups import misfits, parameter_entries, states
 from gpt.run_dir import RunDir
 from launcher.runs import open_run
 
@@ -31,7 +31,8 @@ class Origin:
 def find_origin(text: str, config: RunConfig) -> Origin:
     """The checkpoint that `RUN_DIR[@STEP]` means, checked byte by byte against `config`.
 
-    Raises ConfigError when there is none, a byte of it is bad, or it belongs to another network.
+    Raises ConfigError when there is none, a byte of it is bad, or its network or
+    optimizer keeps another state.
     """
     name, at, number = text.rpartition("@")
     step = int(number) if at and number.isdigit() else None
@@ -46,20 +47,20 @@ def find_origin(text: str, config: RunConfig) -> Origin:
     for bad in verify(folder):
         raise ConfigError(f"--from {text}: {bad.path}: byte {bad.offset}: {bad.reason}. Choose another step.")
     index = read_index(folder)
-    theirs = {entry.name: entry.shape for entry in index.parameters}
-    ours = dict(parameter_table(config.model))
-    for name in sorted(ours.keys() | theirs.keys()):
-        if ours.get(name) != theirs.get(name):
-            raise ConfigError(
-                f"--from {text}: parameter {name} is {_shape(theirs.get(name))} there and "
-                f"{_shape(ours.get(name))} in this config; the [model] tables must agree."
-            )
+    if problems := state_misfits(index, config):
+        raise ConfigError([f"--from {text}: {problem}" for problem in problems])
     if index.step >= config.total_steps:
         raise ConfigError(
             f"--from {text}: step {index.step} is not before the end of this run, schedule.total_steps = "
             f"{config.total_steps}."
         )
     return Origin(folder, index)
+
+
+def state_misfits(index: CheckpointIndex, config: RunConfig) -> list[str]:
+    """Why a run of `config` cannot go on from the state of a checkpoint, in words."""
+    entries = parameter_entries(config.model, config.optimizer)
+    return misfits(index, entries, {entry.group: states(entry.group) for entry in entries})
 
 
 def plant(origin: Origin, run: RunDir, config: RunConfig, data_fingerprint: str) -> None:
@@ -87,7 +88,3 @@ def _share(source: Path, target: Path) -> None:
         target.hardlink_to(source)
     except OSError:  # another file system, or one without hard links
         shutil.copyfile(source, target)
-
-
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "absent" if shape is None else str(list(shape))

@@ -16,7 +16,7 @@ import click
 
 from data_pipeline.config_file import with_overrides
 from data_pipeline.durable import fsync_folder
-from data_pipeline.errors import LaunchError
+from data_pipeline.errors import ConfigError, LaunchError
 from data_pipeline.manifest import joint_fingerprint
 from data_pipeline.remote import is_remote
 from data_pipeline.skip_list import SkipList
@@ -26,7 +26,7 @@ from gpt.checkpoint.format import BadFile, CheckpointIndex, Corrupt, committed, 
 from gpt.checkpoint.mirror import Mirror
 from gpt.config import RunConfig
 from gpt.run_dir import RunDir, read_json
-from launcher.branch import find_origin, plant
+from launcher.branch import find_origin, plant, state_misfits
 from launcher.changes import DATA, fingerprint_changes, judge
 from launcher.cluster import ClusterConfig
 from launcher.follow import Follower, outcome_of, watch
@@ -135,6 +135,8 @@ def _resume(
     configs = {config_fingerprint(present), *record.earlier_configs(run.events)}
     changes |= fingerprint_changes(index, request.config, data, configs)
     judge(changes, allowed)
+    if index is not None and (problems := state_misfits(index, request.config)):
+        raise ConfigError([f"step {index.step} does not fit this config: {problem}" for problem in problems])
     if step is None and newest >= request.config.total_steps:
         bad = next(verify(checkpoints[newest]), None)
         if bad is None:

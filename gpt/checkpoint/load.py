@@ -13,6 +13,7 @@ from gpt.checkpoint.mirror import Mirror
 from gpt.checkpoint.reader import CheckpointReader
 from gpt.checkpoint.writer import set_aside
 from gpt.distributed import World, from_first, gather, together
+from gpt.parameter_groups import misfits
 from gpt.record import earlier_configs, event, read
 from gpt.run_dir import RunDir
 from gpt.zero import Engine
@@ -167,13 +168,7 @@ def _load(folder: Path, engine: Engine, world: World, belongs: _Belonging) -> Ch
 
 def _check_fits(index: CheckpointIndex, engine: Engine, belongs: _Belonging) -> None:
     """Raise ConfigError when the checkpoint belongs to another model, other data or another config."""
-    here = {entry.name: entry for entry in engine.parameters}
-    there = {entry.name: entry for entry in index.parameters}
-    problems = [
-        f"parameter {name} is {_shape(there.get(name))} there and {_shape(here.get(name))} in the config"
-        for name in sorted(here.keys() | there.keys())
-        if here.get(name) != there.get(name)
-    ]
+    problems = misfits(index, engine.parameters, {group.name: group.states for group in engine.groups})
     if index.data_fingerprint not in (belongs.data, *engine.run.data.changed_from):
         problems.append(
             f"it was trained on data {index.data_fingerprint}, the config's data is {belongs.data}"
@@ -185,9 +180,4 @@ def _check_fits(index: CheckpointIndex, engine: Engine, belongs: _Belonging) -> 
             "by hand. Restore it, or insist with `outlast resume --allow-change config`"
         )
     if problems:
-        more = [f"and {len(problems) - 5} more"] if len(problems) > 5 else []
-        raise ConfigError([f"step {index.step} does not fit this run: {p}" for p in problems[:5]] + more)
-
-
-def _shape(entry: object) -> str:
-    return "absent" if entry is None else str(list(getattr(entry, "shape", ())))
+        raise ConfigError([f"step {index.step} does not fit this run: {problem}" for problem in problems])

@@ -1,12 +1,16 @@
 """A small checkpoint as several ranks write it."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from gpt.changeable import config_fingerprint
 from gpt.checkpoint.format import CheckpointIndex, GroupEntry, ParameterEntry, rank_tensors
 from gpt.checkpoint.layout import Kind
 from gpt.checkpoint.writer import commit, temporary_folder, write_rank_file
+from gpt.config import RunConfig
+from gpt.parameter_groups import parameter_entries, sizes_by_group, states
 
 STATES = ("master", "exp_avg", "exp_avg_sq")
 CHUNK_BYTES = 64
@@ -18,23 +22,36 @@ def flat_state(group: str, state: str, numel: int) -> np.ndarray:
 
 
 def write_checkpoint(
-    checkpoints: Path, step: int = 7, world_size: int = 3, numel: int = 101, layout: Kind = "flat"
+    checkpoints: Path,
+    step: int = 7,
+    world_size: int = 3,
+    numel: int = 101,
+    layout: Kind = "flat",
+    config: RunConfig | None = None,
+    **fields: Any,
 ) -> Path:
-    """A checkpoint of two groups, cut over `world_size` ranks as ZeRO cuts it: padded to equal parts."""
+    """A checkpoint cut over `world_size` ranks as ZeRO cuts it, padded to equal parts.
+
+    It is of the network of `config`, else of two groups of a few numbers; its index has `fields` too.
+    """
+    if config is not None:
+        parameters = parameter_entries(config.model, config.optimizer)
+        fields |= {"config_fingerprint": config_fingerprint(config), "chunk_bytes": 64 * CHUNK_BYTES}
+    else:
+        parameters = (
+            ParameterEntry(name="w", shape=(numel - 11, 1), group="decay", offset=0),
+            ParameterEntry(name="v", shape=(11,), group="decay", offset=numel - 11),
+            ParameterEntry(name="g", shape=(5,), group="no_decay", offset=0),
+        )
     groups = tuple(
         GroupEntry(
             name=name,
-            numel=size,
-            partition_numel=-(-size // world_size),
-            states=STATES,
+            numel=sum(sizes),
+            partition_numel=-(-sum(sizes) // world_size),
+            states=states(name),
             hyperparameters={"weight_decay": 0.1, "betas": (0.9, 0.95)},
         )
-        for name, size in (("decay", numel), ("no_decay", 5))
-    )
-    parameters = (
-        ParameterEntry(name="w", shape=(numel - 11, 1), group="decay", offset=0),
-        ParameterEntry(name="v", shape=(11,), group="decay", offset=numel - 11),
-        ParameterEntry(name="g", shape=(5,), group="no_decay", offset=0),
+        for name, sizes in sizes_by_group(parameters).items()
     )
     index = CheckpointIndex(
         step=step,
@@ -45,10 +62,13 @@ def write_checkpoint(
         optimizer_steps=step,
         parameters=parameters,
         groups=groups,
-        data_fingerprint="d",
-        config_fingerprint="c",
-        versions={"torch": "2.13"},
-        chunk_bytes=CHUNK_BYTES,
+        **{
+            "data_fingerprint": "d",
+            "config_fingerprint": "c",
+            "versions": {"torch": "2.13"},
+            "chunk_bytes": CHUNK_BYTES,
+            **fields,
+        },
         files=(),
     )
     temporary = temporary_folder(checkpoints, attempt=1, step=step)
@@ -58,9 +78,9 @@ def write_checkpoint(
         parts = (
             flat_state(group.name, state, group.numel)[start:end]
             for group in groups
-            for state in STATES
+            for state in group.states
             for start, end in index.layouts[group.name].extents(rank)
         )
         tensors = rank_tensors(index, rank)
-        files.append(write_rank_file(temporary, rank, tensors, parts, CHUNK_BYTES))
+        files.append(write_rank_file(temporary, rank, tensors, parts, index.chunk_bytes))
     return commit(checkpoints, temporary, index.model_copy(update={"files": tuple(files)}))

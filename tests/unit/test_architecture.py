@@ -18,6 +18,7 @@ TORCH_FREE_IN_GPT = (
     "gpt.model_config",
     "gpt.optimizer_config",
     "gpt.parallel_config",
+    "gpt.parameter_groups",
     "gpt.huggingface",
     "gpt.run_dir",
     "gpt.record",

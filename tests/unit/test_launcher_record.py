@@ -15,10 +15,7 @@ from data_pipeline.errors import ConfigError, LaunchError
 from data_pipeline.manifest import joint_fingerprint, read_manifest
 from data_pipeline.skip_list import Ranges
 from gpt import record
-from gpt.changeable import config_fingerprint
-from gpt.checkpoint.format import CHUNK_BYTES, CheckpointIndex, committed, rank_name, step_name
-from gpt.checkpoint.writer import commit as commit_checkpoint
-from gpt.checkpoint.writer import temporary_folder, write_rank_file
+from gpt.checkpoint.format import committed, rank_name, step_name
 from gpt.run_dir import RunDir, read_json, write_json
 from launcher import launch
 from launcher.children import tracking_uri, ui
@@ -32,6 +29,7 @@ from launcher.recipes import run_tables
 from launcher.requests import standing_stop
 from launcher.runs import changed_fields, create_run, open_run, read_config
 from launcher.status import show, status, statuses, table
+from tests.unit.checkpoint_support import write_checkpoint
 from tests.unit.launcher_support import end_job, give_job, make_data, submit_what_ends_well
 
 
@@ -53,33 +51,19 @@ def step(run: RunDir, number: int, **more: float) -> None:
 
 
 def commit(run: RunDir, *steps: int, skipped: Ranges = ()) -> None:
-    """Whole checkpoints of a network without parameters."""
+    """Whole checkpoints of the run's network."""
     config = read_config(run)
-    manifests = [read_manifest(source.path) for source in config.data.sources]
-    for number in steps:
-        temporary = temporary_folder(run.checkpoints, attempt=1, step=number)
-        temporary.mkdir()
-        index = CheckpointIndex(
-            step=number,
-            attempt=1,
-            world_size=1,
-            stage=1,
-            optimizer_steps=number,
-            skipped=skipped,
-            parameters=(),
-            groups=(),
-            data_fingerprint=joint_fingerprint(manifests),
-            config_fingerprint=config_fingerprint(config),
-            versions={},
-            files=(write_rank_file(temporary, 0, {}, (), CHUNK_BYTES),),
-        )
-        commit_checkpoint(run.checkpoints, temporary, index)
+    data = joint_fingerprint([read_manifest(source.path) for source in config.data.sources])
+    for step in steps:
+        fields = {"data_fingerprint": data, "skipped": skipped}
+        write_checkpoint(run.checkpoints, step=step, world_size=1, config=config, **fields)
 
 
 def spoil(run: RunDir, number: int) -> Path:
     """Change a byte of the checkpoint of step `number`."""
     path = run.checkpoints / step_name(number) / rank_name(0)
-    path.write_bytes(b"x" + path.read_bytes()[1:])
+    content = path.read_bytes()
+    path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
     return path
 
 

@@ -11,7 +11,6 @@ import pytest
 from data_pipeline.errors import ConfigError, LaunchError
 from data_pipeline.manifest import joint_fingerprint, read_manifest
 from gpt import record
-from gpt.changeable import config_fingerprint
 from gpt.checkpoint.format import INDEX_NAME, PIN_NAME, committed, read_index, step_name
 from gpt.checkpoint.mirror import Mirror, MirrorError
 from gpt.checkpoint.writer import prune
@@ -65,9 +64,7 @@ def save(run: RunDir, *steps: int) -> None:
     config = read_config(run)
     data = joint_fingerprint([read_manifest(source.path) for source in config.data.sources])
     for step in steps:
-        folder = write_checkpoint(run.checkpoints, step=step)
-        origin = {"data_fingerprint": data, "config_fingerprint": config_fingerprint(config)}
-        (folder / INDEX_NAME).write_bytes(read_index(folder).model_copy(update=origin).dumps())
+        write_checkpoint(run.checkpoints, step=step, config=config, data_fingerprint=data)
         record.append(run.metrics, step=step)
 
 

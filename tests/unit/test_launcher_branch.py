@@ -1,0 +1,106 @@
+"""`launch --from`: a new run begins with another one's state, or is refused before anything is made."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipeline.errors import ConfigError
+from data_pipeline.manifest import joint_fingerprint, read_manifest
+from gpt import record
+from gpt.changeable import config_fingerprint
+from gpt.checkpoint.format import committed, verify
+from gpt.checkpoint.reader import CheckpointReader
+from gpt.run_dir import RunDir
+from launcher import launch
+from launcher.cluster import ClusterConfig
+from launcher.jobs import Job
+from launcher.preflight import examine
+from launcher.recipes import run_tables
+from launcher.runs import create_run, read_config
+from tests.unit.checkpoint_support import flat_state, write_checkpoint
+from tests.unit.launcher_support import end_job, give_job, make_data
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def origin(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
+    """A run with checkpoints of steps 5 and 10; what is submitted here ends well at once."""
+
+    def submit(run: RunDir, _reason: str) -> Job:
+        job = give_job(run, alive=False)
+        end_job(run, 0, "done")
+        return job
+
+    monkeypatch.setattr(launch, "submit", submit)
+    tables, source = run_tables("tiny", [f"data.path={data}"])
+    request = examine(tables, source, ClusterConfig(kind="local"), tmp_path / "origin")
+    run = create_run(tmp_path / "origin", request, ["outlast"])
+    config = read_config(run)
+    fingerprint = joint_fingerprint([read_manifest(source.path) for source in config.data.sources])
+    for step in (5, 10):
+        write_checkpoint(run.checkpoints, step=step, config=config, data_fingerprint=fingerprint)
+    return run
+
+
+def launch_from(origin: RunDir, data: Path, at: str, *settings: str) -> RunDir:
+    folder = origin.path.with_name("branch")
+    overrides = [f"data.path={data}", *settings]
+    start = f"{origin.path}{at}"
+    assert launch.launch("tiny", "local", overrides, folder, origin=start, dry_run=False, attend=False) == 0
+    return RunDir(folder)
+
+
+def test_a_new_run_begins_with_the_state_of_another_ones_step(origin: RunDir, data: Path) -> None:
+    run = launch_from(origin, data, "@5", "optimizer.peak_lr=1e-4")
+    ((step, folder),) = committed(run.checkpoints)
+    assert step == 5
+    assert list(verify(folder)) == []
+    reader = CheckpointReader(folder)
+    assert reader.index.config_fingerprint == config_fingerprint(read_config(run))
+    for group in reader.index.groups:
+        for state in group.states:
+            whole = reader.read(group.name, state, 0, group.numel)
+            assert np.array_equal(whole, flat_state(group.name, state, group.numel))
+    (branched,) = [line for line in record.read(run.events) if line["event"] == "branched"]
+    assert (branched["run"], branched["step"]) == ("origin", 5)
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        (
+            "optimizer.name=muon",
+            "its optimizer keeps blocks.0.attention.output.weight in group decay from element 274432 on, "
+            "with states master, exp_avg, exp_avg_sq; this config wants it in group muon from element "
+            "12288 on, with states master, momentum_buffer",
+        ),
+        ("model.d_model=32", r"is [64, 64] there and [32, 32] in the config"),
+        (
+            "model.n_layers=1",
+            "parameter blocks.1.attention.output.weight is [64, 64] there and absent in the",
+        ),
+        ("schedule.total_steps=10", "step 10 is not before the end of this run, schedule.total_steps = 10"),
+    ],
+)
+def test_a_state_that_the_new_config_cannot_take_is_refused_before_anything_is_made(
+    origin: RunDir, data: Path, setting: str, words: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        launch_from(origin, data, "", setting)
+    assert words in str(error.value)
+    assert not origin.path.with_name("branch").exists()
+
+
+def test_a_resume_into_an_optimizer_with_other_states_is_refused_before_anything_changes(
+    origin: RunDir,
+) -> None:
+    before = origin.config.read_bytes()
+    muon, allowed = ["optimizer.name=muon"], ["optimizer"]
+    with pytest.raises(ConfigError, match="step 10 does not fit this config: its optimizer keeps blocks"):
+        launch.resume(str(origin.path), None, muon, None, attend=False, allowed=allowed)
+    assert origin.config.read_bytes() == before
