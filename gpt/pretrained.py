@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 from data_pipeline.errors import ConfigError, OutlastError
 from data_pipeline.manifest import joint_fingerprint, read_manifest
 from data_pipeline.tokenizer import Encoding, load_encoding
+from gpt import record
 from gpt.changeable import config_fingerprint
 from gpt.checkpoint.format import CheckpointIndex, GroupEntry
 from gpt.checkpoint.writer import commit, temporary_folder, write_rank_file
@@ -171,6 +172,8 @@ def main() -> None:
     check_tokenizer(arguments.hf_dir, load_encoding(run.data.sources[0].path))
     fingerprint = joint_fingerprint([read_manifest(source.path) for source in run.data.sources])
     write_first_checkpoint(run_dir, run, folder.parameter, fingerprint)
+    # Without its first checkpoint the run is nothing: it must not start from new weights.
+    record.event(run_dir.events, "imported", step=0, source=str(arguments.hf_dir))
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def load_newest(
     if index is not None:
         return index
     had_some = bool(candidates) or any(
-        line.get("event") in ("checkpoint_saved", "branched") for line in read(run_dir.events)
+        line.get("event") in ("checkpoint_saved", "branched", "imported") for line in read(run_dir.events)
     )
     if from_first(world, had_some):
         raise CheckpointError(

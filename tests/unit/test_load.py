@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 import torch.distributed as dist
 
-from data_pipeline.errors import ConfigError
+from data_pipeline.errors import CheckpointError, ConfigError
 from gpt import record
 from gpt.changeable import config_fingerprint
 from gpt.checkpoint.format import committed, rank_name
@@ -109,3 +109,13 @@ def test_a_config_that_was_edited_behind_the_runs_back_is_refused(run: RunDir, a
     came_from = config_fingerprint(SmallEngine(0, 1).run)
     record.event(run.events, "config_changed", changes={"seed": [1234, 7]}, config_fingerprint=came_from)
     assert load(run, alone, seed=7)[0] == 1
+
+
+@pytest.mark.parametrize("event", ["imported", "branched", "checkpoint_saved"])
+def test_a_run_that_has_lost_its_first_state_does_not_start_from_new_weights(
+    run: RunDir, alone: World, event: str
+) -> None:
+    assert load(run, alone)[0] is None
+    record.event(run.events, event, step=0)
+    with pytest.raises(CheckpointError, match="has had checkpoints and none is intact"):
+        load(run, alone)

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.tokenizer import load_encoding
+from gpt import record
 from gpt.config import RunConfig
 from gpt.huggingface import model_fields
 from gpt.huggingface_tokenizer import write_tokenizer
@@ -93,6 +94,7 @@ def test_the_command_makes_a_run_whose_step_0_has_the_weights(
     run = RunConfig.model_validate_json(run_dir.config.read_text())
     trained = from_run(run_dir)
     assert (trained.step, run.total_steps) == (0, 3)
+    assert [(line["event"], line["step"]) for line in record.read(run_dir.events)] == [("imported", 0)]
     tokens = random_tokens(2, 32)
     with torch.no_grad():
         assert (trained.gpt.logits(tokens, rows(tokens)) - theirs(tokens).logits).abs().max() <= 1e-4
