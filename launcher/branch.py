@@ -11,9 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.durable import fsync_folder, write_durably
-from data_pipeline.errors import ConfigError
+from data_pipeline.errors import CheckpointError, ConfigError
+from gpt import record
 from gpt.changeable import config_fingerprint
-from gpt.checkpoint.format import INDEX_NAME, CheckpointIndex, committed, read_index, step_name, verify
+from gpt.checkpoint.format import (
+    INDEX_NAME,
+    CheckpointIndex,
+    committed,
+    rank_tensors,
+    read_index,
+    step_name,
+    verify,
+    verify_file,
+)
 from gpt.config import RunConfig
 from gpt.parameter_groups import misfits, parameter_entries, states
 from gpt.run_dir import RunDir
@@ -67,8 +77,8 @@ def plant(origin: Origin, run: RunDir, config: RunConfig, data_fingerprint: str)
     """Make `origin` the first checkpoint of the new run, as of the new run's config and data."""
     temporary = run.checkpoints / f".tmp-{step_name(origin.index.step)}"
     temporary.mkdir()
-    for entry in origin.index.files:
-        _share(origin.folder / entry.name, temporary / entry.name)
+    for rank, entry in enumerate(origin.index.files):
+        _share(origin, rank, temporary / entry.name)
     # Sequence numbers of other data mean nothing here.
     skipped = origin.index.skipped if origin.index.data_fingerprint == data_fingerprint else ()
     changes = {
@@ -79,12 +89,22 @@ def plant(origin: Origin, run: RunDir, config: RunConfig, data_fingerprint: str)
     }
     index = origin.index.model_copy(update=changes)
     write_durably(temporary / INDEX_NAME, index.dumps())
+    fsync_folder(temporary)
     temporary.rename(run.checkpoints / step_name(origin.index.step))
     fsync_folder(run.checkpoints)
 
 
-def _share(source: Path, target: Path) -> None:
+def _share(origin: Origin, rank: int, target: Path) -> None:
+    """Have a file of `origin` at `target` too. Raises CheckpointError where a copy of it is not the same."""
+    entry = origin.index.files[rank]
     try:
-        target.hardlink_to(source)
+        target.hardlink_to(origin.folder / entry.name)
+        return
     except OSError:  # another file system, or one without hard links
-        shutil.copyfile(source, target)
+        shutil.copyfile(origin.folder / entry.name, target)
+    record.sync(target)
+    for bad in verify_file(target, entry, rank_tensors(origin.index, rank), origin.index.chunk_bytes):
+        raise CheckpointError(
+            f"{target} is not what was copied from {origin.folder}: byte {bad.offset}: {bad.reason}. "
+            "Look at the disk, then launch into another folder."
+        )

@@ -1,11 +1,14 @@
 """`launch --from`: a new run begins with another one's state, or is refused before anything is made."""
 
+import errno
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NoReturn
 
 import numpy as np
 import pytest
 
-from data_pipeline.errors import ConfigError
+from data_pipeline.errors import CheckpointError, ConfigError
 from data_pipeline.manifest import joint_fingerprint, read_manifest
 from gpt import record
 from gpt.changeable import config_fingerprint
@@ -47,6 +50,11 @@ def origin(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> RunDi
     return run
 
 
+def refuse(path: Path, _to: Path) -> NoReturn:
+    """A hard link to another file system."""
+    raise OSError(errno.EXDEV, "Invalid cross-device link", str(path))
+
+
 def launch_from(origin: RunDir, data: Path, at: str, *settings: str) -> RunDir:
     folder = origin.path.with_name("branch")
     overrides = [f"data.path={data}", *settings]
@@ -68,6 +76,33 @@ def test_a_new_run_begins_with_the_state_of_another_ones_step(origin: RunDir, da
             assert np.array_equal(whole, flat_state(group.name, state, group.numel))
     (branched,) = [line for line in record.read(run.events) if line["event"] == "branched"]
     assert (branched["run"], branched["step"]) == ("origin", 5)
+
+
+def test_on_another_file_system_the_files_are_copied_synced_and_read_again(
+    origin: RunDir, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    monkeypatch.setattr("launcher.branch.record", SimpleNamespace(sync=lambda path: synced.append(path.name)))
+    run = launch_from(origin, data, "@5")
+    ((_, folder),) = committed(run.checkpoints)
+    assert list(verify(folder)) == []
+    assert sorted(synced) == [f"rank-0000{rank}.safetensors" for rank in range(3)]
+
+
+def test_a_copy_that_is_not_the_same_is_no_checkpoint(
+    origin: RunDir, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def copy_badly(source: Path, target: Path) -> None:
+        content = bytearray(source.read_bytes())
+        content[len(content) // 2] ^= 1
+        target.write_bytes(content)
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    monkeypatch.setattr("launcher.branch.shutil", SimpleNamespace(copyfile=copy_badly))
+    with pytest.raises(CheckpointError, match=r"rank-00000\.safetensors is not what was copied from"):
+        launch_from(origin, data, "@5")
+    assert committed(RunDir(origin.path.with_name("branch")).checkpoints) == []
 
 
 @pytest.mark.parametrize(
