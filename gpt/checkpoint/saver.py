@@ -189,8 +189,8 @@ class Saver:
         self._begin(step, skipped, problem)
         self.wait(patience_s)
         if self._save is not None:
-            self._abandon(self._save)
             self._failure = CheckpointError(f"nothing more of it was written for {patience_s:g} s")
+            self._abandon(self._save, str(self._failure))
         if self._failure is not None:
             raise self._failure
 
@@ -259,15 +259,15 @@ class Saver:
             self._discard(self._save)
         self.wait(GIVE_UP_S)
         if self._save is not None:
-            self._abandon(self._save)
+            self._abandon(self._save, f"its writer did not end within {GIVE_UP_S:g} s and is left behind")
 
-    def _abandon(self, save: _Save) -> None:
+    def _abandon(self, save: _Save, reason: str) -> None:
         """Leave a save to its thread, which hangs. Its folder goes when that ends, or at the next start."""
         if save.phase is _Phase.WRITING:
             self._discard(save)
         self._save = None
         if self._world.is_first:
-            record.event(self._run_dir.events, "checkpoint_abandoned", step=save.index.step)
+            record.event(self._run_dir.events, "checkpoint_failed", step=save.index.step, reason=reason)
 
     def _make_clock(self) -> SaveClock:
         nodes = -(-self._world.size // self._world.local_size)

@@ -79,7 +79,7 @@ def test_a_stop_leaves_a_writer_that_hangs_behind_and_saves_anew(
     remove_leftovers(hung.run_dir.checkpoints)
     assert [entry.name for entry in hung.run_dir.checkpoints.iterdir()] == ["step-00000007"]
     names = [str(line["event"]) for line in record.read(hung.run_dir.events)]
-    assert names == ["checkpoint_given_up", "checkpoint_abandoned", "checkpoint_saved"]
+    assert names == ["checkpoint_given_up", "checkpoint_failed", "checkpoint_saved"]
 
 
 def test_a_stop_on_a_disk_that_goes_on_hanging_ends_without_a_save(hung: Trainer) -> None:
