@@ -5,6 +5,7 @@ machine that trains locally has none of these commands. Without accounting sacct
 scontrol are asked first.
 """
 
+import os
 import re
 import shutil
 import socket
@@ -64,8 +65,19 @@ def node_address(node: str, others: Sequence[str]) -> str:
     if not address.startswith("127.") or not others:
         return address
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((_address(others[0]), 9))  # of UDP: nothing is sent, the kernel chooses a route
+        probe.connect((_other_address(others[0]), 9))  # of UDP: nothing is sent, the kernel chooses a route
         return str(probe.getsockname()[0])
+
+
+def _other_address(node: str) -> str:
+    """The IP address of `node`; of the one that srun runs on, where a container knows no other."""
+    try:
+        return _address(node)
+    except LaunchError:
+        launched_from = os.environ.get("SLURM_LAUNCH_NODE_IPADDR")
+        if launched_from is None or is_here():
+            raise
+        return launched_from
 
 
 def _address(node: str) -> str:

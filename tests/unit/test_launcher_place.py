@@ -47,3 +47,16 @@ def test_a_name_that_nobody_knows_is_told(monkeypatch: pytest.MonkeyPatch) -> No
     )
     with pytest.raises(LaunchError, match="neither this machine nor Slurm knows an address of node n2"):
         slurm.node_address("n2", [])
+
+
+def test_in_a_container_that_knows_no_other_node_the_one_that_srun_runs_on_gives_the_route(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(slurm, "is_here", lambda: False)
+    monkeypatch.setattr(socket, "gethostname", lambda: "alpha")
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: NAMES[name])
+    monkeypatch.setattr(slurm, "_ask", lambda *_: None)
+    with pytest.raises(LaunchError, match="scontrol show node n2"):
+        slurm.node_address("n1", ["n2"])
+    monkeypatch.setenv("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.2")
+    assert slurm.node_address("n1", ["n2"]) == "127.0.0.1"
