@@ -184,12 +184,15 @@ class _Node:
             mark = requeue_mark(self.submitit_folder, job_id, self.place.turn)
             patiently(lambda: mark.write_text(away_from))
             return {}
+        self.signal_name = None
         try:
             is_requeued = slurm.requeue(job_id, self.place.turn, exclude)
         except LaunchError as error:
             return self._conclude(replace(outcome, cause=f"{outcome.cause}\n{error}"))
         if is_requeued:
-            time.sleep(_TO_BE_KILLED_S)
+            deadline = time.monotonic() + _TO_BE_KILLED_S
+            while self.signal_name is None and time.monotonic() < deadline:
+                time.sleep(_POLL_S)  # who ends at its SIGTERM does not hold the nodes for KillWait
             return {}
         return self._end_as_slurm_says(outcome, job_id)
 
