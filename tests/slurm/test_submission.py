@@ -179,7 +179,7 @@ def test_with_pyxis_the_batch_script_requeues(
     run.launch(setup=setup, container={"runtime": "pyxis", "image": "i", "python": sys.executable})
     run.wait_for_step(60)
     run.preempt()
-    run.wait(lambda: len(run.events("resumed")) == 1)
+    run.wait(lambda: len(run.events("continued")) == 1)
     assert len(run.events("requeued")) == 1
     saved = [event["step"] for event in run.events("checkpoint_saved")]
     assert run.events("resumed")[0]["step"] in saved
