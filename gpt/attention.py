@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from inspect import signature
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,24 +92,8 @@ def flash_2(q_xhe: Tensor, k_xke: Tensor, v_xke: Tensor, documents: Documents, s
     """
     from flash_attn import flash_attn_varlen_func
 
-    bounds = documents.cumulative_n1
-    out: Tensor = flash_attn_varlen_func(
-        q=q_xhe,
-        k=k_xke,
-        v=v_xke,
-        cu_seqlens_q=bounds,
-        # one tensor for both breaks torch.compile(fullgraph=True)
-        cu_seqlens_k=bounds.clone(),
-        max_seqlen_q=documents.longest,
-        max_seqlen_k=documents.longest,
-        softmax_scale=scores.scale,
-        dropout_p=scores.dropout,
-        causal=True,
-        # it counts the tokens before a query, we the query too; -1 means no limit
-        window_size=(-1, -1) if scores.window is None else (scores.window - 1, 0),
-        softcap=scores.softcap or 0.0,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-    )
+    arguments = _flash_arguments(documents, scores, no_limit=-1)
+    out: Tensor = flash_attn_varlen_func(q=q_xhe, k=k_xke, v=v_xke, dropout_p=scores.dropout, **arguments)
     return out
 
 
@@ -117,21 +102,8 @@ def flash_3(q_xhe: Tensor, k_xke: Tensor, v_xke: Tensor, documents: Documents, s
     from flash_attn_3.flash_attn_interface import flash_attn_varlen_func
 
     assert scores.dropout == 0.0
-    bounds = documents.cumulative_n1
-    out: Tensor = flash_attn_varlen_func(
-        q=q_xhe,
-        k=k_xke,
-        v=v_xke,
-        cu_seqlens_q=bounds,
-        cu_seqlens_k=bounds.clone(),
-        max_seqlen_q=documents.longest,
-        max_seqlen_k=documents.longest,
-        softmax_scale=scores.scale,
-        causal=True,
-        window_size=(-1, -1) if scores.window is None else (scores.window - 1, 0),
-        softcap=scores.softcap or 0.0,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-    )
+    arguments = _flash_arguments(documents, scores, no_limit=-1)
+    out: Tensor = flash_attn_varlen_func(q=q_xhe, k=k_xke, v=v_xke, **arguments)
     return out
 
 
@@ -140,23 +112,28 @@ def flash_4(q_xhe: Tensor, k_xke: Tensor, v_xke: Tensor, documents: Documents, s
     from flash_attn.cute import flash_attn_varlen_func
 
     assert scores.dropout == 0.0
-    bounds = documents.cumulative_n1
     out: Tensor
-    out, _ = flash_attn_varlen_func(
-        q=q_xhe,
-        k=k_xke,
-        v=v_xke,
-        cu_seqlens_q=bounds,
-        cu_seqlens_k=bounds.clone(),
-        max_seqlen_q=documents.longest,
-        max_seqlen_k=documents.longest,
-        softmax_scale=scores.scale,
-        causal=True,
-        window_size=(None, None) if scores.window is None else (scores.window - 1, 0),
-        softcap=scores.softcap or 0.0,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-    )
+    arguments = _flash_arguments(documents, scores, no_limit=None)
+    out, _ = flash_attn_varlen_func(q=q_xhe, k=k_xke, v=v_xke, **arguments)
     return out
+
+
+def _flash_arguments(documents: Documents, scores: Scores, *, no_limit: int | None) -> dict[str, Any]:
+    """What the three take in the same words."""
+    bounds = documents.cumulative_n1
+    return {
+        "cu_seqlens_q": bounds,
+        # one tensor for both breaks torch.compile(fullgraph=True)
+        "cu_seqlens_k": bounds.clone(),
+        "max_seqlen_q": documents.longest,
+        "max_seqlen_k": documents.longest,
+        "softmax_scale": scores.scale,
+        "causal": True,
+        # they count the tokens before a query, we the query too
+        "window_size": (no_limit, no_limit) if scores.window is None else (scores.window - 1, 0),
+        "softcap": scores.softcap or 0.0,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
 
 
 def sdpa(q_xhe: Tensor, k_xke: Tensor, v_xke: Tensor, documents: Documents, scores: Scores) -> Tensor:
