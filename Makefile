@@ -11,7 +11,7 @@ demo: .venv/.installed
 
 # On several cores at once, where a test that takes long is left to itself.
 test: .venv/.installed-for-tests
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 check: .venv/.installed-for-tests
 	$(BIN)/ruff format --check .
