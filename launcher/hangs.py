@@ -164,15 +164,23 @@ def culprits(suspects: Sequence[Suspect], silent_nodes: Sequence[int]) -> str:
     stopped = [suspect for suspect in suspects if suspect.state in ("T", "t")]
     if stopped:
         return _names(stopped) + " is stopped (state T in /proc)"
+    busy = [suspect for suspect in suspects if not suspect.is_waiting]
+    is_apart = 0 < len(busy) < len(suspects)
+    # Signs of fast steps may be lost, where the listener's queue is full: stacks are surer than counts.
+    if is_apart and all(suspect.where for suspect in suspects):
+        return _holds_up(busy)
     behind = min(suspect.step for suspect in suspects)
     late = [suspect for suspect in suspects if suspect.step == behind]
     if len(late) < len(suspects):
         return f"{_names(late)} has done {behind} steps, the others more; {late[0].doing}: {late[0].where}"
-    busy = [suspect for suspect in suspects if not suspect.is_waiting]
-    if busy and len(busy) < len(suspects):
-        where = busy[0].where or f"state {busy[0].state} in /proc"
-        return f"{_names(busy)} does not wait for the others, they do for it; {busy[0].doing}: {where}"
+    if is_apart:
+        return _holds_up(busy)
     return f"no rank stands out after step {behind}; the stacks are in the ranks' logs"
+
+
+def _holds_up(busy: Sequence[Suspect]) -> str:
+    where = busy[0].where or f"state {busy[0].state} in /proc"
+    return f"{_names(busy)} does not wait for the others, they do for it; {busy[0].doing}: {where}"
 
 
 def _names(suspects: Sequence[Suspect]) -> str:

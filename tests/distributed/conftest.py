@@ -92,9 +92,10 @@ class Run:
         return owner
 
     def living_workers(self) -> list[int]:
-        """Process ids of this run's workers, of any attempt."""
+        """Process ids of this run's workers, of any attempt; the agent, which names them, is none."""
         pattern = f"gpt.train\0{self.dir.path}\0"
-        return [int(entry.name) for entry in Path("/proc").glob("[0-9]*") if pattern in _command_line(entry)]
+        lines = {int(entry.name): _command_line(entry) for entry in Path("/proc").glob("[0-9]*")}
+        return [pid for pid, line in lines.items() if pattern in line and "torch.distributed.run" not in line]
 
     def metrics(self) -> list[dict[str, Any]]:
         return list(record.read(self.dir.metrics))

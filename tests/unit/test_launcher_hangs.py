@@ -65,3 +65,13 @@ def test_who_still_imports_holds_up_those_that_wait() -> None:
     assert culprits([waiting, importing], []) == (
         "rank 1 on a does not wait for the others, they do for it; importing: state D in /proc"
     )
+
+
+def test_who_does_not_wait_is_named_though_the_other_ones_last_signs_were_lost() -> None:
+    waiting = Suspect(0, "a", 10, "training", "S", 'File "torch/distributed/c10d.py" in all_reduce', True)
+    sleeping = Suspect(1, "b", 29, "training", "S", 'File "step.py" in sleeping_step', False)
+    assert culprits([waiting, sleeping], []) == (
+        'rank 1 on b does not wait for the others, they do for it; training: File "step.py" in sleeping_step'
+    )
+    also_waiting = Suspect(1, "b", 29, "training", "S", "all_gather", True)
+    assert culprits([waiting, also_waiting], []).startswith("rank 0 on a has done 10 steps, the others more")
