@@ -5,6 +5,7 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 
@@ -40,7 +41,7 @@ def test_random_blows_leave_no_trace(
                 os.kill(node_task(run, node=0), signal.SIGTERM)
                 run.wait_for_turn(turn + 1)
             case "worker":
-                if run.dir.attempt_numbers():
+                with suppress(ProcessLookupError, LookupError):  # it may be on its way already
                     run.kill_worker(chance.choice([0, 1]))
     assert run.wait_for_end(600)["exit_code"] == 0
     assert run.losses() == reference
