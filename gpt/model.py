@@ -149,7 +149,7 @@ class GPT(nn.Module):
         self.head = Head(model)
         if model.tie_embeddings:
             self.head.weight = self.embedding.weight
-        self.sequence = WHOLE_SEQUENCES  # set from outside where ranks share them
+        self.sequence = WHOLE_SEQUENCES
         self.attention_name = ""
         self._attend: Attention | None = None
         # Plain attributes, not buffers: a cast to bf16 must leave the angles in fp32.
@@ -160,12 +160,15 @@ class GPT(nn.Module):
         """Initial weights by model.initialization, a pure function of `seed`."""
         initialize(self.named_parameters(), self.model, seed)
 
-    def place(self, device: torch.device, dtype: torch.dtype) -> "GPT":
-        """Move to `device` and `dtype` and choose the attention kernel there.
+    def place(
+        self, device: torch.device, dtype: torch.dtype, sequence: SequenceGroup = WHOLE_SEQUENCES
+    ) -> "GPT":
+        """Move to `device` and `dtype` and choose the attention kernel there; `sequence` shares sequences.
 
         Weights that are on the meta device stay there: somebody else makes them.
         """
         model = self.model
+        self.sequence = sequence
         self.attention_name, self._attend = choose(model, device, dtype)
         if model.position == "rope":
             cos, sin = rope_table(model)

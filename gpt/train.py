@@ -177,7 +177,6 @@ class Trainer:
         clock.lap("data")
         together(world, lambda: choose(run.model, world.device, DTYPES[run.precision]))
         self.model = build_model(run, world)
-        self.model.sequence = world.sequence
         if run.compile:
             together(world, lambda: self.model.compile_parts())
         self.peak_flops = peak_flops_per_second(world, run.precision, DTYPES[run.precision])

@@ -107,10 +107,10 @@ def build_model(run: RunConfig, world: World) -> GPT:
     if run.zero.stage < 3:
         model = GPT(run.model)
         model.initialize(run.seed)
-        return model.place(world.device, dtype)
+        return model.place(world.device, dtype, world.sequence)
     with torch.device("meta"):
         model = GPT(run.model)
-    model.place(world.device, dtype)
+    model.place(world.device, dtype, world.sequence)
     initialize(_cut_one_by_one(model, run, world), run.model, run.seed)
     return model
 

@@ -98,6 +98,13 @@ def join(meeting: Path, rank: int, size: int) -> World:
     return World(rank, size, rank, size, 0, torch.device("cpu"), control)
 
 
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[World]:
+    """A world of this process alone."""
+    yield join(tmp_path / "meeting", 0, 1)
+    dist.destroy_process_group()
+
+
 def make_saver(run_dir: RunDir, world: World, **checkpoint: Any) -> tuple[Saver, SmallEngine]:
     engine = SmallEngine(world.rank, world.size, **checkpoint)
     saver = Saver(run_dir, cast(Any, engine), world, attempt=1, data_fingerprint="d", heartbeat=Heartbeat())

@@ -1,11 +1,9 @@
 """Which state a run goes on from, whatever is bad."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
-import torch.distributed as dist
 
 from data_pipeline.errors import CheckpointError, ConfigError
 from gpt import record
@@ -16,7 +14,9 @@ from gpt.checkpoint.mirror import Mirror
 from gpt.distributed import World
 from gpt.mirroring import Copier
 from gpt.run_dir import RunDir
-from tests.unit.saver_support import SmallEngine, join, make_saver
+from tests.unit.saver_support import SmallEngine, alone, make_saver
+
+__all__ = ["alone"]  # a fixture
 
 
 @pytest.fixture
@@ -26,12 +26,6 @@ def run(tmp_path: Path) -> RunDir:
     run = RunDir(tmp_path / "run")
     run.attempt(1).mkdir(parents=True)
     return run
-
-
-@pytest.fixture
-def alone(tmp_path: Path) -> Iterator[World]:
-    yield join(tmp_path / "meeting", 0, 1)
-    dist.destroy_process_group()
 
 
 def save(run: RunDir, world: World, *steps: int, **checkpoint: Any) -> None:

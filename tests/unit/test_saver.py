@@ -5,12 +5,10 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch.distributed as dist
 
 from gpt import record
 from gpt.attempt import Superseded
@@ -24,12 +22,14 @@ from gpt.distributed import World, total
 from gpt.run_dir import RunDir
 from tests.unit.saver_support import (
     STATES,
+    alone,
     arm,
     expected_state,
-    join,
     make_saver,
     save_in_two_processes,
 )
+
+__all__ = ["alone"]  # a fixture
 
 
 @pytest.fixture
@@ -37,13 +37,6 @@ def run_dir(tmp_path: Path) -> RunDir:
     run = RunDir(tmp_path / "run")
     run.attempt(1).mkdir(parents=True)
     return run
-
-
-@pytest.fixture
-def alone(tmp_path: Path) -> Iterator[World]:
-    """A world of this process alone."""
-    yield join(tmp_path / "meeting", 0, 1)
-    dist.destroy_process_group()
 
 
 def boundary(saver: Saver, world: World) -> None:
