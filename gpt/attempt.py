@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,12 @@ def finish(run_dir: RunDir, attempt: int, exit_code: int, cause: str, step: int 
     event(run_dir.events, name, attempt=attempt, exit_code=exit_code, cause=cause, step=step)
     result = {"exit_code": exit_code, "cause": cause}
     patiently(lambda: write_json(run_dir.attempt(attempt) / "result.json", result))
+
+
+def say(text: str) -> None:
+    """A line in this rank's log, which may lie on a full disk."""
+    with suppress(OSError):
+        print(text, flush=True)
 
 
 def is_superseded(run_dir: RunDir, attempt: int) -> bool:

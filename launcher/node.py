@@ -1,7 +1,6 @@
 """The task on each node: torchrun as a child, stop requests, and one truthful word about how it ended.
 
-submitit calls `NodeTask` once a node. torchrun's exit code is not to be trusted (it is 1 after a clean stop),
-so the outcome is what rank 0 wrote in the attempt's result.json; without one, the job failed. In Slurm the
+submitit calls `NodeTask` once a node. How its turn of the job ended, launcher.turn says; in Slurm the
 first node decides what follows: a stop that the scheduler asked for (preemption, the time limit) and a
 failure that was not the run's own put the job back in the queue, by our own `scontrol requeue`: Slurm
 requeues only what it had to kill. Nothing is left behind: the children end with this process, and this
@@ -24,13 +23,13 @@ from typing import Any
 from data_pipeline.errors import LaunchError
 from gpt import record
 from gpt.config import RunConfig
-from gpt.run_dir import RunDir, patiently, read_json, write_json
+from gpt.run_dir import RunDir, patiently, write_json
 from launcher import slurm
 from launcher.cluster import ClusterConfig
 from launcher.container import inside, needed_folders
 from launcher.hangs import Watch, culprits, gather, report
 from launcher.jobs import Outcome, outcome_path, read_job
-from launcher.place import Place, failures, find_place, meet, report_failure
+from launcher.place import Place, find_place, meet, report_failure
 from launcher.processes import (
     adopt_orphans,
     end_self_with_parent,
@@ -44,6 +43,7 @@ from launcher.sbatch import requeue_mark
 from launcher.scratch import make_scratch, remove_scratch
 from launcher.submit import without_bad_nodes
 from launcher.torchrun import torchrun_command, worker_environment
+from launcher.turn import Turn
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _POLL_S = 0.1
@@ -52,7 +52,6 @@ _TRACKING_DRAIN_S = 60.0
 _MIRRORING_DRAIN_S = 600.0
 _HURRIED_DRAIN_S = 5.0  # a grace time may be running, and the next turn sends what is left
 _TO_BE_KILLED_S = 120.0
-_TAIL_LINES = 20
 
 
 @dataclass
@@ -84,7 +83,8 @@ class _Node:
         self.tracking: subprocess.Popen[bytes] | None = None
         self.mirroring: subprocess.Popen[bytes] | None = None
         self.scratch: Path | None = None
-        self.after = max(patiently(run.attempt_numbers), default=0)
+        after = max(patiently(run.attempt_numbers), default=0)
+        self.turn = Turn(run, self.place, self.folder, after)
 
     def work(self) -> dict[str, Any]:
         for number in STOP_SIGNALS:
@@ -112,7 +112,7 @@ class _Node:
             return {}
         if self.place.job_id is None or self._is_over(outcome):
             return self._conclude(outcome)
-        if outcome.exit_code == 1 and (failed := self._failed_turns()) >= self.config.launch.max_failures:
+        if outcome.exit_code == 1 and (failed := self.turn.failed_turns()) >= self.config.launch.max_failures:
             cause = (
                 f"{failed} turns of the job failed without a new checkpoint, the last one so: {outcome.cause}"
             )
@@ -134,16 +134,18 @@ class _Node:
             self.mirroring = self._start_beside("gpt.mirroring", "mirroring.log")
         code = self._train()
         kill_descendants(spare=self._spared())
-        return self._outcome(code) if self._is_current() else None
+        if not self.turn.is_current():
+            return None
+        return self.turn.outcome(code, stopped_now=self.stopped_now, was_signalled=self.was_signalled)
 
     def _help(self) -> dict[str, Any]:
         """The part of every node but the first: train, and tell the first one of a failure."""
         try:
             code = self._train()
             self._leave_nothing()
-            attempt = self._own_attempt()
+            attempt = self.turn.own_attempt()
             has_result = attempt is not None and (self.run.attempt(attempt) / "result.json").exists()
-            if code != 0 and not has_result and standing_stop(self.run) is None and not self._failures():
+            if code != 0 and not has_result and standing_stop(self.run) is None and not self.turn.failures():
                 report_failure(
                     self.place, self.folder, f"the workers ended without a result (torchrun: {code})"
                 )
@@ -177,7 +179,7 @@ class _Node:
 
     def _requeue(self, outcome: Outcome, job_id: str) -> dict[str, Any]:
         """Put the job back in the queue; Slurm then ends this process."""
-        exclude = self._bad_nodes(outcome)
+        exclude = self.turn.bad_nodes(outcome)
         self._end_turn(outcome, exclude)
         if not slurm.is_here():  # in a container: the batch script does it, once this task has ended
             away_from = without_bad_nodes(self.run, self.cluster).exclude or ""
@@ -220,17 +222,6 @@ class _Node:
         with suppress(OSError):  # the next turn does it too
             clear_turn_stop(self.run)
 
-    def _failed_turns(self) -> int:
-        """Turns of this job that ended in a failure since the last checkpoint, this one included."""
-        count = 1
-        for line in patiently(lambda: list(record.read(self.run.events))):
-            match line["event"]:
-                case "checkpoint_saved":
-                    count = 1
-                case "requeued" if line.get("failed") and line.get("job") == self.place.job:
-                    count += 1
-        return count
-
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         self.signal_name = signal.Signals(number).name
         self.was_signalled = True
@@ -239,7 +230,9 @@ class _Node:
         """Run torchrun to its end, turning signals into stop requests; its exit code."""
         meeting = meet(self.place, self.folder)
         watch = Watch(self.config.launch.hang_timeout_s, self.config.launch.start_timeout_s)
-        environment = worker_environment(self.cluster, self.place, self.after, watch.name, dict(os.environ))
+        environment = worker_environment(
+            self.cluster, self.place, self.turn.after, watch.name, dict(os.environ)
+        )
         logs = self.folder / "torchrun" / f"{self.place.turn}-{self.place.node}"
         with (self.folder / f"node-{self.place.node}.log").open("ab") as log:
             torchrun = subprocess.Popen(
@@ -267,7 +260,7 @@ class _Node:
                 if self.hangs_at_start == self.config.launch.max_failures:
                     torchrun.kill()  # it would try a hundred times; another turn may get other nodes
             self.stopped_now = (standing_stop(self.run) or {}).get("now", False)
-            if self.stopped_now or self._failures():
+            if self.stopped_now or self.turn.failures():
                 torchrun.kill()
                 kill_descendants(spare=self._spared())
         return torchrun.wait()
@@ -282,7 +275,7 @@ class _Node:
                 os.kill(worker, signal.SIGTERM)
         is_schedulers = self.place.job_id is not None
         try:
-            if self._is_current():
+            if self.turn.is_current():
                 request_stop(self.run, signal_name, requeue=is_schedulers)
         except OSError as error:  # our workers were told, and one that stops stops them all
             print(f"the stop request cannot be written: {error}", flush=True)
@@ -323,81 +316,12 @@ class _Node:
                 preexec_fn=end_with_parent(signal.SIGTERM),
             )
 
-    def _failures(self) -> list[str]:
-        """What other nodes of this turn say of their failure."""
-        try:
-            return failures(self.place, self.folder)
-        except OSError:  # a shared file system that fails for a moment
-            return []
-
     def _mounts(self) -> list[Path]:
         """The folders that what runs in a container must see."""
         return [*needed_folders(self.run, self.config), *([self.scratch] if self.scratch else [])]
 
     def _spared(self) -> list[int]:
         return [process.pid for process in (self.tracking, self.mirroring) if process is not None]
-
-    def _is_current(self) -> bool:
-        """Whether no other job, and no later turn of this one, has made an attempt since this turn began."""
-        return not any(
-            (owner := self._owner(number)) is not None and owner != (self.place.job, self.place.turn)
-            for number in self.run.attempt_numbers()
-            if number > self.after
-        )
-
-    def _own_attempt(self) -> int | None:
-        """The newest attempt of this turn."""
-        mine = (self.place.job, self.place.turn)
-        numbers = [number for number in self.run.attempt_numbers() if number > self.after]
-        return next((number for number in reversed(numbers) if self._owner(number) == mine), None)
-
-    def _owner(self, attempt: int) -> tuple[str, int] | None:
-        owner = read_json(self.run.attempt(attempt) / "OWNER.json")
-        return (owner["job"], owner["turn"]) if owner is not None and owner.get("job") else None
-
-    def _outcome(self, torchrun_code: int) -> Outcome:
-        attempt = self._own_attempt()
-        if attempt is not None:
-            result = read_json(self.run.attempt(attempt) / "result.json")
-            if result is not None:
-                outcome = Outcome(int(result["exit_code"]), str(result["cause"]), attempt)
-                return self._with_nodes_given_again(outcome)
-        elsewhere = self._failures()
-        cause = "; ".join([f"the workers ended without a result (torchrun: {torchrun_code})", *elsewhere])
-        if self.stopped_now:
-            outcome = Outcome(1, "stopped at once, without saving, as asked", attempt)
-        elif self.was_signalled and self.place.job_id is not None and not elsewhere:
-            # Slurm signals torchrun too, which dies of it while it still imports: no fault of the run.
-            outcome = Outcome(75, f"asked to stop, and {cause}", attempt)
-        else:
-            tail = _tail(self.folder / f"node-{self.place.node}.log")
-            outcome = Outcome(1, f"{cause}\n{tail}".rstrip(), attempt)
-        if attempt is not None:
-            result = {"exit_code": outcome.exit_code, "cause": outcome.cause}
-            patiently(lambda: write_json(self.run.attempt(attempt) / "result.json", result))
-        name = "failed" if outcome.exit_code == 1 else "interrupted"
-        record.event(self.run.events, name, cause=outcome.cause.splitlines()[0])
-        return outcome
-
-    def _bad_nodes(self, outcome: Outcome) -> list[str]:
-        """The nodes that this attempt's check has named."""
-        if outcome.attempt is None:
-            return []
-        return [line["node"] for line in self._all_bad_nodes() if line.get("attempt") == outcome.attempt]
-
-    def _with_nodes_given_again(self, outcome: Outcome) -> Outcome:
-        """A stop for a bad node is a failure where that node had been named before: Slurm was asked to keep
-        the job away from it and has not, and would do so for ever.
-        """
-        named = {line["node"] for line in self._all_bad_nodes() if line.get("attempt") != outcome.attempt}
-        again = named.intersection(self._bad_nodes(outcome))
-        if outcome.exit_code != 75 or not again:
-            return outcome
-        given = f"Slurm has given the job {', '.join(sorted(again))} again, which it was to keep away from"
-        return replace(outcome, exit_code=1, cause=f"{outcome.cause}; {given}")
-
-    def _all_bad_nodes(self) -> list[dict[str, Any]]:
-        return patiently(lambda: [line for line in record.read(self.run.bad_nodes) if "node" in line])
 
     def _remove_leftovers_of_submitit(self) -> None:
         """A killed turn's half-written result would fail this one, and a whole one would pass for ours."""
@@ -417,11 +341,3 @@ def _drain(follower: subprocess.Popen[bytes], patience_s: float) -> None:
         follower.wait(timeout=patience_s)
     except subprocess.TimeoutExpired:
         follower.kill()
-
-
-def _tail(path: Path) -> str:
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return ""
-    return "\n".join(lines[-_TAIL_LINES:])

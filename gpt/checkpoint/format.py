@@ -19,10 +19,11 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from io import FileIO, RawIOBase
 from itertools import accumulate
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import xxhash
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -294,12 +295,12 @@ def read_frame(path: Path, entry: FileEntry, tensors: Mapping[str, int], chunk_b
     return RankLayout(offsets, len(header), len(header) + data_bytes, chunk_bytes, checksums)
 
 
-def read_chunk(file: BinaryIO, path: Path, layout: RankLayout, number: int, target: memoryview) -> None:
+def read_chunk(file: RawIOBase, path: Path, layout: RankLayout, number: int, target: memoryview) -> None:
     """Chunk `number` of an open rank file into `target`, of its size, verified. Raises Corrupt."""
     start, end = layout.chunk(number)
     try:
         file.seek(start)
-        count = file.readinto(target)  # type: ignore[attr-defined]
+        count = file.readinto(target)
     except OSError as error:
         raise Corrupt(BadFile(path, start, _why(error))) from None
     if count != end - start or chunk_checksum(target) != layout.chunk_checksums[number]:
@@ -329,6 +330,7 @@ def verify_file(
     tensors: Mapping[str, int],
     chunk_bytes: int,
     advance: Callable[[int], object] = lambda _: None,
+    open_file: Callable[[Path], RawIOBase] = FileIO,
 ) -> Iterator[BadFile]:
     """Every byte of a rank file that holds `tensors`; `advance` hears the bytes of each chunk read."""
     try:
@@ -337,7 +339,7 @@ def verify_file(
         yield error.bad
         return
     buffer = memoryview(bytearray(min(chunk_bytes, layout.data_end - layout.data_start)))
-    with path.open("rb", buffering=0) as file:
+    with open_file(path) as file:
         for number in range(len(layout.chunk_checksums)):
             start, end = layout.chunk(number)
             try:

@@ -16,10 +16,7 @@ import errno
 import os
 import shutil
 import struct
-import threading
 import time
-import traceback
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from importlib.metadata import version
@@ -42,8 +39,8 @@ from gpt.checkpoint.format import (
 )
 from gpt.checkpoint.retention import kept
 from gpt.checkpoint.snapshot import Snapshot, live_parts
+from gpt.checkpoint.work import Work
 from gpt.checkpoint.writer import (
-    Cancelled,
     Pace,
     commit,
     discard,
@@ -59,9 +56,6 @@ from gpt.run_dir import RunDir
 from gpt.zero import Engine
 
 _ROUND_S = 1.0  # how often the ranks look at each other while they wait for a save
-# Of a core that the steps fill, 6%. At 19 it is 1%: the thread is then put aside while it holds the
-# interpreter's lock, and the steps wait for it (measured: 21% slower for 80 s, here 8% for 8 s).
-_NICENESS = 12
 # Of a stop, behind which a grace time may be running. A thread that is told to end does so at its next chunk;
 # the sync of a large file moves no byte that could be seen, and may take most of a minute on a slow disk.
 GIVE_UP_S = 5.0
@@ -75,37 +69,6 @@ class _Phase(Enum):
     DISCARDING = auto()
 
 
-class _Work:
-    """An action in a thread of its own: what it gave, or why it failed."""
-
-    def __init__(self, action: Callable[[], FileEntry | None]) -> None:
-        self.entry: FileEntry | None = None
-        self.error: CheckpointError | None = None
-        self._action = action
-        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
-        self._thread.start()
-
-    def is_done(self) -> bool:
-        """Whether it has ended, either way."""
-        return not self._thread.is_alive()
-
-    def wait(self, timeout_s: float | None = None) -> None:
-        """Until it has ended, or `timeout_s` is over."""
-        self._thread.join(timeout_s)
-
-    def _run(self) -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
-        try:
-            self.entry = self._action()
-        except CheckpointError as error:
-            self.error = error
-        except (OSError, Cancelled) as error:
-            self.error = CheckpointError(str(error) or "it was given up")
-        except Exception as error:  # a defect of ours must not pass for a save that goes on for ever
-            traceback.print_exc()
-            self.error = CheckpointError(f"the writer failed: {error!r}")
-
-
 @dataclass
 class _Save:
     """A save in flight, as this rank sees it."""
@@ -116,7 +79,7 @@ class _Save:
     stall_s: float = 0.0
     started: float = field(default_factory=time.monotonic)
     phase: _Phase = _Phase.WRITING
-    work: _Work | None = None
+    work: Work | None = None
     entries: PendingGather | None = None
 
 
@@ -217,7 +180,7 @@ class Saver:
                 files = tuple(_as_entry(r, values) for r, values in enumerate(save.entries.result()))
                 index = save.index.model_copy(update={"files": files})
                 save.phase = _Phase.COMMITTING
-                save.work = _Work(lambda: self._commit(save, index)) if self._world.is_first else None
+                save.work = Work(lambda: self._commit(save, index)) if self._world.is_first else None
             case _Phase.COMMITTING if failed:
                 self._fail(save)
             case _Phase.COMMITTING if done:
@@ -309,7 +272,7 @@ class Saver:
             self._snapshot.take(self._engine.state())
         reach("copied")
         save.stall_s = time.monotonic() - started
-        save.work = _Work(lambda: self._write(save, problem))
+        save.work = Work(lambda: self._write(save, problem))
         self._save = save
 
     def _skip(self, step: int) -> None:
@@ -396,7 +359,7 @@ class Saver:
                 writing.wait()
             discard(save.folder, self._world.rank)
 
-        save.phase, save.work = _Phase.DISCARDING, _Work(remove)
+        save.phase, save.work = _Phase.DISCARDING, Work(remove)
 
 
 def _check_room(save: _Save) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.durable import fsync_folder, write_durably
+from gpt.checkpoint.direct import DirectReader, DirectWriter
 from gpt.checkpoint.failpoints import reach
 from gpt.checkpoint.format import (
     CHUNK_BYTES,
@@ -90,7 +91,7 @@ def write_rank_file(
     header, _, _ = rank_header(tensors, chunk_bytes)
     path = folder / rank_name(rank)
     checksums: list[int] = []
-    with path.open("wb") as file:
+    with DirectWriter(path) as file:
         file.write(header)
         reach("header_written")
         for chunk in _chunks(parts, chunk_bytes):
@@ -102,10 +103,9 @@ def write_rank_file(
         file.write(table)
         file.flush()
         reach("file_written")
-        os.fsync(file.fileno())
+        file.sync()
         reach("file_synced")
-        size = file.tell()
-    return FileEntry(name=path.name, size=size, checksum=frame_checksum(header, table))
+    return FileEntry(name=path.name, size=file.size, checksum=frame_checksum(header, table))
 
 
 def _chunks(parts: Iterable[NDArray[np.float32]], chunk_bytes: int) -> Iterator[memoryview]:
@@ -139,7 +139,8 @@ def read_back(
     path = folder / entry.name
     with path.open("rb") as file:  # what is still in the page cache would prove nothing about the disk
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    for bad in verify_file(path, entry, tensors, chunk_bytes, (pace or Pace()).advance):
+    advance = (pace or Pace()).advance
+    for bad in verify_file(path, entry, tensors, chunk_bytes, advance, open_file=DirectReader):
         raise Corrupt(bad)
 
 

@@ -109,7 +109,7 @@ def test_a_bad_node_that_slurm_gives_again_is_a_failure(
     run = slurm_run(tmp_path / "run")
     for name, value in slurm_variables().items():
         monkeypatch.setenv(name, value)
-    node = _Node(run, "0001")
+    turn = _Node(run, "0001").turn
 
     def outcome_of_check(attempt: int, bad: str) -> Outcome:
         run.attempt(attempt).mkdir()
@@ -117,7 +117,7 @@ def test_a_bad_node_that_slurm_gives_again_is_a_failure(
         record.append(run.bad_nodes, node=bad, reason="its clock", attempt=attempt)
         cause = f"bad nodes: {bad}: its clock"
         write_json(run.attempt(attempt) / "result.json", {"exit_code": 75, "cause": cause})
-        return node._outcome(0)
+        return turn.outcome(0, stopped_now=False, was_signalled=False)
 
     assert outcome_of_check(1, "node2") == Outcome(75, "bad nodes: node2: its clock", 1)
     assert outcome_of_check(2, "node3") == Outcome(75, "bad nodes: node3: its clock", 2)

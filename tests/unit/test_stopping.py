@@ -9,13 +9,15 @@ from typing import Any, cast
 import pytest
 import torch.distributed as dist
 
-from gpt import record, train
+from gpt import record
+from gpt import trainer as trainer_module
 from gpt.attempt import Superseded
 from gpt.checkpoint import saver as saver_module
 from gpt.checkpoint.format import committed
 from gpt.checkpoint.writer import remove_leftovers
 from gpt.run_dir import RunDir
-from gpt.train import Outcome, Trainer
+from gpt.stop import StopRequest
+from gpt.trainer import Outcome, Trainer
 from tests.unit.saver_support import arm, join, make_saver
 
 
@@ -29,6 +31,7 @@ def trainer(tmp_path: Path) -> Iterator[Trainer]:
     engine.take_step()
     trainer = cast(Any, Trainer.__new__(Trainer))
     trainer.run_dir, trainer.world, trainer.saver = run, world, saver
+    trainer.stop = StopRequest()
     trainer.lines = SimpleNamespace(write=lambda: None, problem=None)
     trainer.reader = SimpleNamespace(skipped=())
     yield trainer
@@ -59,7 +62,7 @@ def test_a_stop_of_an_older_copy_is_none(trainer: Trainer) -> None:
 def hung(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> Trainer:
     """A save of step 6 is under way, whose thread does not react."""
     monkeypatch.setattr(saver_module, "GIVE_UP_S", 0.3)
-    monkeypatch.setattr(train, "SILENCE_S", 0.3)
+    monkeypatch.setattr(trainer_module, "SILENCE_S", 0.3)
     arm(monkeypatch, "chunk_written:sleep=1000")
     trainer.saver.save(6, ())
     while not any(file.stat().st_size for file in trainer.run_dir.checkpoints.glob(".tmp-*/rank-*")):
