@@ -4,7 +4,6 @@
 """
 
 from collections.abc import Callable
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -12,15 +11,12 @@ from torch import Tensor, nn
 
 from gpt.model_config import ModelConfig
 
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-@cache
-def _has_matmul(dtype: torch.dtype) -> bool:
-    # Without AVX-512 torch multiplies 16-bit matrices by a reference loop: measured 1 GFLOP/s a core in bf16
-    # on an AVX2 machine where fp32 reaches 45 to 90.
-    if dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return dtype != torch.float16 or bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+# Without AVX-512 torch multiplies 16-bit matrices by a reference loop: measured 1 GFLOP/s a core in bf16 on
+# an AVX2 machine where fp32 reaches 45 to 90. Constants: torch.compile begins a new graph at a question.
+_HAS_MATMUL = {
+    torch.bfloat16: bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+    torch.float16: bool(torch.ops.mkldnn._is_mkldnn_fp16_supported()),
+}
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -28,7 +24,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
     The result is rounded to `x.dtype` again: what a kernel with fp32 accumulation gives.
     """
-    return torch.float32 if x.device.type == "cpu" and not _has_matmul(x.dtype) else x.dtype
+    return torch.float32 if x.device.type == "cpu" and not _HAS_MATMUL.get(x.dtype, True) else x.dtype
 
 
 class Linear(nn.Linear):

@@ -16,7 +16,7 @@ from gpt.layers import compute_dtype
 
 IGNORED = -100
 
-BlockLoss = Callable[[Tensor, Tensor, float | None, float, bool], tuple[Tensor, Tensor, Tensor]]
+BlockLoss = Callable[[Tensor, Tensor, float | None, float, bool], tuple[Tensor, Tensor]]
 
 # Logits of a chunk. In bf16 256 MiB: every chunk costs a pass over the weight's gradient in fp32, which one
 # chunk alone does without. Elsewhere 64 MiB in fp32, where that sum is part of the product, and few terms
@@ -65,14 +65,14 @@ def capped(logits: Tensor, softcap: float | None) -> Tensor:
 
 def block_loss(
     logits_rv: Tensor, index_r: Tensor, softcap: float | None, z_loss: float, is_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """The loss [R] of a block for the ids `index_r`, and its gradient by the logits in two parts.
 
     d(log Z)/dx = softmax(x), so that d loss/dx = (1 + 2 z log Z) softmax(x) − onehot(target), times 1 − tanh²
-    where capped: the first term in the dtype of the logits [R, V], and the whole at the target [R, 1]. They
-    are put together by the caller: on one thread inductor (torch 2.13) changes the order of an indexed write
-    and another pass. Without `is_gradient` both are of no use. Passes over [R, V] cost as much as the
-    products, so that none is made which changes nothing.
+    where capped: the first term takes the place of the logits, and the whole at the target [R, 1] is given
+    back. They are put together by the caller: on one thread inductor (torch 2.13) changes the order of an
+    indexed write and another pass. Without `is_gradient` there is neither. Passes over [R, V] cost as much
+    as the products, so that none is made which changes nothing.
     """
     x_rv = capped(logits_rv.float(), softcap)
     log_p_rv = x_rv.log_softmax(-1)
@@ -81,7 +81,7 @@ def block_loss(
     log_z_r1 = target_r1 + nats_r1
     loss_r = (nats_r1 + z_loss * log_z_r1.square())[:, 0]
     if not is_gradient:
-        return loss_r, logits_rv, target_r1
+        return loss_r, target_r1
     factor_r1 = 1 + 2 * z_loss * log_z_r1
     d_target_r1 = factor_r1 * (-nats_r1).exp() - 1
     d_rv = log_p_rv.exp_()
@@ -90,7 +90,8 @@ def block_loss(
     if softcap is not None:  # c · tanh(x / c)
         d_rv = d_rv * (1 - (x_rv / softcap).square())
         d_target_r1 = d_target_r1 * (1 - (target_r1 / softcap).square())
-    return loss_r, d_rv.to(logits_rv.dtype), d_target_r1.to(logits_rv.dtype)
+    logits_rv.copy_(d_rv)
+    return loss_r, d_target_r1.to(logits_rv.dtype)
 
 
 class _CrossEntropySum(torch.autograd.Function):
@@ -123,12 +124,11 @@ class _CrossEntropySum(torch.autograd.Function):
             logits_cv = chunk_cd @ weight.t()
             for first in range(0, len(logits_cv), block_rows):
                 block = slice(first, first + block_rows)
-                loss_r, d_logits_rv, d_target_r1 = block_loss(
-                    logits_cv[block], index_c[block], softcap, z_loss, any(wants)
-                )
+                logits_rv, index_r = logits_cv[block], index_c[block]
+                loss_r, d_target_r1 = block_loss(logits_rv, index_r, softcap, z_loss, any(wants))
                 loss += loss_r.where(is_scored_c[block], 0.0).sum()
                 if any(wants):
-                    logits_cv[block] = d_logits_rv.scatter_(1, index_c[block, None], d_target_r1)
+                    logits_rv.scatter_(1, index_r[:, None], d_target_r1)
             d_logits_cv = logits_cv
             if d_hidden is not None:
                 d_hidden[rows] = (d_logits_cv @ weight) * is_scored_c[:, None]

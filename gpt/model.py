@@ -152,6 +152,7 @@ class GPT(nn.Module):
         self.sequence = WHOLE_SEQUENCES
         self.attention_name = ""
         self._attend: Attention | None = None
+        self._over_documents = _outside_of_graphs
         # Plain attributes, not buffers: a cast to bf16 must leave the angles in fp32.
         self._rope: Rope | None = None
         self._sinusoid_td: Tensor | None = None
@@ -177,13 +178,16 @@ class GPT(nn.Module):
             self._sinusoid_td = sinusoid_table(model.context, model.d_model).to(device)
         return self if self.embedding.weight.is_meta else self.to(device=device, dtype=dtype)
 
-    def compile_parts(self) -> None:
+    def compile_parts(self, *, whole_rows: bool = False) -> None:
         """Compile the blocks and the loss with torch.compile, in place: names and weights stay.
 
-        What is compiled for one block serves all. Attention stays outside, as its documents differ from step
-        to step. Raises ConfigError where no compiler is found.
+        What is compiled for one block serves all. Attention stays outside where its documents differ from
+        step to step, and is part of it where every row is one (`whole_rows`). Raises ConfigError where no
+        compiler is found.
         """
         require_compiler()
+        if whole_rows and self.sequence.size == 1:
+            self._over_documents = _over_documents
         for block in self.blocks:
             block.compile()
         self.head.compile_loss()
@@ -197,7 +201,7 @@ class GPT(nn.Module):
         start = 0 if cache is None else cache.length
         end = start + tokens_bt.shape[1]
         scores = Scores.of(self.model, is_training=self.training)
-        dense = partial(_with_documents, self._attend, documents, scores, self.sequence, len(tokens_bt))
+        dense = partial(self._over_documents, self._attend, documents, scores, self.sequence, len(tokens_bt))
         mine = self.sequence.columns(tokens_bt.shape[1])
         here = slice(start + mine.start, start + mine.stop)
         rope = None if self._rope is None else (self._rope[0][here], self._rope[1][here])
@@ -243,9 +247,7 @@ class GPT(nn.Module):
         return loss
 
 
-# documents differ from step to step: each batch would compile again
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _with_documents(
+def _over_documents(
     attend: Attention,
     documents: Documents,
     scores: Scores,
@@ -259,6 +261,10 @@ def _with_documents(
         return attend(q_xhe, k_xke, v_xke, documents, scores)
 
     return sequence.attend(over_whole, rows, q_xhe, k_xke, v_xke)
+
+
+# documents that differ from step to step would each be compiled again
+_outside_of_graphs = torch.compiler.disable(_over_documents)
 
 
 def _keep_products() -> Any:

@@ -84,7 +84,7 @@ class Trainer:
         together(world, lambda: choose(run.model, world.device, DTYPES[run.precision]))
         self.model = build_model(run, world)
         if run.compile:
-            together(world, lambda: self.model.compile_parts())
+            together(world, lambda: self.model.compile_parts(whole_rows=not run.data.document_mask))
         self.peak_flops = peak_flops_per_second(world, run.precision, DTYPES[run.precision])
         if world.is_first:
             chosen = {"attention": self.model.attention_name, "peak_flops_per_second": self.peak_flops}

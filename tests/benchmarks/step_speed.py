@@ -29,7 +29,7 @@ def ours(dtype: torch.dtype, *, is_compiled: bool) -> tuple[nn.Module, Loss]:
     gpt.initialize(0)
     gpt.place(torch.device("cpu"), dtype)
     if is_compiled:
-        gpt.compile_parts()
+        gpt.compile_parts(whole_rows=True)
     ends = np.arange(1, BATCH + 1, dtype=np.int32) * MODEL.context
     documents = Documents.from_ends(ends)
     return gpt, lambda tokens, targets: gpt(tokens, targets, documents) / targets.numel()

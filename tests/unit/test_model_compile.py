@@ -40,6 +40,19 @@ def test_compiled_parts_give_the_numbers_of_eager_ones_whatever_the_documents() 
     assert compile_seconds() > before
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_where_every_row_is_a_document_attention_is_compiled_too_without_a_break(dtype: torch.dtype) -> None:
+    eager, compiled = (build("auto", n_kv_heads=2).to(dtype) for _ in range(2))
+    compiled.compile_parts(whole_rows=True)
+    counters.clear()
+    documents = Documents.from_ends(np.array((24, 48), dtype=np.int32))
+    tokens, targets = random_tokens(2, 24, seed=1), random_tokens(2, 24, seed=2)
+    losses = [gpt(tokens, targets, documents).item() for gpt in (eager, compiled)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6 if dtype == torch.float32 else 1e-2)
+    assert counters["stats"]["unique_graphs"] > 0
+    assert counters["graph_break"] == {}
+
+
 def test_a_node_without_a_compiler_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch._inductor.config as inductor
 
