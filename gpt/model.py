@@ -264,7 +264,7 @@ def _over_documents(
 
 
 # documents that differ from step to step would each be compiled again
-_outside_of_graphs = torch.compiler.disable(_over_documents)
+_outside_of_graphs = torch.compiler.disable(_over_documents)  # type: ignore[no-untyped-call]
 
 
 def _keep_products() -> Any:

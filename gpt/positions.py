@@ -67,7 +67,8 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *d_outs: Tensor) -> tuple[Tensor, None, None]:
         (d_out_bthe,) = d_outs
-        return _turned(d_out_bthe, *ctx.saved_tensors, -1), None, None
+        cos_te, sin_te = ctx.saved_tensors
+        return _turned(d_out_bthe, cos_te, sin_te, -1), None, None
 
 
 def _turned(x_bthe: Tensor, cos_te: Tensor, sin_te: Tensor, sign: int) -> Tensor:
