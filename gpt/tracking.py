@@ -18,7 +18,7 @@ from gpt import beside, record
 from gpt.config import RunConfig
 from gpt.run_dir import RunDir, read_json, write_json
 
-BATCH_METRICS = 1000  # MLflow's limit for one request
+BATCH_METRICS, BATCH_PARAMS = 1000, 100  # MLflow's limits for one request
 POLL_S = 2.0
 RETRY_S = 10.0
 DRAIN_S = 45.0  # the node task waits a minute for this process
@@ -93,6 +93,8 @@ class Mirror:
         return state["run_id"], state["sent_step"], state.get("has_sent_scores", True)
 
     def _create(self) -> str:
+        from mlflow.entities import Param
+
         parent = self.run.tracking.parent
         created = self.client.create_run(
             experiment_id(self.client, self.run.tracking.experiment),
@@ -104,8 +106,9 @@ class Mirror:
         self._remember(0, has_scores=False)
         provenance = read_json(self.run_dir.provenance) or {}
         write_json(self.run_dir.provenance, {**provenance, "mlflow_run_id": run_id})
-        for name, value in dotted(self.run.model_dump(mode="json")):
-            self.client.log_param(run_id, name, str(value)[:6000])
+        params = [Param(name, str(value)[:6000]) for name, value in dotted(self.run.model_dump(mode="json"))]
+        for first in range(0, len(params), BATCH_PARAMS):
+            self.client.log_batch(run_id, params=params[first : first + BATCH_PARAMS])
         for name in ("git_commit", "host"):
             if provenance.get(name):
                 self.client.set_tag(run_id, f"outlast.{name}", str(provenance[name]))
