@@ -43,6 +43,7 @@ def checkpoints(
     pin: Sequence[int],
     unpin: Sequence[int],
     delete: Sequence[int],
+    delete_set_aside: bool,
     check: bool,
     as_json: bool,
 ) -> int:
@@ -53,7 +54,9 @@ def checkpoints(
         (there[step] / PIN_NAME).touch()
     for step in unpin:
         (there[step] / PIN_NAME).unlink(missing_ok=True)
-    _delete(run, there, delete)
+    _delete(there, delete)
+    if delete_set_aside:
+        _delete_set_aside(run)
     rows = _list(run, check=check)
     if as_json:
         click.echo(json.dumps([asdict(row) for row in rows], indent=2))
@@ -70,7 +73,7 @@ def _refuse_unknown(there: dict[int, Path], steps: Sequence[int]) -> None:
         raise LaunchError(f"there is no checkpoint of step {', '.join(unknown)}; there are: {known}.")
 
 
-def _delete(run: RunDir, there: dict[int, Path], steps: Sequence[int]) -> None:
+def _delete(there: dict[int, Path], steps: Sequence[int]) -> None:
     """Remove the checkpoints of `steps`; of those that are whole enough stay, bad ones may always go."""
     pinned = [str(step) for step in steps if is_pinned(there[step])]
     if pinned:
@@ -85,11 +88,35 @@ def _delete(run: RunDir, there: dict[int, Path], steps: Sequence[int]) -> None:
                 "give the run up, delete its folder."
             )
     for step in going:
-        # Renamed first, as in gpt.checkpoint.writer: no half of a committed folder, whatever is killed.
-        trash = there[step].with_name(f".tmp-pruned-{there[step].name}")
-        there[step].rename(trash)
-        fsync_folder(run.checkpoints)
-        shutil.rmtree(trash)
+        _remove(there[step])
+
+
+def _remove(folder: Path) -> None:
+    # Renamed first, as in gpt.checkpoint.writer: no half of a committed folder, whatever is killed.
+    trash = folder.with_name(f".tmp-pruned-{folder.name}")
+    folder.rename(trash)
+    fsync_folder(folder.parent)
+    shutil.rmtree(trash)
+
+
+def _set_aside(run: RunDir) -> list[Path]:
+    """What stands beside the checkpoints and counts no more: bad ones, and those of a course that is left."""
+    return sorted(run.checkpoints.glob(".b*-step-*"))
+
+
+def _delete_set_aside(run: RunDir) -> None:
+    """Remove what was set aside, and say so; a pin counts for what bears it there too."""
+    folders = _set_aside(run)
+    pinned = [folder for folder in folders if is_pinned(folder)]
+    if pinned:
+        pins = ", ".join(str(folder / PIN_NAME) for folder in pinned)
+        raise LaunchError(f"pinned before it was set aside, so that nothing is deleted: remove {pins} first.")
+    for folder in folders:
+        freed = size(_bytes_in(folder))
+        _remove(folder)
+        click.echo(f"deleted: {folder}, {freed}", err=True)
+    if not folders:
+        click.echo(f"nothing is set aside in {run.checkpoints}", err=True)
 
 
 def _is_whole(folder: Path) -> bool:
@@ -135,10 +162,11 @@ def _bytes_in(folder: Path) -> int:
 
 
 def _show_set_aside(run: RunDir) -> None:
-    """Say what stands beside the checkpoints and counts no more: nothing removes it but the user."""
-    for folder in sorted(run.checkpoints.glob(".b*-step-*")):
+    """Nothing removes it but the user."""
+    for folder in _set_aside(run):
         with suppress(FileNotFoundError):
-            click.echo(f"set aside, to be removed by hand: {folder}, {size(_bytes_in(folder))}", err=True)
+            freed = size(_bytes_in(folder))
+            click.echo(f"set aside, until --delete-set-aside: {folder}, {freed}", err=True)
 
 
 def _show(rows: Sequence[Listed]) -> None:

@@ -78,6 +78,9 @@ def stop(run_dir: str, now: bool) -> int:
 @click.option("--pin", type=int, multiple=True, metavar="STEP", help="Keep it whatever retention says.")
 @click.option("--unpin", type=int, multiple=True, metavar="STEP", help="Leave it to retention again.")
 @click.option("--delete", type=int, multiple=True, metavar="STEP", help="Delete it; two stay always.")
+@click.option(
+    "--delete-set-aside", is_flag=True, help="Delete bad ones, and those that `resume --step` put aside."
+)
 @click.option("--check", is_flag=True, help="Read every byte now; exit 1 if one is bad.")
 @click.option("--json", "as_json", is_flag=True, help="A JSON list, one object a checkpoint.")
 def checkpoints(
@@ -85,6 +88,7 @@ def checkpoints(
     pin: tuple[int, ...],
     unpin: tuple[int, ...],
     delete: tuple[int, ...],
+    delete_set_aside: bool,
     check: bool,
     as_json: bool,
 ) -> int:
@@ -92,7 +96,15 @@ def checkpoints(
     from launcher.checkpoints import checkpoints
     from launcher.runs import open_run
 
-    return checkpoints(open_run(run_dir), pin=pin, unpin=unpin, delete=delete, check=check, as_json=as_json)
+    return checkpoints(
+        open_run(run_dir),
+        pin=pin,
+        unpin=unpin,
+        delete=delete,
+        delete_set_aside=delete_set_aside,
+        check=check,
+        as_json=as_json,
+    )
 
 
 @click.command(

@@ -1,13 +1,15 @@
 """A run's checkpoints as a list; pins and deletions."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from data_pipeline.errors import LaunchError
 from gpt import record
-from gpt.checkpoint.format import committed, is_pinned
+from gpt.checkpoint.format import PIN_NAME, committed, is_pinned
+from gpt.checkpoint.writer import set_aside
 from gpt.run_dir import RunDir
 from launcher.checkpoints import checkpoints
 from tests.unit.checkpoint_support import write_checkpoint
@@ -26,8 +28,9 @@ def run(tmp_path: Path) -> RunDir:
 
 
 def call(run: RunDir, **options: object) -> int:
-    defaults = {"pin": (), "unpin": (), "delete": (), "check": False, "as_json": False}
-    return checkpoints(run, **{**defaults, **options})  # type: ignore[arg-type]
+    steps = {"pin": (), "unpin": (), "delete": ()}
+    flags = {"delete_set_aside": False, "check": False, "as_json": False}
+    return checkpoints(run, **{**steps, **flags, **options})  # type: ignore[arg-type]
 
 
 def test_the_list_says_size_origin_score_and_whether_it_was_read_back(
@@ -79,11 +82,38 @@ def test_two_whole_checkpoints_stay_always(run: RunDir) -> None:
     assert [step for step, _ in committed(run.checkpoints)] == [5, 10]
 
 
-def test_what_was_set_aside_is_told(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
-    aside = run.checkpoints / ".before-1-step-00000015"
-    (run.checkpoints / "step-00000015").rename(aside)
+@pytest.fixture
+def aside(run: RunDir) -> list[Path]:
+    """A bad one and one of a course that the run has left."""
+    bad = set_aside(write_checkpoint(run.checkpoints, step=20))
+    left = run.checkpoints / ".before-1-step-00000025"
+    write_checkpoint(run.checkpoints, step=25).rename(left)
+    return [bad, left]
+
+
+def test_what_was_set_aside_is_told_and_goes_when_asked_to(
+    run: RunDir, aside: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     call(run)
-    assert f"set aside, to be removed by hand: {aside}, " in capsys.readouterr().err
+    sizes = [sum(file.stat().st_size for file in folder.iterdir()) for folder in aside]
+    expected = [f"{folder}, {count / 1024:.1f} KiB" for folder, count in zip(aside, sizes, strict=True)]
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"set aside, until --delete-set-aside: {each}" for each in expected]
+    call(run, delete_set_aside=True)
+    assert capsys.readouterr().err.splitlines() == [f"deleted: {each}" for each in expected]
+    assert sorted(entry.name for entry in run.checkpoints.iterdir()) == [
+        "step-00000005", "step-00000010", "step-00000015",
+    ]  # fmt: skip
+    call(run, delete_set_aside=True)
+    assert capsys.readouterr().err == f"nothing is set aside in {run.checkpoints}\n"
+
+
+def test_a_pin_holds_what_was_set_aside_too(run: RunDir, aside: list[Path]) -> None:
+    pin = aside[1] / PIN_NAME
+    pin.touch()
+    with pytest.raises(LaunchError, match=f"nothing is deleted: remove {re.escape(str(pin))} first"):
+        call(run, delete_set_aside=True)
+    assert all(folder.exists() for folder in aside)
 
 
 def test_an_unknown_step_is_named_with_those_that_are_there(run: RunDir) -> None:
