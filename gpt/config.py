@@ -53,7 +53,7 @@ class CheckpointConfig(Section):
         default=None,
         gt=0,
         description="Most that each process writes, and then reads back, in MB a second, while training goes "
-        "on. Default: no limit.",
+        "on; and most that is copied to the mirror. Default: no limit.",
     )
 
     mirror: str | None = Field(

@@ -15,6 +15,7 @@ from gpt import beside, record
 from gpt.checkpoint.format import committed, is_pinned
 from gpt.checkpoint.mirror import Mirror, MirrorError
 from gpt.checkpoint.retention import kept
+from gpt.checkpoint.writer import Pace
 from gpt.config import CheckpointConfig, RunConfig
 from gpt.run_dir import RunDir
 
@@ -26,10 +27,15 @@ PATIENCE_S = 45.0  # with a mirror that fails, once the run has ended
 class Copier:
     """One run on its way to its mirror."""
 
-    def __init__(self, run_dir: RunDir, config: CheckpointConfig) -> None:
-        """Raises MirrorError where the mirror cannot be asked or is another run's."""
+    def __init__(
+        self, run_dir: RunDir, config: CheckpointConfig, ended: threading.Event | None = None
+    ) -> None:
+        """Until `ended` is set, its copies keep to max_mb_per_s.
+
+        Raises MirrorError where the mirror cannot be asked or is another run's.
+        """
         assert config.mirror is not None
-        self.run_dir, self.config = run_dir, config
+        self.run_dir, self.config, self._ended = run_dir, config, ended
         self.mirror = Mirror.of(run_dir, config.mirror)
         self.mirror.check_owner(run_dir)
         self._is_there: dict[tuple[int, int], bool] = {}  # step and inode → pinned
@@ -56,7 +62,8 @@ class Copier:
     def _copy(self, step: int, folder: Path) -> None:
         started = time.monotonic()
         self.mirror.put_run(self.run_dir)
-        count = self.mirror.put(step, folder)
+        limit = self.config.max_mb_per_s
+        count = self.mirror.put(step, folder, Pace(limit, self._ended) if limit is not None else None)
         seconds = round(time.monotonic() - started, 1)
         record.event(self.run_dir.events, "mirrored", step=step, seconds=seconds, bytes=count)
 
@@ -78,7 +85,7 @@ def follow(run_dir: RunDir, config: CheckpointConfig, ended: threading.Event) ->
 
     def copy_all(_is_last: bool) -> None:
         nonlocal copier, failure
-        copier = copier or Copier(run_dir, config)
+        copier = copier or Copier(run_dir, config, ended)
         while copier.copy_next():
             failure = ""
 

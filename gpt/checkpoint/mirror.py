@@ -19,8 +19,10 @@ from data_pipeline.errors import LaunchError, OutlastError
 from data_pipeline.remote import find_store, in_words, is_remote
 from gpt import record
 from gpt.checkpoint.format import COMMITTED, INDEX_NAME, PIN_NAME, step_name, verify
-from gpt.checkpoint.writer import set_aside
+from gpt.checkpoint.writer import Pace, set_aside
 from gpt.run_dir import RunDir, read_json
+
+_PIECE_BYTES = 1 << 20  # of a copy that is held back
 
 
 class MirrorError(LaunchError):
@@ -83,14 +85,24 @@ class Mirror:
         theirs = {Path(entry["name"]).name: entry["size"] for entry in listed}
         return sizes.items() <= theirs.items()
 
-    def put(self, step: int, folder: Path) -> int:
-        """Copy the checkpoint in `folder`; its bytes."""
+    def put(self, step: int, folder: Path, pace: Pace | None = None) -> int:
+        """Copy the checkpoint in `folder`, as fast as the store takes it or `pace` lets it; its bytes."""
         self.delete(step)
         files = sorted(path for path in folder.iterdir() if path.name not in (INDEX_NAME, PIN_NAME))
         with self._asking():
             for path in [*files, folder / INDEX_NAME]:
-                self._store.put_file(str(path), self._path(step, path.name))
+                if pace is None:
+                    self._store.put_file(str(path), self._path(step, path.name))
+                else:
+                    self._put_slowly(path, self._path(step, path.name), pace)
         return sum(path.stat().st_size for path in files)
+
+    def _put_slowly(self, path: Path, place: str, pace: Pace) -> None:
+        # In pieces of our own: a store's put_file sends as much at once as it likes.
+        with path.open("rb") as file, self._store.open(place, "wb") as copy:
+            while piece := file.read(_PIECE_BYTES):
+                copy.write(piece)
+                pace.advance(len(piece))
 
     def put_run(self, run_dir: RunDir) -> None:
         """Copy what a run needs besides a checkpoint to go on elsewhere."""

@@ -43,12 +43,13 @@ class Cancelled(Exception):
 class Pace:
     """How far a save is, how fast it may go on, and whether it is still wanted; shared by two threads."""
 
-    def __init__(self, max_mb_per_s: float | None = None) -> None:
+    def __init__(self, max_mb_per_s: float | None = None, wake: threading.Event | None = None) -> None:
+        """Once `wake` is set there is no limit any more."""
         self.bytes_done = 0
         self._bytes_per_s = max_mb_per_s * 1e6 if max_mb_per_s is not None else None
         self._started = time.monotonic()
         self._is_cancelled = False
-        self._wake = threading.Event()
+        self._wake = wake or threading.Event()
 
     def advance(self, count: int) -> None:
         """Another `count` bytes are written or read back: wait if that was too fast. Raises Cancelled."""

@@ -13,7 +13,7 @@ from data_pipeline.manifest import joint_fingerprint, read_manifest
 from gpt import record
 from gpt.checkpoint.format import INDEX_NAME, PIN_NAME, committed, read_index, step_name
 from gpt.checkpoint.mirror import Mirror, MirrorError
-from gpt.checkpoint.writer import prune
+from gpt.checkpoint.writer import Pace, prune
 from gpt.config import CheckpointConfig
 from gpt.mirroring import Copier, follow
 from gpt.run_dir import RunDir, read_json, write_json
@@ -162,6 +162,25 @@ def test_the_mirror_keeps_what_the_run_keeps(run: RunDir, place: str) -> None:
     assert left == []
 
 
+def test_a_copy_keeps_to_the_limit_until_the_run_has_ended(run: RunDir, place: str) -> None:
+    save(run, 5)
+    size = sum(len(content) for content in contents(run.checkpoints / step_name(5)).values())
+    megabytes, ended = size / 1e6, threading.Event()
+    config = read_config(run).checkpoint.model_copy(update={"max_mb_per_s": megabytes})
+    started = time.monotonic()
+    assert Copier(run, config, ended).copy_next()
+    assert time.monotonic() - started >= 0.99
+    assert Mirror.of(run, place).has(5, run.checkpoints / step_name(5))
+
+    save(run, 10)
+    config = config.model_copy(update={"max_mb_per_s": megabytes / 1000})  # a quarter of an hour
+    threading.Timer(0.5, ended.set).start()
+    started = time.monotonic()
+    assert Copier(run, config, ended).copy_next()
+    assert 0.5 <= time.monotonic() - started < 60
+    assert Mirror.of(run, place).has(10, run.checkpoints / step_name(10))
+
+
 def test_a_damaged_copy_is_passed_over_and_named(run: RunDir, place: str, tmp_path: Path) -> None:
     save(run, 5, 10)
     copy_all(run)
@@ -273,9 +292,9 @@ def test_what_is_pruned_while_it_is_copied_is_no_failure(
     mine = copier(run)
     put = mine.mirror.put
 
-    def put_late(step: int, folder: Path) -> int:
+    def put_late(step: int, folder: Path, pace: Pace | None) -> int:
         shutil.rmtree(folder)
-        return put(step, folder)
+        return put(step, folder, pace)
 
     monkeypatch.setattr(mine.mirror, "put", put_late)
     assert not mine.copy_next()
