@@ -200,16 +200,41 @@ def test_a_bad_byte_is_never_exported(data: Path, tmp_path: Path) -> None:
     assert {entry.name for entry in tmp_path.iterdir()} == {"run"}
 
 
-def test_export_needs_neither_deepspeed_nor_a_process_group(data: Path, tmp_path: Path) -> None:
+# Runs each of its arguments as a command line of its own, where DeepSpeed is not installed.
+BARE = """
+import importlib, sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "deepspeed":
+            raise ModuleNotFoundError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Blocked())
+import torch.distributed
+
+def refuse(*_, **__):
+    raise AssertionError("a process group")
+
+torch.distributed.init_process_group = refuse
+for line in sys.argv[1:]:
+    module, *sys.argv[1:] = line.split("|")
+    importlib.import_module(module).main()
+"""
+
+
+def test_export_and_sample_need_neither_deepspeed_nor_a_process_group(data: Path, tmp_path: Path) -> None:
     run_dir, _ = make_run(tmp_path / "run", data)
-    program = (
-        "import sys; sys.modules['deepspeed'] = None; sys.argv = ['x', *sys.argv[1:]]; "
-        "import gpt.export, torch; gpt.export.main(); assert not torch.distributed.is_initialized()"
-    )
-    command = [sys.executable, "-c", program, str(run_dir.path), str(tmp_path / "out"), "--dtype", "fp32"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    asked = "--prompt=And God said|--max-tokens=5|--temperature=0"
+    lines = [
+        f"gpt.export|{run_dir.path}|{tmp_path / 'out'}|--dtype=fp32",
+        f"gpt.sample|{run_dir.path}|{asked}",
+        f"gpt.sample|{tmp_path / 'out'}|{asked}",
+    ]
+    done = subprocess.run([sys.executable, "-c", BARE, *lines], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "LlamaForCausalLM of step 0, " in done.stdout
+    exported, from_run, from_export = done.stdout.split("And God said")
+    assert "LlamaForCausalLM of step 0, " in exported
+    assert from_run == from_export != "\n"
 
 
 @pytest.mark.parametrize("fields", [{"n_kv_heads": 2}, GPT2])

@@ -5,6 +5,7 @@ import os
 import shutil
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 
 from gpt import record
 from gpt.attempt import Superseded
+from gpt.checkpoint import saver as saver_module
 from gpt.checkpoint import writer
 from gpt.checkpoint.failpoints import PLACES
 from gpt.checkpoint.format import committed, verify
@@ -19,6 +21,7 @@ from gpt.checkpoint.reader import CheckpointReader
 from gpt.checkpoint.saver import Saver
 from gpt.checkpoint.writer import remove_leftovers
 from gpt.distributed import World, total
+from gpt.host_memory import available_bytes
 from gpt.run_dir import RunDir
 from tests.unit.saver_support import (
     STATES,
@@ -95,6 +98,33 @@ def test_an_asynchronous_save_writes_the_bytes_of_a_synchronous_one(tmp_path: Pa
         folder = dict(committed(run.checkpoints))[1]
         files.append({path.name: path.read_bytes() for path in folder.iterdir()})
     assert files[0] == files[1]
+
+
+@pytest.mark.parametrize(("free_mb", "is_short"), [(17, True), (19, False)])
+def test_where_host_memory_is_short_training_waits_for_the_save_and_an_event_says_so(
+    run_dir: RunDir,
+    alone: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    free_mb: int,
+    is_short: bool,
+) -> None:
+    """The copy takes 14.4 MB; four fifths of what is left may be used."""
+    proc = tmp_path / "proc"
+    proc.mkdir()
+    (proc / "meminfo").write_text(f"MemTotal: 99999999 kB\nMemAvailable: {free_mb * 1000} kB\n")
+    monkeypatch.setattr(saver_module, "available_bytes", partial(available_bytes, proc=proc))
+    saver, engine = make_saver(run_dir, alone)
+    engine.take_step()
+    saver.save(1, ())
+    assert saver.is_busy != is_short
+    saver.wait()
+    assert holds(run_dir, 1)
+    reasons = [event["reason"] for event in events(run_dir, "saving_synchronously")]
+    assert reasons == is_short * [
+        "1 of 1 ranks are on nodes without the memory for a copy of the state; on this one it needs 13 MiB, "
+        "16 MiB are left"
+    ]
 
 
 def test_a_save_that_is_due_meanwhile_is_skipped_and_counted(run_dir: RunDir, alone: World) -> None:
