@@ -4,14 +4,16 @@ Nothing but pieces and counts goes through the parent. A worker that dies ends t
 error; a worker whose parent died ends at its next word.
 """
 
+import os
 import signal
 import traceback
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from multiprocessing import connection, get_context
+from multiprocessing import connection, forkserver, get_context
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
@@ -81,15 +83,29 @@ def _hash(folder: Path, settings: Settings, piece: Piece) -> Iterator[Advance]:
         yield Advance(0, 0, 0)
 
 
+def start_ahead() -> None:
+    """Let the process from which the others are forked import what they need, while the caller goes on."""
+    _context()
+    forkserver.ensure_running()
+
+
+def _context() -> ForkServerContext:
+    """A fork of the caller would take locks of its threads along; one that has none imports once for all."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["__main__", "data_pipeline.crew", "data_pipeline.encoder"])
+    return context
+
+
 class _Crew:
     """Worker processes, each on a pipe of its own: one that dies is noticed, and none outlives the pipe."""
 
     def __init__(self, folder: Path, settings: Settings, size: int, task: Task) -> None:
-        context = get_context("spawn")  # a fork would take locks of the caller's threads along
+        context = _context()
         self._processes: dict[Connection, BaseProcess] = {}
         for _ in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, folder, settings, task), daemon=True)
+            arguments = (theirs, dict(os.environ), folder, settings, task)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
             self._processes[ours] = process
@@ -137,8 +153,11 @@ class _Crew:
             process.join()
 
 
-def _serve(pipe: Connection, folder: Path, settings: Settings, task: Task) -> None:
+def _serve(
+    pipe: Connection, environment: Mapping[str, str], folder: Path, settings: Settings, task: Task
+) -> None:
     """A worker's life: pieces in; advances, None for a committed piece, or an exception out."""
+    os.environ.update(environment)  # the caller's may have changed since its first workers were forked
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
     with suppress(EOFError, ConnectionError):  # the parent is gone
         try:

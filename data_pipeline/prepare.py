@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 
 from data_pipeline import duplicates
 from data_pipeline.config_file import Section
-from data_pipeline.crew import EncodeAll, encode_all
+from data_pipeline.crew import EncodeAll, encode_all, start_ahead
 from data_pipeline.cutting import cut_into_pieces
 from data_pipeline.documents import place
 from data_pipeline.durable import write_durably
@@ -73,7 +73,8 @@ class DataPrepConfig(Section):
     )
     encoder: Choice = Field(
         default="auto",
-        description="auto uses fastokens where it is installed and gives tiktoken's ids; tiktoken forces it.",
+        description="auto uses gigatoken or fastokens, where installed, as long as it gives tiktoken's ids; "
+        "tiktoken forces that.",
     )
     out: Path = Field(description="The data directory to make.")
     text_field: str = Field(
@@ -132,6 +133,8 @@ def prepare(
     ConfigError for wrong settings or a folder that holds something else, DataError for broken documents, a
     worker that dies, or a disk that is full; what is finished then stays.
     """
+    if config.workers != 1:
+        start_ahead()
     encoding, sources, ignored = _inputs(config)
     tell = _Teller(progress, sum(source.size_bytes for source in sources))
     if ignored:

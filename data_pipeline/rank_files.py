@@ -32,13 +32,18 @@ def read_rank_file(path: Path, pattern: str | None) -> Encoding:
                 f"regular expression"
             )
         return _published(path, ranks)
-    split = str(_definition(pattern, ranks)["pat_str"]) if pattern in PUBLISHED else pattern
+    split = published_pattern(pattern) if pattern in PUBLISHED else pattern
     encoding = Encoding(path.stem, split, ranks, {END_OF_TEXT: max(ranks.values()) + 1})
     try:
         encoding.encode("a test")
     except DataError as error:
         raise ConfigError(f"tokenizer_pattern = {pattern!r}: {str(error)[:200]}") from None
     return encoding
+
+
+def published_pattern(name: str) -> str:
+    """How the encoding `name` of PUBLISHED splits text."""
+    return str(_definition(name, {})["pat_str"])
 
 
 def _published(path: Path, ranks: dict[bytes, int]) -> Encoding:

@@ -1,9 +1,10 @@
-"""The fast encoder beside tiktoken, rank files, and inputs that are hard on both."""
+"""The fast encoders beside tiktoken, rank files, and inputs that are hard on both."""
 
 import base64
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
+from data_pipeline import encoder as encoder_module
 from data_pipeline.encoder import (
+    FAST,
     HARD_CASES,
     Disagreement,
     FastEncoder,
+    Flat,
     TiktokenEncoder,
+    Unsuitable,
     open_encoder,
 )
 from data_pipeline.errors import ConfigError, DataError
@@ -27,15 +31,17 @@ from data_pipeline.rank_files import PUBLISHED, read_rank_file
 from data_pipeline.tokenizer import Encoding, load_encoding
 from tests.unit.data_support import config, files_of, packaged_texts, write_jsonl
 
+LETTERS = str.maketrans("0123456789", "ghijklmnop")
+
 
 @pytest.fixture(scope="module")
 def encoding() -> Encoding:
     return load_encoding("outlast-4k")
 
 
-@pytest.fixture(scope="module")
-def fast(encoding: Encoding) -> FastEncoder:
-    return FastEncoder(encoding)
+@pytest.fixture(scope="module", params=FAST)
+def fast(encoding: Encoding, request: pytest.FixtureRequest) -> FastEncoder:
+    return FastEncoder(encoding, request.param)
 
 
 def _both(encoding: Encoding, fast: FastEncoder, texts: Sequence[str]) -> None:
@@ -56,6 +62,14 @@ def test_both_encoders_give_tiktokens_ids_and_where_each_text_begins(
     assert np.array_equal(offsets, fast_offsets)
 
 
+@pytest.mark.parametrize("point", [0x180E, 0x88F, 0x10940, 0x1E6F5, 0x323B0, 0x33479])
+def test_characters_that_the_encoders_tables_know_otherwise_are_left_to_tiktoken(
+    encoding: Encoding, fast: FastEncoder, point: int
+) -> None:
+    c = chr(point)
+    _both(encoding, fast, ["before", f"{c}'s the{c}'s 1{c}23 \n{c}the{c} the  {c}  the{c}", "after"])
+
+
 @settings(max_examples=60, deadline=None)
 @given(texts=st.lists(st.text(), min_size=1, max_size=5))
 def test_both_encoders_agree_on_any_text(encoding: Encoding, fast: FastEncoder, texts: list[str]) -> None:
@@ -68,7 +82,7 @@ def test_both_encoders_agree_on_any_text(encoding: Encoding, fast: FastEncoder, 
     ids=["spaces", "letters", "marks", "newlines", "mixed", "ideographs"],
 )
 @pytest.mark.parametrize("pattern", ["outlast-4k", *PUBLISHED])
-def test_a_pathological_text_takes_seconds_in_either_encoder(
+def test_a_pathological_text_takes_seconds_in_any_encoder(
     encoding: Encoding, tmp_path: Path, text: str, pattern: str
 ) -> None:
     """With the split patterns of tiktoken's encodings; the time allowed is 50 times what is needed."""
@@ -77,23 +91,12 @@ def test_a_pathological_text_takes_seconds_in_either_encoder(
         encoding = read_rank_file(path, pattern)
     began_s = time.process_time()
     ids = encoding.encode(text)
-    fast_ids, _ = FastEncoder(encoding).encode([text])
+    for name in FAST:
+        with suppress(Unsuitable):
+            fast_ids, _ = FastEncoder(encoding, name).encode([text])
+            assert np.array_equal(ids, fast_ids), name
     assert time.process_time() - began_s < 10
-    assert np.array_equal(ids, fast_ids)
     assert encoding.decode(ids.tolist()) == text
-
-
-class _Wrong:
-    """A fast encoder that begins to lie once it has read `after` batches."""
-
-    def __init__(self, real: Any, after: int) -> None:
-        self._real = real
-        self._left = after
-
-    def encode_batch_flat(self, texts: list[str], split_special_tokens: bool) -> tuple[bytes, bytes]:
-        ids, offsets = self._real.encode_batch_flat(texts, split_special_tokens=split_special_tokens)
-        self._left -= 1
-        return (ids if self._left >= 0 else bytes(len(ids)), offsets)
 
 
 def test_an_encoder_that_lies_is_found_out_and_its_piece_is_encoded_again(
@@ -103,9 +106,11 @@ def test_an_encoder_that_lies_is_found_out_and_its_piece_is_encoded_again(
     prepare(config(tmp_path / "reference", source, encoder="tiktoken"))
     load = FastEncoder.__init__
 
-    def load_wrong(self: FastEncoder, encoding: Encoding) -> None:
-        load(self, encoding)
-        self._fast = _Wrong(self._fast, 0)
+    def load_wrong(self: FastEncoder, encoding: Encoding, name: str) -> None:
+        """It lies once it is loaded."""
+        load(self, encoding, name)
+        fast = self._fast
+        monkeypatch.setattr(self, "_fast", lambda texts: (np.zeros_like(fast(texts)[0]), fast(texts)[1]))
 
     monkeypatch.setattr(FastEncoder, "__init__", load_wrong)
     seen: list[Progress] = []
@@ -113,7 +118,7 @@ def test_an_encoder_that_lies_is_found_out_and_its_piece_is_encoded_again(
     messages = [progress.message for progress in seen if progress.message]
     assert len(messages) == 1
     assert messages[0].startswith("tokenizing again with tiktoken: its ids stand for ")
-    assert "fastokens" not in manifest.versions
+    assert not FAST.keys() & manifest.versions.keys()
     assert files_of(tmp_path / "data") == files_of(tmp_path / "reference")
     assert seen[-1].tokens == manifest.train_tokens + manifest.val_tokens
 
@@ -121,43 +126,72 @@ def test_an_encoder_that_lies_is_found_out_and_its_piece_is_encoded_again(
 def test_an_encoder_that_swaps_two_ids_is_found_out_by_the_sample(
     encoding: Encoding, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fast = FastEncoder(encoding)
+    fast = FastEncoder(encoding, "gigatoken")
     real = fast._ids
 
-    def swapped(texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+    def swapped(texts: Sequence[str]) -> Flat:
         ids, offsets = real(texts)
         return np.concatenate([ids[1::-1], ids[2:]]), offsets
 
     monkeypatch.setattr(fast, "_ids", swapped)
-    with pytest.raises(Disagreement, match=r"fastokens and tiktoken differ on 'first"):
+    with pytest.raises(Disagreement, match=r"gigatoken and tiktoken differ on 'first"):
         fast.encode(["first words"])
     long = "x" + "first words " * 2000
     monkeypatch.setattr(fast, "_batches", 0)
-    with pytest.raises(Disagreement, match="fastokens and tiktoken differ on "):
+    with pytest.raises(Disagreement, match="gigatoken and tiktoken differ on "):
         fast.encode([long])
 
 
 def test_an_encoder_that_fails_the_hard_cases_is_passed_over(
     encoding: Encoding, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert open_encoder(encoding, "auto")[0].name == "fastokens"
+    assert open_encoder(encoding, "auto")[0].name == "gigatoken"
     assert open_encoder(encoding, "tiktoken")[0].name == "tiktoken"
-    ids = FastEncoder._ids
+    ids, wrong = FastEncoder._ids, {"gigatoken"}
 
-    def wrong(self: FastEncoder, texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+    def lie(self: FastEncoder, texts: Sequence[str]) -> Flat:
         found, offsets = ids(self, texts)
-        return (found[::-1] if texts[0] == HARD_CASES[5] else found), offsets
+        return (found[::-1] if texts[0] == HARD_CASES[5] and self.name in wrong else found), offsets
 
-    monkeypatch.setattr(FastEncoder, "_ids", wrong)
+    monkeypatch.setattr(FastEncoder, "_ids", lie)
+    encoder, message = open_encoder(encoding, "auto")
+    assert encoder.name == "fastokens"
+    assert message is not None
+    assert message.startswith("tokenizing with fastokens: gigatoken and tiktoken differ on '日本語")
+    wrong.add("fastokens")
     encoder, message = open_encoder(encoding, "auto")
     assert encoder.name == "tiktoken"
     assert message is not None
-    assert message.startswith("tokenizing with tiktoken: fastokens and tiktoken differ on '日本語")
+    assert message.startswith("tokenizing with tiktoken: gigatoken and tiktoken differ on '日本語")
+    assert "; fastokens and tiktoken differ on '日本語" in message
 
 
-def test_without_the_fast_encoder_tiktoken_does_it(
+def test_an_encoder_that_remembers_every_word_takes_bounded_memory(
     encoding: Encoding, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Words that never come again: unbounded, these take about 90 MB."""
+    monkeypatch.setattr(encoder_module, "_GROWTH_BYTES", 16 << 20)
+    fast = FastEncoder(encoding, "gigatoken")
+    at_first, most = encoder_module._resident_bytes(), 0
+    for batch in range(20):
+        text = " ".join(
+            f"{x:x}".translate(LETTERS) for x in np.random.default_rng(batch).integers(2**60, size=40_000)
+        )
+        assert np.array_equal(fast.encode([text])[0], encoding.encode(text))
+        most = max(most, encoder_module._resident_bytes())
+    assert at_first > 0
+    assert most - at_first < 48 << 20
+
+
+def test_gigatoken_is_for_the_patterns_that_it_knows(encoding: Encoding, tmp_path: Path) -> None:
+    path = _rank_file(tmp_path / "mine.tiktoken", encoding.ranks)
+    encoder, message = open_encoder(load_encoding(path, r"\S+|\s+"), "auto")
+    assert (encoder.name, message) == ("fastokens", None)
+
+
+def test_without_a_fast_encoder_tiktoken_does_it(encoding: Encoding, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gigatoken.gigatoken_rs", None)
+    assert open_encoder(encoding, "auto")[0].name == "fastokens"
     monkeypatch.setitem(sys.modules, "fastokens._native", None)
     encoder, message = open_encoder(encoding, "auto")
     assert (encoder.name, message) == ("tiktoken", None)

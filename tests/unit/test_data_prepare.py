@@ -1,6 +1,7 @@
 import fcntl
 import gzip
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -437,14 +438,10 @@ def test_a_killed_worker_ends_the_preparation_with_its_cause(raw: Path, tmp_path
     (tmp_path / "work").mkdir()
     work = encode_all(tmp_path / "work", cut_into_pieces(find_files([raw])[0], 10_000), settings, workers=2)
     next(work)
-    (victim, *_) = [pid for pid in _children() if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
-    os.kill(victim, signal.SIGKILL)
+    victim, _ = (process.pid for process in multiprocessing.active_children())
+    os.kill(victim or 0, signal.SIGKILL)
     with pytest.raises(DataError, match=r"a worker process ended with exit code -9 .* run again to continue"):
         list(work)
-
-
-def _children() -> list[int]:
-    return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
 
 
 def test_a_mistake_in_a_worker_comes_out_with_its_traceback(raw: Path, tmp_path: Path) -> None:
