@@ -73,6 +73,10 @@ class Encoding:
         return sorted(self.ranks.items(), key=itemgetter(1))
 
     @cached_property
+    def _known(self) -> frozenset[int]:
+        return frozenset((*self.ranks.values(), *self.special_tokens.values()))
+
+    @cached_property
     def _bpe(self) -> "tiktoken.Encoding":
         import tiktoken
 
@@ -105,8 +109,12 @@ class Encoding:
             raise _GaveUpError(str(error)[:200]) from None
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
-        return self._bpe.decode(list(ids))
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD.
+
+        Ids that stand for nothing, as the last rows of a padded vocabulary do, are left out, as tokenizers
+        leaves them out: a network that has hardly been trained draws them.
+        """
+        return self._bpe.decode([id for id in ids if id in self._known])
 
     def token_bytes(self) -> NDArray[np.int64]:
         """The length in bytes of each id [vocab_size]; 0 for special and unused ids."""

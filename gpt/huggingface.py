@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import ValidationError
-
+from data_pipeline.config_file import validate
 from data_pipeline.errors import ConfigError
 from gpt.flops import parameter_table
 from gpt.model_config import ModelConfig
@@ -52,9 +51,14 @@ def twin_obstacle(model: ModelConfig) -> str | None:
         }
         return _first(fits, "with learned positions")
     fits = {"norm = 'layernorm'": model.norm == "rmsnorm", f"ffn = {model.ffn!r}": model.is_gated}
-    if model.qk_norm or model.window is not None:
-        fits["bias = true with qk_norm or a window"] = not model.bias
+    if _is_mistrals(model) or model.qk_norm:
+        fits["bias = true with qk_norm, a window or a width that n_heads does not divide"] = not model.bias
     return _first(fits, "with rotary positions")
+
+
+def _is_mistrals(model: ModelConfig) -> bool:
+    """Whether Llama's class refuses the network: with a window, or heads that do not add up to the width."""
+    return model.window is not None or model.d_model % model.n_heads != 0
 
 
 def _first(fits: dict[str, bool], where: str) -> str | None:
@@ -62,7 +66,7 @@ def _first(fits: dict[str, bool], where: str) -> str | None:
 
 
 def twin_config(model: ModelConfig, dtype: str, end_of_text: int) -> dict[str, Any]:
-    """config.json of the twin of `model`: GPT-2, Llama, Mistral (window) or Qwen3 (QK-norm)."""
+    """config.json of the twin of `model`: GPT-2, Llama, Mistral (`_is_mistrals`) or Qwen3 (QK-norm)."""
     assert twin_obstacle(model) is None
     common = {
         "vocab_size": model.vocabulary,
@@ -104,7 +108,7 @@ def twin_config(model: ModelConfig, dtype: str, end_of_text: int) -> dict[str, A
         # Qwen3 slides its window in the layers from this one on
         window["max_window_layers"] = 0
         return {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", **config, **window}
-    if model.window is not None:
+    if _is_mistrals(model):
         window = {"sliding_window": model.window}
         return {"architectures": ["MistralForCausalLM"], "model_type": "mistral", **config, **window}
     biases = {"attention_bias": model.bias, "mlp_bias": model.bias}
@@ -120,14 +124,13 @@ def _rope_parameters(model: ModelConfig) -> dict[str, Any]:
         "rope_theta": model.rope_theta,
         "factor": scaling.factor,
     }
-    original = scaling.original_context or round(model.context / scaling.factor)
     if scaling.kind == "llama3":
         low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
         parameters |= {"low_freq_factor": low, "high_freq_factor": high}
     elif scaling.kind == "yarn":
         parameters |= {"beta_slow": scaling.beta_slow, "beta_fast": scaling.beta_fast}
     if scaling.kind != "linear":
-        parameters["original_max_position_embeddings"] = original
+        parameters["original_max_position_embeddings"] = scaling.context_before(model.context)
     return parameters
 
 
@@ -203,18 +206,19 @@ def model_fields(config: dict[str, Any]) -> dict[str, Any]:
     """
     kind = config.get("model_type")
     if kind == "outlast":
-        own: dict[str, Any] = config["model"]
+        own: dict[str, Any] = config.get("model", {})
+        validate(ModelConfig, own, "config.json")
         return own
-    if kind == "gpt2":
-        fields = _gpt2_fields(config)
-    elif kind in ("llama", "mistral", "qwen3"):
-        fields = _llama_fields(config)
-    else:
+    if kind not in _NEEDED:
         raise ConfigError(f"model_type = {kind!r}: gpt2, llama, mistral and qwen3 can be imported.")
-    try:
-        model = ModelConfig.model_validate(fields)
-    except ValidationError as error:
-        raise ConfigError(f"config.json: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+    missing = [key for key in _NEEDED[kind] if key not in config]
+    if missing:
+        raise ConfigError(f"config.json lacks {', '.join(missing)}, of which {kind} has no fixed value.")
+    fields = _gpt2_fields(config) if kind == "gpt2" else _llama_fields(config)
+    model = validate(ModelConfig, fields, "config.json")
+    obstacle = twin_obstacle(model)
+    if obstacle is not None:
+        raise ConfigError(f"config.json asks for {obstacle}, which is another network here.")
     twin = twin_config(model, "float32", 0)
     problems = [
         f"config.json has {key} = {config[key]!r}; here it is always {twin[key]!r}."
@@ -231,6 +235,11 @@ def model_fields(config: dict[str, Any]) -> dict[str, Any]:
         for key, value in changed.items()
         if config.get(key, value) != value
     ]
+    problems += [
+        f"config.json has {key} = {value!r} for its rotary positions; here there is no such setting."
+        for key, value in _rope_of(config).items()
+        if key not in _ROPE and value not in (None, _ROPE_NEUTRAL.get(key))
+    ]
     if problems:
         raise ConfigError(problems)
     return fields
@@ -246,7 +255,21 @@ _FREE = {
     "rope_parameters",
     "rope_theta",
 }
-_FREE |= {"activation_function", "resid_pdrop", "embd_pdrop", "attn_pdrop", "max_window_layers"}
+_FREE |= {"activation_function", "resid_pdrop", "embd_pdrop", "attn_pdrop"}
+_FREE |= {"sliding_window", "use_sliding_window", "max_window_layers"}
+# What is read of the rotary positions, and what changes nothing.
+_ROPE = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings"}
+_ROPE |= {"low_freq_factor", "high_freq_factor", "beta_slow", "beta_fast"}
+_ROPE_NEUTRAL = {"partial_rotary_factor": 1.0, "truncate": True}
+# What transformers would take defaults for that differ from one architecture to the next.
+_OF_LLAMA = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_OF_LLAMA += ("max_position_embeddings",)
+_NEEDED = {
+    "gpt2": ("vocab_size", "n_embd", "n_layer", "n_head", "n_positions"),
+    "llama": _OF_LLAMA,
+    "mistral": (*_OF_LLAMA, "num_key_value_heads", "sliding_window"),
+    "qwen3": (*_OF_LLAMA, "num_key_value_heads", "head_dim"),
+}
 
 
 def _gpt2_fields(config: dict[str, Any]) -> dict[str, Any]:
@@ -269,7 +292,7 @@ def _gpt2_fields(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _llama_fields(config: dict[str, Any]) -> dict[str, Any]:
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = _rope_of(config)
     fields = {
         "n_layers": config["num_hidden_layers"],
         "d_model": config["hidden_size"],
@@ -287,21 +310,40 @@ def _llama_fields(config: dict[str, Any]) -> dict[str, Any]:
     }
     if config.get("head_dim"):
         fields["d_head"] = config["head_dim"]
-    is_windowed = config["model_type"] == "mistral" or config.get("use_sliding_window")
-    if is_windowed and config.get("sliding_window"):
-        if config.get("max_window_layers", 0) > 0:
-            raise ConfigError(
-                f"max_window_layers = {config['max_window_layers']}: here every layer has the window."
-            )
-        fields["window"] = config["sliding_window"]
+    window = _window_of(config)
+    if window is not None and window < fields["context"]:  # a wider one sees all there is
+        fields["window"] = window
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind != "default":
         ours = {"original_max_position_embeddings": "original_context"}
         ours |= {"low_freq_factor": "low_frequency_factor", "high_freq_factor": "high_frequency_factor"}
         known = ("factor", "beta_slow", "beta_fast", *ours)
         scaling = {ours.get(key, key): rope[key] for key in known if rope.get(key) is not None}
+        if kind != "linear":  # theirs, where it is not given
+            scaling.setdefault("original_context", fields["context"])
         fields["rope_scaling"] = {"kind": kind, **scaling}
     return fields
+
+
+def _rope_of(config: dict[str, Any]) -> dict[str, Any]:
+    return config.get("rope_parameters") or config.get("rope_scaling") or {}
+
+
+def _window_of(config: dict[str, Any]) -> int | None:
+    """The window of every layer, or None where no layer has one."""
+    window: int | None = config.get("sliding_window")
+    if config["model_type"] == "mistral" or window is None:
+        return window
+    if not config.get("use_sliding_window"):
+        return None
+    layers, first = config["num_hidden_layers"], config.get("max_window_layers", 28)
+    kinds = config.get("layer_types") or ["full_attention"] * min(first, layers)
+    windowed = layers - kinds.count("full_attention")
+    if 0 < windowed < layers:
+        raise ConfigError(
+            f"config.json has a sliding window in {windowed} of {layers} layers; here all have it, or none."
+        )
+    return window if windowed else None
 
 
 def _named(names: dict[str, str], theirs: str) -> str:

@@ -25,7 +25,8 @@ class RopeScaling(Section):
     )
     factor: float = Field(gt=1, description="How many times longer the context becomes.")
     original_context: Count | None = Field(
-        default=None, description="Context of the first training, in tokens. Default: context / factor."
+        default=None,
+        description="Context of the first training, in tokens. Default: context / factor, rounded.",
     )
     low_frequency_factor: float = Field(
         default=1.0,
@@ -41,6 +42,10 @@ class RopeScaling(Section):
     beta_fast: float = Field(
         default=32.0, gt=0, description="yarn: dimensions that turn more often in the context are left alone."
     )
+
+    def context_before(self, context: int) -> int:
+        """original_context after the default."""
+        return self.original_context or max(1, round(context / self.factor))
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -89,7 +94,7 @@ class ModelConfig(Section):
     position: Literal["rope", "learned", "sinusoidal", "none"] = Field(
         default="rope", description="Position encoding."
     )
-    rope_theta: float = Field(default=10_000.0, gt=0, description="Base of the rotary wavelengths.")
+    rope_theta: float = Field(default=10_000.0, gt=1, description="Base of the rotary wavelengths.")
     rope_scaling: RopeScaling | None = Field(default=None, description="Rotary scaling for long contexts.")
     bias: bool = Field(default=False, description="Biases in every linear layer and LayerNorm (GPT-2).")
     tie_embeddings: bool = Field(default=False, description="The output head is the token embedding.")

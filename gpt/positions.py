@@ -31,7 +31,7 @@ def rope_table(model: ModelConfig) -> tuple[Tensor, Tensor]:
 
 def _scaled(frequency: Tensor, model: ModelConfig, scaling: RopeScaling) -> tuple[Tensor, float]:
     """The frequencies of the longer context, and the factor of queries and keys alike."""
-    original = scaling.original_context or model.context / scaling.factor
+    original = scaling.context_before(model.context)
     stretched = frequency / scaling.factor
     if scaling.kind == "linear":  # Chen et al. 2023, arXiv:2306.15595, equation 4
         return stretched, 1.0
@@ -50,7 +50,7 @@ def _scaled(frequency: Tensor, model: ModelConfig, scaling: RopeScaling) -> tupl
 
     first = max(math.floor(dimension_with(scaling.beta_fast)), 0)
     last = min(math.ceil(dimension_with(scaling.beta_slow)), 2 * half - 1)
-    ramp = (torch.arange(half, dtype=torch.float32) - first) / max(last - first, 1e-3)
+    ramp = (torch.arange(half, dtype=torch.float32) - first) / ((last - first) or 1e-3)
     kept = 1 - ramp.clamp(0, 1)
     # equation 22: a temperature on the scores, as a factor of q and k
     return stretched * (1 - kept) + frequency * kept, 0.1 * math.log(scaling.factor) + 1.0

@@ -17,7 +17,7 @@ from data_pipeline.tokenizer import END_OF_TEXT, Encoding, load_encoding
 from gpt import sample
 from gpt.config import RunConfig
 from gpt.export import export
-from gpt.huggingface_tokenizer import SAMPLES, write_tokenizer
+from gpt.huggingface_tokenizer import SAMPLES, FolderTokenizer, write_tokenizer
 from gpt.model import GPT
 from gpt.pretrained import write_first_checkpoint
 from gpt.run_dir import RunDir, write_json
@@ -73,6 +73,8 @@ def make_run(folder: Path, data: Path, **model: Any) -> tuple[RunDir, GPT]:
         ({"tie_embeddings": True, "bias": True, "d_head": 20}, "LlamaForCausalLM"),
         ({"rope_scaling": {"kind": "llama3", "factor": 4.0}}, "LlamaForCausalLM"),
         ({"window": 6}, "MistralForCausalLM"),
+        ({"n_heads": 5, "d_head": 8}, "MistralForCausalLM"),  # Llama's class wants 48 to be a multiple of 5
+        ({"n_heads": 5, "d_head": 8, "qk_norm": True}, "Qwen3ForCausalLM"),
         ({"qk_norm": True, "n_kv_heads": 1}, "Qwen3ForCausalLM"),
         (GPT2, "GPT2LMHeadModel"),
         ({**MUP, "bias": True, "mup_base_head_width": 3}, "LlamaForCausalLM"),
@@ -270,6 +272,13 @@ def test_an_export_without_a_twin_writes_as_its_run_does(data: Path, tmp_path: P
     assert trained.ends == {encoding.end_of_text}
     for text in TEXTS:
         assert trained.tokenizer.encode(text).tolist() == encoding.encode(text).tolist()
+
+
+def test_rows_that_pad_the_vocabulary_are_written_as_nothing(data: Path, tmp_path: Path) -> None:
+    ids = [*load_encoding(data).encode("And God").tolist(), 4096, 4100, 4095]
+    write_tokenizer(load_encoding(data), 24, tmp_path)
+    expected = AutoTokenizer.from_pretrained(tmp_path).decode(ids)
+    assert load_encoding(data).decode(ids) == FolderTokenizer(tmp_path).decode(ids) == expected
 
 
 def test_an_export_has_no_other_steps(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ LLAMA = {
     "num_attention_heads": 4,
 }
 LLAMA |= {"num_key_value_heads": 2, "max_position_embeddings": 32}
+QWEN3 = {**LLAMA, "model_type": "qwen3", "head_dim": 16, "sliding_window": 4}
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 8}
 MODELS: list[tuple[str, dict[str, Any]]] = [
     ("gpt2", {**SMALL, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}),
@@ -36,6 +37,7 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {**LLAMA, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
     ("llama", {**LLAMA, "rope_parameters": YARN, "hidden_act": "gelu"}),
     ("mistral", {**LLAMA, "sliding_window": 7, "head_dim": 10}),
+    ("mistral", {**LLAMA, "sliding_window": 4096}),
     ("qwen3", {**LLAMA, "head_dim": 16}),
 ]
 
@@ -133,15 +135,25 @@ def test_a_run_that_cannot_be_made_leaves_nothing(
             "scale_attn_by_inverse_layer_idx = True; here it is always False",
         ),
         (
-            {
-                **LLAMA,
-                "model_type": "qwen3",
-                "sliding_window": 4,
-                "use_sliding_window": True,
-                "max_window_layers": 1,
-            },
-            "max_window_layers = 1: here every layer has the window",
+            {**QWEN3, "use_sliding_window": True, "max_window_layers": 1},
+            "sliding window in 1 of 2 layers; here all have it, or none",
         ),
+        (
+            {**QWEN3, "use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]},
+            "sliding window in 1 of 2 layers; here all have it, or none",
+        ),
+        ({**QWEN3, "attention_bias": True}, "asks for bias = true with qk_norm, a window"),
+        (
+            {**LLAMA, "model_type": "llama", "rope_parameters": {**YARN, "attention_factor": 1.0}},
+            "attention_factor = 1.0 for its rotary positions; here there is no such setting",
+        ),
+        (
+            {**LLAMA, "model_type": "llama", "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "rope_scaling.kind = 'dynamic': input should be 'linear', 'yarn' or 'llama3'",
+        ),
+        ({"model_type": "gpt2", "n_embd": 32, "n_layer": 2}, "config.json lacks vocab_size, n_head, n_posit"),
+        ({**LLAMA, "model_type": "mistral"}, "config.json lacks sliding_window, of which mistral has no"),
+        ({"model_type": "outlast", "model": {"n_layers": 0}}, "n_layers = 0: input should be greater than"),
         ({**LLAMA, "model_type": "llama", "num_key_value_heads": 3}, "n_kv_heads = 3 does not divide"),
     ],
 )
@@ -149,6 +161,17 @@ def test_what_our_network_does_not_have_is_refused(config: dict[str, Any], messa
     with pytest.raises(ConfigError) as error:
         model_fields(config)
     assert message in str(error.value)
+
+
+def test_what_a_config_leaves_to_transformers_is_what_transformers_takes() -> None:
+    yarn = {name: value for name, value in YARN.items() if "original" not in name}
+    theirs = AutoConfig.for_model("llama", **LLAMA, rope_parameters=dict(yarn)).rope_parameters
+    ours = model_fields({**LLAMA, "model_type": "llama", "rope_parameters": yarn})["rope_scaling"]
+    assert ours["original_context"] == theirs["original_max_position_embeddings"] == 32
+    assert "window" not in model_fields({**QWEN3, "use_sliding_window": False})
+    assert "window" not in model_fields({**QWEN3, "use_sliding_window": True})  # it begins at layer 28
+    every = model_fields({**QWEN3, "use_sliding_window": True, "max_window_layers": 0})
+    assert every["window"] == QWEN3["sliding_window"]
 
 
 def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
