@@ -128,6 +128,17 @@ class LaunchConfig(Section):
         "a hang is explained before it is an error.",
     )
 
+    @model_validator(mode="after")
+    def _hangs_are_explained_first(self) -> Self:
+        for name in ("hang_timeout_s", "start_timeout_s"):
+            if getattr(self, name) >= self.collective_timeout_s:
+                raise ValueError(
+                    f"launch.{name} = {getattr(self, name):g} must be below launch.collective_timeout_s = "
+                    f"{self.collective_timeout_s:g}, at which the others end with an error of their own. "
+                    "Raise that one too."
+                )
+        return self
+
 
 class RunConfig(Section):
     """One run."""
@@ -135,7 +146,9 @@ class RunConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
         description="Names the run directory and the MLflow run: letters, digits, '.', '_', '-'."
     )
-    seed: int = Field(default=1234, ge=0, description="Of the initial weights and the order of the data.")
+    seed: int = Field(
+        default=1234, ge=0, lt=2**63, description="Of the initial weights and the order of the data."
+    )
     precision: Literal["bf16", "fp16", "fp32"] = Field(
         default="bf16",
         description="Of parameters and activations; master weights are fp32 always. fp16 trains with a "

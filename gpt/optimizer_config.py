@@ -7,6 +7,8 @@ from pydantic import Field, model_validator
 from data_pipeline.config_file import Section
 from gpt.model_config import Count, Fraction
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
 
 class OptimizerConfig(Section):
     """AdamW (Kingma & Ba 2014; Loshchilov & Hutter 2019), with Muon where wanted."""
@@ -17,10 +19,8 @@ class OptimizerConfig(Section):
         "its updates are scaled to the size of AdamW's, so that one peak_lr serves both.",
     )
     peak_lr: float = Field(default=6e-4, gt=0, description="Learning rate at the end of the warmup.")
-    betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.95), description="Decay of the two moments.")
-    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=0.95, description="muon: decay of the momentum (Nesterov's)."
-    )
+    betas: tuple[Decay, Decay] = Field(default=(0.9, 0.95), description="Decay of the two moments.")
+    momentum: Decay = Field(default=0.95, description="muon: decay of the momentum (Nesterov's).")
     second_moment_init: Literal["zero", "gradient"] = Field(
         default="zero",
         description="gradient: the second moment starts at the squared first gradient (GI-Adam, "

@@ -73,7 +73,9 @@ def plan(
     """
     tokens, world_size = config.batch.sizes.until(config.total_steps), cluster.world_size
     flops, available = float(flops_per_token(config.model)) * tokens, _available_bytes(cluster)
-    hours = None if cluster.accelerator is None else gpu_hours(flops, cluster.accelerator, mfu)
+    hours = None
+    if cluster.accelerator is not None:
+        hours = gpu_hours(flops, cluster.accelerator, config.precision, mfu)
     one_checkpoint = checkpoint_bytes(config)
     return Plan(
         parameters=parameter_count(config.model),
@@ -134,10 +136,10 @@ def checkpoint_counts(config: RunConfig) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-def gpu_hours(flops: float, accelerator: str, mfu: float) -> float:
-    """Hours of one `accelerator` for so many FLOPs at that share of its peak."""
+def gpu_hours(flops: float, accelerator: str, precision: str, mfu: float) -> float:
+    """Hours of one `accelerator` for so many FLOPs at that share of its peak in `precision`."""
     model = accelerator.partition("-")[0].upper()  # a100-80gb: its memory does not matter here
-    return flops / (PEAK_FLOPS_PER_SECOND[model]["bf16"] * mfu) / 3600
+    return flops / (PEAK_FLOPS_PER_SECOND[model][precision] * mfu) / 3600
 
 
 def memory_problem(config: RunConfig, cluster: ClusterConfig) -> str | None:

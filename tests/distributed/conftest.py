@@ -150,7 +150,7 @@ def make_run(folder: Path, data_dir: Path, **overrides: Any) -> Run:
         "checkpoint": {"every_steps": 4},
         "evaluation": {"every_steps": 4, "tokens": 20 * CONTEXT},
         "tracking": {"enabled": False},
-        "launch": {"collective_timeout_s": 60},
+        "launch": {"hang_timeout_s": 30, "start_timeout_s": 30, "collective_timeout_s": 60},
     }
     run = Run(RunDir(folder))
     run.dir.checkpoints.mkdir(parents=True)

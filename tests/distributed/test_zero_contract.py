@@ -122,6 +122,9 @@ def test_sizes_follow_the_model_and_can_be_overridden() -> None:
         ({"precision": "fp32", "zero": {"stage": 3, "quantized_weights": True}}, "Use 'bf16'"),
         ({"zero": OFFLOAD, "optimizer": {"name": "muon"}}, "Use 'adamw', or no offload"),
         ({"optimizer": {"name": "muon"}, "model": {"initialization": "mup"}}, "Use one of them"),
+        ({"optimizer": {"betas": [0.9, 1.0]}}, "betas.1\n *Input should be less than 1"),
+        ({"seed": 2**64}, "seed\n *Input should be less than"),  # torch's generators take no more
+        ({"launch": {"hang_timeout_s": 1200}}, "hang_timeout_s = 1200 must be below launch.collective_tim"),
     ],
 )
 def test_what_does_not_go_together_is_refused(fields: dict[str, Any], message: str) -> None:
