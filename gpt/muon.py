@@ -131,12 +131,13 @@ class MuonAdamW(AdamW):
     """Muon on the groups that have a `momentum`, AdamW on the others.
 
     A group of Muon's may have parameters of ours, whole, or ZeRO's flat parts of them; what lies where in
-    a part is told by `exchange`.
+    a part is told by `exchange`. Matrices are sent and orthogonalised in `dtype`; in bf16 where that is fp16,
+    which has no numbers for the momentum of a large network.
     """
 
     def __init__(self, groups: list[dict[str, Any]], optimizer: OptimizerConfig, dtype: torch.dtype) -> None:
         super().__init__(groups, optimizer)
-        self._exchange_dtype = dtype
+        self._exchange_dtype = torch.bfloat16 if dtype == torch.float16 else dtype
         self.exchanges: dict[Tensor, Exchange] = {}
 
     @torch.no_grad()

@@ -19,6 +19,8 @@ from gpt.zero import Engine
 
 _DOUBLINGS = 10  # the search begins at peak / 2^10
 _BISECTIONS = 4  # after them the rate is known to 2^(1/16), 4%
+# An update that is left out says nothing of its rate; fp16's loss scale begins at 2^16 and falls with each.
+_MOST_SCALES = 20
 
 
 def critical_rate(loss_after: Callable[[float], float], loss_before: float, peak_lr: float) -> float:
@@ -60,8 +62,11 @@ def initial_rate(
 
     def loss_after(lr: float) -> float:
         with engine.undone():
-            seed_dropout(run.seed, 1, world.rank)
-            train_step(engine, micro_batches, lr, scored_tokens)
-            return loss()
+            for _ in range(_MOST_SCALES):
+                seed_dropout(run.seed, 1, world.rank)
+                train_step(engine, micro_batches, lr, scored_tokens)
+                if not engine.was_skipped:
+                    return loss()
+            return math.inf
 
     return critical_rate(loss_after, loss(), run.optimizer.peak_lr)

@@ -5,9 +5,9 @@ stage 2 the gradients too, stage 3 the weights. What is private in DeepSpeed 0.1
 `overflow`; of stages 1 and 2 `_hp_mapping` of a parameter, `update_lp_params`, and the flat fp32 partition
 that each inner parameter group holds, `check_overflow`, `scaled_global_norm`, `unscale_and_clip_grads`,
 `averaged_gradients` and the function that clips; of stage 3 `fp32_partitioned_groups_flat`, their fp16 twins,
-`fp16_groups`, `persistent_parameters` and `checkpoint_event_epilogue`; of fp16's loss scaler its four
-numbers; and the list of optimizers that it knows. tests/distributed/test_zero_contract.py fails when
-one of them changes its meaning.
+`fp16_groups`, `persistent_parameters` and `checkpoint_event_epilogue`; of fp16 `_update_scale` and the
+four numbers of its loss scaler; and the list of optimizers that it knows.
+tests/distributed/test_zero_contract.py fails when one of them changes its meaning.
 """
 
 import logging
@@ -160,6 +160,10 @@ class Engine:
         self._inner: AdamW = self._zero.optimizer
         if run.zero.stage < 3 and run.zero.offload_optimizer == "none":
             _look_once(self._zero)
+        if run.precision == "fp16":
+            # DeepSpeed raises it in the middle of a step and divides gradients of the old one by the new.
+            self._zero._update_scale = lambda has_overflow=False: None  # noqa: ARG005
+        self._ends_step = False
         kind = _ShardedState if run.zero.stage == 3 else _FlatState
         self._state = kind(self._zero, model, run, world)
         if isinstance(self._inner, MuonAdamW):
@@ -173,6 +177,7 @@ class Engine:
         DeepSpeed averages over ranks and micro-batches; both are multiplied in here, so that what is
         left is the plain sum times `loss_scale`.
         """
+        self._ends_step = is_last
         self._engine.set_gradient_accumulation_boundary(is_last)
         loss: Tensor = self._engine(*inputs)
         average = self.world.size * self.run.micro_batches(self.world.size)
@@ -184,6 +189,8 @@ class Engine:
         """Count one micro-batch; after the last of a step, clip and update with rate `lr`."""
         set_rate(self._inner, lr)
         self._engine.step()
+        if self._ends_step and self.run.precision == "fp16":
+            self._zero.loss_scaler.update_scale(self.was_skipped)
 
     @property
     def grad_norm(self) -> Tensor:

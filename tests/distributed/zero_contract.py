@@ -38,6 +38,21 @@ def weights() -> list[torch.Tensor]:
         return [p.detach().clone() for p in model.parameters()]
 
 
+if run.precision == "fp16":
+    found = []
+    for window in (1000, 1):
+        with engine.undone():
+            engine.load_scalars({"loss_scaler.cur_iter": 5.0})
+            engine._zero.loss_scaler.scale_window = window
+            take_step(1e-3)
+            moments = [part.tensor.clone() for part in engine.state() if part.state == "exp_avg"]
+            found.append((engine.scalars["loss_scaler.cur_scale"], engine.grad_norm, moments))
+    engine._zero.loss_scaler.scale_window = 1000
+    (scale, norm, moments), (scale_after, norm_after, moments_after) = found
+    assert (scale, scale_after) == (2.0**16, 2.0**17), version
+    assert norm == norm_after, f"{version}: the scale of the next step divides the norm of this one"
+    assert all(map(torch.equal, moments, moments_after)), f"{version}: …, and its gradients"
+
 before = weights()
 assert engine.optimizer_steps == 0, version
 take_step(1e-3)

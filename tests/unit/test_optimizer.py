@@ -97,14 +97,17 @@ def flat(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.nn.Parameter(p.detach().reshape(-1)) for name, p in parameters.items()}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_muon_is_torchs(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(torch.float32, 1.0), (torch.bfloat16, 1.0), (torch.float16, 1e-8)]
+)
+def test_muon_is_torchs(dtype: torch.dtype, size: float, monkeypatch: pytest.MonkeyPatch) -> None:
     if dtype == torch.float32:  # torch's iterates in bf16 always; so it does in fp32
         monkeypatch.setattr(Tensor, "bfloat16", Tensor.float)
     mine, theirs = flat(weights()), weights()
     for step in range(STEPS):
         for name in SHAPES:
-            mine[name].grad, theirs[name].grad = gradient(step, name).reshape(-1), gradient(step, name)
+            theirs[name].grad = size * gradient(step, name)
+            mine[name].grad = theirs[name].grad.reshape(-1).clone()
         if step == 0:
             optimizer = flat_muon(mine, dtype)
             reference = torch.optim.Muon(
