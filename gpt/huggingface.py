@@ -262,8 +262,10 @@ _ROPE = {"rope_type", "type", "rope_theta", "factor", "original_max_position_emb
 _ROPE |= {"low_freq_factor", "high_freq_factor", "beta_slow", "beta_fast"}
 _ROPE_NEUTRAL = {"partial_rotary_factor": 1.0, "truncate": True}
 # What transformers would take defaults for that differ from one architecture to the next.
-_OF_LLAMA = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_OF_LLAMA += ("max_position_embeddings",)
+_OF_LLAMA = (
+    *("vocab_size", "hidden_size", "intermediate_size"),
+    *("num_hidden_layers", "num_attention_heads", "max_position_embeddings"),
+)
 _NEEDED = {
     "gpt2": ("vocab_size", "n_embd", "n_layer", "n_head", "n_positions"),
     "llama": _OF_LLAMA,
