@@ -18,7 +18,7 @@ from gpt import record
 from gpt.attempt import Superseded, is_superseded, say
 from gpt.attention import choose
 from gpt.checkpoint.load import load_newest
-from gpt.checkpoint.saver import SILENCE_S, Saver
+from gpt.checkpoint.saver import Saver
 from gpt.compilation import compile_seconds
 from gpt.config import RunConfig
 from gpt.distributed import PendingTick, Tick, World, from_first, together, total
@@ -103,6 +103,7 @@ class Trainer:
             attempt=number,
             data_fingerprint=self.data_fingerprint,
             heartbeat=self.heartbeat,
+            stop=stop,
         )
         clock.lap("checkpoint buffers")
         if world.is_first:
@@ -184,17 +185,12 @@ class Trainer:
                 continue
             is_stopping = self._settle_all(step, is_due_evaluation, is_stopping)
             self.heartbeat.beat(step, "saving")
-            if is_stopping:
-                stopped = self._stop(step)
-                if not is_last or stopped.exit_code != attempts.STOPPED:
-                    return stopped
-            elif is_last:
-                self.lines.write()
-                self.saver.save_and_wait(step, self.reader.skipped, problem=self.lines.problem)
-            elif is_due_save:
+            if is_last or is_stopping:
+                return self._end(step, is_stopping=is_stopping)
+            if is_due_save:
                 self.saver.save(step, self.reader.skipped, problem=self.lines.problem)
                 self.is_time_to_save = False  # what the tick of this boundary asked for was this save
-        return Outcome(attempts.FINISHED, f"all {last} steps are done", last)
+        return self._finished()
 
     def _is_due_save(self, step: int) -> bool:
         every = self.run.checkpoint.every_steps
@@ -203,6 +199,10 @@ class Trainer:
     def _is_anyone_asked_to_stop(self) -> bool:
         (asked,) = total(self.world, self.stop.is_requested())
         return asked > 0
+
+    def _finished(self) -> Outcome:
+        last = self.run.total_steps
+        return Outcome(attempts.FINISHED, f"all {last} steps are done", last)
 
     def _stopped(self, step: int, what: str, exit_code: int = attempts.STOPPED) -> Outcome:
         reason = from_first(self.world, self.stop.reason) or "a signal to another rank"
@@ -320,22 +320,25 @@ class Trainer:
         if self.world.is_first and is_superseded(self.run_dir, self.number):
             raise Superseded(f"attempt {self.number + 1} has started since: attempt {self.number} ends here.")
 
-    def _stop(self, step: int) -> Outcome:
-        """Save and end this attempt; a save that is under way is given up, and one that hangs not waited for.
+    def _end(self, step: int, *, is_stopping: bool) -> Outcome:
+        """Save and end this attempt; a stop gives up a save that is under way.
 
-        A save that fails costs what came after the last checkpoint; that is no reason to give the run up.
+        Once a stop is asked for, also meanwhile, a save that fails costs what came after the last checkpoint;
+        that is no reason to give the run up.
         """
-        try:
+        if is_stopping:
             self.saver.give_up()
-            self.lines.write()
-            self.saver.save_and_wait(
-                step, self.reader.skipped, problem=self.lines.problem, patience_s=SILENCE_S
-            )
+        self.lines.write()
+        try:
+            self.saver.save_and_wait(step, self.reader.skipped, problem=self.lines.problem)
         except Superseded:
             raise
         except CheckpointError as error:
+            if not self._is_anyone_asked_to_stop():
+                raise
             return self._stopped(step, f"not saved: {error}", attempts.FAILED)
-        return self._stopped(step, "everything is saved")
+        is_finished = step == self.run.total_steps
+        return self._finished() if is_finished else self._stopped(step, "everything is saved")
 
 
 def _leave_garbage() -> None:

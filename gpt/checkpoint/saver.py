@@ -53,11 +53,12 @@ from gpt.distributed import PendingGather, World, gather, total
 from gpt.heartbeat import Heartbeat
 from gpt.host_memory import LARGEST_SHARE, available_bytes
 from gpt.run_dir import RunDir
+from gpt.stop import StopRequest
 from gpt.zero import Engine
 
 _ROUND_S = 1.0  # how often the ranks look at each other while they wait for a save
-# Of a stop, behind which a grace time may be running. A thread that is told to end does so at its next chunk;
-# the sync of a large file moves no byte that could be seen, and may take most of a minute on a slow disk.
+# Once a stop is asked for, behind which a grace time may be running. A thread that is told to end does so at
+# its next chunk; the sync of a large file moves no byte that could be seen, and may take most of a minute.
 GIVE_UP_S = 5.0
 SILENCE_S = 60.0
 
@@ -95,9 +96,10 @@ class Saver:
         attempt: int,
         data_fingerprint: str,
         heartbeat: Heartbeat,
+        stop: StopRequest,
     ) -> None:
         self._run_dir, self._engine, self._world, self._attempt = run_dir, engine, world, attempt
-        self._heartbeat, self._config = heartbeat, engine.run.checkpoint
+        self._heartbeat, self._stop, self._config = heartbeat, stop, engine.run.checkpoint
         self._index = CheckpointIndex(
             step=0,
             attempt=attempt,
@@ -141,19 +143,11 @@ class Saver:
         if self._snapshot is None:
             self.wait()
 
-    def save_and_wait(
-        self, step: int, skipped: Ranges, *, problem: str | None = None, patience_s: float | None = None
-    ) -> None:
-        """Save the state after `step`. Raises CheckpointError on every rank where it cannot be committed.
-
-        With `patience_s` that is also where the writers have done nothing for so long.
-        """
+    def save_and_wait(self, step: int, skipped: Ranges, *, problem: str | None = None) -> None:
+        """Save the state after `step`. Raises CheckpointError on every rank where it is not committed."""
         self.wait()
         self._begin(step, skipped, problem)
-        self.wait(patience_s)
-        if self._save is not None:
-            self._failure = CheckpointError(f"nothing more of it was written for {patience_s:g} s")
-            self._abandon(self._save, str(self._failure))
+        self.wait()
         if self._failure is not None:
             raise self._failure
 
@@ -189,15 +183,20 @@ class Saver:
                 self._save = None
 
     def wait(self, patience_s: float | None = None) -> None:
-        """Until no save is in flight, at full speed, or until one has made no progress for `patience_s`."""
+        """Until no save is in flight, at full speed.
+
+        Once a stop is asked for, one that makes no progress for `patience_s` is left to its thread: its
+        folder goes when that ends, or at the next start. The default is SILENCE_S.
+        """
+        patience_s = SILENCE_S if patience_s is None else patience_s
         reported = -1.0
         last_moved = time.monotonic()
         while (save := self._save) is not None:
             phase = save.phase
             save.pace.hurry()
             if save.work is not None:
-                save.work.wait(_ROUND_S if patience_s is None else min(_ROUND_S, patience_s))
-            is_silent = patience_s is not None and time.monotonic() - last_moved >= patience_s
+                save.work.wait(min(_ROUND_S, patience_s))
+            is_silent = self._stop.is_requested() and time.monotonic() - last_moved >= patience_s
             done, failed, progress, silent = total(
                 self._world, *self.report(), save.pace.bytes_done, is_silent
             )
@@ -209,26 +208,20 @@ class Saver:
             if has_moved or save.phase is not phase:
                 last_moved = time.monotonic()
             elif silent:  # on any rank: all of them leave it in this round
-                return
+                self._abandon(save, f"its writer did nothing for {patience_s:g} s and is left behind")
 
     def give_up(self) -> None:
-        """Give up a save that is still being written, and wait until nothing is in flight.
-
-        A thread that does not react is left alone: whatever it still does, it is not committed.
-        """
+        """Give up a save that is still being written, and wait until nothing is in flight."""
         if self._save is not None and self._save.phase is _Phase.WRITING:
             if self._world.is_first:
                 record.event(self._run_dir.events, "checkpoint_given_up", step=self._save.index.step)
             self._discard(self._save)
         self.wait(GIVE_UP_S)
-        if self._save is not None:
-            self._abandon(self._save, f"its writer did not end within {GIVE_UP_S:g} s and is left behind")
 
     def _abandon(self, save: _Save, reason: str) -> None:
-        """Leave a save to its thread, which hangs. Its folder goes when that ends, or at the next start."""
-        if save.phase is _Phase.WRITING:
+        if save.phase is _Phase.WRITING:  # whatever its thread still does is not committed
             self._discard(save)
-        self._save = None
+        self._save, self._failure = None, CheckpointError(reason)
         if self._world.is_first:
             record.event(self._run_dir.events, "checkpoint_failed", step=save.index.step, reason=reason)
 

@@ -28,6 +28,7 @@ from gpt.distributed import join, total
 from gpt.heartbeat import Heartbeat
 from gpt.run_dir import RunDir
 from gpt.step import train_step
+from gpt.stop import StopRequest
 from gpt.zero import Engine, build_model
 
 SAVES = 3
@@ -40,7 +41,15 @@ run_dir = RunDir(folder / "ours")
 if world.is_first:
     run_dir.attempt(1).mkdir(parents=True)
 engine = Engine(build_model(run, world), run, world)
-saver = Saver(run_dir, engine, world, attempt=1, data_fingerprint="d", heartbeat=Heartbeat())
+saver = Saver(
+    run_dir,
+    engine,
+    world,
+    attempt=1,
+    data_fingerprint="d",
+    heartbeat=Heartbeat(),
+    stop=StopRequest(),
+)
 
 B, T = run.batch.micro_batch, run.model.context
 tokens = torch.randint(

@@ -12,6 +12,7 @@ from gpt.config import RunConfig
 from gpt.distributed import join
 from gpt.heartbeat import Heartbeat
 from gpt.run_dir import RunDir
+from gpt.stop import StopRequest
 from gpt.zero import Engine, build_model
 
 run_dir = RunDir(Path(sys.argv[1]))
@@ -23,7 +24,15 @@ fingerprint = sys.argv[2]
 loaded = load_newest(run_dir, engine, world, fingerprint)
 assert loaded is not None
 attempt = run_dir.attempt_numbers()[-1]
-saver = Saver(run_dir, engine, world, attempt=attempt, data_fingerprint=fingerprint, heartbeat=Heartbeat())
+saver = Saver(
+    run_dir,
+    engine,
+    world,
+    attempt=attempt,
+    data_fingerprint=fingerprint,
+    heartbeat=Heartbeat(),
+    stop=StopRequest(),
+)
 saver.save_and_wait(loaded.step + 1, loaded.skipped)
 dist.barrier(group=world.control)
 dist.destroy_process_group()  # a process that ends with its connections open may abort

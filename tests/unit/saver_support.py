@@ -28,6 +28,7 @@ from gpt.distributed import World
 from gpt.heartbeat import Heartbeat
 from gpt.optimizer_config import ScheduleConfig
 from gpt.run_dir import RunDir
+from gpt.stop import StopRequest
 from gpt.zero import StatePart
 
 NUMEL = 1_200_000  # 14 MB in all: several chunks a rank
@@ -105,9 +106,19 @@ def alone(tmp_path: Path) -> Iterator[World]:
     dist.destroy_process_group()
 
 
-def make_saver(run_dir: RunDir, world: World, **checkpoint: Any) -> tuple[Saver, SmallEngine]:
+def make_saver(
+    run_dir: RunDir, world: World, stop: StopRequest | None = None, **checkpoint: Any
+) -> tuple[Saver, SmallEngine]:
     engine = SmallEngine(world.rank, world.size, **checkpoint)
-    saver = Saver(run_dir, cast(Any, engine), world, attempt=1, data_fingerprint="d", heartbeat=Heartbeat())
+    saver = Saver(
+        run_dir,
+        cast(Any, engine),
+        world,
+        attempt=1,
+        data_fingerprint="d",
+        heartbeat=Heartbeat(),
+        stop=stop or StopRequest(),
+    )
     return saver, engine
 
 
