@@ -50,17 +50,21 @@ class Run:
         return [*command, *program]
 
     def start(
-        self, processes: int = 2, max_restarts: int = 0, failpoints: Sequence[str] = ()
+        self,
+        processes: int = 2,
+        max_restarts: int = 0,
+        failpoints: Sequence[str] = (),
+        program: Sequence[str] = ("-m", "gpt.train"),
     ) -> "subprocess.Popen[bytes]":
         """The agent; `failpoints` holds one for each generation of its workers."""
-        command = self.torchrun(processes, max_restarts, "-m", "gpt.train", str(self.dir.path))
+        command = self.torchrun(processes, max_restarts, *program, str(self.dir.path))
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OUTLAST_FAILPOINTS": ",".join(failpoints)}
         with (self.dir.path / "torchrun.log").open("ab") as log:
             return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
-    def train(self, processes: int = 2, max_restarts: int = 0) -> dict[str, Any]:
+    def train(self, processes: int = 2, program: Sequence[str] = ("-m", "gpt.train")) -> dict[str, Any]:
         """Train to the end; the result of the newest attempt."""
-        agent = self.start(processes, max_restarts)
+        agent = self.start(processes, program=program)
         try:
             agent.wait(timeout=180)
         finally:

@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,20 +19,25 @@ import pytest
 from data_pipeline.batches import BatchReader
 from data_pipeline.manifest import read_manifest
 from gpt import record
-from gpt.checkpoint.format import committed, read_index
+from gpt.checkpoint.format import INDEX_NAME, committed, read_index
 from gpt.config import CheckpointConfig
 from gpt.mirroring import Copier
 from gpt.run_dir import RunDir, read_json
+from launcher.status import status
 from tests.distributed.conftest import CONTEXT, Run, make_run, same_state
+from tests.unit.launcher_support import give_job
 
 NewRun = Callable[..., Run]
 CopyRun = Callable[[Run], Run]
+TIED = {"model__tie_embeddings": True}
+# fp16's loss scale as a long run may have it.
+SCALE = {"cur_scale": 4096.0, "cur_iter": 70.0, "last_overflow_iter": 50.0, "cur_hysteresis": 1.0}
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> Run:
-    """A run of eight steps with checkpoints at 4 and 8; tests take copies of it."""
-    run = make_run(tmp_path_factory.mktemp("finished") / "run", data_dir)
+    """A run of eight steps with checkpoints at 4 and 8, its weights tied; tests take copies of it."""
+    run = make_run(tmp_path_factory.mktemp("finished") / "run", data_dir, **TIED)
     assert run.train()["exit_code"] == 0
     return run
 
@@ -126,11 +131,20 @@ def test_kills_along_a_save_leave_no_trace(undisturbed: NewRun, new_run: NewRun)
 def test_the_state_is_the_same_through_stages_and_worlds(
     finished: Run, copy_run: CopyRun, data_dir: Path, way: Sequence[tuple[int, int]]
 ) -> None:
-    """`way` holds stages and worlds; together the two ways go through all nine."""
+    """`way` holds stages and worlds; together the two ways go through all nine.
+
+    They do so in fp16, with its loss scale; at the end the network scores what it did before them.
+    """
     moved = copy_run(finished)
-    came_from = read_index(committed(moved.dir.checkpoints)[-1][1]).config_fingerprint
+    folder = moved.dir.checkpoints / "step-00000008"
+    index = read_index(folder)
+    scalars = {**index.scalars, **{f"loss_scaler.{name}": value for name, value in SCALE.items()}}
+    (folder / INDEX_NAME).write_bytes(index.model_copy(update={"scalars": scalars}).dumps())
     moved.configure(checkpoint__keep_last=20, batch__micro_batch=2, batch__global_batch_tokens=12 * 32)
-    record.event(moved.dir.events, "config_changed", config_fingerprint=came_from)  # as a resume allows it
+    last = 8 + len(way) + 1
+    moved.configure(precision="fp16", optimizer__peak_lr=1e-9, schedule__total_steps=last)
+    # As a resume allows it.
+    record.event(moved.dir.events, "config_changed", config_fingerprint=index.config_fingerprint)
     original = finished.state(8)
     for step, (stage, processes) in enumerate(way, start=9):
         moved.configure(zero__stage=stage)
@@ -143,6 +157,15 @@ def test_the_state_is_the_same_through_stages_and_worlds(
         )
         assert done.returncode == 0, done.stdout + done.stderr
         assert same_state(moved.state(step), original), (stage, processes)
+        assert scalars_of(moved, step) == scalars, (stage, processes)
+    assert moved.train(processes=2)["exit_code"] == 0
+    assert scalars_of(moved, last) == {**scalars, "loss_scaler.cur_iter": SCALE["cur_iter"] + 1}
+    # The rate is next to nothing, and so is what fp16 rounds.
+    assert moved.metrics()[-1]["val/loss"] == pytest.approx(finished.metrics()[-1]["val/loss"], rel=1e-4)
+
+
+def scalars_of(run: Run, step: int) -> Mapping[str, float]:
+    return read_index(dict(committed(run.dir.checkpoints))[step]).scalars
 
 
 def test_another_stage_and_world_takes_the_same_steps(new_run: NewRun) -> None:
@@ -199,6 +222,7 @@ def test_a_signal_to_one_worker_stops_all_at_the_same_step(new_run: NewRun) -> N
     run.kill_worker(1, signal.SIGUSR1)
     assert agent.wait(timeout=60) == 0
     assert run.result()["exit_code"] == 75
+    assert "(a signal to another rank); everything is saved" in run.result()["cause"]
     assert ended(run) - asked <= longest_stop(run)
     assert run.steps() == [len(run.losses())]
 
@@ -338,13 +362,12 @@ def test_a_copy_that_was_cut_off_and_comes_back_ends_and_leaves_the_run_to_the_n
     assert same_state(run.state(60), whole.state(60))
 
 
-def test_what_a_stop_cut_short_is_made_up_for(finished: Run, copy_run: CopyRun) -> None:
-    run = copy_run(finished)
-    shutil.rmtree(run.dir.checkpoints / "step-00000008")
-    record.cut_back(run.dir.metrics, 4)
-    *before, line = run.metrics()
-    cut_short = {name: value for name, value in line.items() if not name.startswith("val/")}
-    run.dir.metrics.write_text("".join(json.dumps(entry) + "\n" for entry in [*before, cut_short]))
+def test_an_evaluation_that_a_stop_cut_short_is_made_up_for(finished: Run, new_run: NewRun) -> None:
+    run = new_run(**TIED)
+    asked_in_evaluation = Path(__file__).with_name("asked_in_evaluation.py")
+    assert run.train(program=[str(asked_in_evaluation)])["exit_code"] == 75
+    assert "stopped at step 4 (a signal to another rank); everything is saved" in run.result()["cause"]
+    assert "val/loss" not in run.metrics()[-1]
     run.dir.stop.write_text("")
     assert run.train()["exit_code"] == 75  # before its first step
     assert "stopped at step 4 (stop file); nothing new to save" in run.result()["cause"]
@@ -358,7 +381,9 @@ def test_what_a_stop_cut_short_is_made_up_for(finished: Run, copy_run: CopyRun) 
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
-def test_a_full_disk_keeps_the_old_checkpoints_and_training_goes_on(new_run: NewRun, tmp_path: Path) -> None:
+def test_a_full_and_a_read_only_disk_keep_the_old_checkpoints_and_training_goes_on(
+    new_run: NewRun, tmp_path: Path
+) -> None:
     run = new_run(schedule__total_steps=10_000, checkpoint__every_steps=20, evaluation__every_steps=5000)
     small = tmp_path / "small"
     small.mkdir()
@@ -381,6 +406,19 @@ def test_a_full_disk_keeps_the_old_checkpoints_and_training_goes_on(new_run: New
         assert len(run.dir.attempt_numbers()) == 1
         ballast.unlink()
         run.wait(lambda: run.steps()[-1] > kept[-1])
+
+        give_job(run.dir, alive=True)
+        folder = str(run.dir.checkpoints)
+        subprocess.run(["mount", "--bind", folder, folder], check=True)
+        subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
+        run.wait(lambda: "Read-only file system" in (status(run.dir).save_problem or ""))
+        kept, last_failed = run.steps(), run.events("checkpoint_failed")[-1]
+        assert "rank 0 cannot write its checkpoint: [Errno 30]" in last_failed["reason"]
+        run.wait_for_step(last_failed["step"] + 50)
+        assert run.steps() == kept
+        subprocess.run(["umount", "-l", folder], check=True)
+        run.wait(lambda: run.steps()[-1] > kept[-1])
+        assert len(run.dir.attempt_numbers()) == 1
         run.dir.stop.write_text("")
         assert agent.wait(timeout=60) == 0
         assert run.result()["exit_code"] == 75
