@@ -39,6 +39,15 @@ def test_the_warmup_starts_at_the_edge_of_stability_and_is_settled_once(
     assert run.losses() == pytest.approx(losses, rel=1e-4)
 
 
+def test_an_update_that_fp16_leaves_out_is_no_stable_one(new_run: Callable[..., Run]) -> None:
+    short = {"schedule__total_steps": 1, "schedule__warmup_steps": 1, "optimizer__peak_lr": PEAK}
+    run = new_run(precision="fp16", model__z_loss=300.0, schedule__warmup="auto", **short)
+    assert run.train(1)["exit_code"] == 0
+    assert [event["step"] for event in run.events("update_skipped")] == [1]  # the first scale is too large
+    (chosen,) = run.events("warmup_chosen")
+    assert 0 < chosen["initial_lr"] < PEAK
+
+
 def loss_after(run: RunConfig, data_dir: Path, lr: float) -> float:
     """The loss on the first batch after one update of rate `lr`, by torch alone."""
     model = GPT(run.model)
