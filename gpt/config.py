@@ -245,7 +245,7 @@ class RunConfig(Section):
         most = self.global_batch // micro_batch
         fewer = next((n for n in range(min(parts, most), 0, -1) if cuts(micro_batch, n)), None)
         more = next((n for n in range(parts, most + 1) if cuts(micro_batch, n)), None)
-        smaller = next((m for m in range(micro_batch, 0, -1) if cuts(m, parts)), None)
+        smaller = next((m for m in range(min(micro_batch, self.global_batch), 0, -1) if cuts(m, parts)), None)
         counts = " or ".join(str(n * self.parallel.sequence) for n in (fewer, more) if n is not None)
         ways = [f"{counts} processes"] * bool(counts)
         ways += [f"batch.micro_batch = {smaller}"] * (smaller is not None)
