@@ -75,3 +75,23 @@ def test_flops_of_a_recipe_scaled_down_agree_with_torchs_counter(name: str) -> N
     with FlopCounterMode(display=False) as counter:
         gpt(tokens, tokens, rows(tokens)).backward()
     assert counter.get_total_flops() == flops_per_token(gpt.model) * tokens.numel()
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "rate"),
+    [
+        ("gpt2-124m", 0.5e6, 6e-4),
+        ("gpt2-355m", 0.5e6, 3e-4),
+        ("gpt2-774m", 0.5e6, 2.5e-4),
+        ("gpt2-1.5b", 1e6, 2e-4),
+    ],
+)
+def test_batches_and_rates_of_gpt2_are_those_of_gpt3_at_its_size(
+    name: str, batch: float, rate: float
+) -> None:
+    """Brown et al. 2020, arXiv:2005.14165, table 2.1 (M is 2^20 there) and appendix B."""
+    run = recipe(name)
+    assert run.batch.global_batch_tokens == batch * 2**20 / 1e6
+    assert run.optimizer.peak_lr == rate
+    warmup = run.schedule.warmup_steps * run.batch.global_batch_tokens
+    assert warmup == pytest.approx(375e6, rel=0.002)
