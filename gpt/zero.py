@@ -189,8 +189,13 @@ class Engine:
         """Count one micro-batch; after the last of a step, clip and update with rate `lr`."""
         set_rate(self._inner, lr)
         self._engine.step()
-        if self._ends_step and self.run.precision == "fp16":
+        if not self._ends_step:
+            return
+        if self.run.precision == "fp16":
             self._zero.loss_scaler.update_scale(self.was_skipped)
+        if self.was_skipped and self.run.zero.stage < 3 and self.run.zero.offload_optimizer == "cpu":
+            # DeepSpeed leaves them where they accumulate in fp32: all later steps would be skipped, too.
+            self._zero.averaged_gradients = dict.fromkeys(self._zero.averaged_gradients)
 
     @property
     def grad_norm(self) -> Tensor:

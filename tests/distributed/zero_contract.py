@@ -77,6 +77,11 @@ if run.precision == "fp16":
     engine.load_scalars({**engine.scalars, "loss_scaler.cur_scale": 512.0})
     assert engine.scalars["loss_scaler.cur_scale"] == 512.0, version
 
+take_step(1e-3)
+assert engine.optimizer_steps == 2 and not engine.was_skipped, (
+    f"{version}: what was left out of one step spoils the next"
+)
+
 owned = 0
 for part in engine.state():
     is_rounded = run.optimizer.moments == "bf16" and part.state != "master"
