@@ -16,6 +16,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import orjson
 import xxhash
 
 from data_pipeline.compression import DamagedError, decompress
@@ -358,11 +359,15 @@ def _from_json(line: bytes, text_field: str) -> bytes | str:
     if not line.strip():
         return b""
     try:
-        value = json.loads(line.decode())
-    except UnicodeDecodeError:
-        return "not valid UTF-8"
-    except (ValueError, RecursionError):
-        return "not valid JSON"
+        value = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        # It may only be too strict for orjson (NaN, half a surrogate pair): Python's parser says what it is.
+        try:
+            value = json.loads(line.decode())
+        except UnicodeDecodeError:
+            return "not valid UTF-8"
+        except (ValueError, RecursionError):
+            return "not valid JSON"
     if not isinstance(value, dict):
         return "not a JSON object"
     if text_field not in value:

@@ -1,4 +1,4 @@
-"""Batches of documents → ids: by tiktoken, or by a faster encoder for as long as it agrees with tiktoken.
+"""Documents in UTF-8 → ids, in batches: by tiktoken, or by a faster encoder while it agrees with tiktoken.
 
 The extra `fast` has two: gigatoken, ten times faster and more, for the ways in which tiktoken's own encodings
 split text, and fastokens, several times faster, for any. Neither is widely used yet; so tiktoken judges
@@ -23,9 +23,9 @@ from data_pipeline.tokenizer import END_OF_TEXT, PATTERN, Encoding
 
 Choice = Literal["auto", "tiktoken"]
 
-# Of each batch so many characters of one document are encoded by both. A batch is a mebibyte, so tiktoken
-# spends under a tenth of the fast encoder's time on it.
-_SAMPLE_CHARACTERS = 8192
+# Of each batch so many bytes of one document are encoded by both. A batch is a mebibyte, so tiktoken spends
+# under a tenth of the fastest encoder's time on it.
+_SAMPLE_BYTES = 2048
 
 # What is a letter, a mark or a space stands in tables. Those of gigatoken 0.10 are of Unicode 17, which made
 # letters and marks of all but the last of these code points; tiktoken 0.14 has Unicode 16. U+180E is a space
@@ -60,7 +60,7 @@ HARD_CASES = (
 
 
 Flat = tuple[NDArray[np.uint32], NDArray[np.int64]]
-"""(the ids of several texts, one after the other; where each begins and the last ends [texts + 1])"""
+"""(the ids of several documents, one after the other; where each begins and the last ends [documents + 1])"""
 
 
 class Disagreement(Exception):
@@ -76,8 +76,8 @@ class Encoder(Protocol):
 
     name: str
 
-    def encode(self, texts: Sequence[str]) -> Flat:
-        """The ids of `texts`."""
+    def encode(self, documents: Sequence[bytes]) -> Flat:
+        """The ids of `documents`, each of them UTF-8."""
         ...
 
 
@@ -89,9 +89,9 @@ class TiktokenEncoder:
     def __init__(self, encoding: Encoding) -> None:
         self._encoding = encoding
 
-    def encode(self, texts: Sequence[str]) -> Flat:
+    def encode(self, documents: Sequence[bytes]) -> Flat:
         """See Encoder."""
-        return _flat([self._encoding.encode(text) for text in texts])
+        return _flat([self._encoding.encode(document.decode()) for document in documents])
 
 
 def _flat(parts: Sequence[NDArray[np.uint32]]) -> Flat:
@@ -100,7 +100,7 @@ def _flat(parts: Sequence[NDArray[np.uint32]]) -> Flat:
     return np.concatenate([np.empty(0, np.uint32), *parts]), offsets
 
 
-def _gigatoken(encoding: Encoding, ranks: Path) -> Callable[[Sequence[str]], Flat] | None:
+def _gigatoken(encoding: Encoding, ranks: Path) -> Callable[[Sequence[bytes]], Flat] | None:
     """What gives gigatoken's ids; None where it does not know how the encoding splits text."""
     scheme = _schemes().get(encoding.pattern)
     if scheme is None:
@@ -108,7 +108,7 @@ def _gigatoken(encoding: Encoding, ranks: Path) -> Callable[[Sequence[str]], Fla
     from gigatoken.gigatoken_rs import BPETokenizer
 
     tokenizer = BPETokenizer.from_tiktoken(str(ranks), scheme)
-    return lambda texts: _flat([tokenizer.encode(text) for text in texts])
+    return lambda documents: _flat([tokenizer.encode(document) for document in documents])
 
 
 def _schemes() -> dict[str, str]:
@@ -117,7 +117,7 @@ def _schemes() -> dict[str, str]:
     return {PATTERN: "gpt4", **{published_pattern(name): scheme for name, scheme in published.items()}}
 
 
-def _fastokens(encoding: Encoding, ranks: Path) -> Callable[[Sequence[str]], Flat]:
+def _fastokens(encoding: Encoding, ranks: Path) -> Callable[[Sequence[bytes]], Flat]:
     """What gives fastokens' ids."""
     # One thread a process: the processes are the parallelism. Read when its thread pool starts.
     os.environ.setdefault("RAYON_NUM_THREADS", "1")
@@ -127,8 +127,9 @@ def _fastokens(encoding: Encoding, ranks: Path) -> Callable[[Sequence[str]], Fla
         str(ranks), pattern=encoding.pattern, special_tokens=dict(encoding.special_tokens)
     )
 
-    def encode(texts: Sequence[str]) -> Flat:
-        ids, offsets = tokenizer.encode_batch_flat(list(texts), split_special_tokens=True)
+    def encode(documents: Sequence[bytes]) -> Flat:
+        texts = [document.decode() for document in documents]
+        ids, offsets = tokenizer.encode_batch_flat(texts, split_special_tokens=True)
         return np.frombuffer(ids, np.uint32), np.frombuffer(offsets, np.uint64).astype(np.int64)
 
     return encode
@@ -144,11 +145,11 @@ class FastEncoder:
         """Raises Unsuitable where `name` cannot split text as the encoding does, ImportError without it."""
         self.name = name
         self._encoding = encoding
-        self._bytes_of = encoding.token_bytes()
+        self._bytes_of = encoding.token_bytes().astype(np.int32)
         self._batches = 0
         self._load()
         for text in HARD_CASES:
-            self._require_equal(self._ids([text])[0], text)
+            self._require_equal(self._ids([text.encode()])[0], text)
 
     def _load(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -165,42 +166,44 @@ class FastEncoder:
                 raise Disagreement(f"{self.name} cannot load it: {str(error)[:200]}") from None
         if fast is None:
             raise Unsuitable
-        self._fast: Callable[[Sequence[str]], Flat] | None = fast
+        self._fast: Callable[[Sequence[bytes]], Flat] | None = fast
         self._limit_bytes = _resident_bytes() + _GROWTH_BYTES
 
-    def encode(self, texts: Sequence[str]) -> Flat:
+    def encode(self, documents: Sequence[bytes]) -> Flat:
         """See Encoder."""
-        encoded = [text.encode() for text in texts]
-        is_doubtful = [_is_doubtful(text, utf8) for text, utf8 in zip(texts, encoded, strict=True)]
+        is_doubtful = [_is_doubtful(document) for document in documents]
         if any(is_doubtful):
-            pairs = zip(texts, is_doubtful, strict=True)
+            pairs = zip(documents, is_doubtful, strict=True)
             ids, offsets = _flat(
-                [self._encoding.encode(text) if doubt else self._ids([text])[0] for text, doubt in pairs]
+                [
+                    self._encoding.encode(one.decode()) if doubt else self._ids([one])[0]
+                    for one, doubt in pairs
+                ]
             )
         else:
-            ids, offsets = self._ids(texts)
-        expected = sum(map(len, encoded))
-        found = int(self._bytes_of[ids].sum())
-        if found != expected or len(offsets) != len(texts) + 1:
+            ids, offsets = self._ids(documents)
+        expected = sum(map(len, documents))
+        found = int(self._bytes_of[ids].sum(dtype=np.int64))
+        if found != expected or len(offsets) != len(documents) + 1:
             raise Disagreement(f"its ids stand for {found} bytes of {expected}")
-        sample = self._batches % len(texts)
+        sample = self._batches % len(documents)
         self._batches += 1
-        text = texts[sample]
-        if len(text) <= _SAMPLE_CHARACTERS:
-            self._require_equal(ids[offsets[sample] : offsets[sample + 1]], text)
+        document = documents[sample]
+        if len(document) <= _SAMPLE_BYTES:
+            self._require_equal(ids[offsets[sample] : offsets[sample + 1]], document.decode())
         else:
-            begin = self._batches * 7919 * _SAMPLE_CHARACTERS % (len(text) - _SAMPLE_CHARACTERS)
-            part = text[begin : begin + _SAMPLE_CHARACTERS]
-            self._require_equal(self._ids([part])[0], part)
+            begin = self._batches * 7919 * _SAMPLE_BYTES % (len(document) - _SAMPLE_BYTES)
+            part = document[begin : begin + _SAMPLE_BYTES].decode(errors="ignore")
+            self._require_equal(self._ids([part.encode()])[0], part)
         if _resident_bytes() > self._limit_bytes:
             self._fast = None  # before the new one takes memory
             self._load()
         return ids, offsets
 
-    def _ids(self, texts: Sequence[str]) -> Flat:
+    def _ids(self, documents: Sequence[bytes]) -> Flat:
         assert self._fast is not None
         try:
-            return self._fast(texts)
+            return self._fast(documents)
         except BaseException as error:
             # A panic in Rust is a BaseException of a class that cannot be imported.
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
@@ -212,11 +215,11 @@ class FastEncoder:
             raise Disagreement(f"{self.name} and tiktoken differ on {text[:40]!r}…")
 
 
-def _is_doubtful(text: str, encoded: bytes) -> bool:
-    """Whether `text`, in UTF-8 `encoded`, has a character of `_DOUBTFUL`."""
-    if not any(lead in encoded for lead in _DOUBTFUL_LEADS):  # nearly all texts, at the memory's speed
+def _is_doubtful(document: bytes) -> bool:
+    """Whether it has a character of `_DOUBTFUL`."""
+    if not any(lead in document for lead in _DOUBTFUL_LEADS):  # nearly all texts, at the memory's speed
         return False
-    return bool(_doubtful()[np.frombuffer(text.encode("utf-32-le"), "<u4")].any())
+    return bool(_doubtful()[np.frombuffer(document.decode().encode("utf-32-le"), "<u4")].any())
 
 
 @cache

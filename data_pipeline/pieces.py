@@ -220,14 +220,14 @@ class _Batch:
         self._encoder = encoder
         self._record = record
         self._writers = {split: _Writer(folder, split, settings) for split in ("train", "val")}
-        self._texts: list[str] = []
+        self._documents: list[bytes] = []
         self._places: list[tuple[int, int]] = []
         self._is_val: list[bool] = []
         self._bytes = 0
 
     def add(self, document: bytes, place: tuple[int, int]) -> bool:
         """Take a document that stands in (span, line); whether it is time to encode."""
-        self._texts.append(document.decode())
+        self._documents.append(document)
         self._places.append(place)
         self._is_val.append(is_held_out(document, self._settings.val_fraction, self._settings.seed))
         self._bytes += len(document)
@@ -235,10 +235,10 @@ class _Batch:
 
     def encode(self) -> tuple[int, int]:
         """Encode and write what was taken: how many documents and tokens."""
-        if not self._texts:
+        if not self._documents:
             return 0, 0
         try:
-            ids, offsets = self._encoder.encode(self._texts)
+            ids, offsets = self._encoder.encode(self._documents)
             is_val = np.array(self._is_val)
         except DataError:
             ids, offsets, is_val = self._encode_one_by_one()
@@ -250,7 +250,7 @@ class _Batch:
             self._writers["train"].write(ended[~of_val], lengths[~is_val])
         else:
             self._writers["train"].write(ended, lengths)
-        self._texts, self._places, self._is_val, self._bytes = [], [], [], 0
+        self._documents, self._places, self._is_val, self._bytes = [], [], [], 0
         self._record.documents += len(lengths)
         self._record.tokens += len(ended)
         return len(lengths), len(ended)
@@ -258,9 +258,9 @@ class _Batch:
     def _encode_one_by_one(self) -> tuple[NDArray[np.uint32], NDArray[np.int64], NDArray[np.bool_]]:
         """The same without the documents that cannot be encoded, which are listed as broken."""
         parts, is_val = [np.empty(0, np.uint32)], []
-        for text, place, held_out in zip(self._texts, self._places, self._is_val, strict=True):
+        for document, place, held_out in zip(self._documents, self._places, self._is_val, strict=True):
             try:
-                parts.append(self._encoder.encode([text])[0])
+                parts.append(self._encoder.encode([document])[0])
                 is_val.append(held_out)
             except DataError as error:
                 self._record.list_bad(Listed(*place, str(error)))
