@@ -15,6 +15,7 @@ from typing import Any, Self
 
 BUFFER_BYTES = 4 << 20
 _BLOCK_BYTES = 4096  # no disk's blocks, and no file system's pages, are larger in practice
+_REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP)
 
 
 class DirectWriter:
@@ -64,7 +65,7 @@ class DirectWriter:
             try:
                 at += os.write(self._descriptor, self._buffer[at : self._filled])
             except OSError as error:
-                if error.errno != errno.EINVAL or not _through_the_cache(self._descriptor):
+                if error.errno not in _REFUSALS or not _through_the_cache(self._descriptor):
                     raise
         self._filled = 0
 
@@ -114,7 +115,7 @@ class DirectReader(io.RawIOBase):
         try:
             return os.preadv(self._descriptor, [self._buffer[:count]], start)
         except OSError as error:
-            if error.errno != errno.EINVAL or not _through_the_cache(self._descriptor):
+            if error.errno not in _REFUSALS or not _through_the_cache(self._descriptor):
                 raise
             return os.preadv(self._descriptor, [self._buffer[:count]], start)
 
@@ -123,7 +124,7 @@ def _open(path: Path, flags: int) -> int:
     try:
         return os.open(path, flags | os.O_DIRECT, 0o644)
     except OSError as error:
-        if error.errno != errno.EINVAL:
+        if error.errno not in _REFUSALS:
             raise
         return os.open(path, flags, 0o644)
 
