@@ -62,7 +62,7 @@ class Validation:
     def _measure(
         self, windows: EvaluationReader, model: GPT, world: World, asked: "_Asked"
     ) -> tuple[float, float]:
-        """Nats a token and bits a byte over all of `windows`; nothing of use once a stop was `asked` for."""
+        """Nats a token and bits a byte over all of `windows`, 0 without any; useless once a stop was `asked` for."""
         nats, scored, scored_bytes = 0.0, 0, 0
         for start in range(0, len(windows), world.data_size * self._micro_batch):
             if asked.is_to_stop():
@@ -75,7 +75,7 @@ class Validation:
             scored += int(batch.scored.sum())
             scored_bytes += int(self._token_bytes[batch.tokens[:, 1:][batch.scored]].sum())
         nats, scored_total, bytes_total = total(world, nats, float(scored), float(scored_bytes))
-        return nats / scored_total, nats / math.log(2) / bytes_total
+        return nats / max(1.0, scored_total), nats / math.log(2) / max(1.0, bytes_total)
 
 
 class _Asked:

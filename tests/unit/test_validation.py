@@ -1,6 +1,7 @@
 """The loss on the validation split: exact, and quick to leave."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,6 +10,7 @@ import pytest
 import torch.distributed as dist
 from torch import Tensor
 
+from data_pipeline.batches import Batch, EvaluationReader
 from data_pipeline.tokenizer import load_encoding
 from gpt.data_config import DataConfig
 from gpt.distributed import World
@@ -67,6 +69,22 @@ def test_it_scores_every_window_once(data: Path, alone: World) -> None:
     assert found["val/perplexity"] == pytest.approx(7.389056)
     assert found["val/bits_per_byte"] == pytest.approx(2.0 / np.log(2) / 4)
     assert (model.rounds, model.is_training) == (ROUNDS, True)
+
+
+def test_without_a_scored_token_the_scores_are_zero(
+    data: Path, alone: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Documents of nothing but their end, under the mask, as a data set that was adopted may have."""
+    windows = EvaluationReader.windows
+
+    def nothing_scored(self: EvaluationReader, *place: int) -> Batch:
+        batch = windows(self, *place)
+        return replace(batch, scored=np.zeros_like(batch.scored))
+
+    monkeypatch.setattr(EvaluationReader, "windows", nothing_scored)
+    found = scores(data, alone, Model(), None)
+    assert found is not None
+    assert (found["val/loss"], found["val/bits_per_byte"]) == (0.0, 0.0)
 
 
 def test_a_stop_request_ends_it_within_two_rounds(data: Path, alone: World) -> None:
