@@ -62,7 +62,7 @@ class Validation:
     def _measure(
         self, windows: EvaluationReader, model: GPT, world: World, asked: "_Asked"
     ) -> tuple[float, float]:
-        """Nats a token and bits a byte over all of `windows`, 0 without any; useless once a stop was `asked` for."""
+        """Nats a token and bits a byte over `windows`, 0 without any; useless once a stop was `asked` for."""
         nats, scored, scored_bytes = 0.0, 0, 0
         for start in range(0, len(windows), world.data_size * self._micro_batch):
             if asked.is_to_stop():
