@@ -308,7 +308,7 @@ def test_two_workers_cost_little_more_than_one_and_so_are_about_twice_as_fast(
     corpus: Path, tmp_path: Path, tokenizer: str
 ) -> None:
     """Held to the CPU time of all processes, which other users of the machine disturb less than the clock."""
-    large = _repeated(corpus, 3, tmp_path)  # so large that starting does not decide
+    large = _repeated(corpus, 12, tmp_path)  # so large that starting does not decide
     one, two = (_run(_OURS, large, tmp_path / str(workers), tokenizer, workers) for workers in (1, 2))
     print(
         f"\none worker {one.wall_s:.1f} s, two {two.wall_s:.1f} s: {one.wall_s / two.wall_s:.2f} ×; "
