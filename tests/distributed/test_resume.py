@@ -315,8 +315,10 @@ def test_every_sequence_of_an_epoch_is_seen_once_whatever_the_worlds(
         run.torchrun(2, 2, *program), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     run.wait_for_step(8)
+    run.wait(lambda: run.steps() != [])
     run.kill_worker(1)
-    run.wait(lambda: len(run.dir.attempt_numbers()) == 2 and run.metrics()[-1]["step"] >= 14)
+    run.wait(lambda: len(run.dir.attempt_numbers()) == 2)
+    run.wait_for_step(14)
     agent.kill()
     agent.wait()
     run.wait(lambda: not run.living_workers())
