@@ -100,11 +100,11 @@ def _flat(parts: Sequence[NDArray[np.uint32]]) -> Flat:
     return np.concatenate([np.empty(0, np.uint32), *parts]), offsets
 
 
-def _gigatoken(encoding: Encoding, ranks: Path) -> Callable[[Sequence[bytes]], Flat] | None:
-    """What gives gigatoken's ids; None where it does not know how the encoding splits text."""
+def _gigatoken(encoding: Encoding, ranks: Path) -> Callable[[Sequence[bytes]], Flat]:
+    """What gives gigatoken's ids. Raises Unsuitable where it does not know how the encoding splits text."""
     scheme = _schemes().get(encoding.pattern)
     if scheme is None:
-        return None
+        raise Unsuitable
     from gigatoken.gigatoken_rs import BPETokenizer
 
     tokenizer = BPETokenizer.from_tiktoken(str(ranks), scheme)
@@ -159,14 +159,11 @@ class FastEncoder:
             )
             path.write_bytes(b"".join(lines))
             try:
-                fast = FAST[self.name](self._encoding, path)
-            except ImportError:
+                self._fast: Callable[[Sequence[bytes]], Flat] | None = FAST[self.name](self._encoding, path)
+            except (ImportError, Unsuitable):
                 raise
             except Exception as error:
                 raise Disagreement(f"{self.name} cannot load it: {str(error)[:200]}") from None
-        if fast is None:
-            raise Unsuitable
-        self._fast: Callable[[Sequence[bytes]], Flat] | None = fast
         self._limit_bytes = _resident_bytes() + _GROWTH_BYTES
 
     def encode(self, documents: Sequence[bytes]) -> Flat:

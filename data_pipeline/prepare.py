@@ -102,6 +102,11 @@ class DataPrepConfig(Section):
         default=None, ge=1, description="Processes that encode. Default: one for each usable core."
     )
 
+    @property
+    def processes(self) -> int:
+        """`workers` after its default."""
+        return self.workers or len(os.sched_getaffinity(0))
+
     @model_validator(mode="after")
     def _has_sources(self) -> Self:
         if not self.sources and not self.datasets:
@@ -133,7 +138,7 @@ def prepare(
     ConfigError for wrong settings or a folder that holds something else, DataError for broken documents, a
     worker that dies, or a disk that is full; what is finished then stays.
     """
-    if config.workers != 1:
+    if encode is encode_all and config.processes > 1 and not (config.out / FILE_NAME).exists():
         start_ahead()
     encoding, sources, ignored = _inputs(config)
     tell = _Teller(progress, sum(source.size_bytes for source in sources))
@@ -232,8 +237,7 @@ def _encode(
         shard_tokens=config.shard_tokens,
         deduplicate=config.deduplicate,
     )
-    workers = config.workers or len(os.sched_getaffinity(0))
-    notes = _find_copies(work, pieces, settings, workers, tell, encode) if config.deduplicate else {}
+    notes = _find_copies(work, pieces, settings, config.processes, tell, encode) if config.deduplicate else {}
     records = {
         piece: record
         for piece in pieces
@@ -245,7 +249,7 @@ def _encode(
     if records:
         tell.message(f"continuing: {len(records)} of {len(pieces)} pieces were finished before")
     missing = [piece for piece in pieces if piece not in records]
-    with closing(encode(work, missing, settings, workers)) as encoded:
+    with closing(encode(work, missing, settings, config.processes)) as encoded:
         for done in encoded:
             if isinstance(done, Advance):
                 tell.advance(done)

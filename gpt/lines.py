@@ -80,7 +80,7 @@ class Lines:
         self._seconds.append(line.fields["train/step_seconds"])
         if self._world.is_first:
             _, grad_norm = line.numbers.read()
-            loss = {"train/loss": loss_sum / max(1.0, line.scored), "train/grad_norm": grad_norm}
+            loss = {"train/loss": loss_sum / line.scored, "train/grad_norm": grad_norm}
             self._unwritten.append({"step": step, **line.fields, **loss})
             self.write()
 

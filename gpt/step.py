@@ -15,13 +15,12 @@ def train_step(engine: Engine, micro_batches: list[ModelInputs], lr: float, scor
     """Train on this rank's `micro_batches` and update with rate `lr`; the summed loss, in nats.
 
     The gradient is that of the mean over `scored_tokens`, the count over all ranks and micro-batches:
-    how a batch is cut, and how unequally its documents fall on the ranks, does not change it. Without any it
-    is zero.
+    how a batch is cut, and how unequally its documents fall on the ranks, does not change it.
     """
     losses = []
     for number, inputs in enumerate(micro_batches, start=1):
         is_last = number == len(micro_batches)
-        losses.append(engine.forward_backward(1.0 / max(1.0, scored_tokens), *inputs, is_last=is_last))
+        losses.append(engine.forward_backward(1.0 / scored_tokens, *inputs, is_last=is_last))
         engine.step(lr)
     return torch.stack(losses).sum()
 

@@ -125,7 +125,8 @@ class Trainer:
             say(f"optimizer: {group_table(self.model, run.optimizer)}")
             if run.compile:
                 say("the first step, and the first evaluation, compile the network: a minute or more")
-        self.scored: dict[int, float] = {}  # scored tokens over all ranks, of the steps that come next
+        # Scored tokens over all ranks, of the steps that come next; 1 where there is none, as a divisor.
+        self.scored: dict[int, float] = {}
         self.unsettled: tuple[int, PendingTick] | None = None
         self.is_time_to_save = False
         self.lines = Lines(run_dir, world, number)
@@ -228,7 +229,7 @@ class Trainer:
         steps = range(first, first + AHEAD)
         together(self.world, lambda: [self.batches.scored_tokens(step) for step in steps])
         counts = total(self.world, *(float(self.batches.scored_tokens(step)) for step in steps))
-        self.scored.update(zip(steps, counts, strict=True))
+        self.scored.update((step, max(1.0, count)) for step, count in zip(steps, counts, strict=True))
 
     def _fields(self, step: int, lr: float, seconds: float, waited: float) -> dict[str, float]:
         tokens_per_second = self.run.batch.sizes.at(step) / seconds
@@ -290,7 +291,7 @@ class Trainer:
             together(self.world, lambda: self._raise_what_is_broken(step))
         self.saver.advance(agreed.save_done, agreed.save_failed)
         self.is_time_to_save = agreed.save_due > 0
-        self.scored[step + AHEAD] = agreed.scored_ahead
+        self.scored[step + AHEAD] = max(1.0, agreed.scored_ahead)
         behind = self.reader.numbers_behind(step)
         self.lines.add(step, **{"data/digest": agreed.digest, "data/sequences_behind": behind})
         self.lines.complete(step - 1, agreed.loss_sum)

@@ -117,7 +117,7 @@ class DirectReader(io.RawIOBase):
         except OSError as error:
             if error.errno not in _REFUSALS or not _through_the_cache(self._descriptor):
                 raise
-            return os.preadv(self._descriptor, [self._buffer[:count]], start)
+            return self._read(count, start)
 
 
 def _open(path: Path, flags: int) -> int:

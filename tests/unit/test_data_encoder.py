@@ -174,7 +174,7 @@ def test_an_encoder_that_fails_the_hard_cases_is_passed_over(
 def test_an_encoder_that_remembers_every_word_takes_bounded_memory(
     encoding: Encoding, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Words that never come again: unbounded, these take about 90 MB."""
+    """Words that never come again: unbounded, these take about 100 MB."""
     monkeypatch.setattr(encoder_module, "_GROWTH_BYTES", 16 << 20)
     fast = FastEncoder(encoding, "gigatoken")
     at_first, most = encoder_module._resident_bytes(), 0
