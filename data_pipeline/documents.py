@@ -26,6 +26,7 @@ from data_pipeline.remote import in_words, unreadable
 from data_pipeline.sources import SourceFile
 
 _READ_BYTES = 1 << 20
+_NEWLINE = ord("\n")
 # A .txt file is one document and is held in memory whole, as is its encoding.
 _LARGEST_TEXT_BYTES = 1 << 30
 
@@ -96,7 +97,7 @@ class DocumentReader:
         self.line = 0
         self._span = span
         self._text_field = text_field
-        self._texts_sum = xxhash.xxh3_128()
+        self._sum = xxhash.xxh3_128()
 
     def __iter__(self) -> Iterator[bytes | BadDocument]:
         source = self._span.source
@@ -118,14 +119,19 @@ class DocumentReader:
     def checksum(self) -> str:
         """xxh3_128 of what was read."""
         source = self._span.source
-        if isinstance(source, RowSource):
-            return self._texts_sum.hexdigest()
-        return self._texts_sum.hexdigest() if source.is_remote else _checksum(source, self._span)
+        if isinstance(source, RowSource) or source.is_remote or source.suffix == ".jsonl":
+            return self._sum.hexdigest()
+        return _checksum(source, self._span)
 
     def _raw(self, source: SourceFile, begin: int) -> Iterator[bytes]:
+        # Of plain lines every byte of the span passes here, once.
+        start, stop = self._span.start, self._span.stop if source.suffix == ".jsonl" else 0
         with source.open() as file:
             file.seek(begin)
             while chunk := _read(source, file):
+                if begin < stop and not source.is_remote:
+                    self._sum.update(memoryview(chunk)[max(0, start - begin) : stop - begin])
+                begin += len(chunk)
                 self.bytes_read = min(max(0, file.tell() - self._span.start), self._span.size_bytes)
                 yield chunk
 
@@ -137,7 +143,7 @@ class DocumentReader:
             if is_compressed and start:
                 behind, chunks = _skip(chunks, start - 1)
             for line in _lines(chunks):
-                begin, behind = behind, behind + len(line) + 1
+                begin, behind = behind, behind + len(line)
                 if begin < start:
                     continue
                 if stop is not None and begin >= stop:
@@ -237,8 +243,8 @@ class DocumentReader:
 
     def _add_to_sum(self, document: bytes | BadDocument) -> None:
         text = document if isinstance(document, bytes) else b""
-        self._texts_sum.update(b"%d " % len(text))
-        self._texts_sum.update(text)
+        self._sum.update(b"%d " % len(text))
+        self._sum.update(text)
 
     def _cell(self, value: Any, column: str) -> bytes | BadDocument:
         self.line += 1
@@ -341,22 +347,24 @@ def _skip(chunks: Iterable[bytes], size: int) -> tuple[int, Iterator[bytes]]:
 
 
 def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Each line with its newline, which the last one may lack."""
     parts: list[bytes] = []
     for chunk in chunks:
-        *whole, rest = chunk.split(b"\n")
-        if whole:
-            whole[0] = b"".join((*parts, whole[0]))
-            parts.clear()
-            yield from whole
-        parts.append(rest)
-    last = b"".join(parts)
-    if last:
-        yield last
+        for line in io.BytesIO(chunk):  # several times as fast as chunk.split, and copied but once
+            if line[-1] != _NEWLINE:
+                parts.append(line)
+            elif parts:
+                yield b"".join((*parts, line))
+                parts.clear()
+            else:
+                yield line
+    if parts:
+        yield b"".join(parts)
 
 
 def _from_json(line: bytes, text_field: str) -> bytes | str:
     """The document in `line`, or the reason why there is none."""
-    if not line.strip():
+    if line.isspace():
         return b""
     try:
         value = orjson.loads(line)

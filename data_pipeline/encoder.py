@@ -11,13 +11,15 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.errors import DataError
+from data_pipeline.indexed import dtype_for
 from data_pipeline.rank_files import published_pattern
 from data_pipeline.tokenizer import END_OF_TEXT, PATTERN, Encoding
 
@@ -25,7 +27,7 @@ Choice = Literal["auto", "tiktoken"]
 
 # Of each batch so many bytes of one document are encoded by both. A batch is a mebibyte, so tiktoken spends
 # under a tenth of the fastest encoder's time on it.
-_SAMPLE_BYTES = 2048
+_SAMPLE_BYTES = 1024
 
 # What is a letter, a mark or a space stands in tables. Those of gigatoken 0.10 are of Unicode 17, which made
 # letters and marks of all but the last of these code points; tiktoken 0.14 has Unicode 16. U+180E is a space
@@ -59,8 +61,11 @@ HARD_CASES = (
 )  # fmt: skip
 
 
-Flat = tuple[NDArray[np.uint32], NDArray[np.int64]]
-"""(the ids of several documents, one after the other; where each begins and the last ends [documents + 1])"""
+Flat = tuple[NDArray[Any], NDArray[np.int64]]
+"""(the ids of several documents, each with an end-of-text, one after the other, as shards hold them; where
+each document begins and the last one ends [documents + 1])"""
+
+_Encode = Callable[[Sequence[bytes]], list[NDArray[np.uint32]]]
 
 
 class Disagreement(Exception):
@@ -77,7 +82,7 @@ class Encoder(Protocol):
     name: str
 
     def encode(self, documents: Sequence[bytes]) -> Flat:
-        """The ids of `documents`, each of them UTF-8."""
+        """The ids of `documents`, each of them UTF-8, with an end-of-text after each."""
         ...
 
 
@@ -91,16 +96,19 @@ class TiktokenEncoder:
 
     def encode(self, documents: Sequence[bytes]) -> Flat:
         """See Encoder."""
-        return _flat([self._encoding.encode(document.decode()) for document in documents])
+        return _flat([self._encoding.encode(document.decode()) for document in documents], self._encoding)
 
 
-def _flat(parts: Sequence[NDArray[np.uint32]]) -> Flat:
-    offsets = np.zeros(len(parts) + 1, dtype=np.int64)
-    np.cumsum([len(part) for part in parts], out=offsets[1:])
-    return np.concatenate([np.empty(0, np.uint32), *parts]), offsets
+def _flat(documents: Sequence[NDArray[np.uint32]], encoding: Encoding) -> Flat:
+    offsets = np.zeros(len(documents) + 1, dtype=np.int64)
+    np.cumsum([len(ids) + 1 for ids in documents], out=offsets[1:])
+    ended = [np.array([encoding.end_of_text], np.uint32)] * (2 * len(documents))
+    ended[::2] = documents
+    dtype = np.dtype(dtype_for(encoding.vocab_size))
+    return np.concatenate([np.empty(0, dtype), *ended], dtype=dtype, casting="unsafe"), offsets
 
 
-def _gigatoken(encoding: Encoding, ranks: Path) -> Callable[[Sequence[bytes]], Flat]:
+def _gigatoken(encoding: Encoding, ranks: Path) -> _Encode:
     """What gives gigatoken's ids. Raises Unsuitable where it does not know how the encoding splits text."""
     scheme = _schemes().get(encoding.pattern)
     if scheme is None:
@@ -108,7 +116,7 @@ def _gigatoken(encoding: Encoding, ranks: Path) -> Callable[[Sequence[bytes]], F
     from gigatoken.gigatoken_rs import BPETokenizer
 
     tokenizer = BPETokenizer.from_tiktoken(str(ranks), scheme)
-    return lambda documents: _flat([tokenizer.encode(document) for document in documents])
+    return lambda documents: [tokenizer.encode(document) for document in documents]
 
 
 def _schemes() -> dict[str, str]:
@@ -117,7 +125,7 @@ def _schemes() -> dict[str, str]:
     return {PATTERN: "gpt4", **{published_pattern(name): scheme for name, scheme in published.items()}}
 
 
-def _fastokens(encoding: Encoding, ranks: Path) -> Callable[[Sequence[bytes]], Flat]:
+def _fastokens(encoding: Encoding, ranks: Path) -> _Encode:
     """What gives fastokens' ids."""
     # One thread a process: the processes are the parallelism. Read when its thread pool starts.
     os.environ.setdefault("RAYON_NUM_THREADS", "1")
@@ -127,10 +135,11 @@ def _fastokens(encoding: Encoding, ranks: Path) -> Callable[[Sequence[bytes]], F
         str(ranks), pattern=encoding.pattern, special_tokens=dict(encoding.special_tokens)
     )
 
-    def encode(documents: Sequence[bytes]) -> Flat:
+    def encode(documents: Sequence[bytes]) -> list[NDArray[np.uint32]]:
         texts = [document.decode() for document in documents]
         ids, offsets = tokenizer.encode_batch_flat(texts, split_special_tokens=True)
-        return np.frombuffer(ids, np.uint32), np.frombuffer(offsets, np.uint64).astype(np.int64)
+        flat = np.frombuffer(ids, np.uint32)
+        return [flat[begin:end] for begin, end in pairwise(np.frombuffer(offsets, np.uint64).tolist())]
 
     return encode
 
@@ -145,7 +154,8 @@ class FastEncoder:
         """Raises Unsuitable where `name` cannot split text as the encoding does, ImportError without it."""
         self.name = name
         self._encoding = encoding
-        self._bytes_of = encoding.token_bytes().astype(np.int32)
+        bytes_of = encoding.token_bytes()
+        self._bytes_of = bytes_of.astype(np.min_scalar_type(bytes_of.max()))  # small, to stay in the cache
         self._batches = 0
         self._load()
         for text in HARD_CASES:
@@ -159,7 +169,7 @@ class FastEncoder:
             )
             path.write_bytes(b"".join(lines))
             try:
-                self._fast: Callable[[Sequence[bytes]], Flat] | None = FAST[self.name](self._encoding, path)
+                self._fast: _Encode | None = FAST[self.name](self._encoding, path)
             except (ImportError, Unsuitable):
                 raise
             except Exception as error:
@@ -168,26 +178,17 @@ class FastEncoder:
 
     def encode(self, documents: Sequence[bytes]) -> Flat:
         """See Encoder."""
-        is_doubtful = [_is_doubtful(document) for document in documents]
-        if any(is_doubtful):
-            pairs = zip(documents, is_doubtful, strict=True)
-            ids, offsets = _flat(
-                [
-                    self._encoding.encode(one.decode()) if doubt else self._ids([one])[0]
-                    for one, doubt in pairs
-                ]
-            )
-        else:
-            ids, offsets = self._ids(documents)
-        expected = sum(map(len, documents))
-        found = int(self._bytes_of[ids].sum(dtype=np.int64))
-        if found != expected or len(offsets) != len(documents) + 1:
-            raise Disagreement(f"its ids stand for {found} bytes of {expected}")
+        all_ids = self._ids(documents)
+        for index, document in enumerate(documents):
+            if _is_doubtful(document):
+                all_ids[index] = self._encoding.encode(document.decode())
+        flat = _flat(all_ids, self._encoding)
+        self._require_bytes(flat[0], sum(map(len, documents)))
         sample = self._batches % len(documents)
         self._batches += 1
         document = documents[sample]
         if len(document) <= _SAMPLE_BYTES:
-            self._require_equal(ids[offsets[sample] : offsets[sample + 1]], document.decode())
+            self._require_equal(all_ids[sample], document.decode())
         else:
             begin = self._batches * 7919 * _SAMPLE_BYTES % (len(document) - _SAMPLE_BYTES)
             part = document[begin : begin + _SAMPLE_BYTES].decode(errors="ignore")
@@ -195,17 +196,29 @@ class FastEncoder:
         if _resident_bytes() > self._limit_bytes:
             self._fast = None  # before the new one takes memory
             self._load()
-        return ids, offsets
+        return flat
 
-    def _ids(self, documents: Sequence[bytes]) -> Flat:
+    def _ids(self, documents: Sequence[bytes]) -> list[NDArray[np.uint32]]:
         assert self._fast is not None
         try:
-            return self._fast(documents)
+            all_ids = self._fast(documents)
         except BaseException as error:
             # A panic in Rust is a BaseException of a class that cannot be imported.
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             raise Disagreement(f"{self.name} failed: {str(error)[:200]}") from None
+        if len(all_ids) != len(documents):
+            raise Disagreement(f"{self.name} gave the ids of {len(all_ids)} documents for {len(documents)}")
+        return all_ids
+
+    def _require_bytes(self, ids: NDArray[Any], expected: int) -> None:
+        """End-of-text stands for none."""
+        try:
+            found = int(np.take(self._bytes_of, ids).sum(dtype=np.int64))
+        except IndexError:
+            raise Disagreement(f"{self.name} gave an id that the encoding does not have") from None
+        if found != expected:
+            raise Disagreement(f"its ids stand for {found} bytes of {expected}")
 
     def _require_equal(self, ids: NDArray[np.uint32], text: str) -> None:
         if not np.array_equal(ids, self._encoding.encode(text)):
@@ -214,8 +227,8 @@ class FastEncoder:
 
 def _is_doubtful(document: bytes) -> bool:
     """Whether it has a character of `_DOUBTFUL`."""
-    if not any(lead in document for lead in _DOUBTFUL_LEADS):  # nearly all texts, at the memory's speed
-        return False
+    if document.isascii() or not any(lead in document for lead in _DOUBTFUL_LEADS):
+        return False  # nearly all texts, at the memory's speed
     return bool(_doubtful()[np.frombuffer(document.decode().encode("utf-32-le"), "<u4")].any())
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import repeat
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from data_pipeline.documents import BadDocument, DocumentReader, Span, is_held_out
 from data_pipeline.duplicates import copies
 from data_pipeline.durable import fsync_folder, write_durably
-from data_pipeline.encoder import Choice, Disagreement, Encoder, TiktokenEncoder
+from data_pipeline.encoder import Choice, Disagreement, Encoder, Flat, TiktokenEncoder
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import Shard, Split, shard_from_json
 from data_pipeline.shards import ShardWriter
@@ -148,27 +148,25 @@ def encode_piece(
     """
     told: list[Advance] = []
     try:
-        for advance in _encode_piece(folder, piece, settings, encoding, encoder):
+        for advance in _encode_piece(folder, piece, settings, encoder):
             told.append(advance)
             yield advance
     except Disagreement as error:
         shutil.rmtree(_temporary(folder, piece))
         behind = [-sum(column) for column in zip(*(advance[:3] for advance in told), strict=True)] or [0] * 3
         yield Advance(behind[0], behind[1], behind[2], f"tokenizing again with tiktoken: {error}")
-        yield from _encode_piece(folder, piece, settings, encoding, TiktokenEncoder(encoding))
+        yield from _encode_piece(folder, piece, settings, TiktokenEncoder(encoding))
 
 
 def _temporary(folder: Path, piece: Piece) -> Path:
     return folder / f".{piece.name}.{socket.gethostname()}.{os.getpid()}"  # others may be at it elsewhere
 
 
-def _encode_piece(
-    folder: Path, piece: Piece, settings: Settings, encoding: Encoding, encoder: Encoder
-) -> Iterator[Advance]:
+def _encode_piece(folder: Path, piece: Piece, settings: Settings, encoder: Encoder) -> Iterator[Advance]:
     temporary = _temporary(folder, piece)
     temporary.mkdir()
     record = PieceRecord(encoder=encoder.name)
-    batch = _Batch(settings, encoding, encoder, record, temporary)
+    train, val = (_Batch(split, settings, encoder, record, temporary) for split in ("train", "val"))
     note = copies(folder, piece) if settings.deduplicate else b""
     record.copies_note = xxhash.xxh3_128_hexdigest(note) if note else ""
     is_copy = iter(note or repeat(False))
@@ -182,15 +180,17 @@ def _encode_piece(
                 record.empty += 1
             elif _next_note(is_copy, piece):
                 record.copies += 1
-            elif batch.add(document, (number, reader.line)):
-                documents, tokens = batch.encode()
-                now = reader.bytes_read
-                yield Advance(now - told, documents, tokens)
-                told = now
-        documents, tokens = batch.encode()
-        yield Advance(span.size_bytes - told, documents, tokens)
+            else:
+                batch = val if is_held_out(document, settings.val_fraction, settings.seed) else train
+                if batch.add(document, (number, reader.line)):
+                    documents, tokens = batch.encode()
+                    now = reader.bytes_read
+                    yield Advance(now - told, documents, tokens)
+                    told = now
+        (documents, tokens), (held_out, val_tokens) = train.encode(), val.encode()
+        yield Advance(span.size_bytes - told, documents + held_out, tokens + val_tokens)
         record.checksums.append(reader.checksum)
-    batch.finish()
+    record.train, record.val = train.finish(), val.finish()
     write_durably(temporary / _RECORD, (json.dumps(asdict(record)) + "\n").encode())
     try:
         temporary.rename(folder / piece.name)
@@ -210,26 +210,22 @@ def _next_note(is_copy: Iterator[int], piece: Piece) -> int:
 
 
 class _Batch:
-    """Documents that are encoded together, and where their ids go."""
+    """Documents of one split of a piece that are encoded together, and where their ids go."""
 
     def __init__(
-        self, settings: Settings, encoding: Encoding, encoder: Encoder, record: PieceRecord, folder: Path
+        self, split: Split, settings: Settings, encoder: Encoder, record: PieceRecord, folder: Path
     ) -> None:
-        self._settings = settings
-        self._end_of_text = encoding.end_of_text
         self._encoder = encoder
         self._record = record
-        self._writers = {split: _Writer(folder, split, settings) for split in ("train", "val")}
+        self._writer = _Writer(folder, split, settings)
         self._documents: list[bytes] = []
         self._places: list[tuple[int, int]] = []
-        self._is_val: list[bool] = []
         self._bytes = 0
 
     def add(self, document: bytes, place: tuple[int, int]) -> bool:
         """Take a document that stands in (span, line); whether it is time to encode."""
         self._documents.append(document)
         self._places.append(place)
-        self._is_val.append(is_held_out(document, self._settings.val_fraction, self._settings.seed))
         self._bytes += len(document)
         return self._bytes >= _BATCH_BYTES
 
@@ -238,52 +234,42 @@ class _Batch:
         if not self._documents:
             return 0, 0
         try:
-            ids, offsets = self._encoder.encode(self._documents)
-            is_val = np.array(self._is_val)
+            encoded = [self._encoder.encode(self._documents)]
         except DataError:
-            ids, offsets, is_val = self._encode_one_by_one()
-        lengths = np.diff(offsets) + 1
-        ended = np.insert(ids, offsets[1:], self._end_of_text)
-        if is_val.any():
-            of_val = np.repeat(is_val, lengths)
-            self._writers["val"].write(ended[of_val], lengths[is_val])
-            self._writers["train"].write(ended[~of_val], lengths[~is_val])
-        else:
-            self._writers["train"].write(ended, lengths)
-        self._documents, self._places, self._is_val, self._bytes = [], [], [], 0
-        self._record.documents += len(lengths)
-        self._record.tokens += len(ended)
-        return len(lengths), len(ended)
+            encoded = list(self._encode_one_by_one())
+        self._documents, self._places, self._bytes = [], [], 0
+        for ids, offsets in encoded:
+            self._writer.write(ids, np.diff(offsets))
+        documents = sum(len(offsets) - 1 for _, offsets in encoded)
+        tokens = sum(len(ids) for ids, _ in encoded)
+        self._record.documents += documents
+        self._record.tokens += tokens
+        return documents, tokens
 
-    def _encode_one_by_one(self) -> tuple[NDArray[np.uint32], NDArray[np.int64], NDArray[np.bool_]]:
+    def _encode_one_by_one(self) -> Iterator[Flat]:
         """The same without the documents that cannot be encoded, which are listed as broken."""
-        parts, is_val = [np.empty(0, np.uint32)], []
-        for document, place, held_out in zip(self._documents, self._places, self._is_val, strict=True):
+        for document, place in zip(self._documents, self._places, strict=True):
             try:
-                parts.append(self._encoder.encode([document])[0])
-                is_val.append(held_out)
+                yield self._encoder.encode([document])
             except DataError as error:
                 self._record.list_bad(Listed(*place, str(error)))
-        offsets = np.cumsum([len(part) for part in parts])
-        return np.concatenate(parts), offsets, np.array(is_val, dtype=np.bool_)
 
-    def finish(self) -> None:
-        """Close the shards and put them on record."""
-        self._record.train = self._writers["train"].finish()
-        self._record.val = self._writers["val"].finish()
+    def finish(self) -> list[Shard]:
+        """The shards of the split, all of them on disk."""
+        return self._writer.finish()
 
 
 class _Writer:
     """The shards of one split of a piece: one is closed with the document that fills it."""
 
-    def __init__(self, folder: Path, split: str, settings: Settings) -> None:
+    def __init__(self, folder: Path, split: Split, settings: Settings) -> None:
         self._folder = folder
         self._split = split
         self._settings = settings
         self._shards: list[Shard] = []
         self._writer: ShardWriter | None = None
 
-    def write(self, ids: NDArray[np.uint32], lengths: NDArray[np.int64]) -> None:
+    def write(self, ids: NDArray[Any], lengths: NDArray[np.int64]) -> None:
         """Append documents of `lengths` tokens, whose ids stand in `ids` one after the other."""
         ends = np.cumsum(lengths)
         first, behind = 0, 0

@@ -37,7 +37,7 @@ class ShardWriter:
 
     def write(self, ids: NDArray[np.generic], lengths: "array[int]") -> None:
         """Append documents of `lengths` tokens each, whose ids stand in `ids` one after the other."""
-        self._bin.write(ids.astype(self._dtype, copy=False).tobytes())
+        self._bin.write(np.ascontiguousarray(ids, self._dtype).view(np.uint8).data)
         self._lengths.extend(lengths)
         self.tokens += len(ids)
 
@@ -111,7 +111,7 @@ class _SummedFile:
         self._chunk = xxhash.xxh3_128()
         self._size_bytes = 0
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         self._file.write(data)
         self._whole.update(data)
         rest = memoryview(data)

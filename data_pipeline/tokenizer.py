@@ -50,7 +50,7 @@ class Encoding:
     ranks: Mapping[bytes, int]
     special_tokens: Mapping[str, int]
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
         """One more than the largest id."""
         return 1 + max(max(self.ranks.values()), max(self.special_tokens.values()))

@@ -191,7 +191,7 @@ def serve(pipe, part):
     pipe.send(None)
     pipe.recv()
     began_s = time.process_time()
-    tokens = sum(len(encoder._ids(batch)[0]) for batch in batches)
+    tokens = sum(len(ids) for batch in batches for ids in encoder._ids(batch))
     pipe.send((time.process_time() - began_s, tokens))
 if __name__ == "__main__":
     context, pipes = get_context("spawn"), []

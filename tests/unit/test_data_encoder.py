@@ -3,7 +3,7 @@
 import base64
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from data_pipeline import encoder as encoder_module
 from data_pipeline.encoder import (
@@ -20,7 +21,6 @@ from data_pipeline.encoder import (
     HARD_CASES,
     Disagreement,
     FastEncoder,
-    Flat,
     TiktokenEncoder,
     Unsuitable,
     open_encoder,
@@ -50,7 +50,7 @@ def _utf8(texts: Sequence[str]) -> list[bytes]:
 
 def _both(encoding: Encoding, fast: FastEncoder, texts: Sequence[str]) -> None:
     ids, offsets = fast.encode(_utf8(texts))
-    wanted = [encoding.encode(text).tolist() for text in texts]
+    wanted = [[*encoding.encode(text).tolist(), encoding.end_of_text] for text in texts]
     found = [ids[a:b].tolist() for a, b in pairwise(offsets)]
     assert found == wanted
 
@@ -98,7 +98,7 @@ def test_a_pathological_text_takes_seconds_in_any_encoder(
     for name in FAST:
         with suppress(Unsuitable):
             fast_ids, _ = FastEncoder(encoding, name).encode(_utf8([text]))
-            assert np.array_equal(ids, fast_ids), name
+            assert np.array_equal(ids, fast_ids[:-1]), name
     assert time.process_time() - began_s < 10
     assert encoding.decode(ids.tolist()) == text
 
@@ -114,7 +114,8 @@ def test_an_encoder_that_lies_is_found_out_and_its_piece_is_encoded_again(
         """It lies once it is loaded."""
         load(self, encoding, name)
         fast = self._fast
-        monkeypatch.setattr(self, "_fast", lambda all: (np.zeros_like(fast(all)[0]), fast(all)[1]))
+        assert fast is not None
+        monkeypatch.setattr(self, "_fast", lambda all: [np.zeros_like(ids) for ids in fast(all)])
 
     monkeypatch.setattr(FastEncoder, "__init__", load_wrong)
     seen: list[Progress] = []
@@ -133,9 +134,9 @@ def test_an_encoder_that_swaps_two_ids_is_found_out_by_the_sample(
     fast = FastEncoder(encoding, "gigatoken")
     real = fast._ids
 
-    def swapped(documents: Sequence[bytes]) -> Flat:
-        ids, offsets = real(documents)
-        return np.concatenate([ids[1::-1], ids[2:]]), offsets
+    def swapped(documents: Sequence[bytes]) -> list[NDArray[np.uint32]]:
+        ids, *others = real(documents)
+        return [np.concatenate([ids[1::-1], ids[2:]]), *others]
 
     monkeypatch.setattr(fast, "_ids", swapped)
     with pytest.raises(Disagreement, match=r"gigatoken and tiktoken differ on 'first"):
@@ -146,6 +147,26 @@ def test_an_encoder_that_swaps_two_ids_is_found_out_by_the_sample(
         fast.encode([long])
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda ids: ids[:-1], "gigatoken gave the ids of 1 documents for 2"),
+        (lambda ids: [*ids[:-1], ids[-1][:-1]], "its ids stand for 17 bytes of 23"),
+        (lambda ids: [ids[0] + 4096, *ids[1:]], "gigatoken gave an id that the encoding does not have"),
+    ],
+    ids=["no document", "no last token", "no such id"],
+)
+def test_an_encoder_that_leaves_something_out_is_found_out(
+    encoding: Encoding, monkeypatch: pytest.MonkeyPatch, wrong: Callable[[Any], Any], message: str
+) -> None:
+    fast = FastEncoder(encoding, "gigatoken")
+    real = fast._fast
+    assert real is not None
+    monkeypatch.setattr(fast, "_fast", lambda documents: wrong(real(documents)))
+    with pytest.raises(Disagreement, match=message):
+        fast.encode([b"first words", b"second words"])
+
+
 def test_an_encoder_that_fails_the_hard_cases_is_passed_over(
     encoding: Encoding, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,10 +174,10 @@ def test_an_encoder_that_fails_the_hard_cases_is_passed_over(
     assert open_encoder(encoding, "tiktoken")[0].name == "tiktoken"
     ids, wrong = FastEncoder._ids, {"gigatoken"}
 
-    def lie(self: FastEncoder, documents: Sequence[bytes]) -> Flat:
-        found, offsets = ids(self, documents)
+    def lie(self: FastEncoder, documents: Sequence[bytes]) -> list[NDArray[np.uint32]]:
+        found = ids(self, documents)
         is_turned = documents[0].decode() == HARD_CASES[5] and self.name in wrong
-        return (found[::-1] if is_turned else found), offsets
+        return [found[0][::-1]] if is_turned else found
 
     monkeypatch.setattr(FastEncoder, "_ids", lie)
     encoder, message = open_encoder(encoding, "auto")
@@ -182,7 +203,7 @@ def test_an_encoder_that_remembers_every_word_takes_bounded_memory(
         text = " ".join(
             f"{x:x}".translate(LETTERS) for x in np.random.default_rng(batch).integers(2**60, size=40_000)
         )
-        assert np.array_equal(fast.encode(_utf8([text]))[0], encoding.encode(text))
+        assert np.array_equal(fast.encode(_utf8([text]))[0][:-1], encoding.encode(text))
         most = max(most, encoder_module._resident_bytes())
     assert at_first > 0
     assert most - at_first < 48 << 20
