@@ -194,8 +194,9 @@ if __name__ == "__main__":
     ranks.write_bytes(b"".join(base64.b64encode(token) + b" %d\\n" % id for token, id in encoding.by_rank))
     file = str(folder.with_name("tokenizer.json"))
     TikTokenConverter(str(ranks), encoding.pattern, extra_special_tokens=[END_OF_TEXT]).converted().save(file)
+    tokenize = DocumentTokenizer(out, file, eos_token=END_OF_TEXT, shuffle_documents=False)
     LocalPipelineExecutor(
-        [JsonlReader(str(folder)), DocumentTokenizer(out, file, eos_token=END_OF_TEXT, shuffle_documents=False)],
+        [JsonlReader(str(folder)), tokenize],
         tasks=int(workers), workers=int(workers), logging_dir=out + ".logs",
     ).run()
 """

@@ -1,14 +1,14 @@
-"""Sources in object stores on this machine: a real S3 server (moto), stand-ins for the hub and for Google's."""
+"""Sources in object stores on this machine: a real S3 server, stand-ins for the hub and for Google's."""
 
 import gzip
 import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -90,7 +90,7 @@ def test_globs_folders_and_files_of_a_bucket_are_named_as_those_of_a_disk(tmp_pa
 @pytest.mark.usefixtures("bucket")
 def test_what_cannot_be_listed_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    monkeypatch.delitem(fsspec.registry._registry, "gs", raising=False)
+    monkeypatch.delitem(import_module("fsspec.registry")._registry, "gs", raising=False)
     urls = ["s3://corpus/missing.jsonl", "s3://corpus/raw/notes.pdf", "s3://none/x.jsonl", "gs://b/x.jsonl"]
     with pytest.raises(ConfigError) as error:
         find_files([*urls, "nosuch://x/a.jsonl"])
