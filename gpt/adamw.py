@@ -19,6 +19,10 @@ _CHUNK_ELEMENTS = 2**24
 class AdamW(torch.optim.AdamW):
     """torch's AdamW, fused, over groups of which each carries its name and weight decay."""
 
+    # torch keeps its compiler out of these two with decorators that load it: a second of every start.
+    add_param_group = torch.optim.Optimizer.add_param_group.__wrapped__  # type: ignore[attr-defined]
+    _step_in_fp32 = torch.optim.AdamW.step.__wrapped__  # type: ignore[attr-defined]
+
     def __init__(self, groups: list[dict[str, Any]], optimizer: OptimizerConfig) -> None:
         self._starts_at_gradient = optimizer.second_moment_init == "gradient"
         self._dtype = torch.bfloat16 if optimizer.moments == "bf16" else torch.float32
@@ -38,7 +42,7 @@ class AdamW(torch.optim.AdamW):
                 if parameter.grad is not None and not self.state[parameter]:
                     self.state[parameter].update(self.new_state(parameter))
         if self._dtype == torch.float32:
-            super().step(closure)
+            self._step_in_fp32(closure)
             return
         for group in self.param_groups:
             for parameter in group["params"]:

@@ -152,7 +152,7 @@ class GPT(nn.Module):
         self.sequence = WHOLE_SEQUENCES
         self.attention_name = ""
         self._attend: Attention | None = None
-        self._over_documents = _outside_of_graphs
+        self._over_documents = _over_documents
         # Plain attributes, not buffers: a cast to bf16 must leave the angles in fp32.
         self._rope: Rope | None = None
         self._sinusoid_td: Tensor | None = None
@@ -186,8 +186,10 @@ class GPT(nn.Module):
         compiler is found.
         """
         require_compiler()
-        if whole_rows and self.sequence.size == 1:
-            self._over_documents = _over_documents
+        if not whole_rows or self.sequence.size > 1:
+            # Documents that differ from step to step would each be compiled again. Not said at import: that
+            # alone would load the compiler, a second of every start.
+            self._over_documents = torch.compiler.disable(_over_documents)  # type: ignore[no-untyped-call]
         for block in self.blocks:
             block.compile()
         self.head.compile_loss()
@@ -261,10 +263,6 @@ def _over_documents(
         return attend(q_xhe, k_xke, v_xke, documents, scores)
 
     return sequence.attend(over_whole, rows, q_xhe, k_xke, v_xke)
-
-
-# documents that differ from step to step would each be compiled again
-_outside_of_graphs = torch.compiler.disable(_over_documents)  # type: ignore[no-untyped-call]
 
 
 def _keep_products() -> Any:

@@ -43,3 +43,20 @@ def test_a_profile_that_ends_before_it_begins_is_refused() -> None:
         RunConfig.model_validate(
             {"name": "x", "data": {"path": "none"}, "schedule": {"total_steps": 9}, "profile": "5:4"}
         )
+
+
+def test_a_worker_loads_neither_the_compiler_nor_mlflow(new_run: Callable[..., Run], tmp_path: Path) -> None:
+    """Each would cost every start a second or two; torch and DeepSpeed load them unasked."""
+    program = tmp_path / "worker.py"
+    program.write_text(
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from gpt.train import main\n"
+        "main(Path(sys.argv[1]))\n"
+        "Path(sys.argv[1], 'loaded').write_text(' '.join(sys.modules))\n"
+    )
+    run = new_run()
+    assert run.train(processes=1, program=[str(program)])["exit_code"] == 0
+    loaded = (run.dir.path / "loaded").read_text().split()
+    assert {"torch", "deepspeed", "gpt.zero"} <= set(loaded)
+    assert {"torch._dynamo", "sympy", "mlflow", "pandas", "transformers"} & set(loaded) == set()

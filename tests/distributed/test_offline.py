@@ -56,6 +56,5 @@ def test_a_run_needs_no_network(tmp_path: Path, data_dir: Path) -> None:
     assert done.returncode == 0, done.stderr
     run = Run(RunDir(tmp_path / "run"))
     assert len(run.losses()) == 8
-    tracked = read_json(run.dir.tracking)
-    assert tracked is not None
-    assert tracked["sent_step"] == 8
+    # The command is not held up by the tracker, which sends the rest behind it.
+    run.wait(lambda: (read_json(run.dir.tracking) or {}).get("sent_step") == 8)
