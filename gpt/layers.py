@@ -27,8 +27,18 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.device.type == "cpu" and not _HAS_MATMUL.get(x.dtype, True) else x.dtype
 
 
+class Embedding(nn.Embedding):
+    """A row for each id; without values, as is Linear, until the network is initialized or loaded."""
+
+    def reset_parameters(self) -> None:
+        """Draw nothing: what torch draws, and nobody uses, takes as long as the initial weights."""
+
+
 class Linear(nn.Linear):
     """x W^T + b."""
+
+    def reset_parameters(self) -> None:
+        """Draw nothing, as Embedding."""
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] → [..., out], in the dtype of `input`."""

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from gpt.attention import Attention, Documents, Scores, choose, formula
 from gpt.compilation import require_compiler
 from gpt.initialization import initialize
-from gpt.layers import FeedForward, Linear, RMSNorm, build_norm
+from gpt.layers import Embedding, FeedForward, Linear, RMSNorm, build_norm
 from gpt.loss import BlockLoss, block_loss, capped, cross_entropy_sum
 from gpt.model_config import ModelConfig
 from gpt.positions import positions, rope_table, rotate, sinusoid_table
@@ -137,13 +137,16 @@ class Cache:
 
 
 class GPT(nn.Module):
-    """The network. `forward` gives the summed loss, `logits` the scores of the next token."""
+    """The network. `forward` gives the summed loss, `logits` the scores of the next token.
+
+    Its weights are without values before `initialize`, or before they are loaded.
+    """
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
         self.model = model
-        self.embedding = nn.Embedding(model.vocabulary, model.d_model)
-        self.position = nn.Embedding(model.context, model.d_model) if model.position == "learned" else None
+        self.embedding = Embedding(model.vocabulary, model.d_model)
+        self.position = Embedding(model.context, model.d_model) if model.position == "learned" else None
         self.blocks = nn.ModuleList(Block(model) for _ in range(model.n_layers))
         self.final_norm = build_norm(model) if model.norm_placement == "pre" else nn.Identity()
         self.head = Head(model)

@@ -17,7 +17,7 @@ from gpt import attempt as attempts
 from gpt import record
 from gpt.attempt import Superseded, is_superseded, say
 from gpt.attention import choose
-from gpt.checkpoint.load import load_newest
+from gpt.checkpoint.load import has_begun, load_newest
 from gpt.checkpoint.saver import Saver
 from gpt.compilation import compile_seconds
 from gpt.config import RunConfig
@@ -82,7 +82,8 @@ class Trainer:
         self.validation = together(world, lambda: _open_validation(run))
         clock.lap("data")
         together(world, lambda: choose(run.model, world.device, DTYPES[run.precision]))
-        self.model = build_model(run, world)
+        is_begun = from_first(world, has_begun(run_dir))
+        self.model = build_model(run, world, is_resumed=is_begun)
         if run.compile:
             together(world, lambda: self.model.compile_parts(whole_rows=not run.data.document_mask))
         self.peak_flops = peak_flops_per_second(world, run.precision, DTYPES[run.precision])
@@ -92,7 +93,7 @@ class Trainer:
         clock.lap("model")
         self.engine = Engine(self.model, run, world)
         clock.lap("engine")
-        resumed = load_newest(run_dir, self.engine, world, self.data_fingerprint)
+        resumed = load_newest(run_dir, self.engine, world, self.data_fingerprint, is_begun=is_begun)
         self.start = resumed.step if resumed is not None else 0
         together(world, lambda: self._skip(resumed.skipped if resumed is not None else ()))
         clock.lap("load")

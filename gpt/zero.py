@@ -14,6 +14,7 @@ import logging
 import os
 import sys
 import warnings
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -98,20 +99,26 @@ def _block_numel(model: ModelConfig) -> int:
     return sum(prod(shape) for name, shape in parameter_table(model) if name.startswith("blocks.0."))
 
 
-def build_model(run: RunConfig, world: World) -> GPT:
+def build_model(run: RunConfig, world: World, *, is_resumed: bool = False) -> GPT:
     """The network of `run` with its initial weights, in place; at stage 3 no rank ever holds it whole.
 
-    Raises ConfigError when the attention kernel that the config names cannot run here.
+    Where it `is_resumed` the weights are without values: a checkpoint's take their place. Raises ConfigError
+    when the attention kernel that the config names cannot run here.
     """
     dtype = DTYPES[run.precision]
     if run.zero.stage < 3:
         model = GPT(run.model)
-        model.initialize(run.seed)
+        if not is_resumed:
+            model.initialize(run.seed)
         return model.place(world.device, dtype, world.sequence)
     with torch.device("meta"):
         model = GPT(run.model)
     model.place(world.device, dtype, world.sequence)
-    initialize(_cut_one_by_one(model, run, world), run.model, run.seed)
+    parameters = _cut_one_by_one(model, run, world)
+    if is_resumed:
+        deque(parameters, maxlen=0)
+    else:
+        initialize(parameters, run.model, run.seed)
     return model
 
 

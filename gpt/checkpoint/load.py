@@ -27,13 +27,21 @@ class _Belonging:
     configs: Collection[str]  # those of its config, now and before changes that were allowed
 
 
-def load_newest(
-    run_dir: RunDir, engine: Engine, world: World, data_fingerprint: str
-) -> CheckpointIndex | None:
-    """Fill `engine` from the newest intact checkpoint; its index, None where none was ever committed.
+def has_begun(run_dir: RunDir) -> bool:
+    """Whether the run has or had a checkpoint: it continues from one then, or not at all."""
+    return bool(committed(run_dir.checkpoints)) or any(
+        line.get("event") in ("checkpoint_saved", "branched", "imported") for line in read(run_dir.events)
+    )
 
-    Collective. A checkpoint with a bad byte in what any rank reads is named, passed over and set aside.
-    Raises CheckpointError when there were checkpoints and none is intact.
+
+def load_newest(
+    run_dir: RunDir, engine: Engine, world: World, data_fingerprint: str, *, is_begun: bool
+) -> CheckpointIndex | None:
+    """Fill `engine` from the newest intact checkpoint; its index, None where the run is not begun.
+
+    Collective; `is_begun` is what `has_begun` said to rank 0 before the network was built. A checkpoint with
+    a bad byte in what any rank reads is named, passed over and set aside. Raises CheckpointError when there
+    were checkpoints and none is intact.
     """
     candidates = from_first(world, committed(run_dir.checkpoints))
     earlier = from_first(world, earlier_configs(run_dir.events) if world.is_first else set())
@@ -46,10 +54,7 @@ def load_newest(
             index = _load_any(fetched, run_dir, engine, world, belongs)
     if index is not None:
         return index
-    had_some = bool(candidates) or any(
-        line.get("event") in ("checkpoint_saved", "branched", "imported") for line in read(run_dir.events)
-    )
-    if from_first(world, had_some):
+    if is_begun or candidates:
         raise CheckpointError(
             f"{run_dir.checkpoints}: the run has had checkpoints and none is intact. It does not start from "
             "step 0 by itself: restore a checkpoint there, or launch a new run."

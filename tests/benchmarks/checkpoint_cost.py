@@ -172,7 +172,9 @@ pairs.clear()
 result: dict[str, Any] = {
     "parameters": sum(entry.numel for entry in engine.parameters),
     "memcpy_s": statistics.median(copies),
-    "ours": measure(ours, lambda: load_newest(run_dir, engine, world, "d"), run_dir.checkpoints),
+    "ours": measure(
+        ours, lambda: load_newest(run_dir, engine, world, "d", is_begun=True), run_dir.checkpoints
+    ),
 }
 forget(run_dir.checkpoints)
 result["read_safetensors_s"] = timed(read_safetensors)

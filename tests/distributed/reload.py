@@ -21,7 +21,7 @@ world = join(60)
 model = build_model(run.model_copy(update={"seed": 99}), world)  # nothing of it may be left after the load
 engine = Engine(model, run, world)
 fingerprint = sys.argv[2]
-loaded = load_newest(run_dir, engine, world, fingerprint)
+loaded = load_newest(run_dir, engine, world, fingerprint, is_begun=True)
 assert loaded is not None
 attempt = run_dir.attempt_numbers()[-1]
 saver = Saver(

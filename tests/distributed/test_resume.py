@@ -29,6 +29,7 @@ from tests.unit.launcher_support import give_job
 
 NewRun = Callable[..., Run]
 CopyRun = Callable[[Run], Run]
+UNDRAWN = [str(Path(__file__).with_name("undrawn.py"))]  # in place of -m gpt.train
 TIED = {"model__tie_embeddings": True}
 # fp16's loss scale as a long run may have it.
 SCALE = {"cur_scale": 4096.0, "cur_iter": 70.0, "last_overflow_iter": 50.0, "cur_hysteresis": 1.0}
@@ -183,7 +184,7 @@ def test_another_stage_and_world_takes_the_same_steps(new_run: NewRun) -> None:
     moved.train(processes=2)
     # What the checkpoint passed over stays passed over; what the config names now comes to it.
     moved.configure(schedule__total_steps=8, zero__stage=3, data__skip=[[60, 72]])
-    assert moved.train(processes=3)["exit_code"] == 0
+    assert moved.train(processes=3, program=UNDRAWN)["exit_code"] == 0
     assert [event["step"] for event in moved.events("resumed")] == [4]
     np.testing.assert_allclose(moved.losses(), steady.losses(), rtol=1e-4)
     skipped = [read_index(dict(committed(moved.dir.checkpoints))[step]).skipped for step in (4, 8)]
@@ -239,7 +240,7 @@ def test_a_bad_checkpoint_is_named_passed_over_and_set_aside(finished: Run, copy
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    assert damaged.train()["exit_code"] == 0
+    assert damaged.train(program=UNDRAWN)["exit_code"] == 0
     (rejected,) = damaged.events("checkpoint_rejected")
     assert rejected["path"] == "step-00000008"
     assert "rank-00001.safetensors" in rejected["reason"]

@@ -9,7 +9,7 @@ from data_pipeline.errors import CheckpointError, ConfigError
 from gpt import record
 from gpt.changeable import config_fingerprint
 from gpt.checkpoint.format import committed, rank_name
-from gpt.checkpoint.load import load_newest
+from gpt.checkpoint.load import has_begun, load_newest
 from gpt.checkpoint.mirror import Mirror
 from gpt.distributed import World
 from gpt.mirroring import Copier
@@ -40,7 +40,7 @@ def load(run: RunDir, world: World, seed: int = 1234, **checkpoint: Any) -> tupl
     """The step that a load gives, and the engine that it filled."""
     engine = SmallEngine(world.rank, world.size, **checkpoint)
     engine.run = engine.run.model_copy(update={"seed": seed})
-    index = load_newest(run, cast(Any, engine), world, "d")
+    index = load_newest(run, cast(Any, engine), world, "d", is_begun=has_begun(run))
     return (index.step if index is not None else None), engine
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from gpt.attention import Documents
 from gpt.flops import flops_per_token, parameter_count, parameter_table
@@ -76,7 +77,7 @@ def test_feed_forward_follows_the_equations_of_shazeer(ffn: str) -> None:
     # arXiv:2002.05202, equations 1 to 6, written out; GELU there is exact, GPT-2's is the tanh form.
     layer = FeedForward(ModelConfig.model_validate({"d_model": 12, "n_heads": 2, "ffn": ffn, "d_ff": 20}))
     x = torch.randn(3, 12)
-    up, down = layer.up.weight, layer.down.weight
+    up, down = (nn.init.normal_(part.weight, std=0.3) for part in (layer.up, layer.down))
     if layer.is_gated:
         w, v = up[:20], up[20:]
         gate = {
