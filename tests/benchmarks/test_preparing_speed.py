@@ -289,7 +289,8 @@ def test_preparing_is_several_times_faster_than_the_recipes_a_user_would_take(
     if find_spec("datatrove"):
         _split(large)
         peers["datatrove"] = _run(_DATATROVE, large, tmp_path / "trove", tokenizer)
-        assert sum(path.stat().st_size for path in (tmp_path / "trove").glob("*.ds")) == 2 * tokens
+        size = sum(path.stat().st_size for path in (tmp_path / "trove").glob("*.ds"))
+        assert size == pytest.approx(2 * tokens, rel=1e-6)  # it takes <|endoftext|> in a text for the token
     print(
         f"\n{large.stat().st_size / 1e6:.0f} MB, {tokens:,} {tokenizer} tokens, {WORKERS} processes, whole "
         f"programs: ours {ours.wall_s:.1f} s (CPU {ours.cpu_s:.1f} s), of a third of it {small_s:.1f} s"
@@ -325,7 +326,7 @@ def test_preparing_takes_little_more_than_encoding_alone(
     corpus: Path, tmp_path: Path, tokenizer: str
 ) -> None:
     """At least 70% of its rate on the same cores, by their CPU time; the clock's figure is printed."""
-    large = _repeated(corpus, 12, tmp_path)  # so large that starting does not decide
+    large = _repeated(corpus, 24, tmp_path)  # so large that starting does not decide
     alone_wall_s, alone_cpu_s, ids = map(
         float, _run(_ENCODER_ALONE, large, tmp_path / "alone", tokenizer).output.split()
     )
