@@ -364,7 +364,7 @@ def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
 
 def _from_json(line: bytes, text_field: str) -> bytes | str:
     """The document in `line`, or the reason why there is none."""
-    if line.isspace():
+    if not line or line.isspace():
         return b""
     try:
         value = orjson.loads(line)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import repeat
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -187,10 +187,11 @@ def _encode_piece(folder: Path, piece: Piece, settings: Settings, encoder: Encod
                     now = reader.bytes_read
                     yield Advance(now - told, documents, tokens)
                     told = now
-        (documents, tokens), (held_out, val_tokens) = train.encode(), val.encode()
-        yield Advance(span.size_bytes - told, documents + held_out, tokens + val_tokens)
+        (documents, tokens), (val_documents, val_tokens) = train.encode(), val.encode()
+        yield Advance(span.size_bytes - told, documents + val_documents, tokens + val_tokens)
         record.checksums.append(reader.checksum)
     record.train, record.val = train.finish(), val.finish()
+    record.listed.sort()  # what cannot be encoded is found out later than what cannot be read
     write_durably(temporary / _RECORD, (json.dumps(asdict(record)) + "\n").encode())
     try:
         temporary.rename(folder / piece.name)
@@ -269,7 +270,7 @@ class _Writer:
         self._shards: list[Shard] = []
         self._writer: ShardWriter | None = None
 
-    def write(self, ids: NDArray[Any], lengths: NDArray[np.int64]) -> None:
+    def write(self, ids: NDArray[np.uint32], lengths: NDArray[np.int64]) -> None:
         """Append documents of `lengths` tokens, whose ids stand in `ids` one after the other."""
         ends = np.cumsum(lengths)
         first, behind = 0, 0

@@ -82,7 +82,7 @@ class Trainer:
         self.validation = together(world, lambda: _open_validation(run))
         clock.lap("data")
         together(world, lambda: choose(run.model, world.device, DTYPES[run.precision]))
-        is_begun = from_first(world, has_begun(run_dir))
+        is_begun = from_first(world, world.is_first and has_begun(run_dir))
         self.model = build_model(run, world, is_resumed=is_begun)
         if run.compile:
             together(world, lambda: self.model.compile_parts(whole_rows=not run.data.document_mask))

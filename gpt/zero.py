@@ -14,7 +14,6 @@ import logging
 import os
 import sys
 import warnings
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -116,7 +115,8 @@ def build_model(run: RunConfig, world: World, *, is_resumed: bool = False) -> GP
     model.place(world.device, dtype, world.sequence)
     parameters = _cut_one_by_one(model, run, world)
     if is_resumed:
-        deque(parameters, maxlen=0)
+        for _ in parameters:
+            pass
     else:
         initialize(parameters, run.model, run.seed)
     return model

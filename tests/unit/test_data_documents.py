@@ -48,6 +48,15 @@ def test_json_lines_come_in_order_from_each_compression(tmp_path: Path, suffix: 
 
 
 @pytest.mark.parametrize("suffix", COMPRESSIONS)
+def test_a_file_of_lines_with_nothing_in_them_has_empty_documents(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(COMPRESSIONS[suffix](b"\xef\xbb\xbf\n \t\x0b\x0c\r\n\n  "))
+    assert _read(path) == [b""] * 4
+    path.write_bytes(COMPRESSIONS[suffix](b"\xef\xbb\xbf"))
+    assert _read(path) == [b""]
+
+
+@pytest.mark.parametrize("suffix", COMPRESSIONS)
 def test_a_text_file_is_one_document(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a.txt{suffix}"
     path.write_bytes(COMPRESSIONS[suffix](b"\xef\xbb\xbftwo\nlines\n"))

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from data_pipeline.encoder import (
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.prepare import Progress, prepare
 from data_pipeline.rank_files import PUBLISHED, read_rank_file
-from data_pipeline.tokenizer import Encoding, load_encoding
+from data_pipeline.tokenizer import END_OF_TEXT, Encoding, load_encoding
 from tests.unit.data_support import config, files_of, packaged_texts, write_jsonl
 
 LETTERS = str.maketrans("0123456789", "ghijklmnop")
@@ -207,6 +208,24 @@ def test_an_encoder_that_remembers_every_word_takes_bounded_memory(
         most = max(most, encoder_module._resident_bytes())
     assert at_first > 0
     assert most - at_first < 48 << 20
+
+
+def test_an_end_of_text_that_is_a_byte_string_too_is_counted_as_one(encoding: Encoding) -> None:
+    """As where an encoding is made from a vocabulary that lists its special tokens among the others."""
+    listed = replace(encoding, special_tokens={END_OF_TEXT: max(encoding.ranks.values())})
+    encoder, message = open_encoder(listed, "auto")
+    assert (encoder.name, message) == ("gigatoken", None)
+    ids, _ = encoder.encode([b"first words", b"second words"])
+    assert np.array_equal(ids, TiktokenEncoder(listed).encode([b"first words", b"second words"])[0])
+
+
+def test_ranks_that_a_fast_encoder_cannot_load_are_left_to_another(encoding: Encoding) -> None:
+    """gigatoken panics at a byte string that no two of lower rank make."""
+    ranks = {**encoding.ranks, b"qqqqzzzz": encoding.vocab_size}
+    encoder, message = open_encoder(replace(encoding, ranks=ranks), "auto")
+    assert encoder.name != "gigatoken"
+    assert message is not None
+    assert "gigatoken cannot load it: " in message
 
 
 def test_gigatoken_is_for_the_patterns_that_it_knows(encoding: Encoding, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from data_pipeline.crew import encode_all
 from data_pipeline.cutting import cut_into_pieces
@@ -25,7 +26,7 @@ from data_pipeline.manifest import check, read_manifest, verify
 from data_pipeline.pieces import Settings
 from data_pipeline.prepare import Progress, prepare
 from data_pipeline.sources import find_files
-from data_pipeline.tokenizer import load_encoding
+from data_pipeline.tokenizer import Encoding, load_encoding
 from tests.unit.data_support import config, documents_of, files_of, packaged_texts, prepared, write_jsonl
 
 # Small shards make many pieces of a small corpus.
@@ -361,13 +362,26 @@ def test_at_most_a_hundred_broken_documents_are_listed_and_then_it_stops(tmp_pat
 def test_a_document_that_the_tokenizer_cannot_encode_is_a_broken_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object) -> None:
-        raise DataError("the tokenizer cannot encode it: why")
+    """They are listed with the others in the order of the file, whichever split they are of."""
+    encode = Encoding.encode
 
-    monkeypatch.setattr("data_pipeline.tokenizer.Encoding.encode", refuse)
-    source = write_jsonl(tmp_path / "a.jsonl", ["", "one"])
-    with pytest.raises(DataError, match=r"a\.jsonl:2: the tokenizer cannot encode it: why"):
-        prepare(config(tmp_path / "data", source))
+    def refuse_some(self: Encoding, text: str) -> NDArray[np.uint32]:
+        if text.startswith("bad"):
+            raise DataError("the tokenizer cannot encode it: why")
+        return encode(self, text)
+
+    monkeypatch.setattr(Encoding, "encode", refuse_some)
+    source = write_jsonl(tmp_path / "a.jsonl", ["good", *(f"bad {n}" for n in range(20)), None, "bad too"])
+    settings = {"encoder": "tiktoken", "val_fraction": 0.4}
+    with pytest.raises(DataError) as error:
+        prepare(config(tmp_path / "data", source, **settings))
+    reason = "the tokenizer cannot encode it: why"
+    reasons = [*(f"{source}:{line}: {reason}" for line in range(2, 22)), f"{source}:22: 'text' is null"]
+    head, *lines, _ = str(error.value).split("\n")
+    assert head == f"broken documents: 21 × {reason}, 1 × 'text' is null"
+    assert lines == [*reasons, f"{source}:23: {reason}"]
+    manifest = prepare(config(tmp_path / "data", source, **settings, on_bad="skip"))
+    assert (manifest.documents, sum(manifest.skipped.values())) == (1, 22)
 
 
 def test_sources_without_a_document_to_train_on_are_refused(tmp_path: Path) -> None:

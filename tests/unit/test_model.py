@@ -156,6 +156,8 @@ def test_gpt2_124m_has_the_published_number_of_parameters() -> None:
 
 def test_bf16_on_a_cpu_rounds_the_fp32_product() -> None:
     linear = Linear(64, 32, bias=True).to(torch.bfloat16)
+    for parameter in linear.parameters():
+        nn.init.normal_(parameter, std=0.1)
     x = torch.randn(8, 64).bfloat16()
     exact = x.double() @ linear.weight.double().t() + linear.bias.double()
     error = (linear(x).double() - exact).abs() / exact.abs().clamp(min=0.1)
