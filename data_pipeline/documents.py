@@ -26,7 +26,6 @@ from data_pipeline.remote import in_words, unreadable
 from data_pipeline.sources import SourceFile
 
 _READ_BYTES = 1 << 20
-_NEWLINE = ord("\n")
 # A .txt file is one document and is held in memory whole, as is its encoding.
 _LARGEST_TEXT_BYTES = 1 << 30
 
@@ -65,9 +64,13 @@ class Span:
         """Between which bytes of the text the lines of this span begin."""
         if self.text is not None:
             return self.text
-        # Only plain lines are cut by the file's own bytes.
-        is_cut = isinstance(self.source, SourceFile) and self.source.suffix == ".jsonl"
+        is_cut = isinstance(self.source, SourceFile) and _is_plain_lines(self.source)
         return (self.start, self.stop) if is_cut else (0, None)
+
+
+def _is_plain_lines(source: SourceFile) -> bool:
+    """Whether it is cut by its own bytes, each of which is read once, in the span that it belongs to."""
+    return source.suffix == ".jsonl"
 
 
 def packaged_corpus() -> Path:
@@ -111,7 +114,7 @@ class DocumentReader:
             return self._parquet(source)
         # A span that starts inside the file begins one byte early: the line that this byte belongs to,
         # up to its newline, is the span's before.
-        begin = max(0, self._span.start - 1) if suffix == ".jsonl" else 0
+        begin = max(0, self._span.start - 1) if _is_plain_lines(source) else 0
         chunks = decompress(self._raw(source, begin), suffix)
         return self._text(chunks) if suffix.startswith(".txt") else self._jsonl(chunks)
 
@@ -119,25 +122,25 @@ class DocumentReader:
     def checksum(self) -> str:
         """xxh3_128 of what was read."""
         source = self._span.source
-        if isinstance(source, RowSource) or source.is_remote or source.suffix == ".jsonl":
+        if isinstance(source, RowSource) or source.is_remote or _is_plain_lines(source):
             return self._sum.hexdigest()
         return _checksum(source, self._span)
 
     def _raw(self, source: SourceFile, begin: int) -> Iterator[bytes]:
-        # Of plain lines every byte of the span passes here, once.
-        start, stop = self._span.start, self._span.stop if source.suffix == ".jsonl" else 0
+        start, stop = self._span.start, self._span.stop
+        is_summed = _is_plain_lines(source) and not source.is_remote
         with source.open() as file:
             file.seek(begin)
             while chunk := _read(source, file):
-                if begin < stop and not source.is_remote:
+                if is_summed and begin < stop:
                     self._sum.update(memoryview(chunk)[max(0, start - begin) : stop - begin])
                 begin += len(chunk)
-                self.bytes_read = min(max(0, file.tell() - self._span.start), self._span.size_bytes)
+                self.bytes_read = min(max(0, begin - start), self._span.size_bytes)
                 yield chunk
 
     def _jsonl(self, chunks: Iterable[bytes]) -> Iterator[bytes | BadDocument]:
         start, stop = self._span.lines
-        is_compressed = isinstance(self._span.source, SourceFile) and self._span.source.suffix != ".jsonl"
+        is_compressed = isinstance(self._span.source, SourceFile) and not _is_plain_lines(self._span.source)
         behind = 0 if is_compressed else max(0, start - 1)
         try:
             if is_compressed and start:
@@ -351,7 +354,7 @@ def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
     parts: list[bytes] = []
     for chunk in chunks:
         for line in io.BytesIO(chunk):  # several times as fast as chunk.split, and copied but once
-            if line[-1] != _NEWLINE:
+            if not line.endswith(b"\n"):
                 parts.append(line)
             elif parts:
                 yield b"".join((*parts, line))

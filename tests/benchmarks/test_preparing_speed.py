@@ -176,16 +176,15 @@ if __name__ == "__main__":
     optimize(encode, list(zip(edges, edges[1:])), out, chunk_bytes="64MB", num_workers=int(workers),
              item_loader=TokensLoader())
 """
-# Two files of text and a tokenizer of Hugging Face's with the same ids; one task a file, nothing is merged.
+# A file of text for each process and a tokenizer of Hugging Face's with the same ids; nothing is merged.
 _DATATROVE = """
-import sys
+import base64, sys
 from pathlib import Path
 from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.tokens import DocumentTokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from data_pipeline.tokenizer import END_OF_TEXT, load_encoding
-import base64
 if __name__ == "__main__":
     source, out, workers, tokenizer = sys.argv[1:]
     folder = Path(source).with_suffix("")

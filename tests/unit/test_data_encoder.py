@@ -221,11 +221,28 @@ def test_an_end_of_text_that_is_a_byte_string_too_is_counted_as_one(encoding: En
 
 def test_ranks_that_a_fast_encoder_cannot_load_are_left_to_another(encoding: Encoding) -> None:
     """gigatoken panics at a byte string that no two of lower rank make."""
-    ranks = {**encoding.ranks, b"qqqqzzzz": encoding.vocab_size}
-    encoder, message = open_encoder(replace(encoding, ranks=ranks), "auto")
+    encoder, message = open_encoder(_with_tokens(encoding, b"qqqqzzzz"), "auto")
     assert encoder.name != "gigatoken"
     assert message is not None
     assert "gigatoken cannot load it: " in message
+
+
+def test_a_vocabulary_that_tells_how_texts_end_is_left_to_another(encoding: Encoding) -> None:
+    """gigatoken splits as today's cl100k: whitespace at the end of a text is one word for it."""
+    encoder, message = open_encoder(_with_tokens(encoding, b"\n "), "auto")
+    assert encoder.name == "fastokens"
+    assert message is not None
+    assert "gigatoken and tiktoken differ on 'how a text ends" in message
+
+
+def test_where_whitespace_is_cut_for_tiktoken_changes_no_id(encoding: Encoding) -> None:
+    """With tokens of as many as 512 spaces."""
+    spaced = _with_tokens(encoding, *(b" " * 2**doublings for doublings in range(1, 10)))
+    text = " " * 1_000_000
+    ids = spaced.encode(text)
+    assert (spaced.token_bytes()[ids] == 512).sum() > 1900
+    for name in FAST:
+        assert np.array_equal(FastEncoder(spaced, name).encode([text.encode()])[0][:-1], ids), name
 
 
 def test_gigatoken_is_for_the_patterns_that_it_knows(encoding: Encoding, tmp_path: Path) -> None:
@@ -240,6 +257,14 @@ def test_without_a_fast_encoder_tiktoken_does_it(encoding: Encoding, monkeypatch
     monkeypatch.setitem(sys.modules, "fastokens._native", None)
     encoder, message = open_encoder(encoding, "auto")
     assert (encoder.name, message) == ("tiktoken", None)
+
+
+def _with_tokens(encoding: Encoding, *tokens: bytes) -> Encoding:
+    """The encoding with those `tokens` that it lacks, of the next ranks, and its end-of-text behind them."""
+    ranks = dict(encoding.ranks)
+    for token in tokens:
+        ranks.setdefault(token, len(ranks))
+    return replace(encoding, ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)})
 
 
 def _rank_file(path: Path, ranks: Any) -> Path:

@@ -154,17 +154,17 @@ def test_stages_and_caps_are_those_of_a_walk_number_by_number(data: st.DataObjec
     """Against a walk that knows nothing of closed forms: it takes turns, and counts."""
     weight = st.lists(st.integers(0, 3), min_size=len(sizes), max_size=len(sizes)).filter(any)
     first = data.draw(weight)
-    later = [(n, data.draw(weight)) for n in sorted(data.draw(st.sets(st.integers(1, 150), max_size=3)))]
+    later = [(n, data.draw(weight)) for n in sorted(data.draw(st.sets(st.integers(1, 300), max_size=3)))]
     caps = [data.draw(st.none() | st.floats(0.1, 3)) for _ in sizes]
     mixture = Mixture(sizes, first, 7, later=later, caps=caps)
-    stop = 200 if mixture.end is None else min(200, mixture.end)
+    stop = 400 if mixture.end is None else min(400, mixture.end)
     sources, windows = mixture.locate(np.arange(stop))
 
     counts = [0] * len(sizes)
     quotas = [10**9 if cap is None else int(cap * size) for cap, size in zip(caps, sizes, strict=True)]
     stages = dict([(0, first), *later])
     turns, begun = np.empty(0, np.int64), 0
-    for number in range(201):
+    for number in range(401):
         if number in stages:
             weights = stages[number]
         if number in stages or counts[turns[number - begun]] == quotas[turns[number - begun]]:
@@ -172,9 +172,9 @@ def test_stages_and_caps_are_those_of_a_walk_number_by_number(data: st.DataObjec
             if not any(left):
                 assert mixture.end == number
                 break
-            turns, begun = Mixture([1] * len(sizes), left, 0).locate(np.arange(201))[0], number
+            turns, begun = Mixture([1] * len(sizes), left, 0).locate(np.arange(401))[0], number
         assert mixture.counts(number) == counts
-        if number == 200:
+        if number == 400:
             break
         assert sources[number] == turns[number - begun]
         counts[sources[number]] += 1
