@@ -56,3 +56,6 @@ if __name__ == "__main__":
     except OutlastError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except BrokenPipeError:  # whoever read has read enough
+        sys.stderr.close()  # or the interpreter complains while it flushes
+        sys.exit(1)

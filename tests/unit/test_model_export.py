@@ -239,6 +239,18 @@ def test_export_and_sample_need_neither_deepspeed_nor_a_process_group(data: Path
     assert from_run == from_export != "\n"
 
 
+def test_a_sample_whose_reader_has_read_enough_ends_without_a_word(data: Path, tmp_path: Path) -> None:
+    """As in `outlast sample … | head -1`."""
+    run_dir, _ = make_run(tmp_path / "run", data)
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "gpt.sample", str(run_dir.path), "--prompt=And", "--max-tokens=5"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.returncode != 0
+    assert done.stderr == ""
+
+
 @pytest.mark.parametrize("fields", [{"n_kv_heads": 2}, GPT2])
 def test_a_run_and_its_export_write_what_transformers_generate_writes(
     fields: dict[str, object],
