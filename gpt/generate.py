@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data_pipeline.errors import ConfigError
 from gpt.attention import Documents
-from gpt.model import GPT, Cache
+from gpt.model.gpt import GPT, Cache
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def generate(
     """
     if not prompt:
         raise ConfigError("the prompt is empty; begin with end-of-text, as documents do.")
-    context = gpt.model.context
+    context = gpt.model.gpt.context
     generator = torch.Generator().manual_seed(seed)
     tokens, cache = list(prompt), Cache(gpt)
     unread = tokens[-context:]

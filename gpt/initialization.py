@@ -36,7 +36,7 @@ def _std(name: str, model: ModelConfig) -> float:
 
     N(0, 0.02²), what writes to the residual stream scaled by 1/√(2L). muP (Yang et al. 2022,
     arXiv:2203.03466, table 8): the variance of matrices inside the blocks falls as 1/m, that of embeddings
-    and of the head stays, and the head's output is divided by m (gpt.model.Head).
+    and of the head stays, and the head's output is divided by m (gpt.model.gpt.Head).
     """
     std = _STD / math.sqrt(2 * model.n_layers) if name.endswith(_RESIDUAL) else _STD
     return std / math.sqrt(model.width_ratio) if name.startswith("blocks.") else std

@@ -21,7 +21,7 @@ from gpt.config import RunConfig
 from gpt.flops import parameter_table
 from gpt.huggingface import model_fields
 from gpt.huggingface_tokenizer import FolderTokenizer
-from gpt.model import GPT
+from gpt.model.gpt import GPT
 from gpt.model_config import ModelConfig
 from gpt.pretrained import PretrainedFolder
 from gpt.run_dir import RunDir, read_json

@@ -11,7 +11,7 @@ from data_pipeline.batches import EvaluationReader
 from gpt.data_config import DataConfig
 from gpt.distributed import PendingTick, Tick, World, total
 from gpt.heartbeat import Heartbeat
-from gpt.model import GPT
+from gpt.model.gpt import GPT
 from gpt.step import model_inputs
 from gpt.stop import StopRequest
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gpt.distributed import World, total
-from gpt.model import GPT, seed_dropout
+from gpt.model.gpt import GPT, seed_dropout
 from gpt.step import ModelInputs, train_step
 from gpt.zero import Engine
 

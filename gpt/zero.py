@@ -32,7 +32,7 @@ from gpt.config import RunConfig
 from gpt.distributed import World
 from gpt.flops import parameter_table
 from gpt.initialization import initialize
-from gpt.model import GPT
+from gpt.model.gpt import GPT
 from gpt.model_config import ModelConfig
 from gpt.muon import Exchange, MuonAdamW, Whole
 from gpt.optimizer import build_optimizer, set_rate

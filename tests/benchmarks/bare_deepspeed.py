@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from data_pipeline.batches import Batch
 from gpt.config import RunConfig
-from gpt.model import GPT
+from gpt.model.gpt import GPT
 from gpt.step import model_inputs
 from gpt.zero import DTYPES, deepspeed_config
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt.attention import Documents
-from gpt.model import GPT
+from gpt.model.gpt import GPT
 from gpt.model_config import ModelConfig
 from tests.benchmarks.peer_networks import HandWritten, TransformersLlama
 

@@ -26,7 +26,7 @@ import gpt.distributed
 from gpt.attention import Documents
 from gpt.config import RunConfig
 from gpt.distributed import World, join
-from gpt.model import GPT
+from gpt.model.gpt import GPT
 from gpt.step import ModelInputs, train_step
 from gpt.zero import DTYPES, Engine, build_model
 

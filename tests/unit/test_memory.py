@@ -10,7 +10,7 @@ from gpt import loss
 from gpt.attention import Documents
 from gpt.config import RunConfig
 from gpt.flops import flops_per_token
-from gpt.model import GPT
+from gpt.model.gpt import GPT
 from gpt.zero import DTYPES
 from launcher.memory import (
     LOSS_BLOCK_ELEMENTS,

@@ -18,7 +18,7 @@ from gpt import sample
 from gpt.config import RunConfig
 from gpt.export import export
 from gpt.huggingface_tokenizer import SAMPLES, FolderTokenizer, write_tokenizer
-from gpt.model import GPT
+from gpt.model.gpt import GPT
 from gpt.pretrained import write_first_checkpoint
 from gpt.run_dir import RunDir, write_json
 from gpt.trained import from_folder
@@ -56,7 +56,12 @@ def make_run(folder: Path, data: Path, **model: Any) -> tuple[RunDir, GPT]:
     """A run directory with one checkpoint, of step 0, and its network."""
     gpt = build(vocab_size=4096, **model)
     run = RunConfig.model_validate(
-        {"name": "t", "data": {"path": data}, "schedule": {"total_steps": 1}, "model": gpt.model.model_dump()}
+        {
+            "name": "t",
+            "data": {"path": data},
+            "schedule": {"total_steps": 1},
+            "model": gpt.model.gpt.model_dump(),
+        }
     )
     run_dir = RunDir(folder)
     run_dir.checkpoints.mkdir(parents=True)

@@ -64,7 +64,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_folder_of_transformers_gives_its_own_logits(
     kind: str, fields: dict[str, Any], tmp_path: Path
 ) -> None:
-    from gpt.model import GPT
+    from gpt.model.gpt import GPT
     from gpt.model_config import ModelConfig
 
     theirs = save(kind, fields, tmp_path)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from gpt.model import GPT
+from gpt.model.gpt import GPT
 from gpt.model_config import ModelConfig
 from gpt.optimizer import build_optimizer, parameter_groups, set_rate
 from gpt.optimizer_config import OptimizerConfig

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from data_pipeline.config_file import validate
 from gpt.config import RunConfig
 from gpt.flops import flops_per_token, parameter_count, parameter_table
-from gpt.model import GPT
+from gpt.model.gpt import GPT
 from launcher.recipes import recipe_names, recipe_path, run_tables
 from tests.unit.model_support import CPU, rows
 
@@ -74,7 +74,7 @@ def test_flops_of_a_recipe_scaled_down_agree_with_torchs_counter(name: str) -> N
     tokens = torch.zeros(2, 32, dtype=torch.long)
     with FlopCounterMode(display=False) as counter:
         gpt(tokens, tokens, rows(tokens)).backward()
-    assert counter.get_total_flops() == flops_per_token(gpt.model) * tokens.numel()
+    assert counter.get_total_flops() == flops_per_token(gpt.model.gpt) * tokens.numel()
 
 
 @pytest.mark.parametrize(

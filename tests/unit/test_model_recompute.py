@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from gpt.model import seed_dropout
+from gpt.model.gpt import seed_dropout
 from tests.unit.model_support import build, random_tokens, rows
 
 

@@ -8,7 +8,7 @@ import torch
 
 from data_pipeline.batch_sizes import BatchSizes
 from data_pipeline.batches import BatchReader, EvaluationReader
-from gpt.model import GPT
+from gpt.model.gpt import GPT
 from gpt.model_config import ModelConfig
 from gpt.optimizer import build_optimizer
 from gpt.optimizer_config import OptimizerConfig, ScheduleConfig
