@@ -9,7 +9,7 @@ from enum import Enum, auto
 import xxhash
 
 from data_pipeline.config_file import dotted
-from gpt.config import RunConfig
+from gpt.config.run import RunConfig
 
 
 class Change(Enum):

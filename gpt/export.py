@@ -23,7 +23,7 @@ from data_pipeline.errors import CheckpointError, ConfigError, OutlastError
 from data_pipeline.tokenizer import load_encoding
 from gpt.checkpoint.format import Corrupt
 from gpt.checkpoint.reader import CheckpointReader, intact_candidates
-from gpt.config import RunConfig
+from gpt.config.run import RunConfig
 from gpt.flops import parameter_count, parameter_table
 from gpt.huggingface import TensorPlace, tensor_places, twin_config, twin_obstacle
 from gpt.huggingface_tokenizer import write_tokenizer

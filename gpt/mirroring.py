@@ -16,7 +16,7 @@ from gpt.checkpoint.format import committed, is_pinned
 from gpt.checkpoint.mirror import Mirror, MirrorError
 from gpt.checkpoint.retention import kept
 from gpt.checkpoint.writer import Pace
-from gpt.config import CheckpointConfig, RunConfig
+from gpt.config.run import CheckpointConfig, RunConfig
 from gpt.run_dir import RunDir
 
 POLL_S = 2.0

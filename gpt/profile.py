@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from gpt.config import RunConfig
+from gpt.config.run import RunConfig
 from gpt.distributed import World
 from gpt.run_dir import RunDir
 

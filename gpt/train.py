@@ -30,7 +30,7 @@ from data_pipeline.errors import LaunchError, OutlastError
 from gpt import attempt as attempts
 from gpt import record
 from gpt.attempt import Superseded, say
-from gpt.config import RunConfig
+from gpt.config.run import RunConfig
 from gpt.distributed import World, from_first, join
 from gpt.node_check import check_nodes
 from gpt.run_dir import RunDir

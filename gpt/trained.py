@@ -17,7 +17,7 @@ from data_pipeline.errors import CheckpointError
 from data_pipeline.tokenizer import load_encoding
 from gpt.checkpoint.format import Corrupt
 from gpt.checkpoint.reader import intact_candidates
-from gpt.config import RunConfig
+from gpt.config.run import RunConfig
 from gpt.flops import parameter_table
 from gpt.huggingface import model_fields
 from gpt.huggingface_tokenizer import FolderTokenizer

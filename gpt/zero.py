@@ -28,7 +28,7 @@ from torch import Tensor
 from gpt.adamw import AdamW
 from gpt.checkpoint.format import GroupEntry, ParameterEntry
 from gpt.checkpoint.layout import GroupLayout, Kind
-from gpt.config import RunConfig
+from gpt.config.run import RunConfig
 from gpt.distributed import World
 from gpt.flops import parameter_table
 from gpt.initialization import initialize

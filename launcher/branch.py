@@ -24,7 +24,7 @@ from gpt.checkpoint.format import (
     verify,
     verify_file,
 )
-from gpt.config import RunConfig
+from gpt.config.run import RunConfig
 from gpt.parameter_groups import misfits, parameter_entries, states
 from gpt.run_dir import RunDir
 from launcher.runs import open_run

@@ -12,7 +12,7 @@ import click
 from data_pipeline.errors import ConfigError
 from gpt.changeable import RULES, Change, rule_of
 from gpt.checkpoint.format import CheckpointIndex
-from gpt.config import RunConfig
+from gpt.config.run import RunConfig
 
 DATA = "data"  # the data itself, by its fingerprint
 CONFIG = "config"  # a config that is not the one of config.json's history, by its fingerprint

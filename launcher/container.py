@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from data_pipeline.remote import is_remote
-from gpt.config import RunConfig
+from gpt.config.run import RunConfig
 from gpt.run_dir import RunDir
 from launcher.cluster import ClusterConfig, Container
 

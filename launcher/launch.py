@@ -24,7 +24,7 @@ from gpt import record
 from gpt.changeable import config_fingerprint
 from gpt.checkpoint.format import BadFile, CheckpointIndex, Corrupt, committed, read_index, verify
 from gpt.checkpoint.mirror import Mirror
-from gpt.config import RunConfig
+from gpt.config.run import RunConfig
 from gpt.run_dir import RunDir, read_json
 from launcher.branch import find_origin, plant, state_misfits
 from launcher.changes import DATA, fingerprint_changes, judge

@@ -8,7 +8,7 @@ the CUDA context and NCCL's buffers, one to two GiB on a GPU) is not.
 from dataclasses import dataclass
 from math import prod
 
-from gpt.config import RunConfig
+from gpt.config.run import RunConfig
 from gpt.flops import parameter_count, parameter_table
 from gpt.model_config import ModelConfig
 

@@ -8,7 +8,7 @@ from data_pipeline.errors import ConfigError, LaunchError
 from data_pipeline.remote import is_remote
 from gpt.checkpoint.format import committed
 from gpt.checkpoint.mirror import Mirror, MirrorError
-from gpt.config import RunConfig
+from gpt.config.run import RunConfig
 from gpt.run_dir import RunDir
 from launcher.findings import Findings
 from launcher.jobs import is_copy

@@ -22,7 +22,7 @@ from typing import Any
 
 from data_pipeline.errors import LaunchError
 from gpt import record
-from gpt.config import RunConfig
+from gpt.config.run import RunConfig
 from gpt.run_dir import RunDir, patiently, write_json
 from launcher import slurm
 from launcher.cluster import ClusterConfig

@@ -11,7 +11,7 @@ from typing import Any
 from data_pipeline.batches import windows_in
 from data_pipeline.mixture import Mixture
 from data_pipeline.skip_list import SkipList
-from gpt.config import RunConfig
+from gpt.config.run import RunConfig
 from gpt.flops import PEAK_FLOPS_PER_SECOND, flops_per_token, parameter_count
 from gpt.host_memory import LARGEST_SHARE, available_bytes
 from launcher.cluster import ACCELERATOR_MEMORY_GIB, ClusterConfig

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt.config import RunConfig
+from gpt.config.run import RunConfig
 from gpt.run_dir import RunDir
 from launcher.cluster import ClusterConfig
 from launcher.container import needed_folders, srun_options

@@ -8,7 +8,7 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from gpt.config import RunConfig
+from gpt.config.run import RunConfig
 from gpt.run_dir import RunDir
 from launcher import slurm
 from launcher.cluster import ClusterConfig, time_limit_min

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpt.config import RunConfig
+from gpt.config.run import RunConfig
 from gpt.heartbeat import VARIABLE as HEARTBEAT
 from gpt.run_dir import RunDir
 from launcher.cluster import ClusterConfig

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from math import sqrt
 from typing import Any
 
-from gpt.config import CheckpointConfig
+from gpt.config.run import CheckpointConfig
 
 # Kokolis et al., arXiv:2410.21680: 6.5 failures per 1,000 node-days on the larger of two research clusters.
 FAILURES_PER_NODE_SECOND = 6.5e-3 / 86_400

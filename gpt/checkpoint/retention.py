@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 
-from gpt.config import CheckpointConfig
+from gpt.config.run import CheckpointConfig
 
 
 def kept(

@@ -114,7 +114,7 @@ def schema(kind: str) -> int:
 
     model: type[Section]
     if kind == "run":
-        from gpt.config import RunConfig as model
+        from gpt.config.run import RunConfig as model
     elif kind == "cluster":
         from launcher.cluster import ClusterConfig as model
     else:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline.batches import Batch
-from gpt.config import RunConfig
+from gpt.config.run import RunConfig
 from gpt.model.gpt import GPT
 from gpt.step import model_inputs
 from gpt.zero import DTYPES, deepspeed_config

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from gpt.attention import Documents
 from gpt.checkpoint.load import load_newest
 from gpt.checkpoint.saver import Saver
-from gpt.config import RunConfig
+from gpt.config.run import RunConfig
 from gpt.distributed import join, total
 from gpt.heartbeat import Heartbeat
 from gpt.run_dir import RunDir

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gpt.distributed
 from gpt.attention import Documents
-from gpt.config import RunConfig
+from gpt.config.run import RunConfig
 from gpt.distributed import World, join
 from gpt.model.gpt import GPT
 from gpt.step import ModelInputs, train_step

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from data_pipeline.config_file import validate
-from gpt.config import RunConfig
+from gpt.config.run import RunConfig
 
 pytestmark = pytest.mark.benchmark
 MODEL = {"n_layers": 10, "d_model": 768, "n_heads": 12, "context": 128, "vocab_size": 24576, "d_ff": 2048}

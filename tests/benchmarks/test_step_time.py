@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gpt.config import RunConfig
+from gpt.config.run import RunConfig
 from launcher.memory import memory
 
 pytestmark = pytest.mark.benchmark

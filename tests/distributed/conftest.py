@@ -18,7 +18,7 @@ from data_pipeline.manifest import read_manifest
 from gpt import record
 from gpt.checkpoint.format import committed
 from gpt.checkpoint.reader import CheckpointReader
-from gpt.config import RunConfig
+from gpt.config.run import RunConfig
 from gpt.run_dir import RunDir, read_json, write_json
 from tests.distributed.data import small_data_set
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from gpt.checkpoint.load import load_newest
 from gpt.checkpoint.saver import Saver
-from gpt.config import RunConfig
+from gpt.config.run import RunConfig
 from gpt.distributed import join
 from gpt.heartbeat import Heartbeat
 from gpt.run_dir import RunDir

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from gpt.config import RunConfig
+from gpt.config.run import RunConfig
 from tests.distributed.conftest import Run
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data_pipeline.batches import BatchReader, EvaluationReader
-from gpt.config import RunConfig
+from gpt.config.run import RunConfig
 from gpt.flops import flops_per_token
 from gpt.model.gpt import GPT
 from gpt.schedule import learning_rate

@@ -20,7 +20,7 @@ from data_pipeline.batches import BatchReader
 from data_pipeline.manifest import read_manifest
 from gpt import record
 from gpt.checkpoint.format import INDEX_NAME, committed, read_index
-from gpt.config import CheckpointConfig
+from gpt.config.run import CheckpointConfig
 from gpt.mirroring import Copier
 from gpt.run_dir import RunDir, read_json
 from launcher.status import status

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data_pipeline.batches import BatchReader
-from gpt.config import RunConfig
+from gpt.config.run import RunConfig
 from gpt.model.gpt import GPT
 from gpt.step import model_inputs
 from tests.distributed.conftest import Run

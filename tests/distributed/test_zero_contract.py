@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from gpt.config import RunConfig
+from gpt.config.run import RunConfig
 from gpt.zero import deepspeed_config
 
 

@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt.attention import Documents
-from gpt.config import RunConfig
+from gpt.config.run import RunConfig
 from gpt.distributed import join
 from gpt.lines import Late
 from gpt.step import train_step

@@ -7,7 +7,7 @@ from importlib.metadata import version as package_version
 import torch
 
 from gpt.attention import Documents
-from gpt.config import RunConfig
+from gpt.config.run import RunConfig
 from gpt.distributed import join, total
 from gpt.zero import Engine, build_model
 

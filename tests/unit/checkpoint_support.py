@@ -9,7 +9,7 @@ from gpt.changeable import config_fingerprint
 from gpt.checkpoint.format import CheckpointIndex, GroupEntry, ParameterEntry, rank_tensors
 from gpt.checkpoint.layout import Kind
 from gpt.checkpoint.writer import commit, temporary_folder, write_rank_file
-from gpt.config import RunConfig
+from gpt.config.run import RunConfig
 from gpt.parameter_groups import parameter_entries, sizes_by_group, states
 
 STATES = ("master", "exp_avg", "exp_avg_sq")

@@ -17,7 +17,7 @@ from pathlib import Path
 from data_pipeline.config_file import validate
 from data_pipeline.prepare import DataPrepConfig, prepare
 from data_pipeline.tokenizer import train_tokenizer
-from gpt.config import RunConfig
+from gpt.config.run import RunConfig
 from gpt.run_dir import RunDir, write_json
 from launcher.cluster import ClusterConfig
 from launcher.jobs import Job

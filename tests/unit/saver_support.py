@@ -22,7 +22,7 @@ from gpt.checkpoint import failpoints
 from gpt.checkpoint.format import GroupEntry, ParameterEntry
 from gpt.checkpoint.layout import GroupLayout
 from gpt.checkpoint.saver import Saver
-from gpt.config import CheckpointConfig, RunConfig
+from gpt.config.run import CheckpointConfig, RunConfig
 from gpt.data_config import DataConfig
 from gpt.distributed import World
 from gpt.heartbeat import Heartbeat

@@ -327,7 +327,7 @@ def test_the_job_runs_the_code_as_submitted_and_not_the_current_folders(
     decoy.mkdir(parents=True)
     (decoy / "__init__.py").write_text("raise SystemExit('the current folder was imported')")
     monkeypatch.chdir(decoy.parent)
-    run = make_run(folder, "import gpt.config; finish(claim(), 0, gpt.config.__file__)")
+    run = make_run(folder, "import gpt.config.run; finish(claim(), 0, gpt.config.run.__file__)")
     assert end_of(run, start(run)) == Outcome(0, str(run.code / "gpt" / "config.py"), 1)
 
 

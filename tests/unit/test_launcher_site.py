@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gpt.config import RunConfig
+from gpt.config.run import RunConfig
 from gpt.run_dir import RunDir
 from launcher import slurm
 from launcher.cluster import ClusterConfig

@@ -8,7 +8,7 @@ import torch
 
 from gpt import loss
 from gpt.attention import Documents
-from gpt.config import RunConfig
+from gpt.config.run import RunConfig
 from gpt.flops import flops_per_token
 from gpt.model.gpt import GPT
 from gpt.zero import DTYPES

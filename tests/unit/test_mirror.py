@@ -14,7 +14,7 @@ from gpt import record
 from gpt.checkpoint.format import INDEX_NAME, PIN_NAME, committed, read_index, step_name
 from gpt.checkpoint.mirror import Mirror, MirrorError
 from gpt.checkpoint.writer import Pace, prune
-from gpt.config import CheckpointConfig
+from gpt.config.run import CheckpointConfig
 from gpt.mirroring import Copier, follow
 from gpt.run_dir import RunDir, read_json, write_json
 from launcher import launch

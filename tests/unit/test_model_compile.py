@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 from data_pipeline.errors import ConfigError
 from gpt.attention import Documents
 from gpt.compilation import compile_seconds
-from gpt.config import RunConfig
+from gpt.config.run import RunConfig
 from tests.unit.model_support import build, random_tokens
 
 DOCUMENTS = [(24, 48), (3, 5, 24, 25, 48), (10, 24, 31, 48), (24, 48)]

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data_pipeline.errors import CheckpointError, ConfigError
 from data_pipeline.tokenizer import END_OF_TEXT, Encoding, load_encoding
 from gpt import sample
-from gpt.config import RunConfig
+from gpt.config.run import RunConfig
 from gpt.export import export
 from gpt.huggingface_tokenizer import SAMPLES, FolderTokenizer, write_tokenizer
 from gpt.model.gpt import GPT

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from data_pipeline.errors import ConfigError
 from data_pipeline.tokenizer import load_encoding
 from gpt import record
-from gpt.config import RunConfig
+from gpt.config.run import RunConfig
 from gpt.huggingface import model_fields
 from gpt.huggingface_tokenizer import write_tokenizer
 from gpt.pretrained import PretrainedFolder, check_tokenizer

@@ -14,7 +14,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from gpt import record
-from gpt.config import RunConfig
+from gpt.config.run import RunConfig
 from gpt.run_dir import RunDir, read_json, write_json
 from gpt.tracking import Mirror, follow
 
