@@ -26,7 +26,7 @@ from gpt.flops import flops_per_token
 from gpt.heartbeat import Heartbeat
 from gpt.lines import Late, Line, Lines
 from gpt.model.gpt import seed_dropout
-from gpt.optimizer import group_table
+from gpt.optimizer.build import group_table
 from gpt.peak import peak_flops_per_second
 from gpt.prefetch import AHEAD, Prefetcher
 from gpt.profile import Profile

@@ -35,7 +35,7 @@ from gpt.initialization import initialize
 from gpt.model.gpt import GPT
 from gpt.model_config import ModelConfig
 from gpt.muon import Exchange, MuonAdamW, Whole
-from gpt.optimizer import build_optimizer, set_rate
+from gpt.optimizer.build import build_optimizer, set_rate
 from gpt.parameter_groups import hyperparameters, parameter_entries, sizes_by_group, states
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

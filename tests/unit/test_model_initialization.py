@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from gpt.model.gpt import GPT
 from gpt.model_config import ModelConfig
-from gpt.optimizer import build_optimizer, parameter_groups, set_rate
+from gpt.optimizer.build import build_optimizer, parameter_groups, set_rate
 from gpt.optimizer_config import OptimizerConfig
 from tests.unit.model_support import CPU, GPT2, MUP, build, random_tokens, rows
 
