@@ -15,7 +15,7 @@ from typing import Any
 from data_pipeline.errors import CheckpointError, ConfigError
 from gpt.checkpoint.format import committed
 from gpt.checkpoint.writer import remove_leftovers
-from gpt.distributed import World, from_first, gather, together
+from gpt.distributed.world import World, from_first, gather, together
 from gpt.record import event
 from gpt.run_dir import RunDir, patiently, read_json, write_json
 

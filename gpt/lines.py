@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gpt import record
 from gpt.attempt import is_superseded
-from gpt.distributed import World
+from gpt.distributed.world import World
 from gpt.run_dir import RunDir
 
 

@@ -21,7 +21,7 @@ from statistics import median
 import torch
 import torch.distributed as dist
 
-from gpt.distributed import World, from_first, gather
+from gpt.distributed.world import World, from_first, gather
 
 LARGEST_CLOCK_OFFSET_S = 60.0  # tokens, metrics and logs are ordered by time; Kerberos gives up at 300 s
 SMALLEST_MEMORY_BYTES = 1 << 30

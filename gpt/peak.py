@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from gpt.distributed import World, total
+from gpt.distributed.world import World, total
 from gpt.flops import PEAK_FLOPS_PER_SECOND
 from gpt.layers import compute_dtype
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from gpt.config.run import RunConfig
-from gpt.distributed import World
+from gpt.distributed.world import World
 from gpt.run_dir import RunDir
 
 

@@ -1,7 +1,7 @@
 """Stop requests: signals and the file RUN/stop become one flag, and nothing else happens here.
 
 A signal handler that saves would run in the middle of a step, on one rank. The flag is reduced over the
-ranks at a step boundary (gpt.distributed), so that all of them save the same step.
+ranks at a step boundary (gpt.distributed.world), so that all of them save the same step.
 """
 
 import ctypes

@@ -21,7 +21,7 @@ from gpt.checkpoint.load import has_begun, load_newest
 from gpt.checkpoint.saver import Saver
 from gpt.compilation import compile_seconds
 from gpt.config.run import RunConfig
-from gpt.distributed import PendingTick, Tick, World, from_first, together, total
+from gpt.distributed.world import PendingTick, Tick, World, from_first, together, total
 from gpt.flops import flops_per_token
 from gpt.heartbeat import Heartbeat
 from gpt.lines import Late, Line, Lines

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.batches import EvaluationReader
 from gpt.data_config import DataConfig
-from gpt.distributed import PendingTick, Tick, World, total
+from gpt.distributed.world import PendingTick, Tick, World, total
 from gpt.heartbeat import Heartbeat
 from gpt.model.gpt import GPT
 from gpt.step import model_inputs

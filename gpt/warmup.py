@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gpt.distributed import World, total
+from gpt.distributed.world import World, total
 from gpt.model.gpt import GPT, seed_dropout
 from gpt.step import ModelInputs, train_step
 from gpt.zero import Engine

@@ -29,7 +29,7 @@ from gpt.adamw import AdamW
 from gpt.checkpoint.format import GroupEntry, ParameterEntry
 from gpt.checkpoint.layout import GroupLayout, Kind
 from gpt.config.run import RunConfig
-from gpt.distributed import World
+from gpt.distributed.world import World
 from gpt.flops import parameter_table
 from gpt.initialization import initialize
 from gpt.model.gpt import GPT

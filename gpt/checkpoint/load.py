@@ -12,7 +12,7 @@ from gpt.checkpoint.format import CheckpointIndex, Corrupt, committed
 from gpt.checkpoint.mirror import Mirror
 from gpt.checkpoint.reader import CheckpointReader
 from gpt.checkpoint.writer import set_aside
-from gpt.distributed import World, from_first, gather, together
+from gpt.distributed.world import World, from_first, gather, together
 from gpt.parameter_groups import misfits
 from gpt.record import earlier_configs, event, read
 from gpt.run_dir import RunDir

@@ -49,7 +49,7 @@ from gpt.checkpoint.writer import (
     temporary_folder,
     write_rank_file,
 )
-from gpt.distributed import PendingGather, World, gather, total
+from gpt.distributed.world import PendingGather, World, gather, total
 from gpt.heartbeat import Heartbeat
 from gpt.host_memory import LARGEST_SHARE, available_bytes
 from gpt.run_dir import RunDir

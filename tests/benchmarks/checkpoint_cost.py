@@ -24,7 +24,7 @@ from gpt.attention import Documents
 from gpt.checkpoint.load import load_newest
 from gpt.checkpoint.saver import Saver
 from gpt.config.run import RunConfig
-from gpt.distributed import join, total
+from gpt.distributed.world import join, total
 from gpt.heartbeat import Heartbeat
 from gpt.run_dir import RunDir
 from gpt.step import train_step

@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-import gpt.distributed
+import gpt.distributed.world
 from gpt.attention import Documents
 from gpt.config.run import RunConfig
-from gpt.distributed import World, join
+from gpt.distributed.world import World, join
 from gpt.model.gpt import GPT
 from gpt.step import ModelInputs, train_step
 from gpt.zero import DTYPES, Engine, build_model
@@ -106,7 +106,7 @@ def kibibytes(name: str) -> int:
 def main(run: RunConfig, way: str) -> None:
     torch.set_num_threads(1)
     if "OUTLAST_MEMORY" in os.environ:
-        gpt.distributed.keep_freed_memory = lambda: None
+        gpt.distributed.world.keep_freed_memory = lambda: None
     world = join(120)
     if way == "outlast":
         from gpt.zero import _import_deepspeed

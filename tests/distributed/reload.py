@@ -9,7 +9,7 @@ import torch.distributed as dist
 from gpt.checkpoint.load import load_newest
 from gpt.checkpoint.saver import Saver
 from gpt.config.run import RunConfig
-from gpt.distributed import join
+from gpt.distributed.world import join
 from gpt.heartbeat import Heartbeat
 from gpt.run_dir import RunDir
 from gpt.stop import StopRequest

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from gpt.config.run import RunConfig
-from gpt.distributed import join
+from gpt.distributed.world import join
 from gpt.flops import parameter_count
 from gpt.zero import _import_deepspeed, build_model
 

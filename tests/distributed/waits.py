@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt.attention import Documents
 from gpt.config.run import RunConfig
-from gpt.distributed import join
+from gpt.distributed.world import join
 from gpt.lines import Late
 from gpt.step import train_step
 from gpt.zero import Engine, build_model

@@ -8,7 +8,7 @@ import torch
 
 from gpt.attention import Documents
 from gpt.config.run import RunConfig
-from gpt.distributed import join, total
+from gpt.distributed.world import join, total
 from gpt.zero import Engine, build_model
 
 run = RunConfig.model_validate(json.loads(sys.argv[1]))

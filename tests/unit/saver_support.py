@@ -24,7 +24,7 @@ from gpt.checkpoint.layout import GroupLayout
 from gpt.checkpoint.saver import Saver
 from gpt.config.run import CheckpointConfig, RunConfig
 from gpt.data_config import DataConfig
-from gpt.distributed import World
+from gpt.distributed.world import World
 from gpt.heartbeat import Heartbeat
 from gpt.optimizer_config import ScheduleConfig
 from gpt.run_dir import RunDir

@@ -11,7 +11,7 @@ from gpt.changeable import config_fingerprint
 from gpt.checkpoint.format import committed, rank_name
 from gpt.checkpoint.load import has_begun, load_newest
 from gpt.checkpoint.mirror import Mirror
-from gpt.distributed import World
+from gpt.distributed.world import World
 from gpt.mirroring import Copier
 from gpt.run_dir import RunDir
 from tests.unit.saver_support import SmallEngine, alone, make_saver

@@ -20,7 +20,7 @@ from gpt.checkpoint.format import committed, verify
 from gpt.checkpoint.reader import CheckpointReader
 from gpt.checkpoint.saver import Saver
 from gpt.checkpoint.writer import remove_leftovers
-from gpt.distributed import World, total
+from gpt.distributed.world import World, total
 from gpt.host_memory import available_bytes
 from gpt.run_dir import RunDir
 from tests.unit.saver_support import (
