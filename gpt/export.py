@@ -25,7 +25,7 @@ from gpt.checkpoint.format import Corrupt
 from gpt.checkpoint.reader import CheckpointReader, intact_candidates
 from gpt.config.run import RunConfig
 from gpt.flops import parameter_count, parameter_table
-from gpt.huggingface import TensorPlace, tensor_places, twin_config, twin_obstacle
+from gpt.huggingface.architectures import TensorPlace, tensor_places, twin_config, twin_obstacle
 from gpt.huggingface_tokenizer import write_tokenizer
 from gpt.model_config import ModelConfig
 from gpt.run_dir import RunDir

@@ -27,7 +27,7 @@ from gpt.changeable import config_fingerprint
 from gpt.checkpoint.format import CheckpointIndex, GroupEntry
 from gpt.checkpoint.writer import commit, temporary_folder, write_rank_file
 from gpt.config.run import RunConfig
-from gpt.huggingface import TensorPlace, tensor_places
+from gpt.huggingface.architectures import TensorPlace, tensor_places
 from gpt.huggingface_tokenizer import SAMPLES
 from gpt.model_config import ModelConfig
 from gpt.parameter_groups import hyperparameters, parameter_entries, sizes_by_group, states

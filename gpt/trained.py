@@ -19,7 +19,7 @@ from gpt.checkpoint.format import Corrupt
 from gpt.checkpoint.reader import intact_candidates
 from gpt.config.run import RunConfig
 from gpt.flops import parameter_table
-from gpt.huggingface import model_fields
+from gpt.huggingface.architectures import model_fields
 from gpt.huggingface_tokenizer import FolderTokenizer
 from gpt.model.gpt import GPT
 from gpt.model_config import ModelConfig

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from gpt.attention import Documents
-from gpt.huggingface import tensor_places, twin_config, twin_obstacle
+from gpt.huggingface.architectures import tensor_places, twin_config, twin_obstacle
 from gpt.model.gpt import GPT
 from gpt.model_config import ModelConfig
 

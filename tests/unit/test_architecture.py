@@ -19,7 +19,7 @@ TORCH_FREE_IN_GPT = (
     "gpt.optimizer_config",
     "gpt.parallel_config",
     "gpt.parameter_groups",
-    "gpt.huggingface",
+    "gpt.huggingface.architectures",
     "gpt.run_dir",
     "gpt.record",
     "gpt.heartbeat",
