@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data_pipeline.errors import ConfigError
+from gpt.config.model import ModelConfig
 from gpt.layers import compute_dtype
-from gpt.model_config import ModelConfig
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from data_pipeline.batch_sizes import BatchSizes
 from data_pipeline.config_file import Section
-from gpt.model_config import Count
+from gpt.config.model import Count
 
 
 class Source(Section):

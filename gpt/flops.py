@@ -6,7 +6,7 @@
 from collections.abc import Iterator
 from math import prod
 
-from gpt.model_config import ModelConfig
+from gpt.config.model import ModelConfig
 
 # Dense peaks of one GPU, without sparsity and TF32, by the words of its name (NVIDIA's data sheets of A100
 # SXM, H100 SXM and PCIe, H200 SXM, HGX B200).

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from gpt.model_config import ModelConfig
+from gpt.config.model import ModelConfig
 
 _STD = 0.02
 _RESIDUAL = ("attention.output.weight", "ffn.down.weight")  # what writes to the residual stream

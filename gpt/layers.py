@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt.model_config import ModelConfig
+from gpt.config.model import ModelConfig
 
 # Without AVX-512 torch multiplies 16-bit matrices by a reference loop: measured 1 GFLOP/s a core in bf16 on
 # an AVX2 machine where fp32 reaches 45 to 90. Constants: torch.compile begins a new graph at a question.

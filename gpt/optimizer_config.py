@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from data_pipeline.config_file import Section
-from gpt.model_config import Count, Fraction
+from gpt.config.model import Count, Fraction
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 

@@ -5,7 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from data_pipeline.config_file import Section
-from gpt.model_config import Count
+from gpt.config.model import Count
 
 _STAGE_3_ONLY = (
     "offload_parameters",

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from gpt.checkpoint.format import CheckpointIndex, ParameterEntry
+from gpt.config.model import ModelConfig
 from gpt.flops import parameter_table
-from gpt.model_config import ModelConfig
 from gpt.optimizer_config import OptimizerConfig
 
 T = TypeVar("T")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gpt.attention import Documents
-from gpt.model_config import ModelConfig, RopeScaling
+from gpt.config.model import ModelConfig, RopeScaling
 
 
 def rope_table(model: ModelConfig) -> tuple[Tensor, Tensor]:

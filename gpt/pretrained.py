@@ -26,10 +26,10 @@ from gpt import record
 from gpt.changeable import config_fingerprint
 from gpt.checkpoint.format import CheckpointIndex, GroupEntry
 from gpt.checkpoint.writer import commit, temporary_folder, write_rank_file
+from gpt.config.model import ModelConfig
 from gpt.config.run import RunConfig
 from gpt.huggingface.architectures import TensorPlace, tensor_places
 from gpt.huggingface_tokenizer import SAMPLES
-from gpt.model_config import ModelConfig
 from gpt.parameter_groups import hyperparameters, parameter_entries, sizes_by_group, states
 from gpt.run_dir import RunDir
 

@@ -17,12 +17,12 @@ from data_pipeline.errors import CheckpointError
 from data_pipeline.tokenizer import load_encoding
 from gpt.checkpoint.format import Corrupt
 from gpt.checkpoint.reader import intact_candidates
+from gpt.config.model import ModelConfig
 from gpt.config.run import RunConfig
 from gpt.flops import parameter_table
 from gpt.huggingface.architectures import model_fields
 from gpt.huggingface_tokenizer import FolderTokenizer
 from gpt.model.gpt import GPT
-from gpt.model_config import ModelConfig
 from gpt.pretrained import PretrainedFolder
 from gpt.run_dir import RunDir, read_json
 

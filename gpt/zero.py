@@ -28,12 +28,12 @@ from torch import Tensor
 from gpt.adamw import AdamW
 from gpt.checkpoint.format import GroupEntry, ParameterEntry
 from gpt.checkpoint.layout import GroupLayout, Kind
+from gpt.config.model import ModelConfig
 from gpt.config.run import RunConfig
 from gpt.distributed.world import World
 from gpt.flops import parameter_table
 from gpt.initialization import initialize
 from gpt.model.gpt import GPT
-from gpt.model_config import ModelConfig
 from gpt.muon import Exchange, MuonAdamW, Whole
 from gpt.optimizer.build import build_optimizer, set_rate
 from gpt.parameter_groups import hyperparameters, parameter_entries, sizes_by_group, states

@@ -8,9 +8,9 @@ the CUDA context and NCCL's buffers, one to two GiB on a GPU) is not.
 from dataclasses import dataclass
 from math import prod
 
+from gpt.config.model import ModelConfig
 from gpt.config.run import RunConfig
 from gpt.flops import parameter_count, parameter_table
-from gpt.model_config import ModelConfig
 
 # Of gpt.loss: logits that there are at a time, and those of them that are in fp32.
 LOSS_CHUNK_ELEMENTS = {"bf16": 2**27, "else": 2**24}

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gpt.model_config import ModelConfig
+from gpt.config.model import ModelConfig
 
 
 class _Attention(nn.Module):

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from gpt.attention import Documents
+from gpt.config.model import ModelConfig
 from gpt.model.gpt import GPT
-from gpt.model_config import ModelConfig
 from tests.benchmarks.peer_networks import HandWritten, TransformersLlama
 
 MODEL = ModelConfig(n_layers=8, d_model=512, n_heads=8, d_ff=1408, context=512, vocab_size=8192)

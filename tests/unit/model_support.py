@@ -7,9 +7,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from gpt.attention import Documents
+from gpt.config.model import ModelConfig
 from gpt.huggingface.architectures import tensor_places, twin_config, twin_obstacle
 from gpt.model.gpt import GPT
-from gpt.model_config import ModelConfig
 
 # What these networks compute takes microseconds; handing it to threads takes longer on a busy machine.
 torch.set_num_threads(1)

@@ -15,7 +15,7 @@ TORCH_FREE_IN_GPT = (
     "gpt.config.run",
     "gpt.changeable",
     "gpt.data_config",
-    "gpt.model_config",
+    "gpt.config.model",
     "gpt.optimizer_config",
     "gpt.parallel_config",
     "gpt.parameter_groups",

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from data_pipeline.errors import ConfigError
 from gpt.attention import Documents, Scores, _is_installed, choose, flash_2, flash_3, flash_4, reference
-from gpt.model_config import ModelConfig
+from gpt.config.model import ModelConfig
 from tests.unit.model_support import build, random_tokens
 
 

@@ -64,8 +64,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_folder_of_transformers_gives_its_own_logits(
     kind: str, fields: dict[str, Any], tmp_path: Path
 ) -> None:
+    from gpt.config.model import ModelConfig
     from gpt.model.gpt import GPT
-    from gpt.model_config import ModelConfig
 
     theirs = save(kind, fields, tmp_path)
     model = ModelConfig.model_validate(model_fields(read_json(tmp_path / "config.json") or {}))

@@ -6,8 +6,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from gpt.config.model import ModelConfig
 from gpt.model.gpt import GPT
-from gpt.model_config import ModelConfig
 from gpt.optimizer.build import build_optimizer, parameter_groups, set_rate
 from gpt.optimizer_config import OptimizerConfig
 from tests.unit.model_support import CPU, GPT2, MUP, build, random_tokens, rows

@@ -9,8 +9,8 @@ import tempfile
 from pathlib import Path
 from statistics import mean, stdev
 
+from gpt.config.model import ModelConfig
 from gpt.flops import parameter_count
-from gpt.model_config import ModelConfig
 from gpt.optimizer_config import OptimizerConfig, ScheduleConfig
 from tests.benchmarks.papers.small import CONTEXT, VOCABULARY, train
 from tests.distributed.data import small_data_set

@@ -8,8 +8,8 @@ import torch
 
 from data_pipeline.batch_sizes import BatchSizes
 from data_pipeline.batches import BatchReader, EvaluationReader
+from gpt.config.model import ModelConfig
 from gpt.model.gpt import GPT
-from gpt.model_config import ModelConfig
 from gpt.optimizer.build import build_optimizer
 from gpt.optimizer_config import OptimizerConfig, ScheduleConfig
 from gpt.schedule import learning_rate
