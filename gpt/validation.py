@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from data_pipeline.batches import EvaluationReader
-from gpt.data_config import DataConfig
+from gpt.config.data import DataConfig
 from gpt.distributed.world import PendingTick, Tick, World, total
 from gpt.heartbeat import Heartbeat
 from gpt.model.gpt import GPT

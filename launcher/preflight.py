@@ -14,8 +14,8 @@ from data_pipeline.batches import windows_in
 from data_pipeline.config_file import validate
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.manifest import Manifest, check, read_manifest, verify
+from gpt.config.data import DataConfig
 from gpt.config.run import RunConfig
-from gpt.data_config import DataConfig
 from gpt.run_dir import RunDir
 from launcher.cluster import ClusterConfig, load_cluster
 from launcher.findings import Findings

@@ -14,8 +14,8 @@ from pydantic import Field, field_validator, model_validator
 
 from data_pipeline.batch_sizes import BatchSizes
 from data_pipeline.config_file import Section
+from gpt.config.data import BatchConfig, DataConfig, MixtureStage
 from gpt.config.model import Count, ModelConfig, nearest_multiple
-from gpt.data_config import BatchConfig, DataConfig, MixtureStage
 from gpt.optimizer_config import OptimizerConfig, ScheduleConfig
 from gpt.parallel_config import ParallelConfig, ZeroConfig
 

@@ -22,8 +22,8 @@ from gpt.checkpoint import failpoints
 from gpt.checkpoint.format import GroupEntry, ParameterEntry
 from gpt.checkpoint.layout import GroupLayout
 from gpt.checkpoint.saver import Saver
+from gpt.config.data import DataConfig
 from gpt.config.run import CheckpointConfig, RunConfig
-from gpt.data_config import DataConfig
 from gpt.distributed.world import World
 from gpt.heartbeat import Heartbeat
 from gpt.optimizer_config import ScheduleConfig

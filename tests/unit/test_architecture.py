@@ -14,7 +14,7 @@ TORCH_FREE_IN_GPT = (
     "gpt",
     "gpt.config.run",
     "gpt.changeable",
-    "gpt.data_config",
+    "gpt.config.data",
     "gpt.config.model",
     "gpt.optimizer_config",
     "gpt.parallel_config",

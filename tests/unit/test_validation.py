@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data_pipeline.batches import Batch, EvaluationReader
 from data_pipeline.tokenizer import load_encoding
-from gpt.data_config import DataConfig
+from gpt.config.data import DataConfig
 from gpt.distributed.world import World
 from gpt.heartbeat import Heartbeat
 from gpt.loss import IGNORED
