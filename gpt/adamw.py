@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt.optimizer_config import OptimizerConfig
+from gpt.config.optimizer import OptimizerConfig
 
 # Elements updated at a time where moments are in bf16: their fp32 copies then take 128 MiB at most.
 _CHUNK_ELEMENTS = 2**24

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gpt.adamw import AdamW
-from gpt.optimizer_config import OptimizerConfig
+from gpt.config.optimizer import OptimizerConfig
 
 # The quintic whose slope at zero is largest (Jordan et al. 2024), five times.
 _A, _B, _C = 3.4445, -4.7750, 2.0315

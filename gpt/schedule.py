@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 
-from gpt.optimizer_config import ScheduleConfig
+from gpt.config.optimizer import ScheduleConfig
 
 
 def learning_rate(

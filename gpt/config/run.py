@@ -16,7 +16,7 @@ from data_pipeline.batch_sizes import BatchSizes
 from data_pipeline.config_file import Section
 from gpt.config.data import BatchConfig, DataConfig, MixtureStage
 from gpt.config.model import Count, ModelConfig, nearest_multiple
-from gpt.optimizer_config import OptimizerConfig, ScheduleConfig
+from gpt.config.optimizer import OptimizerConfig, ScheduleConfig
 from gpt.parallel_config import ParallelConfig, ZeroConfig
 
 

@@ -4,9 +4,9 @@ import torch
 from torch import nn
 
 from gpt.adamw import AdamW
+from gpt.config.optimizer import OptimizerConfig
 from gpt.model.gpt import GPT
 from gpt.muon import MuonAdamW
-from gpt.optimizer_config import OptimizerConfig
 from gpt.parameter_groups import by_group, hyperparameters
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gpt.adamw import AdamW
-from gpt.optimizer_config import OptimizerConfig
+from gpt.config.optimizer import OptimizerConfig
 
 PARAMETERS = 30_000_000
 

@@ -23,10 +23,10 @@ from gpt.checkpoint.format import GroupEntry, ParameterEntry
 from gpt.checkpoint.layout import GroupLayout
 from gpt.checkpoint.saver import Saver
 from gpt.config.data import DataConfig
+from gpt.config.optimizer import ScheduleConfig
 from gpt.config.run import CheckpointConfig, RunConfig
 from gpt.distributed.world import World
 from gpt.heartbeat import Heartbeat
-from gpt.optimizer_config import ScheduleConfig
 from gpt.run_dir import RunDir
 from gpt.stop import StopRequest
 from gpt.zero import StatePart

@@ -16,7 +16,7 @@ TORCH_FREE_IN_GPT = (
     "gpt.changeable",
     "gpt.config.data",
     "gpt.config.model",
-    "gpt.optimizer_config",
+    "gpt.config.optimizer",
     "gpt.parallel_config",
     "gpt.parameter_groups",
     "gpt.huggingface.architectures",

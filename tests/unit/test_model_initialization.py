@@ -7,9 +7,9 @@ import torch
 from pydantic import ValidationError
 
 from gpt.config.model import ModelConfig
+from gpt.config.optimizer import OptimizerConfig
 from gpt.model.gpt import GPT
 from gpt.optimizer.build import build_optimizer, parameter_groups, set_rate
-from gpt.optimizer_config import OptimizerConfig
 from tests.unit.model_support import CPU, GPT2, MUP, build, random_tokens, rows
 
 

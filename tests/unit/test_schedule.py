@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 from torch.optim import lr_scheduler
 
-from gpt.optimizer_config import ScheduleConfig
+from gpt.config.optimizer import ScheduleConfig
 from gpt.schedule import learning_rate
 
 PEAK, TOTAL = 3e-3, 100

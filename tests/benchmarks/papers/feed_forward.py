@@ -10,8 +10,8 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from gpt.config.model import ModelConfig
+from gpt.config.optimizer import OptimizerConfig, ScheduleConfig
 from gpt.flops import parameter_count
-from gpt.optimizer_config import OptimizerConfig, ScheduleConfig
 from tests.benchmarks.papers.small import CONTEXT, VOCABULARY, train
 from tests.distributed.data import small_data_set
 

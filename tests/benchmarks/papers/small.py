@@ -9,9 +9,9 @@ import torch
 from data_pipeline.batch_sizes import BatchSizes
 from data_pipeline.batches import BatchReader, EvaluationReader
 from gpt.config.model import ModelConfig
+from gpt.config.optimizer import OptimizerConfig, ScheduleConfig
 from gpt.model.gpt import GPT
 from gpt.optimizer.build import build_optimizer
-from gpt.optimizer_config import OptimizerConfig, ScheduleConfig
 from gpt.schedule import learning_rate
 from gpt.step import model_inputs
 

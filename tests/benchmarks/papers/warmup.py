@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from gpt.optimizer_config import OptimizerConfig, ScheduleConfig
+from gpt.config.optimizer import OptimizerConfig, ScheduleConfig
 from tests.benchmarks.papers.small import DIVERGED, train
 from tests.distributed.data import small_data_set
 
