@@ -17,7 +17,7 @@ from data_pipeline.config_file import Section
 from gpt.config.data import BatchConfig, DataConfig, MixtureStage
 from gpt.config.model import Count, ModelConfig, nearest_multiple
 from gpt.config.optimizer import OptimizerConfig, ScheduleConfig
-from gpt.parallel_config import ParallelConfig, ZeroConfig
+from gpt.config.parallel import ParallelConfig, ZeroConfig
 
 
 class CheckpointConfig(Section):

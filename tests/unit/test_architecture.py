@@ -17,7 +17,7 @@ TORCH_FREE_IN_GPT = (
     "gpt.config.data",
     "gpt.config.model",
     "gpt.config.optimizer",
-    "gpt.parallel_config",
+    "gpt.config.parallel",
     "gpt.parameter_groups",
     "gpt.huggingface.architectures",
     "gpt.run_dir",
