@@ -23,10 +23,10 @@ from data_pipeline.errors import ConfigError, OutlastError
 from data_pipeline.manifest import joint_fingerprint, read_manifest
 from data_pipeline.tokenizer import Encoding, load_encoding
 from gpt import record
-from gpt.changeable import config_fingerprint
 from gpt.checkpoint.format import CheckpointIndex, GroupEntry
 from gpt.checkpoint.writer import commit, temporary_folder, write_rank_file
 from gpt.config.model import ModelConfig
+from gpt.config.resume_rules import config_fingerprint
 from gpt.config.run import RunConfig
 from gpt.huggingface.architectures import TensorPlace, tensor_places
 from gpt.huggingface_tokenizer import SAMPLES

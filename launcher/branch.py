@@ -13,7 +13,6 @@ from pathlib import Path
 from data_pipeline.durable import fsync_folder, write_durably
 from data_pipeline.errors import CheckpointError, ConfigError
 from gpt import record
-from gpt.changeable import config_fingerprint
 from gpt.checkpoint.format import (
     INDEX_NAME,
     CheckpointIndex,
@@ -24,6 +23,7 @@ from gpt.checkpoint.format import (
     verify,
     verify_file,
 )
+from gpt.config.resume_rules import config_fingerprint
 from gpt.config.run import RunConfig
 from gpt.parameter_groups import misfits, parameter_entries, states
 from gpt.run_dir import RunDir

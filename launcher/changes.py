@@ -10,8 +10,8 @@ from typing import Any
 import click
 
 from data_pipeline.errors import ConfigError
-from gpt.changeable import RULES, Change, rule_of
 from gpt.checkpoint.format import CheckpointIndex
+from gpt.config.resume_rules import RULES, Change, rule_of
 from gpt.config.run import RunConfig
 
 DATA = "data"  # the data itself, by its fingerprint

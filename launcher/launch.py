@@ -21,9 +21,9 @@ from data_pipeline.manifest import joint_fingerprint
 from data_pipeline.remote import is_remote
 from data_pipeline.skip_list import SkipList
 from gpt import record
-from gpt.changeable import config_fingerprint
 from gpt.checkpoint.format import BadFile, CheckpointIndex, Corrupt, committed, read_index, verify
 from gpt.checkpoint.mirror import Mirror
+from gpt.config.resume_rules import config_fingerprint
 from gpt.config.run import RunConfig
 from gpt.run_dir import RunDir, read_json
 from launcher.branch import find_origin, plant, state_misfits

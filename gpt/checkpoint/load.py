@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 
 from data_pipeline.errors import CheckpointError, ConfigError, OutlastError
-from gpt.changeable import config_fingerprint
 from gpt.checkpoint.format import CheckpointIndex, Corrupt, committed
 from gpt.checkpoint.mirror import Mirror
 from gpt.checkpoint.reader import CheckpointReader
 from gpt.checkpoint.writer import set_aside
+from gpt.config.resume_rules import config_fingerprint
 from gpt.distributed.world import World, from_first, gather, together
 from gpt.parameter_groups import misfits
 from gpt.record import earlier_configs, event, read

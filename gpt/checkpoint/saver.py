@@ -26,7 +26,6 @@ from data_pipeline.errors import CheckpointError
 from data_pipeline.skip_list import Ranges
 from gpt import record
 from gpt.attempt import Superseded, is_superseded
-from gpt.changeable import config_fingerprint
 from gpt.checkpoint.due import SaveClock, failures_so_far, time_between_failures_s
 from gpt.checkpoint.failpoints import reach
 from gpt.checkpoint.format import (
@@ -49,6 +48,7 @@ from gpt.checkpoint.writer import (
     temporary_folder,
     write_rank_file,
 )
+from gpt.config.resume_rules import config_fingerprint
 from gpt.distributed.world import PendingGather, World, gather, total
 from gpt.heartbeat import Heartbeat
 from gpt.host_memory import LARGEST_SHARE, available_bytes

@@ -13,7 +13,7 @@ ROOMS = ("launcher", "gpt", "data_pipeline")
 TORCH_FREE_IN_GPT = (
     "gpt",
     "gpt.config.run",
-    "gpt.changeable",
+    "gpt.config.resume_rules",
     "gpt.config.data",
     "gpt.config.model",
     "gpt.config.optimizer",

@@ -6,8 +6,8 @@ import pytest
 
 from data_pipeline.config_file import field_names, validate
 from data_pipeline.errors import ConfigError
-from gpt.changeable import RULES, config_fingerprint, rule_of
 from gpt.checkpoint.format import read_index
+from gpt.config.resume_rules import RULES, config_fingerprint, rule_of
 from gpt.config.run import RunConfig
 from launcher.changes import fingerprint_changes, judge
 from tests.unit.checkpoint_support import write_checkpoint
