@@ -28,7 +28,7 @@ from gpt.config.run import RunConfig
 from gpt.flops import parameter_count, parameter_table
 from gpt.huggingface.architectures import TensorPlace, tensor_places, twin_config, twin_obstacle
 from gpt.huggingface_tokenizer import write_tokenizer
-from gpt.run_dir import RunDir
+from gpt.run.run_dir import RunDir
 
 SHARD_BYTES = 5 * 10**9
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -15,7 +15,7 @@ from torch import Tensor
 from gpt import record
 from gpt.attempt import is_superseded
 from gpt.distributed.world import World
-from gpt.run_dir import RunDir
+from gpt.run.run_dir import RunDir
 
 
 class Late:

@@ -17,7 +17,7 @@ from gpt.checkpoint.mirror import Mirror, MirrorError
 from gpt.checkpoint.retention import kept
 from gpt.checkpoint.writer import Pace
 from gpt.config.run import CheckpointConfig, RunConfig
-from gpt.run_dir import RunDir
+from gpt.run.run_dir import RunDir
 
 POLL_S = 2.0
 RETRY_S = 30.0

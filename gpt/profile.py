@@ -7,7 +7,7 @@ import torch
 
 from gpt.config.run import RunConfig
 from gpt.distributed.world import World
-from gpt.run_dir import RunDir
+from gpt.run.run_dir import RunDir
 
 
 class Profile:

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from gpt.run_dir import is_listed
+from gpt.run.run_dir import is_listed
 
 # Slurm and torchrun send these to the whole process tree, each perhaps twice; the handler is idempotent.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)

@@ -16,7 +16,7 @@ from typing import Any
 from data_pipeline.config_file import dotted
 from gpt import beside, record
 from gpt.config.run import RunConfig
-from gpt.run_dir import RunDir, read_json, write_json
+from gpt.run.run_dir import RunDir, read_json, write_json
 
 BATCH_METRICS, BATCH_PARAMS = 1000, 100  # MLflow's limits for one request
 POLL_S = 2.0

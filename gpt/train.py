@@ -33,7 +33,7 @@ from gpt.attempt import Superseded, say
 from gpt.config.run import RunConfig
 from gpt.distributed.world import World, from_first, join
 from gpt.node_check import check_nodes
-from gpt.run_dir import RunDir
+from gpt.run.run_dir import RunDir
 from gpt.trainer import Outcome, StartClock, Trainer
 
 

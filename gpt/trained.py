@@ -24,7 +24,7 @@ from gpt.huggingface.architectures import model_fields
 from gpt.huggingface_tokenizer import FolderTokenizer
 from gpt.model.gpt import GPT
 from gpt.pretrained import PretrainedFolder
-from gpt.run_dir import RunDir, read_json
+from gpt.run.run_dir import RunDir, read_json
 
 
 class Tokenizer(Protocol):

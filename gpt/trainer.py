@@ -30,7 +30,7 @@ from gpt.optimizer.build import group_table
 from gpt.peak import peak_flops_per_second
 from gpt.prefetch import AHEAD, Prefetcher
 from gpt.profile import Profile
-from gpt.run_dir import RunDir
+from gpt.run.run_dir import RunDir
 from gpt.schedule import learning_rate
 from gpt.step import train_step
 from gpt.stop import StopRequest

@@ -26,7 +26,7 @@ from gpt.checkpoint.format import (
 from gpt.config.resume_rules import config_fingerprint
 from gpt.config.run import RunConfig
 from gpt.parameter_groups import misfits, parameter_entries, states
-from gpt.run_dir import RunDir
+from gpt.run.run_dir import RunDir
 from launcher.runs import open_run
 
 

@@ -17,7 +17,7 @@ from data_pipeline.durable import fsync_folder
 from data_pipeline.errors import LaunchError
 from gpt import record
 from gpt.checkpoint.format import PIN_NAME, Corrupt, committed, is_pinned, read_index, verify
-from gpt.run_dir import RunDir
+from gpt.run.run_dir import RunDir
 from launcher.plan import size
 
 _FEWEST = 2  # the newest, and one for the case that it turns out to be bad

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from data_pipeline.errors import LaunchError
-from gpt.run_dir import is_exported
+from gpt.run.run_dir import is_exported
 from launcher.paths import absolute
 from launcher.runs import open_run, python_module, read_config, runs_folder
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from data_pipeline.remote import is_remote
 from gpt.config.run import RunConfig
-from gpt.run_dir import RunDir
+from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig, Container
 
 

@@ -18,7 +18,7 @@ from data_pipeline.manifest import FILE_NAME, Manifest
 from data_pipeline.prepare import DataPrepConfig, Progress
 from data_pipeline.prepare import prepare as prepare_data
 from gpt.checkpoint import format as checkpoint_format
-from gpt.run_dir import RunDir
+from gpt.run.run_dir import RunDir
 from launcher.cluster import load_cluster
 
 _PLAIN_LINE_S = 10.0

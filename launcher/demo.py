@@ -28,7 +28,7 @@ from data_pipeline.prepare import DataPrepConfig
 from data_pipeline.stream import TokenStream
 from data_pipeline.tokenizer import load_encoding
 from gpt import record
-from gpt.run_dir import RunDir, read_json
+from gpt.run.run_dir import RunDir, read_json
 from launcher.children import sample_command
 from launcher.cluster import ClusterConfig
 from launcher.data_commands import prepare_with_progress

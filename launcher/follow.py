@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from gpt import record
-from gpt.run_dir import RunDir
+from gpt.run.run_dir import RunDir
 from launcher.jobs import Job, Lookout, Outcome, read_outcome, submission_folder
 from launcher.plan import size
 from launcher.requests import request_stop

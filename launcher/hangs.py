@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from gpt.heartbeat import WAITING
-from gpt.run_dir import is_listed, read_json, write_json
+from gpt.run.run_dir import is_listed, read_json, write_json
 from launcher.processes import process_state
 
 # A rank that waits for one which does not come: the node of that one has it first.

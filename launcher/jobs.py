@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from data_pipeline.errors import ConfigError, LaunchError
 from gpt.checkpoint.format import committed
-from gpt.run_dir import RunDir, read_json, write_json
+from gpt.run.run_dir import RunDir, read_json, write_json
 from launcher import slurm
 from launcher.processes import identity
 from launcher.requests import is_persons, standing_stop

@@ -25,7 +25,7 @@ from gpt.checkpoint.format import BadFile, CheckpointIndex, Corrupt, committed, 
 from gpt.checkpoint.mirror import Mirror
 from gpt.config.resume_rules import config_fingerprint
 from gpt.config.run import RunConfig
-from gpt.run_dir import RunDir, read_json
+from gpt.run.run_dir import RunDir, read_json
 from launcher.branch import find_origin, plant, state_misfits
 from launcher.changes import DATA, fingerprint_changes, judge
 from launcher.cluster import ClusterConfig

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_pipeline.errors import LaunchError
-from gpt.run_dir import RunDir
+from gpt.run.run_dir import RunDir
 from launcher.jobs import Lookout, read_job
 from launcher.runs import read_cluster
 

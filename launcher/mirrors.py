@@ -9,7 +9,7 @@ from data_pipeline.remote import is_remote
 from gpt.checkpoint.format import committed
 from gpt.checkpoint.mirror import Mirror, MirrorError
 from gpt.config.run import RunConfig
-from gpt.run_dir import RunDir
+from gpt.run.run_dir import RunDir
 from launcher.findings import Findings
 from launcher.jobs import is_copy
 

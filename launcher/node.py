@@ -23,7 +23,7 @@ from typing import Any
 from data_pipeline.errors import LaunchError
 from gpt import record
 from gpt.config.run import RunConfig
-from gpt.run_dir import RunDir, patiently, write_json
+from gpt.run.run_dir import RunDir, patiently, write_json
 from launcher import slurm
 from launcher.cluster import ClusterConfig
 from launcher.container import inside, needed_folders

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.errors import LaunchError
-from gpt.run_dir import is_listed, read_json, write_json
+from gpt.run.run_dir import is_listed, read_json, write_json
 from launcher import slurm
 from launcher.cluster import ClusterConfig
 

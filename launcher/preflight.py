@@ -16,7 +16,7 @@ from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.manifest import Manifest, check, read_manifest, verify
 from gpt.config.data import DataConfig
 from gpt.config.run import RunConfig
-from gpt.run_dir import RunDir
+from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig, load_cluster
 from launcher.findings import Findings
 from launcher.mirrors import check_mirror

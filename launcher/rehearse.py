@@ -19,7 +19,7 @@ from rich.table import Table
 
 from data_pipeline.errors import LaunchError
 from gpt import record
-from gpt.run_dir import RunDir, read_json
+from gpt.run.run_dir import RunDir, read_json
 from launcher import slurm
 from launcher.cluster import ClusterConfig
 from launcher.follow import Attendance, Display, Follower, outcome_of

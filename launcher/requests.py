@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from data_pipeline.errors import ConfigError
-from gpt.run_dir import RunDir, is_listed, read_json, write_json
+from gpt.run.run_dir import RunDir, is_listed, read_json, write_json
 
 
 def standing_stop(run: RunDir) -> dict[str, Any] | None:

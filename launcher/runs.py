@@ -19,7 +19,7 @@ from typing import Any
 from data_pipeline.config_file import Section, dotted, validate
 from data_pipeline.errors import ConfigError, LaunchError
 from gpt.config.run import RunConfig
-from gpt.run_dir import RunDir, read_json, write_json
+from gpt.run.run_dir import RunDir, read_json, write_json
 from launcher.cluster import ClusterConfig
 from launcher.jobs import is_copy
 from launcher.paths import absolute

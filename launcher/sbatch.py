@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt.config.run import RunConfig
-from gpt.run_dir import RunDir
+from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig
 from launcher.container import needed_folders, srun_options
 

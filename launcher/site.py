@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from gpt.config.run import RunConfig
-from gpt.run_dir import RunDir
+from gpt.run.run_dir import RunDir
 from launcher import slurm
 from launcher.cluster import ClusterConfig, time_limit_min
 from launcher.findings import Findings

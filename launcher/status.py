@@ -19,7 +19,7 @@ from rich.table import Table
 from data_pipeline.batch_sizes import BatchSizes
 from data_pipeline.errors import OutlastError
 from gpt.checkpoint.format import committed
-from gpt.run_dir import RunDir
+from gpt.run.run_dir import RunDir
 from launcher import slurm
 from launcher.follow import duration
 from launcher.jobs import Job, Outcome, read_job, read_outcome, standings

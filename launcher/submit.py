@@ -17,7 +17,7 @@ from pathlib import Path
 
 from data_pipeline.errors import LaunchError
 from gpt import record
-from gpt.run_dir import RunDir, write_json
+from gpt.run.run_dir import RunDir, write_json
 from launcher.cluster import ClusterConfig
 from launcher.container import needed_folders
 from launcher.jobs import Job, read_job, submission_folder

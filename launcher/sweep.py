@@ -26,7 +26,7 @@ from rich.table import Table
 
 from data_pipeline.config_file import Section, dotted, read_toml, validate, with_fields
 from data_pipeline.errors import ConfigError, LaunchError, OutlastError
-from gpt.run_dir import RunDir, write_json
+from gpt.run.run_dir import RunDir, write_json
 from launcher.cluster import ClusterConfig
 from launcher.follow import Follower, watch
 from launcher.jobs import claim_start

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gpt.config.run import RunConfig
 from gpt.heartbeat import VARIABLE as HEARTBEAT
-from gpt.run_dir import RunDir
+from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig
 from launcher.container import inside
 from launcher.place import Meeting, Place

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt import record
-from gpt.run_dir import RunDir, patiently, read_json, write_json
+from gpt.run.run_dir import RunDir, patiently, read_json, write_json
 from launcher.jobs import Outcome
 from launcher.place import Place, failures
 

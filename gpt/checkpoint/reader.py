@@ -23,7 +23,7 @@ from gpt.checkpoint.format import (
     read_index,
     read_rank_layout,
 )
-from gpt.run_dir import RunDir
+from gpt.run.run_dir import RunDir
 
 
 class CheckpointReader:

@@ -52,7 +52,7 @@ from gpt.config.resume_rules import config_fingerprint
 from gpt.distributed.world import PendingGather, World, gather, total
 from gpt.heartbeat import Heartbeat
 from gpt.host_memory import LARGEST_SHARE, available_bytes
-from gpt.run_dir import RunDir
+from gpt.run.run_dir import RunDir
 from gpt.stop import StopRequest
 from gpt.zero import Engine
 

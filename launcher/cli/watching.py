@@ -21,7 +21,7 @@ def status(run_dirs: tuple[str, ...], as_json: bool, watch: bool) -> int:
     """
     import json
 
-    from gpt.run_dir import RunDir
+    from gpt.run.run_dir import RunDir
     from launcher.paths import absolute
     from launcher.runs import list_runs, open_run, runs_folder, sweep_runs
     from launcher.status import show, statuses

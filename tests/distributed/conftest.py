@@ -19,7 +19,7 @@ from gpt import record
 from gpt.checkpoint.format import committed
 from gpt.checkpoint.reader import CheckpointReader
 from gpt.config.run import RunConfig
-from gpt.run_dir import RunDir, read_json, write_json
+from gpt.run.run_dir import RunDir, read_json, write_json
 from tests.distributed.data import small_data_set
 
 CONTEXT = 32

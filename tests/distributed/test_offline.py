@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt.run_dir import RunDir, read_json
+from gpt.run.run_dir import RunDir, read_json
 from tests.distributed.conftest import Run, make_run
 from tests.toml_text import toml_text
 

@@ -22,7 +22,7 @@ from gpt import record
 from gpt.checkpoint.format import INDEX_NAME, committed, read_index
 from gpt.config.run import CheckpointConfig
 from gpt.mirroring import Copier
-from gpt.run_dir import RunDir, read_json
+from gpt.run.run_dir import RunDir, read_json
 from launcher.status import status
 from tests.distributed.conftest import CONTEXT, Run, make_run, same_state
 from tests.unit.launcher_support import give_job

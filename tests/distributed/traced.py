@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from data_pipeline.batches import Batch, BatchReader
-from gpt.run_dir import RunDir
+from gpt.run.run_dir import RunDir
 from gpt.train import STOP, main
 
 run_dir, trace = Path(sys.argv[1]), Path(sys.argv[2])

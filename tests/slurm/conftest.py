@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from gpt.run_dir import RunDir, read_json
+from gpt.run.run_dir import RunDir, read_json
 from tests.distributed.conftest import Run, make_run
 from tests.distributed.data import small_data_set
 from tests.slurm.cluster import SlurmCluster, missing, processes_naming, wait_for

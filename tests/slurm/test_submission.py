@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gpt import record
-from gpt.run_dir import RunDir
+from gpt.run.run_dir import RunDir
 from launcher.runs import sweep_runs
 from tests.slurm.cluster import SlurmCluster, wait_for
 from tests.slurm.conftest import SlurmRun, node_task

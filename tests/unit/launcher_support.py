@@ -18,7 +18,7 @@ from data_pipeline.config_file import validate
 from data_pipeline.prepare import DataPrepConfig, prepare
 from data_pipeline.tokenizer import train_tokenizer
 from gpt.config.run import RunConfig
-from gpt.run_dir import RunDir, write_json
+from gpt.run.run_dir import RunDir, write_json
 from launcher.cluster import ClusterConfig
 from launcher.jobs import Job
 from launcher.processes import descendants, identity
@@ -29,7 +29,7 @@ from launcher.submit import submit
 WORKER_PRELUDE = """
 import json, os, signal, sys, tempfile, time
 from pathlib import Path
-from gpt.run_dir import RunDir, write_json
+from gpt.run.run_dir import RunDir, write_json
 from launcher.processes import end_self_with_parent
 end_self_with_parent(signal.SIGKILL)
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):

@@ -27,7 +27,7 @@ from gpt.config.optimizer import ScheduleConfig
 from gpt.config.run import CheckpointConfig, RunConfig
 from gpt.distributed.world import World
 from gpt.heartbeat import Heartbeat
-from gpt.run_dir import RunDir
+from gpt.run.run_dir import RunDir
 from gpt.stop import StopRequest
 from gpt.zero import StatePart
 

@@ -20,7 +20,7 @@ TORCH_FREE_IN_GPT = (
     "gpt.config.parallel",
     "gpt.parameter_groups",
     "gpt.huggingface.architectures",
-    "gpt.run_dir",
+    "gpt.run.run_dir",
     "gpt.record",
     "gpt.heartbeat",
     "gpt.flops",

@@ -14,7 +14,7 @@ from gpt import record
 from gpt.checkpoint.format import committed, verify
 from gpt.checkpoint.reader import CheckpointReader
 from gpt.config.resume_rules import config_fingerprint
-from gpt.run_dir import RunDir
+from gpt.run.run_dir import RunDir
 from launcher import launch
 from launcher.cluster import ClusterConfig
 from launcher.jobs import Job

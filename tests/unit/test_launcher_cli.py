@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 import pytest
 
-from gpt.run_dir import RunDir
+from gpt.run.run_dir import RunDir
 from launcher.cli import commands
 from launcher.jobs import state
 from tests.unit.launcher_support import kill_tree, make_data, make_run, start, wait_for

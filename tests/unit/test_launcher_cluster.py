@@ -10,7 +10,7 @@ import pytest
 from data_pipeline.config_file import validate
 from data_pipeline.errors import ConfigError
 from gpt.config.run import RunConfig
-from gpt.run_dir import RunDir
+from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig, cluster_names, load_cluster
 from launcher.place import Meeting, Place
 from launcher.runs import explicit

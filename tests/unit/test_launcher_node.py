@@ -15,7 +15,7 @@ import pytest
 from data_pipeline.errors import LaunchError
 from gpt import record
 from gpt.checkpoint.format import verify
-from gpt.run_dir import RunDir, read_json, write_json
+from gpt.run.run_dir import RunDir, read_json, write_json
 from launcher.cluster import ClusterConfig
 from launcher.follow import outcome_of
 from launcher.jobs import Job, Outcome, read_job, refuse_while_alive, state
@@ -285,7 +285,7 @@ finish(claim(), 0, "done")
 
 
 def test_the_mirror_is_told_to_drain_and_waited_for(folder: Path) -> None:
-    tracking = "import os, signal, sys, time\nfrom pathlib import Path\nfrom gpt.run_dir import RunDir\n"
+    tracking = "import os, signal, sys, time\nfrom pathlib import Path\nfrom gpt.run.run_dir import RunDir\n"
     tracking += "run = RunDir(Path(sys.argv[1]))\n" + WRITES_75_WHEN_TERMINATED
     worker = """
 while not (run.path / "tracking-pid").exists():
@@ -334,7 +334,7 @@ def test_the_job_runs_the_code_as_submitted_and_not_the_current_folders(
 def test_the_job_survives_its_submitters_terminal(folder: Path) -> None:
     run = make_run(folder, WAIT_FOR_STOP)
     program = (
-        f"from pathlib import Path; from gpt.run_dir import RunDir; from launcher.submit import submit; \
+        f"from pathlib import Path; from gpt.run.run_dir import RunDir; from launcher.submit import submit; \
 submit(RunDir(Path({str(folder)!r})), 'launch'); print('submitted')"
     )
     with subprocess.Popen(

@@ -11,7 +11,7 @@ from data_pipeline.config_file import with_overrides
 from data_pipeline.errors import ConfigError
 from data_pipeline.manifest import read_manifest
 from gpt.config.run import RunConfig
-from gpt.run_dir import read_json
+from gpt.run.run_dir import read_json
 from launcher.cluster import ClusterConfig
 from launcher.findings import Findings
 from launcher.plan import host_memory_warning, plan

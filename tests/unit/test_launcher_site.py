@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gpt.config.run import RunConfig
-from gpt.run_dir import RunDir
+from gpt.run.run_dir import RunDir
 from launcher import slurm
 from launcher.cluster import ClusterConfig
 from launcher.findings import Findings

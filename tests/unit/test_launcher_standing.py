@@ -17,7 +17,7 @@ import pytest
 from data_pipeline.config_file import validate
 from data_pipeline.errors import LaunchError
 from gpt.config.run import RunConfig
-from gpt.run_dir import RunDir, read_json, write_json
+from gpt.run.run_dir import RunDir, read_json, write_json
 from launcher import launch, slurm
 from launcher.follow import Follower, watch
 from launcher.jobs import Job, refuse_while_alive

@@ -11,7 +11,7 @@ import pytest
 
 from data_pipeline.config_file import validate
 from data_pipeline.errors import ConfigError, LaunchError
-from gpt.run_dir import RunDir, write_json
+from gpt.run.run_dir import RunDir, write_json
 from launcher.jobs import Job, claim_start
 from launcher.processes import identity
 from launcher.runs import sweep_runs

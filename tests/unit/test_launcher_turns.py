@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from gpt import record
-from gpt.run_dir import RunDir, read_json, write_json
+from gpt.run.run_dir import RunDir, read_json, write_json
 from launcher.cluster import ClusterConfig
 from launcher.jobs import Outcome
 from launcher.node import _Node

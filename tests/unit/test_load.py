@@ -13,7 +13,7 @@ from gpt.checkpoint.mirror import Mirror
 from gpt.config.resume_rules import config_fingerprint
 from gpt.distributed.world import World
 from gpt.mirroring import Copier
-from gpt.run_dir import RunDir
+from gpt.run.run_dir import RunDir
 from tests.unit.saver_support import SmallEngine, alone, make_saver
 
 __all__ = ["alone"]  # a fixture

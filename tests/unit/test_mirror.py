@@ -16,7 +16,7 @@ from gpt.checkpoint.mirror import Mirror, MirrorError
 from gpt.checkpoint.writer import Pace, prune
 from gpt.config.run import CheckpointConfig
 from gpt.mirroring import Copier, follow
-from gpt.run_dir import RunDir, read_json, write_json
+from gpt.run.run_dir import RunDir, read_json, write_json
 from launcher import launch
 from launcher.cluster import ClusterConfig
 from launcher.preflight import examine

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from gpt.attempt import is_superseded
-from gpt.run_dir import RunDir, is_listed
+from gpt.run.run_dir import RunDir, is_listed
 from gpt.stop import StopRequest
 
 

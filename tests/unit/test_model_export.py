@@ -20,7 +20,7 @@ from gpt.export import export
 from gpt.huggingface_tokenizer import SAMPLES, FolderTokenizer, write_tokenizer
 from gpt.model.gpt import GPT
 from gpt.pretrained import write_first_checkpoint
-from gpt.run_dir import RunDir, write_json
+from gpt.run.run_dir import RunDir, write_json
 from gpt.trained import from_folder
 from tests.unit.data_support import packaged_texts, prepared
 from tests.unit.model_support import GPT2, MUP, build, random_tokens, rows

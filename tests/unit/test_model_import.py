@@ -14,7 +14,7 @@ from gpt.config.run import RunConfig
 from gpt.huggingface.architectures import model_fields
 from gpt.huggingface_tokenizer import write_tokenizer
 from gpt.pretrained import PretrainedFolder, check_tokenizer
-from gpt.run_dir import RunDir, read_json
+from gpt.run.run_dir import RunDir, read_json
 from gpt.trained import from_run
 from launcher.cli import run as outlast
 from tests.unit.data_support import packaged_texts, prepared

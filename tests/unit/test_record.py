@@ -7,7 +7,7 @@ import pytest
 
 from data_pipeline.errors import ConfigError
 from gpt import record
-from gpt.run_dir import read_json
+from gpt.run.run_dir import read_json
 
 
 def steps(path: Path) -> list[int]:

@@ -22,7 +22,7 @@ from gpt.checkpoint.saver import Saver
 from gpt.checkpoint.writer import remove_leftovers
 from gpt.distributed.world import World, total
 from gpt.host_memory import available_bytes
-from gpt.run_dir import RunDir
+from gpt.run.run_dir import RunDir
 from tests.unit.saver_support import (
     STATES,
     alone,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt.run_dir import RunDir
+from gpt.run.run_dir import RunDir
 
 CALLS = "write,fsync,rename,renameat,renameat2,openat"
 

@@ -16,7 +16,7 @@ from gpt.attempt import Superseded
 from gpt.checkpoint import saver as saver_module
 from gpt.checkpoint.format import committed
 from gpt.checkpoint.writer import remove_leftovers
-from gpt.run_dir import RunDir
+from gpt.run.run_dir import RunDir
 from gpt.stop import StopRequest
 from gpt.trainer import Outcome, Trainer
 from tests.unit.saver_support import arm, join, make_saver

@@ -15,7 +15,7 @@ from mlflow.tracking import MlflowClient
 
 from gpt import record
 from gpt.config.run import RunConfig
-from gpt.run_dir import RunDir, read_json, write_json
+from gpt.run.run_dir import RunDir, read_json, write_json
 from gpt.tracking import Mirror, follow
 
 
