@@ -16,7 +16,7 @@ from data_pipeline.errors import CheckpointError, ConfigError
 from gpt.checkpoint.format import committed
 from gpt.checkpoint.writer import remove_leftovers
 from gpt.distributed.world import World, from_first, gather, together
-from gpt.record import event
+from gpt.run.record import event
 from gpt.run.run_dir import RunDir, patiently, read_json, write_json
 
 FINISHED, FAILED, STOPPED, DO_NOT_RESTART = 0, 1, 75, 93

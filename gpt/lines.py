@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpt import record
 from gpt.attempt import is_superseded
 from gpt.distributed.world import World
+from gpt.run import record
 from gpt.run.run_dir import RunDir
 
 

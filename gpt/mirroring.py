@@ -11,12 +11,13 @@ import threading
 import time
 from pathlib import Path
 
-from gpt import beside, record
+from gpt import beside
 from gpt.checkpoint.format import committed, is_pinned
 from gpt.checkpoint.mirror import Mirror, MirrorError
 from gpt.checkpoint.retention import kept
 from gpt.checkpoint.writer import Pace
 from gpt.config.run import CheckpointConfig, RunConfig
+from gpt.run import record
 from gpt.run.run_dir import RunDir
 
 POLL_S = 2.0

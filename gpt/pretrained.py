@@ -22,7 +22,6 @@ from tokenizers import Tokenizer
 from data_pipeline.errors import ConfigError, OutlastError
 from data_pipeline.manifest import joint_fingerprint, read_manifest
 from data_pipeline.tokenizer import Encoding, load_encoding
-from gpt import record
 from gpt.checkpoint.format import CheckpointIndex, GroupEntry
 from gpt.checkpoint.writer import commit, temporary_folder, write_rank_file
 from gpt.config.model import ModelConfig
@@ -31,6 +30,7 @@ from gpt.config.run import RunConfig
 from gpt.huggingface.architectures import TensorPlace, tensor_places
 from gpt.huggingface_tokenizer import SAMPLES
 from gpt.parameter_groups import hyperparameters, parameter_entries, sizes_by_group, states
+from gpt.run import record
 from gpt.run.run_dir import RunDir
 
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.config_file import dotted
-from gpt import beside, record
+from gpt import beside
 from gpt.config.run import RunConfig
+from gpt.run import record
 from gpt.run.run_dir import RunDir, read_json, write_json
 
 BATCH_METRICS, BATCH_PARAMS = 1000, 100  # MLflow's limits for one request

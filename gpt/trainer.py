@@ -14,7 +14,6 @@ from data_pipeline.manifest import joint_fingerprint, read_manifest
 from data_pipeline.skip_list import Ranges
 from data_pipeline.tokenizer import load_encoding
 from gpt import attempt as attempts
-from gpt import record
 from gpt.attempt import Superseded, is_superseded, say
 from gpt.attention import choose
 from gpt.checkpoint.load import has_begun, load_newest
@@ -30,6 +29,7 @@ from gpt.optimizer.build import group_table
 from gpt.peak import peak_flops_per_second
 from gpt.prefetch import AHEAD, Prefetcher
 from gpt.profile import Profile
+from gpt.run import record
 from gpt.run.run_dir import RunDir
 from gpt.schedule import learning_rate
 from gpt.step import train_step

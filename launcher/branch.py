@@ -12,7 +12,6 @@ from pathlib import Path
 
 from data_pipeline.durable import fsync_folder, write_durably
 from data_pipeline.errors import CheckpointError, ConfigError
-from gpt import record
 from gpt.checkpoint.format import (
     INDEX_NAME,
     CheckpointIndex,
@@ -26,6 +25,7 @@ from gpt.checkpoint.format import (
 from gpt.config.resume_rules import config_fingerprint
 from gpt.config.run import RunConfig
 from gpt.parameter_groups import misfits, parameter_entries, states
+from gpt.run import record
 from gpt.run.run_dir import RunDir
 from launcher.runs import open_run
 

@@ -15,8 +15,8 @@ from rich.table import Table
 
 from data_pipeline.durable import fsync_folder
 from data_pipeline.errors import LaunchError
-from gpt import record
 from gpt.checkpoint.format import PIN_NAME, Corrupt, committed, is_pinned, read_index, verify
+from gpt.run import record
 from gpt.run.run_dir import RunDir
 from launcher.plan import size
 

@@ -27,7 +27,7 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.prepare import DataPrepConfig
 from data_pipeline.stream import TokenStream
 from data_pipeline.tokenizer import load_encoding
-from gpt import record
+from gpt.run import record
 from gpt.run.run_dir import RunDir, read_json
 from launcher.children import sample_command
 from launcher.cluster import ClusterConfig

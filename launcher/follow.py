@@ -17,7 +17,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from gpt import record
+from gpt.run import record
 from gpt.run.run_dir import RunDir
 from launcher.jobs import Job, Lookout, Outcome, read_outcome, submission_folder
 from launcher.plan import size

@@ -20,11 +20,11 @@ from data_pipeline.errors import ConfigError, LaunchError
 from data_pipeline.manifest import joint_fingerprint
 from data_pipeline.remote import is_remote
 from data_pipeline.skip_list import SkipList
-from gpt import record
 from gpt.checkpoint.format import BadFile, CheckpointIndex, Corrupt, committed, read_index, verify
 from gpt.checkpoint.mirror import Mirror
 from gpt.config.resume_rules import config_fingerprint
 from gpt.config.run import RunConfig
+from gpt.run import record
 from gpt.run.run_dir import RunDir, read_json
 from launcher.branch import find_origin, plant, state_misfits
 from launcher.changes import DATA, fingerprint_changes, judge

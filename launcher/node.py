@@ -21,8 +21,8 @@ from types import FrameType
 from typing import Any
 
 from data_pipeline.errors import LaunchError
-from gpt import record
 from gpt.config.run import RunConfig
+from gpt.run import record
 from gpt.run.run_dir import RunDir, patiently, write_json
 from launcher import slurm
 from launcher.cluster import ClusterConfig

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data_pipeline.errors import LaunchError
-from gpt import record
+from gpt.run import record
 from gpt.run.run_dir import RunDir, read_json
 from launcher import slurm
 from launcher.cluster import ClusterConfig

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from data_pipeline.errors import LaunchError
-from gpt import record
+from gpt.run import record
 from gpt.run.run_dir import RunDir, write_json
 from launcher.cluster import ClusterConfig
 from launcher.container import needed_folders

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gpt import record
+from gpt.run import record
 from gpt.run.run_dir import RunDir, patiently, read_json, write_json
 from launcher.jobs import Outcome
 from launcher.place import Place, failures

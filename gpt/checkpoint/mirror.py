@@ -17,9 +17,9 @@ from pathlib import Path
 from data_pipeline.durable import fsync_folder
 from data_pipeline.errors import LaunchError, OutlastError
 from data_pipeline.remote import find_store, in_words, is_remote
-from gpt import record
 from gpt.checkpoint.format import COMMITTED, INDEX_NAME, PIN_NAME, step_name, verify
 from gpt.checkpoint.writer import Pace, set_aside
+from gpt.run import record
 from gpt.run.run_dir import RunDir, read_json
 
 _PIECE_BYTES = 1 << 20  # of a copy that is held back

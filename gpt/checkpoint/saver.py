@@ -24,7 +24,6 @@ from pathlib import Path
 
 from data_pipeline.errors import CheckpointError
 from data_pipeline.skip_list import Ranges
-from gpt import record
 from gpt.attempt import Superseded, is_superseded
 from gpt.checkpoint.due import SaveClock, failures_so_far, time_between_failures_s
 from gpt.checkpoint.failpoints import reach
@@ -52,6 +51,7 @@ from gpt.config.resume_rules import config_fingerprint
 from gpt.distributed.world import PendingGather, World, gather, total
 from gpt.heartbeat import Heartbeat
 from gpt.host_memory import LARGEST_SHARE, available_bytes
+from gpt.run import record
 from gpt.run.run_dir import RunDir
 from gpt.stop import StopRequest
 from gpt.zero import Engine

@@ -15,10 +15,10 @@ import pytest
 
 from data_pipeline.config_file import validate
 from data_pipeline.manifest import read_manifest
-from gpt import record
 from gpt.checkpoint.format import committed
 from gpt.checkpoint.reader import CheckpointReader
 from gpt.config.run import RunConfig
+from gpt.run import record
 from gpt.run.run_dir import RunDir, read_json, write_json
 from tests.distributed.data import small_data_set
 

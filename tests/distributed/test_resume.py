@@ -18,10 +18,10 @@ import pytest
 
 from data_pipeline.batches import BatchReader
 from data_pipeline.manifest import read_manifest
-from gpt import record
 from gpt.checkpoint.format import INDEX_NAME, committed, read_index
 from gpt.config.run import CheckpointConfig
 from gpt.mirroring import Copier
+from gpt.run import record
 from gpt.run.run_dir import RunDir, read_json
 from launcher.status import status
 from tests.distributed.conftest import CONTEXT, Run, make_run, same_state

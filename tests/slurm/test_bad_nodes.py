@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from gpt import record
+from gpt.run import record
 from tests.slurm.conftest import SlurmRun
 
 NewRun = Callable[..., SlurmRun]

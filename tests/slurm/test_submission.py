@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt import record
+from gpt.run import record
 from gpt.run.run_dir import RunDir
 from launcher.runs import sweep_runs
 from tests.slurm.cluster import SlurmCluster, wait_for

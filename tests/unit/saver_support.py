@@ -17,7 +17,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from gpt import record
 from gpt.checkpoint import failpoints
 from gpt.checkpoint.format import GroupEntry, ParameterEntry
 from gpt.checkpoint.layout import GroupLayout
@@ -27,6 +26,7 @@ from gpt.config.optimizer import ScheduleConfig
 from gpt.config.run import CheckpointConfig, RunConfig
 from gpt.distributed.world import World
 from gpt.heartbeat import Heartbeat
+from gpt.run import record
 from gpt.run.run_dir import RunDir
 from gpt.stop import StopRequest
 from gpt.zero import StatePart

@@ -10,10 +10,10 @@ import pytest
 
 from data_pipeline.errors import CheckpointError, ConfigError
 from data_pipeline.manifest import joint_fingerprint, read_manifest
-from gpt import record
 from gpt.checkpoint.format import committed, verify
 from gpt.checkpoint.reader import CheckpointReader
 from gpt.config.resume_rules import config_fingerprint
+from gpt.run import record
 from gpt.run.run_dir import RunDir
 from launcher import launch
 from launcher.cluster import ClusterConfig

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import LaunchError
-from gpt import record
 from gpt.checkpoint.format import PIN_NAME, committed, is_pinned
 from gpt.checkpoint.writer import set_aside
+from gpt.run import record
 from gpt.run.run_dir import RunDir
 from launcher.checkpoints import checkpoints
 from tests.unit.checkpoint_support import write_checkpoint

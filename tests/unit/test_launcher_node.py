@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import LaunchError
-from gpt import record
 from gpt.checkpoint.format import verify
+from gpt.run import record
 from gpt.run.run_dir import RunDir, read_json, write_json
 from launcher.cluster import ClusterConfig
 from launcher.follow import outcome_of

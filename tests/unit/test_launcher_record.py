@@ -14,8 +14,8 @@ from rich.console import Console
 from data_pipeline.errors import ConfigError, LaunchError
 from data_pipeline.manifest import joint_fingerprint, read_manifest
 from data_pipeline.skip_list import Ranges
-from gpt import record
 from gpt.checkpoint.format import committed, rank_name, step_name
+from gpt.run import record
 from gpt.run.run_dir import RunDir, read_json, write_json
 from launcher import launch
 from launcher.children import tracking_uri, ui

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from gpt import record
+from gpt.run import record
 from gpt.run.run_dir import RunDir, read_json, write_json
 from launcher.cluster import ClusterConfig
 from launcher.jobs import Outcome

@@ -10,12 +10,12 @@ import pytest
 
 from data_pipeline.errors import ConfigError, LaunchError
 from data_pipeline.manifest import joint_fingerprint, read_manifest
-from gpt import record
 from gpt.checkpoint.format import INDEX_NAME, PIN_NAME, committed, read_index, step_name
 from gpt.checkpoint.mirror import Mirror, MirrorError
 from gpt.checkpoint.writer import Pace, prune
 from gpt.config.run import CheckpointConfig
 from gpt.mirroring import Copier, follow
+from gpt.run import record
 from gpt.run.run_dir import RunDir, read_json, write_json
 from launcher import launch
 from launcher.cluster import ClusterConfig

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import ConfigError
-from gpt import record
+from gpt.run import record
 from gpt.run.run_dir import read_json
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt import record
 from gpt.attempt import Superseded
 from gpt.checkpoint import saver as saver_module
 from gpt.checkpoint import writer
@@ -22,6 +21,7 @@ from gpt.checkpoint.saver import Saver
 from gpt.checkpoint.writer import remove_leftovers
 from gpt.distributed.world import World, total
 from gpt.host_memory import available_bytes
+from gpt.run import record
 from gpt.run.run_dir import RunDir
 from tests.unit.saver_support import (
     STATES,

@@ -11,11 +11,11 @@ import pytest
 import torch.distributed as dist
 
 from data_pipeline.errors import CheckpointError
-from gpt import record
 from gpt.attempt import Superseded
 from gpt.checkpoint import saver as saver_module
 from gpt.checkpoint.format import committed
 from gpt.checkpoint.writer import remove_leftovers
+from gpt.run import record
 from gpt.run.run_dir import RunDir
 from gpt.stop import StopRequest
 from gpt.trainer import Outcome, Trainer

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
-from gpt import record
 from gpt.config.run import RunConfig
+from gpt.run import record
 from gpt.run.run_dir import RunDir, read_json, write_json
 from gpt.tracking import Mirror, follow
 
