@@ -13,7 +13,7 @@ import traceback
 from contextlib import suppress
 
 from gpt.heartbeat import WAITING, Heartbeat
-from gpt.stop import StopRequest, die_with_parent
+from gpt.run.stop import StopRequest, die_with_parent
 
 STOP, HEARTBEAT = StopRequest(), Heartbeat()
 if __name__ == "__main__":

@@ -31,9 +31,9 @@ from gpt.prefetch import AHEAD, Prefetcher
 from gpt.profile import Profile
 from gpt.run import record
 from gpt.run.run_dir import RunDir
+from gpt.run.stop import StopRequest
 from gpt.schedule import learning_rate
 from gpt.step import train_step
-from gpt.stop import StopRequest
 from gpt.validation import Validation, source_names
 from gpt.warmup import initial_rate
 from gpt.zero import DTYPES, Engine, build_model

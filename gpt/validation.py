@@ -12,8 +12,8 @@ from gpt.config.data import DataConfig
 from gpt.distributed.world import PendingTick, Tick, World, total
 from gpt.heartbeat import Heartbeat
 from gpt.model.gpt import GPT
+from gpt.run.stop import StopRequest
 from gpt.step import model_inputs
-from gpt.stop import StopRequest
 
 
 class Validation:

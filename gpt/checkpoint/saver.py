@@ -53,7 +53,7 @@ from gpt.heartbeat import Heartbeat
 from gpt.host_memory import LARGEST_SHARE, available_bytes
 from gpt.run import record
 from gpt.run.run_dir import RunDir
-from gpt.stop import StopRequest
+from gpt.run.stop import StopRequest
 from gpt.zero import Engine
 
 _ROUND_S = 1.0  # how often the ranks look at each other while they wait for a save

@@ -27,8 +27,8 @@ from gpt.config.run import RunConfig
 from gpt.distributed.world import join, total
 from gpt.heartbeat import Heartbeat
 from gpt.run.run_dir import RunDir
+from gpt.run.stop import StopRequest
 from gpt.step import train_step
-from gpt.stop import StopRequest
 from gpt.zero import Engine, build_model
 
 SAVES = 3

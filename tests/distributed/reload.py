@@ -12,7 +12,7 @@ from gpt.config.run import RunConfig
 from gpt.distributed.world import join
 from gpt.heartbeat import Heartbeat
 from gpt.run.run_dir import RunDir
-from gpt.stop import StopRequest
+from gpt.run.stop import StopRequest
 from gpt.zero import Engine, build_model
 
 run_dir = RunDir(Path(sys.argv[1]))

@@ -28,7 +28,7 @@ from gpt.distributed.world import World
 from gpt.heartbeat import Heartbeat
 from gpt.run import record
 from gpt.run.run_dir import RunDir
-from gpt.stop import StopRequest
+from gpt.run.stop import StopRequest
 from gpt.zero import StatePart
 
 NUMEL = 1_200_000  # 14 MB in all: several chunks a rank

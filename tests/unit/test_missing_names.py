@@ -6,7 +6,7 @@ import pytest
 
 from gpt.attempt import is_superseded
 from gpt.run.run_dir import RunDir, is_listed
-from gpt.stop import StopRequest
+from gpt.run.stop import StopRequest
 
 
 @pytest.fixture

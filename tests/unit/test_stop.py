@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt.stop import STOP_SIGNALS, StopRequest
+from gpt.run.stop import STOP_SIGNALS, StopRequest
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_a_stop_file_is_a_request_too_looked_for_now_and_then(
     request_: StopRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, reason: str
 ) -> None:
     now = [100.0]
-    monkeypatch.setattr("gpt.stop.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("gpt.run.stop.time.monotonic", lambda: now[0])
     request_.watch(tmp_path / "stop")
     assert not request_.is_requested()
     (tmp_path / "stop").write_text(content)

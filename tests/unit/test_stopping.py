@@ -17,7 +17,7 @@ from gpt.checkpoint.format import committed
 from gpt.checkpoint.writer import remove_leftovers
 from gpt.run import record
 from gpt.run.run_dir import RunDir
-from gpt.stop import StopRequest
+from gpt.run.stop import StopRequest
 from gpt.trainer import Outcome, Trainer
 from tests.unit.saver_support import arm, join, make_saver
 

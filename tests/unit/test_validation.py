@@ -16,7 +16,7 @@ from gpt.config.data import DataConfig
 from gpt.distributed.world import World
 from gpt.heartbeat import Heartbeat
 from gpt.loss import IGNORED
-from gpt.stop import StopRequest
+from gpt.run.stop import StopRequest
 from gpt.validation import Validation
 from tests.distributed.data import small_data_set
 from tests.unit.saver_support import join
