@@ -12,7 +12,7 @@ import time
 import traceback
 from contextlib import suppress
 
-from gpt.heartbeat import WAITING, Heartbeat
+from gpt.run.heartbeat import WAITING, Heartbeat
 from gpt.run.stop import StopRequest, die_with_parent
 
 STOP, HEARTBEAT = StopRequest(), Heartbeat()

@@ -22,7 +22,6 @@ from gpt.compilation import compile_seconds
 from gpt.config.run import RunConfig
 from gpt.distributed.world import PendingTick, Tick, World, from_first, together, total
 from gpt.flops import flops_per_token
-from gpt.heartbeat import Heartbeat
 from gpt.lines import Late, Line, Lines
 from gpt.model.gpt import seed_dropout
 from gpt.optimizer.build import group_table
@@ -30,6 +29,7 @@ from gpt.peak import peak_flops_per_second
 from gpt.prefetch import AHEAD, Prefetcher
 from gpt.profile import Profile
 from gpt.run import record
+from gpt.run.heartbeat import Heartbeat
 from gpt.run.run_dir import RunDir
 from gpt.run.stop import StopRequest
 from gpt.schedule import learning_rate

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from data_pipeline.batches import EvaluationReader
 from gpt.config.data import DataConfig
 from gpt.distributed.world import PendingTick, Tick, World, total
-from gpt.heartbeat import Heartbeat
 from gpt.model.gpt import GPT
+from gpt.run.heartbeat import Heartbeat
 from gpt.run.stop import StopRequest
 from gpt.step import model_inputs
 

@@ -1,6 +1,6 @@
 """Silence: finds the workers of this node that make no step any more, and says who holds up the others.
 
-Every worker tells how far it is (gpt/heartbeat.py). When one is silent for too long, each node task writes
+Every worker tells how far it is (gpt/run/heartbeat.py). When one is silent for too long, each node task writes
 down what its workers were doing: the step, the state of the process, and where in the program it is, from
 stacks that the worker writes to its log. The first node reads all of it and names the culprit. Ending the
 workers, so that torchrun starts them again, is left to the node task.
@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from gpt.heartbeat import WAITING
+from gpt.run.heartbeat import WAITING
 from gpt.run.run_dir import is_listed, read_json, write_json
 from launcher.processes import process_state
 

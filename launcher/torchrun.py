@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gpt.config.run import RunConfig
-from gpt.heartbeat import VARIABLE as HEARTBEAT
+from gpt.run.heartbeat import VARIABLE as HEARTBEAT
 from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig
 from launcher.container import inside

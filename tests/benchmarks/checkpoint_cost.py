@@ -25,7 +25,7 @@ from gpt.checkpoint.load import load_newest
 from gpt.checkpoint.saver import Saver
 from gpt.config.run import RunConfig
 from gpt.distributed.world import join, total
-from gpt.heartbeat import Heartbeat
+from gpt.run.heartbeat import Heartbeat
 from gpt.run.run_dir import RunDir
 from gpt.run.stop import StopRequest
 from gpt.step import train_step

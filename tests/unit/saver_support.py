@@ -25,8 +25,8 @@ from gpt.config.data import DataConfig
 from gpt.config.optimizer import ScheduleConfig
 from gpt.config.run import CheckpointConfig, RunConfig
 from gpt.distributed.world import World
-from gpt.heartbeat import Heartbeat
 from gpt.run import record
+from gpt.run.heartbeat import Heartbeat
 from gpt.run.run_dir import RunDir
 from gpt.run.stop import StopRequest
 from gpt.zero import StatePart

@@ -22,7 +22,7 @@ TORCH_FREE_IN_GPT = (
     "gpt.huggingface.architectures",
     "gpt.run.run_dir",
     "gpt.run.record",
-    "gpt.heartbeat",
+    "gpt.run.heartbeat",
     "gpt.flops",
     "gpt.host_memory",
     "gpt.checkpoint.format",

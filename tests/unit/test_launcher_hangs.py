@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from gpt.heartbeat import VARIABLE, WAITING, Heartbeat
+from gpt.run.heartbeat import VARIABLE, WAITING, Heartbeat
 from launcher.hangs import Suspect, Watch, culprits
 
 

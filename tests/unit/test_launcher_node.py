@@ -145,7 +145,7 @@ def test_a_worker_that_is_stuck_while_it_starts_is_named_and_not_for_ever_starte
     run = make_run(
         folder,
         """
-from gpt.heartbeat import WAITING, Heartbeat
+from gpt.run.heartbeat import WAITING, Heartbeat
 heartbeat = Heartbeat()
 heartbeat.beat(0, "importing" if rank else WAITING, is_starting=True)
 time.sleep(600)
