@@ -49,9 +49,9 @@ from gpt.checkpoint.writer import (
 )
 from gpt.config.resume_rules import config_fingerprint
 from gpt.distributed.world import PendingGather, World, gather, total
-from gpt.host_memory import LARGEST_SHARE, available_bytes
 from gpt.run import record
 from gpt.run.heartbeat import Heartbeat
+from gpt.run.host_memory import LARGEST_SHARE, available_bytes
 from gpt.run.run_dir import RunDir
 from gpt.run.stop import StopRequest
 from gpt.zero import Engine

@@ -24,7 +24,7 @@ TORCH_FREE_IN_GPT = (
     "gpt.run.record",
     "gpt.run.heartbeat",
     "gpt.flops",
-    "gpt.host_memory",
+    "gpt.run.host_memory",
     "gpt.checkpoint.format",
     "gpt.checkpoint.mirror",
 )

@@ -20,8 +20,8 @@ from gpt.checkpoint.reader import CheckpointReader
 from gpt.checkpoint.saver import Saver
 from gpt.checkpoint.writer import remove_leftovers
 from gpt.distributed.world import World, total
-from gpt.host_memory import available_bytes
 from gpt.run import record
+from gpt.run.host_memory import available_bytes
 from gpt.run.run_dir import RunDir
 from tests.unit.saver_support import (
     STATES,
