@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.durable import fsync_folder, write_durably
-from gpt.checkpoint.direct import DirectReader, DirectWriter
+from gpt.checkpoint.direct_io import DirectReader, DirectWriter
 from gpt.checkpoint.failpoints import reach
 from gpt.checkpoint.format import (
     CHUNK_BYTES,

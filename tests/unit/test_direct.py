@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from gpt.checkpoint import direct
-from gpt.checkpoint.direct import BUFFER_BYTES, DirectReader, DirectWriter
+from gpt.checkpoint import direct_io as direct
+from gpt.checkpoint.direct_io import BUFFER_BYTES, DirectReader, DirectWriter
 
 SIZES = (0, 1, 4095, 4096, 4097, BUFFER_BYTES - 1, BUFFER_BYTES, BUFFER_BYTES + 4096, 2 * BUFFER_BYTES + 77)
 
