@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import ConfigError
-from gpt.attention import Documents
+from gpt.model.attention import Documents
 from gpt.model.gpt import GPT, Cache
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt.attention import Documents
 from gpt.config.model import ModelConfig, RopeScaling
+from gpt.model.attention import Documents
 
 
 def rope_table(model: ModelConfig) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,6 @@ from data_pipeline.skip_list import Ranges
 from data_pipeline.tokenizer import load_encoding
 from gpt import attempt as attempts
 from gpt.attempt import Superseded, is_superseded, say
-from gpt.attention import choose
 from gpt.checkpoint.load import has_begun, load_newest
 from gpt.checkpoint.saver import Saver
 from gpt.compilation import compile_seconds
@@ -23,6 +22,7 @@ from gpt.config.run import RunConfig
 from gpt.distributed.world import PendingTick, Tick, World, from_first, together, total
 from gpt.flops import flops_per_token
 from gpt.lines import Late, Line, Lines
+from gpt.model.attention import choose
 from gpt.model.gpt import seed_dropout
 from gpt.optimizer.build import group_table
 from gpt.peak import peak_flops_per_second

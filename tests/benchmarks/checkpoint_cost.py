@@ -20,11 +20,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
-from gpt.attention import Documents
 from gpt.checkpoint.load import load_newest
 from gpt.checkpoint.saver import Saver
 from gpt.config.run import RunConfig
 from gpt.distributed.world import join, total
+from gpt.model.attention import Documents
 from gpt.run.heartbeat import Heartbeat
 from gpt.run.run_dir import RunDir
 from gpt.run.stop import StopRequest

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import torch
 
-from gpt.attention import Documents
+from gpt.model.attention import Documents
 from gpt.model.gpt import GPT
 from tests.benchmarks.loss_memory import forget_peak, peak_bytes
 from tests.benchmarks.step_speed import BATCH, MODEL

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gpt.attention import Documents
 from gpt.config.model import ModelConfig
+from gpt.model.attention import Documents
 from gpt.model.gpt import GPT
 from tests.benchmarks.peer_networks import HandWritten, TransformersLlama
 

@@ -23,9 +23,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import gpt.distributed.world
-from gpt.attention import Documents
 from gpt.config.run import RunConfig
 from gpt.distributed.world import World, join
+from gpt.model.attention import Documents
 from gpt.model.gpt import GPT
 from gpt.step import ModelInputs, train_step
 from gpt.zero import DTYPES, Engine, build_model

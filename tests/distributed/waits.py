@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpt.attention import Documents
 from gpt.config.run import RunConfig
 from gpt.distributed.world import join
 from gpt.lines import Late
+from gpt.model.attention import Documents
 from gpt.step import train_step
 from gpt.zero import Engine, build_model
 

@@ -6,9 +6,9 @@ from importlib.metadata import version as package_version
 
 import torch
 
-from gpt.attention import Documents
 from gpt.config.run import RunConfig
 from gpt.distributed.world import join, total
+from gpt.model.attention import Documents
 from gpt.zero import Engine, build_model
 
 run = RunConfig.model_validate(json.loads(sys.argv[1]))

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from gpt.attention import Documents
 from gpt.config.model import ModelConfig
 from gpt.huggingface.architectures import tensor_places, twin_config, twin_obstacle
+from gpt.model.attention import Documents
 from gpt.model.gpt import GPT
 
 # What these networks compute takes microseconds; handing it to threads takes longer on a busy machine.

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import ConfigError
-from gpt.attention import Documents, Scores, _is_installed, choose, flash_2, flash_3, flash_4, reference
 from gpt.config.model import ModelConfig
+from gpt.model.attention import Documents, Scores, _is_installed, choose, flash_2, flash_3, flash_4, reference
 from tests.unit.model_support import build, random_tokens
 
 
@@ -365,7 +365,7 @@ def test_auto_picks_by_hardware_package_and_shape(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: capability)
-    monkeypatch.setattr("gpt.attention._is_installed", lambda module: module in installed)
+    monkeypatch.setattr("gpt.model.attention._is_installed", lambda module: module in installed)
     model = ModelConfig.model_validate(fields)
     assert choose(model, torch.device("cuda"), torch.bfloat16)[0] == chosen
 
