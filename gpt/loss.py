@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt.layers import compute_dtype
+from gpt.model.layers import compute_dtype
 
 IGNORED = -100
 

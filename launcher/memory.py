@@ -141,7 +141,9 @@ def _loss_bytes(config: RunConfig, *, on_cpu: bool) -> int:
     """The logits of a chunk; of a block of it the logits and log p in fp32, and the gradient; the head's."""
     model, tokens, width = config.model, _tokens(config), _bytes(config)
     head = model.vocabulary * model.d_model
-    wide = 4 if on_cpu else width  # most CPUs compute 16-bit products in fp32 (gpt.layers.compute_dtype)
+    wide = (
+        4 if on_cpu else width
+    )  # most CPUs compute 16-bit products in fp32 (gpt.model.layers.compute_dtype)
     kind = "bf16" if config.precision == "bf16" and wide == width else "else"
     rows = min(tokens, 1 << max(1, LOSS_CHUNK_ELEMENTS[kind] // model.vocabulary).bit_length() - 1)
     chunk = rows * model.vocabulary

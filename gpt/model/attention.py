@@ -27,7 +27,7 @@ from torch import Tensor
 
 from data_pipeline.errors import ConfigError
 from gpt.config.model import ModelConfig
-from gpt.layers import compute_dtype
+from gpt.model.layers import compute_dtype
 
 
 @dataclass(frozen=True)
