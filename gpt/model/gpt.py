@@ -23,7 +23,7 @@ from gpt.initialization import initialize
 from gpt.loss import BlockLoss, block_loss, capped, cross_entropy_sum
 from gpt.model.attention import Attention, Documents, Scores, choose, formula
 from gpt.model.layers import Embedding, FeedForward, Linear, RMSNorm, build_norm
-from gpt.positions import positions, rope_table, rotate, sinusoid_table
+from gpt.model.positions import positions, rope_table, rotate, sinusoid_table
 from gpt.ulysses import WHOLE_SEQUENCES, Attend, SequenceGroup
 
 Rope = tuple[Tensor, Tensor]

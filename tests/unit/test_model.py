@@ -9,8 +9,8 @@ from gpt.config.model import ModelConfig
 from gpt.flops import flops_per_token, parameter_count, parameter_table
 from gpt.model.attention import Documents
 from gpt.model.layers import ACTIVATIONS, FeedForward, Linear
+from gpt.model.positions import positions
 from gpt.peak import of_gpu
-from gpt.positions import positions
 from tests.unit.model_support import VOCABULARY, build, random_tokens, rows
 
 
