@@ -20,9 +20,9 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from gpt.compilation import require_compiler
 from gpt.config.model import ModelConfig
 from gpt.initialization import initialize
-from gpt.loss import BlockLoss, block_loss, capped, cross_entropy_sum
 from gpt.model.attention import Attention, Documents, Scores, choose, formula
 from gpt.model.layers import Embedding, FeedForward, Linear, RMSNorm, build_norm
+from gpt.model.loss import BlockLoss, block_loss, capped, cross_entropy_sum
 from gpt.model.positions import positions, rope_table, rotate, sinusoid_table
 from gpt.ulysses import WHOLE_SEQUENCES, Attend, SequenceGroup
 
@@ -100,7 +100,7 @@ class Head(Linear):
         self._compiled_loss = torch.compile(block_loss)
 
     def forward(self, input: Tensor, targets: Tensor | None = None) -> Tensor:
-        """[..., D] → logits [..., V]; with targets int64 [...], their summed loss (gpt.loss)."""
+        """[..., D] → logits [..., V]; with targets int64 [...], their summed loss (gpt.model.loss)."""
         if self.multiplier != 1.0:  # muP
             input = input * self.multiplier
         if targets is None:

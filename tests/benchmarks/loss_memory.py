@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt.loss import cross_entropy_sum
 from gpt.model.layers import compute_dtype
+from gpt.model.loss import cross_entropy_sum
 
 
 def plain(hidden_xd: Tensor, weight_vd: Tensor, targets_x: Tensor) -> Tensor:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from gpt import loss
 from gpt.config.run import RunConfig
 from gpt.flops import flops_per_token
+from gpt.model import loss
 from gpt.model.attention import Documents
 from gpt.model.gpt import GPT
 from gpt.zero import DTYPES

@@ -13,9 +13,9 @@ from torch import nn
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from gpt.config.model import ModelConfig
-from gpt.loss import cross_entropy_sum
 from gpt.model.attention import Documents, Scores, choose, reference, sdpa
 from gpt.model.gpt import Block, Cache, seed_dropout
+from gpt.model.loss import cross_entropy_sum
 from gpt.model.positions import sinusoid_table
 from tests.unit.model_support import CPU, GPT2, build, random_tokens, rows
 

@@ -14,7 +14,7 @@ from data_pipeline.batches import Batch, EvaluationReader
 from data_pipeline.tokenizer import load_encoding
 from gpt.config.data import DataConfig
 from gpt.distributed.world import World
-from gpt.loss import IGNORED
+from gpt.model.loss import IGNORED
 from gpt.run.heartbeat import Heartbeat
 from gpt.run.stop import StopRequest
 from gpt.validation import Validation
