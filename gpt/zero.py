@@ -32,8 +32,8 @@ from gpt.config.model import ModelConfig
 from gpt.config.run import RunConfig
 from gpt.distributed.world import World
 from gpt.flops import parameter_table
-from gpt.initialization import initialize
 from gpt.model.gpt import GPT
+from gpt.model.initialization import initialize
 from gpt.muon import Exchange, MuonAdamW, Whole
 from gpt.optimizer.build import build_optimizer, set_rate
 from gpt.parameter_groups import hyperparameters, parameter_entries, sizes_by_group, states

@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from gpt.compilation import require_compiler
 from gpt.config.model import ModelConfig
-from gpt.initialization import initialize
 from gpt.model.attention import Attention, Documents, Scores, choose, formula
+from gpt.model.initialization import initialize
 from gpt.model.layers import Embedding, FeedForward, Linear, RMSNorm, build_norm
 from gpt.model.loss import BlockLoss, block_loss, capped, cross_entropy_sum
 from gpt.model.positions import positions, rope_table, rotate, sinusoid_table
