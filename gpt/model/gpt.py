@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from gpt.compilation import require_compiler
 from gpt.config.model import ModelConfig
 from gpt.model.attention import Attention, Documents, Scores, choose, formula
+from gpt.model.compilation import require_compiler
 from gpt.model.initialization import initialize
 from gpt.model.layers import Embedding, FeedForward, Linear, RMSNorm, build_norm
 from gpt.model.loss import BlockLoss, block_loss, capped, cross_entropy_sum
