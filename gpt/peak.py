@@ -5,7 +5,7 @@ import time
 import torch
 
 from gpt.distributed.world import World, total
-from gpt.flops import PEAK_FLOPS_PER_SECOND
+from gpt.model.flops import PEAK_FLOPS_PER_SECOND
 from gpt.model.layers import compute_dtype
 
 

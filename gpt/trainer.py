@@ -19,10 +19,10 @@ from gpt.checkpoint.load import has_begun, load_newest
 from gpt.checkpoint.saver import Saver
 from gpt.config.run import RunConfig
 from gpt.distributed.world import PendingTick, Tick, World, from_first, together, total
-from gpt.flops import flops_per_token
 from gpt.lines import Late, Line, Lines
 from gpt.model.attention import choose
 from gpt.model.compilation import compile_seconds
+from gpt.model.flops import flops_per_token
 from gpt.model.gpt import seed_dropout
 from gpt.optimizer.build import group_table
 from gpt.peak import peak_flops_per_second

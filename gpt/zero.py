@@ -31,7 +31,7 @@ from gpt.checkpoint.layout import GroupLayout, Kind
 from gpt.config.model import ModelConfig
 from gpt.config.run import RunConfig
 from gpt.distributed.world import World
-from gpt.flops import parameter_table
+from gpt.model.flops import parameter_table
 from gpt.model.gpt import GPT
 from gpt.model.initialization import initialize
 from gpt.muon import Exchange, MuonAdamW, Whole

@@ -12,7 +12,7 @@ from data_pipeline.batches import windows_in
 from data_pipeline.mixture import Mixture
 from data_pipeline.skip_list import SkipList
 from gpt.config.run import RunConfig
-from gpt.flops import PEAK_FLOPS_PER_SECOND, flops_per_token, parameter_count
+from gpt.model.flops import PEAK_FLOPS_PER_SECOND, flops_per_token, parameter_count
 from gpt.run.host_memory import LARGEST_SHARE, available_bytes
 from launcher.cluster import ACCELERATOR_MEMORY_GIB, ClusterConfig
 from launcher.memory import Memory, largest_micro_batch, memory, state_bytes

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt.flops import flops_per_token
 from gpt.model.attention import Documents, Scores, sdpa
+from gpt.model.flops import flops_per_token
 from tests.benchmarks.step_speed import BATCH, MODEL
 
 

@@ -9,7 +9,7 @@ import torch
 
 from gpt.config.run import RunConfig
 from gpt.distributed.world import join
-from gpt.flops import parameter_count
+from gpt.model.flops import parameter_count
 from gpt.zero import _import_deepspeed, build_model
 
 run = RunConfig.model_validate(json.loads(sys.argv[1]))

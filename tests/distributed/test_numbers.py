@@ -10,7 +10,7 @@ import torch
 
 from data_pipeline.batches import BatchReader, EvaluationReader
 from gpt.config.run import RunConfig
-from gpt.flops import flops_per_token
+from gpt.model.flops import flops_per_token
 from gpt.model.gpt import GPT
 from gpt.schedule import learning_rate
 from gpt.step import model_inputs

@@ -23,7 +23,7 @@ TORCH_FREE_IN_GPT = (
     "gpt.run.run_dir",
     "gpt.run.record",
     "gpt.run.heartbeat",
-    "gpt.flops",
+    "gpt.model.flops",
     "gpt.run.host_memory",
     "gpt.checkpoint.format",
     "gpt.checkpoint.mirror",

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipeline.config_file import validate
 from gpt.config.run import RunConfig
-from gpt.flops import flops_per_token, parameter_count, parameter_table
+from gpt.model.flops import flops_per_token, parameter_count, parameter_table
 from gpt.model.gpt import GPT
 from launcher.recipes import recipe_names, recipe_path, run_tables
 from tests.unit.model_support import CPU, rows
