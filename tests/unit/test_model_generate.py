@@ -9,7 +9,7 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.tokenizer import load_encoding
-from gpt.generate import Choice, generate, stream
+from gpt.model.generate import Choice, generate, stream
 from tests.unit.model_support import GPT2, build, random_tokens, rows, twin_of
 
 GREEDY = Choice(temperature=0.0)
