@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from data_pipeline.errors import OutlastError
+from gpt.model.sequence_parallel import WHOLE_SEQUENCES, SequenceGroup, sequence_group
 from gpt.run.host_memory import keep_freed_memory
-from gpt.ulysses import WHOLE_SEQUENCES, SequenceGroup, sequence_group
 
 T = TypeVar("T")
 

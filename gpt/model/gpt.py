@@ -24,7 +24,7 @@ from gpt.model.initialization import initialize
 from gpt.model.layers import Embedding, FeedForward, Linear, RMSNorm, build_norm
 from gpt.model.loss import BlockLoss, block_loss, capped, cross_entropy_sum
 from gpt.model.positions import positions, rope_table, rotate, sinusoid_table
-from gpt.ulysses import WHOLE_SEQUENCES, Attend, SequenceGroup
+from gpt.model.sequence_parallel import WHOLE_SEQUENCES, Attend, SequenceGroup
 
 Rope = tuple[Tensor, Tensor]
 
