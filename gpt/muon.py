@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gpt.adamw import AdamW
 from gpt.config.optimizer import OptimizerConfig
+from gpt.optimizer.adamw import AdamW
 
 # The quintic whose slope at zero is largest (Jordan et al. 2024), five times.
 _A, _B, _C = 3.4445, -4.7750, 2.0315

@@ -25,7 +25,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gpt.adamw import AdamW
 from gpt.checkpoint.format import GroupEntry, ParameterEntry
 from gpt.checkpoint.layout import GroupLayout, Kind
 from gpt.config.model import ModelConfig
@@ -35,6 +34,7 @@ from gpt.model.flops import parameter_table
 from gpt.model.gpt import GPT
 from gpt.model.initialization import initialize
 from gpt.muon import Exchange, MuonAdamW, Whole
+from gpt.optimizer.adamw import AdamW
 from gpt.optimizer.build import build_optimizer, set_rate
 from gpt.parameter_groups import hyperparameters, parameter_entries, sizes_by_group, states
 

@@ -3,10 +3,10 @@
 import torch
 from torch import nn
 
-from gpt.adamw import AdamW
 from gpt.config.optimizer import OptimizerConfig
 from gpt.model.gpt import GPT
 from gpt.muon import MuonAdamW
+from gpt.optimizer.adamw import AdamW
 from gpt.parameter_groups import by_group, hyperparameters
 
 

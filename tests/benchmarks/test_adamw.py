@@ -9,8 +9,8 @@ import time
 import pytest
 import torch
 
-from gpt.adamw import AdamW
 from gpt.config.optimizer import OptimizerConfig
+from gpt.optimizer.adamw import AdamW
 
 PARAMETERS = 30_000_000
 
