@@ -33,9 +33,9 @@ from gpt.distributed.world import World
 from gpt.model.flops import parameter_table
 from gpt.model.gpt import GPT
 from gpt.model.initialization import initialize
-from gpt.muon import Exchange, MuonAdamW, Whole
 from gpt.optimizer.adamw import AdamW
 from gpt.optimizer.build import build_optimizer, set_rate
+from gpt.optimizer.muon import Exchange, MuonAdamW, Whole
 from gpt.parameter_groups import hyperparameters, parameter_entries, sizes_by_group, states
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

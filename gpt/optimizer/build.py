@@ -5,8 +5,8 @@ from torch import nn
 
 from gpt.config.optimizer import OptimizerConfig
 from gpt.model.gpt import GPT
-from gpt.muon import MuonAdamW
 from gpt.optimizer.adamw import AdamW
+from gpt.optimizer.muon import MuonAdamW
 from gpt.parameter_groups import by_group, hyperparameters
 
 

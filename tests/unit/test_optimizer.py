@@ -8,8 +8,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from gpt.config.optimizer import OptimizerConfig
-from gpt.muon import Exchange, MuonAdamW, Whole, rate_factor
 from gpt.optimizer.adamw import AdamW
+from gpt.optimizer.muon import Exchange, MuonAdamW, Whole, rate_factor
 
 STEPS = 50
 SHAPES = {"tall": (24, 8), "wide": (6, 40), "square": (16, 16)}
