@@ -36,7 +36,7 @@ from gpt.model.initialization import initialize
 from gpt.optimizer.adamw import AdamW
 from gpt.optimizer.build import build_optimizer, set_rate
 from gpt.optimizer.muon import Exchange, MuonAdamW, Whole
-from gpt.parameter_groups import hyperparameters, parameter_entries, sizes_by_group, states
+from gpt.optimizer.parameter_groups import hyperparameters, parameter_entries, sizes_by_group, states
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")

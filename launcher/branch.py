@@ -24,7 +24,7 @@ from gpt.checkpoint.format import (
 )
 from gpt.config.resume_rules import config_fingerprint
 from gpt.config.run import RunConfig
-from gpt.parameter_groups import misfits, parameter_entries, states
+from gpt.optimizer.parameter_groups import misfits, parameter_entries, states
 from gpt.run import record
 from gpt.run.run_dir import RunDir
 from launcher.runs import open_run

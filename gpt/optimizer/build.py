@@ -7,7 +7,7 @@ from gpt.config.optimizer import OptimizerConfig
 from gpt.model.gpt import GPT
 from gpt.optimizer.adamw import AdamW
 from gpt.optimizer.muon import MuonAdamW
-from gpt.parameter_groups import by_group, hyperparameters
+from gpt.optimizer.parameter_groups import by_group, hyperparameters
 
 
 def parameter_groups(gpt: GPT, optimizer: OptimizerConfig) -> dict[str, list[tuple[str, nn.Parameter]]]:

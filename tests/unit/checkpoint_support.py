@@ -10,7 +10,7 @@ from gpt.checkpoint.layout import Kind
 from gpt.checkpoint.writer import commit, temporary_folder, write_rank_file
 from gpt.config.resume_rules import config_fingerprint
 from gpt.config.run import RunConfig
-from gpt.parameter_groups import parameter_entries, sizes_by_group, states
+from gpt.optimizer.parameter_groups import parameter_entries, sizes_by_group, states
 
 STATES = ("master", "exp_avg", "exp_avg_sq")
 CHUNK_BYTES = 64

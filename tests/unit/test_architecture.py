@@ -18,7 +18,7 @@ TORCH_FREE_IN_GPT = (
     "gpt.config.model",
     "gpt.config.optimizer",
     "gpt.config.parallel",
-    "gpt.parameter_groups",
+    "gpt.optimizer.parameter_groups",
     "gpt.huggingface.architectures",
     "gpt.run.run_dir",
     "gpt.run.record",
