@@ -12,7 +12,7 @@ from data_pipeline.batches import BatchReader, EvaluationReader
 from gpt.config.run import RunConfig
 from gpt.model.flops import flops_per_token
 from gpt.model.gpt import GPT
-from gpt.schedule import learning_rate
+from gpt.optimizer.lr_schedule import learning_rate
 from gpt.step import model_inputs
 from tests.distributed.conftest import CONTEXT, Run
 

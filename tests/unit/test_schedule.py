@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from torch.optim import lr_scheduler
 
 from gpt.config.optimizer import ScheduleConfig
-from gpt.schedule import learning_rate
+from gpt.optimizer.lr_schedule import learning_rate
 
 PEAK, TOTAL = 3e-3, 100
 

@@ -12,7 +12,7 @@ from gpt.config.model import ModelConfig
 from gpt.config.optimizer import OptimizerConfig, ScheduleConfig
 from gpt.model.gpt import GPT
 from gpt.optimizer.build import build_optimizer
-from gpt.schedule import learning_rate
+from gpt.optimizer.lr_schedule import learning_rate
 from gpt.step import model_inputs
 
 CPU = torch.device("cpu")
