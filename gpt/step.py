@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batches import Batch
+from gpt.distributed.zero.engine import Engine
 from gpt.model.attention import Documents
 from gpt.model.loss import IGNORED
-from gpt.zero import Engine
 
 ModelInputs = tuple[Tensor, Tensor, Documents]
 

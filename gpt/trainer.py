@@ -19,6 +19,7 @@ from gpt.checkpoint.load import has_begun, load_newest
 from gpt.checkpoint.saver import Saver
 from gpt.config.run import RunConfig
 from gpt.distributed.world import PendingTick, Tick, World, from_first, together, total
+from gpt.distributed.zero.engine import DTYPES, Engine, build_model
 from gpt.lines import Late, Line, Lines
 from gpt.model.attention import choose
 from gpt.model.compilation import compile_seconds
@@ -36,7 +37,6 @@ from gpt.run.stop import StopRequest
 from gpt.step import train_step
 from gpt.validation import Validation, source_names
 from gpt.warmup import initial_rate
-from gpt.zero import DTYPES, Engine, build_model
 
 # What Python does not free by itself is little, and a collection takes milliseconds.
 COLLECT_EVERY_STEPS = 100

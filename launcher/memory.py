@@ -15,7 +15,7 @@ from gpt.model.flops import parameter_count, parameter_table
 # Of gpt.model.loss: logits that there are at a time, and those of them that are in fp32.
 LOSS_CHUNK_ELEMENTS = {"bf16": 2**27, "else": 2**24}
 LOSS_BLOCK_ELEMENTS = {"cpu": 2**20, "else": 2**25}
-_BUCKET_NUMEL = 2**24  # gpt.zero's least bucket
+_BUCKET_NUMEL = 2**24  # gpt.distributed.zero.engine's least bucket
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from gpt.checkpoint.reader import CheckpointReader
 from gpt.checkpoint.writer import set_aside
 from gpt.config.resume_rules import config_fingerprint
 from gpt.distributed.world import World, from_first, gather, together
+from gpt.distributed.zero.engine import Engine
 from gpt.optimizer.parameter_groups import misfits
 from gpt.run.record import earlier_configs, event, read
 from gpt.run.run_dir import RunDir
-from gpt.zero import Engine
 
 
 @dataclass(frozen=True)

@@ -49,12 +49,12 @@ from gpt.checkpoint.writer import (
 )
 from gpt.config.resume_rules import config_fingerprint
 from gpt.distributed.world import PendingGather, World, gather, total
+from gpt.distributed.zero.engine import Engine
 from gpt.run import record
 from gpt.run.heartbeat import Heartbeat
 from gpt.run.host_memory import LARGEST_SHARE, available_bytes
 from gpt.run.run_dir import RunDir
 from gpt.run.stop import StopRequest
-from gpt.zero import Engine
 
 _ROUND_S = 1.0  # how often the ranks look at each other while they wait for a save
 # Once a stop is asked for, behind which a grace time may be running. A thread that is told to end does so at

@@ -19,9 +19,9 @@ import torch.distributed as dist
 
 from data_pipeline.batches import Batch
 from gpt.config.run import RunConfig
+from gpt.distributed.zero.engine import DTYPES, deepspeed_config
 from gpt.model.gpt import GPT
 from gpt.step import model_inputs
-from gpt.zero import DTYPES, deepspeed_config
 
 
 def main(config: Path, out: Path) -> None:

@@ -24,12 +24,12 @@ from gpt.checkpoint.load import load_newest
 from gpt.checkpoint.saver import Saver
 from gpt.config.run import RunConfig
 from gpt.distributed.world import join, total
+from gpt.distributed.zero.engine import Engine, build_model
 from gpt.model.attention import Documents
 from gpt.run.heartbeat import Heartbeat
 from gpt.run.run_dir import RunDir
 from gpt.run.stop import StopRequest
 from gpt.step import train_step
-from gpt.zero import Engine, build_model
 
 SAVES = 3
 run = RunConfig.model_validate_json(Path(sys.argv[1]).read_text())

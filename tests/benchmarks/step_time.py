@@ -25,10 +25,10 @@ from torch.nn.parallel import DistributedDataParallel
 import gpt.distributed.world
 from gpt.config.run import RunConfig
 from gpt.distributed.world import World, join
+from gpt.distributed.zero.engine import DTYPES, Engine, build_model
 from gpt.model.attention import Documents
 from gpt.model.gpt import GPT
 from gpt.step import ModelInputs, train_step
-from gpt.zero import DTYPES, Engine, build_model
 
 WARM, MEASURED = 3, 12
 Step = Callable[[list[ModelInputs], float], float]
@@ -109,7 +109,7 @@ def main(run: RunConfig, way: str) -> None:
         gpt.distributed.world.keep_freed_memory = lambda: None
     world = join(120)
     if way == "outlast":
-        from gpt.zero import _import_deepspeed
+        from gpt.distributed.zero.engine import _import_deepspeed
 
         _import_deepspeed(world.device)
     before = kibibytes("VmRSS")

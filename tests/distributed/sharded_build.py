@@ -9,8 +9,8 @@ import torch
 
 from gpt.config.run import RunConfig
 from gpt.distributed.world import join
+from gpt.distributed.zero.engine import _import_deepspeed, build_model
 from gpt.model.flops import parameter_count
-from gpt.zero import _import_deepspeed, build_model
 
 run = RunConfig.model_validate(json.loads(sys.argv[1]))
 world = join(60)

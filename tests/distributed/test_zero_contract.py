@@ -1,4 +1,4 @@
-"""What gpt/zero.py takes for granted about DeepSpeed's internals, on the installed version."""
+"""What gpt/distributed/zero/engine.py takes for granted about DeepSpeed's internals, on the installed version."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from gpt.config.run import RunConfig
-from gpt.zero import deepspeed_config
+from gpt.distributed.zero.engine import deepspeed_config
 
 
 def tiny(**fields: object) -> RunConfig:

@@ -1,4 +1,4 @@
-"""Run by torchrun from test_zero_contract.py: one Engine, every private attribute that gpt/zero.py uses."""
+"""Run by torchrun from test_zero_contract.py: one Engine, every private attribute that gpt/distributed/zero/engine.py uses."""
 
 import json
 import sys
@@ -8,8 +8,8 @@ import torch
 
 from gpt.config.run import RunConfig
 from gpt.distributed.world import join, total
+from gpt.distributed.zero.engine import Engine, build_model
 from gpt.model.attention import Documents
-from gpt.zero import Engine, build_model
 
 run = RunConfig.model_validate(json.loads(sys.argv[1]))
 world = join(60)

@@ -25,11 +25,11 @@ from gpt.config.data import DataConfig
 from gpt.config.optimizer import ScheduleConfig
 from gpt.config.run import CheckpointConfig, RunConfig
 from gpt.distributed.world import World
+from gpt.distributed.zero.engine import StatePart
 from gpt.run import record
 from gpt.run.heartbeat import Heartbeat
 from gpt.run.run_dir import RunDir
 from gpt.run.stop import StopRequest
-from gpt.zero import StatePart
 
 NUMEL = 1_200_000  # 14 MB in all: several chunks a rank
 STATES = ("master", "exp_avg", "exp_avg_sq")

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from gpt.config.run import RunConfig
+from gpt.distributed.zero.engine import DTYPES
 from gpt.model import loss
 from gpt.model.attention import Documents
 from gpt.model.flops import flops_per_token
 from gpt.model.gpt import GPT
-from gpt.zero import DTYPES
 from launcher.memory import (
     LOSS_BLOCK_ELEMENTS,
     LOSS_CHUNK_ELEMENTS,
