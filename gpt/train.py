@@ -1,6 +1,6 @@
 """The worker: from torchrun's environment to an attempt's result. `python -m gpt.train RUN_DIR`
 
-It joins the others, claims the attempt, looks at the nodes, trains (gpt.trainer) and writes down how that
+It joins the others, claims the attempt, looks at the nodes, trains (gpt.training.trainer) and writes down how that
 ended. It never retries and never falls back: a crash ends the process, the agent starts the next attempt,
 and that one continues from the newest checkpoint.
 """
@@ -34,7 +34,7 @@ from gpt.distributed.world import World, from_first, join
 from gpt.node_check import check_nodes
 from gpt.run import record
 from gpt.run.run_dir import RunDir
-from gpt.trainer import Outcome, StartClock, Trainer
+from gpt.training.trainer import Outcome, StartClock, Trainer
 
 
 def main(path: Path) -> None:

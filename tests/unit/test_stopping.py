@@ -18,7 +18,7 @@ from gpt.checkpoint.writer import remove_leftovers
 from gpt.run import record
 from gpt.run.run_dir import RunDir
 from gpt.run.stop import StopRequest
-from gpt.trainer import Outcome, Trainer
+from gpt.training.trainer import Outcome, Trainer
 from tests.unit.saver_support import arm, join, make_saver
 
 
