@@ -11,7 +11,7 @@ from xxhash import xxh3_64_intdigest
 from data_pipeline.batches import Batch, BatchReader
 from data_pipeline.errors import OutlastError
 from gpt.distributed.world import World
-from gpt.step import ModelInputs, model_inputs
+from gpt.training.step import ModelInputs, model_inputs
 
 AHEAD = 2  # the count of scored tokens of step n + 2 is agreed on while step n + 1 computes
 

@@ -13,7 +13,7 @@ from gpt.distributed.world import PendingTick, Tick, World, total
 from gpt.model.gpt import GPT
 from gpt.run.heartbeat import Heartbeat
 from gpt.run.stop import StopRequest
-from gpt.step import model_inputs
+from gpt.training.step import model_inputs
 
 
 class Validation:

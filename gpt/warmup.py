@@ -15,7 +15,7 @@ from torch import Tensor
 from gpt.distributed.world import World, total
 from gpt.distributed.zero.engine import Engine
 from gpt.model.gpt import GPT, seed_dropout
-from gpt.step import ModelInputs, train_step
+from gpt.training.step import ModelInputs, train_step
 
 _DOUBLINGS = 10  # the search begins at peak / 2^10
 _BISECTIONS = 4  # after them the rate is known to 2^(1/16), 4%

@@ -34,7 +34,7 @@ from gpt.run import record
 from gpt.run.heartbeat import Heartbeat
 from gpt.run.run_dir import RunDir
 from gpt.run.stop import StopRequest
-from gpt.step import train_step
+from gpt.training.step import train_step
 from gpt.validation import Validation, source_names
 from gpt.warmup import initial_rate
 

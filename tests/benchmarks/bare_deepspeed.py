@@ -21,7 +21,7 @@ from data_pipeline.batches import Batch
 from gpt.config.run import RunConfig
 from gpt.distributed.zero.engine import DTYPES, deepspeed_config
 from gpt.model.gpt import GPT
-from gpt.step import model_inputs
+from gpt.training.step import model_inputs
 
 
 def main(config: Path, out: Path) -> None:

@@ -29,7 +29,7 @@ from gpt.model.attention import Documents
 from gpt.run.heartbeat import Heartbeat
 from gpt.run.run_dir import RunDir
 from gpt.run.stop import StopRequest
-from gpt.step import train_step
+from gpt.training.step import train_step
 
 SAVES = 3
 run = RunConfig.model_validate_json(Path(sys.argv[1]).read_text())

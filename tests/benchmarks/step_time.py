@@ -28,7 +28,7 @@ from gpt.distributed.world import World, join
 from gpt.distributed.zero.engine import DTYPES, Engine, build_model
 from gpt.model.attention import Documents
 from gpt.model.gpt import GPT
-from gpt.step import ModelInputs, train_step
+from gpt.training.step import ModelInputs, train_step
 
 WARM, MEASURED = 3, 12
 Step = Callable[[list[ModelInputs], float], float]

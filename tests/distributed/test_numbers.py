@@ -13,7 +13,7 @@ from gpt.config.run import RunConfig
 from gpt.model.flops import flops_per_token
 from gpt.model.gpt import GPT
 from gpt.optimizer.lr_schedule import learning_rate
-from gpt.step import model_inputs
+from gpt.training.step import model_inputs
 from tests.distributed.conftest import CONTEXT, Run
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ import torch
 from data_pipeline.batches import BatchReader
 from gpt.config.run import RunConfig
 from gpt.model.gpt import GPT
-from gpt.step import model_inputs
+from gpt.training.step import model_inputs
 from tests.distributed.conftest import Run
 from tests.distributed.test_numbers import CPU, PlainOptimizer
 

@@ -16,7 +16,7 @@ from gpt.distributed.world import join
 from gpt.distributed.zero.engine import Engine, build_model
 from gpt.lines import Late
 from gpt.model.attention import Documents
-from gpt.step import train_step
+from gpt.training.step import train_step
 
 
 class Waits(TorchDispatchMode):

@@ -13,7 +13,7 @@ from gpt.config.optimizer import OptimizerConfig, ScheduleConfig
 from gpt.model.gpt import GPT
 from gpt.optimizer.build import build_optimizer
 from gpt.optimizer.lr_schedule import learning_rate
-from gpt.step import model_inputs
+from gpt.training.step import model_inputs
 
 CPU = torch.device("cpu")
 CONTEXT, SEQUENCES, VOCABULARY = 64, 16, 4096
