@@ -28,12 +28,12 @@ from gpt.model.gpt import seed_dropout
 from gpt.optimizer.build import group_table
 from gpt.optimizer.lr_schedule import learning_rate
 from gpt.peak import peak_flops_per_second
-from gpt.prefetch import AHEAD, Prefetcher
 from gpt.profile import Profile
 from gpt.run import record
 from gpt.run.heartbeat import Heartbeat
 from gpt.run.run_dir import RunDir
 from gpt.run.stop import StopRequest
+from gpt.training.prefetch import AHEAD, Prefetcher
 from gpt.training.step import train_step
 from gpt.validation import Validation, source_names
 from gpt.warmup import initial_rate
