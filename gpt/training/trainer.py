@@ -33,9 +33,9 @@ from gpt.run import record
 from gpt.run.heartbeat import Heartbeat
 from gpt.run.run_dir import RunDir
 from gpt.run.stop import StopRequest
+from gpt.training.evaluation import Validation, source_names
 from gpt.training.prefetch import AHEAD, Prefetcher
 from gpt.training.step import train_step
-from gpt.validation import Validation, source_names
 from gpt.warmup import initial_rate
 
 # What Python does not free by itself is little, and a collection takes milliseconds.

@@ -17,7 +17,7 @@ from gpt.distributed.world import World
 from gpt.model.loss import IGNORED
 from gpt.run.heartbeat import Heartbeat
 from gpt.run.stop import StopRequest
-from gpt.validation import Validation
+from gpt.training.evaluation import Validation
 from tests.distributed.data import small_data_set
 from tests.unit.saver_support import join
 
