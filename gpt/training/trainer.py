@@ -20,7 +20,6 @@ from gpt.checkpoint.saver import Saver
 from gpt.config.run import RunConfig
 from gpt.distributed.world import PendingTick, Tick, World, from_first, together, total
 from gpt.distributed.zero.engine import DTYPES, Engine, build_model
-from gpt.lines import Late, Line, Lines
 from gpt.model.attention import choose
 from gpt.model.compilation import compile_seconds
 from gpt.model.flops import flops_per_token
@@ -34,6 +33,7 @@ from gpt.run.heartbeat import Heartbeat
 from gpt.run.run_dir import RunDir
 from gpt.run.stop import StopRequest
 from gpt.training.evaluation import Validation, source_names
+from gpt.training.metrics import Late, Line, Lines
 from gpt.training.prefetch import AHEAD, Prefetcher
 from gpt.training.step import train_step
 from gpt.warmup import initial_rate

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gpt.config.run import RunConfig
 from gpt.distributed.world import join
 from gpt.distributed.zero.engine import Engine, build_model
-from gpt.lines import Late
 from gpt.model.attention import Documents
+from gpt.training.metrics import Late
 from gpt.training.step import train_step
 
 
