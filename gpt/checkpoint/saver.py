@@ -24,7 +24,6 @@ from pathlib import Path
 
 from data_pipeline.errors import CheckpointError
 from data_pipeline.skip_list import Ranges
-from gpt.attempt import Superseded, is_superseded
 from gpt.checkpoint.due import SaveClock, failures_so_far, time_between_failures_s
 from gpt.checkpoint.failpoints import reach
 from gpt.checkpoint.format import (
@@ -55,6 +54,7 @@ from gpt.run.heartbeat import Heartbeat
 from gpt.run.host_memory import LARGEST_SHARE, available_bytes
 from gpt.run.run_dir import RunDir
 from gpt.run.stop import StopRequest
+from gpt.training.attempt import Superseded, is_superseded
 
 _ROUND_S = 1.0  # how often the ranks look at each other while they wait for a save
 # Once a stop is asked for, behind which a grace time may be running. A thread that is told to end does so at

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpt.attempt import is_superseded
 from gpt.distributed.world import World
 from gpt.run import record
 from gpt.run.run_dir import RunDir
+from gpt.training.attempt import is_superseded
 
 
 class Late:

@@ -13,8 +13,6 @@ from data_pipeline.errors import CheckpointError, OutlastError
 from data_pipeline.manifest import joint_fingerprint, read_manifest
 from data_pipeline.skip_list import Ranges
 from data_pipeline.tokenizer import load_encoding
-from gpt import attempt as attempts
-from gpt.attempt import Superseded, is_superseded, say
 from gpt.checkpoint.load import has_begun, load_newest
 from gpt.checkpoint.saver import Saver
 from gpt.config.run import RunConfig
@@ -32,6 +30,8 @@ from gpt.run import record
 from gpt.run.heartbeat import Heartbeat
 from gpt.run.run_dir import RunDir
 from gpt.run.stop import StopRequest
+from gpt.training import attempt as attempts
+from gpt.training.attempt import Superseded, is_superseded, say
 from gpt.training.evaluation import Validation, source_names
 from gpt.training.metrics import Late, Line, Lines
 from gpt.training.prefetch import AHEAD, Prefetcher

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from gpt.attempt import is_superseded
 from gpt.run.run_dir import RunDir, is_listed
 from gpt.run.stop import StopRequest
+from gpt.training.attempt import is_superseded
 
 
 @pytest.fixture

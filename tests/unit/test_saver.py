@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt.attempt import Superseded
 from gpt.checkpoint import saver as saver_module
 from gpt.checkpoint import writer
 from gpt.checkpoint.failpoints import PLACES
@@ -23,6 +22,7 @@ from gpt.distributed.world import World, total
 from gpt.run import record
 from gpt.run.host_memory import available_bytes
 from gpt.run.run_dir import RunDir
+from gpt.training.attempt import Superseded
 from tests.unit.saver_support import (
     STATES,
     alone,
