@@ -29,11 +29,11 @@ import torch.distributed as dist
 from data_pipeline.errors import LaunchError, OutlastError
 from gpt.config.run import RunConfig
 from gpt.distributed.world import World, from_first, join
-from gpt.node_check import check_nodes
 from gpt.run import record
 from gpt.run.run_dir import RunDir
 from gpt.training import attempt as attempts
 from gpt.training.attempt import Superseded, say
+from gpt.training.node_check import check_nodes
 from gpt.training.trainer import Outcome, StartClock, Trainer
 
 
