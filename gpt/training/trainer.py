@@ -32,11 +32,11 @@ from gpt.run.run_dir import RunDir
 from gpt.run.stop import StopRequest
 from gpt.training import attempt as attempts
 from gpt.training.attempt import Superseded, is_superseded, say
+from gpt.training.auto_warmup import initial_rate
 from gpt.training.evaluation import Validation, source_names
 from gpt.training.metrics import Late, Line, Lines
 from gpt.training.prefetch import AHEAD, Prefetcher
 from gpt.training.step import train_step
-from gpt.warmup import initial_rate
 
 # What Python does not free by itself is little, and a collection takes milliseconds.
 COLLECT_EVERY_STEPS = 100

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from gpt.warmup import critical_rate
+from gpt.training.auto_warmup import critical_rate
 
 
 @pytest.mark.parametrize("sharpness", [0.7, 3.0, 40.0])

@@ -157,7 +157,7 @@ class Engine:
     def __init__(self, model: GPT, run: RunConfig, world: World) -> None:
         deepspeed = _import_deepspeed(world.device)
         self.run, self.world, self.model = run, world, model
-        self.initial_lr = 0.0  # where the warmup starts; `gpt.warmup` may settle on more
+        self.initial_lr = 0.0  # where the warmup starts; `gpt.training.auto_warmup` may settle on more
         self._engine, self._zero, _, _ = deepspeed.initialize(
             model=model,
             optimizer=build_optimizer(model, run.optimizer, DTYPES[run.precision]),
