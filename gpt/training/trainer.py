@@ -24,7 +24,6 @@ from gpt.model.flops import flops_per_token
 from gpt.model.gpt import seed_dropout
 from gpt.optimizer.build import group_table
 from gpt.optimizer.lr_schedule import learning_rate
-from gpt.peak import peak_flops_per_second
 from gpt.profile import Profile
 from gpt.run import record
 from gpt.run.heartbeat import Heartbeat
@@ -35,6 +34,7 @@ from gpt.training.attempt import Superseded, is_superseded, say
 from gpt.training.auto_warmup import initial_rate
 from gpt.training.evaluation import Validation, source_names
 from gpt.training.metrics import Late, Line, Lines
+from gpt.training.peak_flops import peak_flops_per_second
 from gpt.training.prefetch import AHEAD, Prefetcher
 from gpt.training.step import train_step
 

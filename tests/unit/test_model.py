@@ -10,7 +10,7 @@ from gpt.model.attention import Documents
 from gpt.model.flops import flops_per_token, parameter_count, parameter_table
 from gpt.model.layers import ACTIVATIONS, FeedForward, Linear
 from gpt.model.positions import positions
-from gpt.peak import of_gpu
+from gpt.training.peak_flops import of_gpu
 from tests.unit.model_support import VOCABULARY, build, random_tokens, rows
 
 
