@@ -24,7 +24,6 @@ from gpt.model.flops import flops_per_token
 from gpt.model.gpt import seed_dropout
 from gpt.optimizer.build import group_table
 from gpt.optimizer.lr_schedule import learning_rate
-from gpt.profile import Profile
 from gpt.run import record
 from gpt.run.heartbeat import Heartbeat
 from gpt.run.run_dir import RunDir
@@ -36,6 +35,7 @@ from gpt.training.evaluation import Validation, source_names
 from gpt.training.metrics import Late, Line, Lines
 from gpt.training.peak_flops import peak_flops_per_second
 from gpt.training.prefetch import AHEAD, Prefetcher
+from gpt.training.profiler import Profile
 from gpt.training.step import train_step
 
 # What Python does not free by itself is little, and a collection takes milliseconds.
