@@ -7,13 +7,13 @@ from pathlib import Path
 import torch.distributed as dist
 
 from gpt.checkpoint.load import load_newest
-from gpt.checkpoint.saver import Saver
 from gpt.config.run import RunConfig
 from gpt.distributed.world import join
 from gpt.distributed.zero.engine import Engine, build_model
 from gpt.run.heartbeat import Heartbeat
 from gpt.run.run_dir import RunDir
 from gpt.run.stop import StopRequest
+from gpt.saving.saver import Saver
 
 run_dir = RunDir(Path(sys.argv[1]))
 run = RunConfig.model_validate_json(run_dir.config.read_text())

@@ -20,7 +20,6 @@ import torch.distributed as dist
 from gpt.checkpoint import failpoints
 from gpt.checkpoint.format import GroupEntry, ParameterEntry
 from gpt.checkpoint.layout import GroupLayout
-from gpt.checkpoint.saver import Saver
 from gpt.config.data import DataConfig
 from gpt.config.optimizer import ScheduleConfig
 from gpt.config.run import CheckpointConfig, RunConfig
@@ -30,6 +29,7 @@ from gpt.run import record
 from gpt.run.heartbeat import Heartbeat
 from gpt.run.run_dir import RunDir
 from gpt.run.stop import StopRequest
+from gpt.saving.saver import Saver
 
 NUMEL = 1_200_000  # 14 MB in all: several chunks a rank
 STATES = ("master", "exp_avg", "exp_avg_sq")

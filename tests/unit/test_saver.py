@@ -11,17 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt.checkpoint import saver as saver_module
 from gpt.checkpoint import writer
 from gpt.checkpoint.failpoints import PLACES
 from gpt.checkpoint.format import committed, verify
 from gpt.checkpoint.reader import CheckpointReader
-from gpt.checkpoint.saver import Saver
 from gpt.checkpoint.writer import remove_leftovers
 from gpt.distributed.world import World, total
 from gpt.run import record
 from gpt.run.host_memory import available_bytes
 from gpt.run.run_dir import RunDir
+from gpt.saving import saver as saver_module
+from gpt.saving.saver import Saver
 from gpt.training.attempt import Superseded
 from tests.unit.saver_support import (
     STATES,

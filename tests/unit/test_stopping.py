@@ -11,12 +11,12 @@ import pytest
 import torch.distributed as dist
 
 from data_pipeline.errors import CheckpointError
-from gpt.checkpoint import saver as saver_module
 from gpt.checkpoint.format import committed
 from gpt.checkpoint.writer import remove_leftovers
 from gpt.run import record
 from gpt.run.run_dir import RunDir
 from gpt.run.stop import StopRequest
+from gpt.saving import saver as saver_module
 from gpt.training.attempt import Superseded
 from gpt.training.trainer import Outcome, Trainer
 from tests.unit.saver_support import arm, join, make_saver
