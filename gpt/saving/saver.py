@@ -35,7 +35,6 @@ from gpt.checkpoint.format import (
     rank_tensors,
 )
 from gpt.checkpoint.retention import kept
-from gpt.checkpoint.snapshot import Snapshot, live_parts
 from gpt.checkpoint.work import Work
 from gpt.checkpoint.writer import (
     Pace,
@@ -54,6 +53,7 @@ from gpt.run.heartbeat import Heartbeat
 from gpt.run.host_memory import LARGEST_SHARE, available_bytes
 from gpt.run.run_dir import RunDir
 from gpt.run.stop import StopRequest
+from gpt.saving.snapshot import Snapshot, live_parts
 from gpt.training.attempt import Superseded, is_superseded
 
 _ROUND_S = 1.0  # how often the ranks look at each other while they wait for a save
