@@ -24,7 +24,6 @@ from pathlib import Path
 
 from data_pipeline.errors import CheckpointError
 from data_pipeline.skip_list import Ranges
-from gpt.checkpoint.due import SaveClock, failures_so_far, time_between_failures_s
 from gpt.checkpoint.failpoints import reach
 from gpt.checkpoint.format import (
     CheckpointIndex,
@@ -53,6 +52,7 @@ from gpt.run.heartbeat import Heartbeat
 from gpt.run.host_memory import LARGEST_SHARE, available_bytes
 from gpt.run.run_dir import RunDir
 from gpt.run.stop import StopRequest
+from gpt.saving.save_interval import SaveClock, failures_so_far, time_between_failures_s
 from gpt.saving.snapshot import Snapshot, live_parts
 from gpt.training.attempt import Superseded, is_superseded
 

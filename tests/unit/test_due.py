@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.config_file import validate
-from gpt.checkpoint.due import SaveClock, best_interval_s, failures_so_far, time_between_failures_s
 from gpt.checkpoint.retention import kept
 from gpt.config.run import CheckpointConfig
+from gpt.saving.save_interval import SaveClock, best_interval_s, failures_so_far, time_between_failures_s
 
 DAY = 86_400.0
 
