@@ -34,7 +34,6 @@ from gpt.checkpoint.format import (
     rank_tensors,
 )
 from gpt.checkpoint.retention import kept
-from gpt.checkpoint.work import Work
 from gpt.checkpoint.writer import (
     Pace,
     commit,
@@ -52,6 +51,7 @@ from gpt.run.heartbeat import Heartbeat
 from gpt.run.host_memory import LARGEST_SHARE, available_bytes
 from gpt.run.run_dir import RunDir
 from gpt.run.stop import StopRequest
+from gpt.saving.background_task import Work
 from gpt.saving.save_interval import SaveClock, failures_so_far, time_between_failures_s
 from gpt.saving.snapshot import Snapshot, live_parts
 from gpt.training.attempt import Superseded, is_superseded
