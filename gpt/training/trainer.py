@@ -13,7 +13,6 @@ from data_pipeline.errors import CheckpointError, OutlastError
 from data_pipeline.manifest import joint_fingerprint, read_manifest
 from data_pipeline.skip_list import Ranges
 from data_pipeline.tokenizer import load_encoding
-from gpt.checkpoint.load import has_begun, load_newest
 from gpt.config.run import RunConfig
 from gpt.distributed.world import PendingTick, Tick, World, from_first, together, total
 from gpt.distributed.zero.engine import DTYPES, Engine, build_model
@@ -27,6 +26,7 @@ from gpt.run import record
 from gpt.run.heartbeat import Heartbeat
 from gpt.run.run_dir import RunDir
 from gpt.run.stop import StopRequest
+from gpt.saving.restore import has_begun, load_newest
 from gpt.saving.saver import Saver
 from gpt.training import attempt as attempts
 from gpt.training.attempt import Superseded, is_superseded, say

@@ -20,7 +20,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
-from gpt.checkpoint.load import load_newest
 from gpt.config.run import RunConfig
 from gpt.distributed.world import join, total
 from gpt.distributed.zero.engine import Engine, build_model
@@ -28,6 +27,7 @@ from gpt.model.attention import Documents
 from gpt.run.heartbeat import Heartbeat
 from gpt.run.run_dir import RunDir
 from gpt.run.stop import StopRequest
+from gpt.saving.restore import load_newest
 from gpt.saving.saver import Saver
 from gpt.training.step import train_step
 

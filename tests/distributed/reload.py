@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from gpt.checkpoint.load import load_newest
 from gpt.config.run import RunConfig
 from gpt.distributed.world import join
 from gpt.distributed.zero.engine import Engine, build_model
 from gpt.run.heartbeat import Heartbeat
 from gpt.run.run_dir import RunDir
 from gpt.run.stop import StopRequest
+from gpt.saving.restore import load_newest
 from gpt.saving.saver import Saver
 
 run_dir = RunDir(Path(sys.argv[1]))
