@@ -11,7 +11,6 @@ import threading
 import time
 from pathlib import Path
 
-from gpt import beside
 from gpt.checkpoint.format import committed, is_pinned
 from gpt.checkpoint.mirror import Mirror, MirrorError
 from gpt.checkpoint.retention import kept
@@ -19,6 +18,7 @@ from gpt.checkpoint.writer import Pace
 from gpt.config.run import CheckpointConfig, RunConfig
 from gpt.run import record
 from gpt.run.run_dir import RunDir
+from gpt.sidecars import follower as beside
 
 POLL_S = 2.0
 RETRY_S = 30.0

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.config_file import dotted
-from gpt import beside
 from gpt.config.run import RunConfig
 from gpt.run import record
 from gpt.run.run_dir import RunDir, read_json, write_json
+from gpt.sidecars import follower as beside
 
 BATCH_METRICS, BATCH_PARAMS = 1000, 100  # MLflow's limits for one request
 POLL_S = 2.0
