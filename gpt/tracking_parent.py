@@ -6,7 +6,7 @@ It holds nothing but their common name, and is finished at once. Its id is the l
 import os
 import sys
 
-from gpt.tracking import experiment_id, fail_soon
+from gpt.sidecars.mlflow import experiment_id, fail_soon
 
 if __name__ == "__main__":
     fail_soon(os.environ)

@@ -129,7 +129,7 @@ class _Node:
             return Outcome(93, f"submission {newest.submission:04d} took the run over", None)
         record.event(self.run.events, "turn_started", job=self.place.job, turn=self.place.turn)
         if self.config.tracking.enabled:
-            self.tracking = self._start_beside("gpt.tracking", "tracking.log")
+            self.tracking = self._start_beside("gpt.sidecars.mlflow", "tracking.log")
         if self.config.checkpoint.mirror is not None:
             self.mirroring = self._start_beside("gpt.mirroring", "mirroring.log")
         code = self._train()

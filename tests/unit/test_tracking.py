@@ -16,7 +16,7 @@ from mlflow.tracking import MlflowClient
 from gpt.config.run import RunConfig
 from gpt.run import record
 from gpt.run.run_dir import RunDir, read_json, write_json
-from gpt.tracking import Mirror, follow
+from gpt.sidecars.mlflow import Mirror, follow
 
 
 @pytest.fixture
@@ -120,8 +120,10 @@ def test_a_server_that_comes_late_gets_every_point(
     run_dir: RunDir, server: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr("gpt.tracking.RETRY_S", 0.5)
-    monkeypatch.setattr("gpt.tracking.DRAIN_S", 170.0)  # on a busy machine the server starts for a minute
+    monkeypatch.setattr("gpt.sidecars.mlflow.RETRY_S", 0.5)
+    monkeypatch.setattr(
+        "gpt.sidecars.mlflow.DRAIN_S", 170.0
+    )  # on a busy machine the server starts for a minute
     uri, command = server
     run = config(uri=uri)
     add_steps(run_dir, 1, 5)
@@ -149,8 +151,8 @@ def test_a_server_that_never_comes_is_given_up_at_the_end(
     run_dir: RunDir, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr("gpt.tracking.RETRY_S", 0.2)
-    monkeypatch.setattr("gpt.tracking.DRAIN_S", 1.0)
+    monkeypatch.setattr("gpt.sidecars.mlflow.RETRY_S", 0.2)
+    monkeypatch.setattr("gpt.sidecars.mlflow.DRAIN_S", 1.0)
     add_steps(run_dir, 1, 3)
     ended = threading.Event()
     ended.set()
