@@ -282,7 +282,7 @@ def _word(value: Any) -> str:
 def _mlflow_parent(home: RunDir, uri: str | None, experiment: str) -> str | None:
     """The MLflow run under which those of the sweep stand; None, with a warning, where none can be made."""
     address = uri or f"sqlite:///{home.path / 'mlflow.db'}"
-    command = python_module("gpt.tracking_parent", address, experiment, home.path.name)
+    command = python_module("gpt.sidecars.mlflow_parent", address, experiment, home.path.name)
     try:
         made = subprocess.run(
             command, env=job_environment(home), capture_output=True, text=True, timeout=_PARENT_PATIENCE_S

@@ -1,4 +1,4 @@
-"""The MLflow run under which the runs of a sweep stand: `python -m gpt.tracking_parent URI EXPERIMENT NAME`
+"""The MLflow run under which the runs of a sweep stand: `python -m gpt.sidecars.mlflow_parent URI EXPERIMENT NAME`
 
 It holds nothing but their common name, and is finished at once. Its id is the last line printed.
 """
