@@ -131,7 +131,7 @@ class _Node:
         if self.config.tracking.enabled:
             self.tracking = self._start_beside("gpt.sidecars.mlflow", "tracking.log")
         if self.config.checkpoint.mirror is not None:
-            self.mirroring = self._start_beside("gpt.mirroring", "mirroring.log")
+            self.mirroring = self._start_beside("gpt.sidecars.checkpoint_mirror", "mirroring.log")
         code = self._train()
         kill_descendants(spare=self._spared())
         if not self.turn.is_current():

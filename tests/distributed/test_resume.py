@@ -20,9 +20,9 @@ from data_pipeline.batches import BatchReader
 from data_pipeline.manifest import read_manifest
 from gpt.checkpoint.format import INDEX_NAME, committed, read_index
 from gpt.config.run import CheckpointConfig
-from gpt.mirroring import Copier
 from gpt.run import record
 from gpt.run.run_dir import RunDir, read_json
+from gpt.sidecars.checkpoint_mirror import Copier
 from launcher.status import status
 from tests.distributed.conftest import CONTEXT, Run, make_run, same_state
 from tests.unit.launcher_support import give_job

@@ -10,10 +10,10 @@ from gpt.checkpoint.format import committed, rank_name
 from gpt.checkpoint.mirror import Mirror
 from gpt.config.resume_rules import config_fingerprint
 from gpt.distributed.world import World
-from gpt.mirroring import Copier
 from gpt.run import record
 from gpt.run.run_dir import RunDir
 from gpt.saving.restore import has_begun, load_newest
+from gpt.sidecars.checkpoint_mirror import Copier
 from tests.unit.saver_support import SmallEngine, alone, make_saver
 
 __all__ = ["alone"]  # a fixture

@@ -14,9 +14,9 @@ from gpt.checkpoint.format import INDEX_NAME, PIN_NAME, committed, read_index, s
 from gpt.checkpoint.mirror import Mirror, MirrorError
 from gpt.checkpoint.writer import Pace, prune
 from gpt.config.run import CheckpointConfig
-from gpt.mirroring import Copier, follow
 from gpt.run import record
 from gpt.run.run_dir import RunDir, read_json, write_json
+from gpt.sidecars.checkpoint_mirror import Copier, follow
 from launcher import launch
 from launcher.cluster import ClusterConfig
 from launcher.preflight import examine
@@ -266,8 +266,8 @@ def test_a_copy_of_a_run_leaves_the_mirror_to_its_original(
 def test_a_mirror_that_fails_is_an_event_and_a_later_try(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gpt.mirroring.RETRY_S", 0.05)
-    monkeypatch.setattr("gpt.mirroring.POLL_S", 0.05)
+    monkeypatch.setattr("gpt.sidecars.checkpoint_mirror.RETRY_S", 0.05)
+    monkeypatch.setattr("gpt.sidecars.checkpoint_mirror.POLL_S", 0.05)
     run, place = RunDir(tmp_path / "run"), tmp_path / "mirrors"
     write_checkpoint(run.checkpoints, step=5)
     place.write_text("a file where a folder should be")

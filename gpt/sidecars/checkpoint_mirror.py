@@ -1,6 +1,6 @@
 """Copies a run's checkpoints to its mirror once they are committed: a process that no step waits for.
 
-`python -m gpt.mirroring RUN_DIR`
+`python -m gpt.sidecars.checkpoint_mirror RUN_DIR`
 
 The newest comes first; older ones follow as time permits. The mirror keeps what the run's own retention
 keeps. A mirror that fails is an event and a later try, never a matter for training. Torch-free.
