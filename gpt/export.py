@@ -26,7 +26,7 @@ from gpt.checkpoint.reader import CheckpointReader, intact_candidates
 from gpt.config.model import ModelConfig
 from gpt.config.run import RunConfig
 from gpt.huggingface.architectures import TensorPlace, tensor_places, twin_config, twin_obstacle
-from gpt.huggingface_tokenizer import write_tokenizer
+from gpt.huggingface.tokenizer import write_tokenizer
 from gpt.model.flops import parameter_count, parameter_table
 from gpt.run.run_dir import RunDir
 

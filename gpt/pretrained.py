@@ -28,7 +28,7 @@ from gpt.config.model import ModelConfig
 from gpt.config.resume_rules import config_fingerprint
 from gpt.config.run import RunConfig
 from gpt.huggingface.architectures import TensorPlace, tensor_places
-from gpt.huggingface_tokenizer import SAMPLES
+from gpt.huggingface.tokenizer import SAMPLES
 from gpt.optimizer.parameter_groups import hyperparameters, parameter_entries, sizes_by_group, states
 from gpt.run import record
 from gpt.run.run_dir import RunDir

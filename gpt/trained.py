@@ -20,7 +20,7 @@ from gpt.checkpoint.reader import intact_candidates
 from gpt.config.model import ModelConfig
 from gpt.config.run import RunConfig
 from gpt.huggingface.architectures import model_fields
-from gpt.huggingface_tokenizer import FolderTokenizer
+from gpt.huggingface.tokenizer import FolderTokenizer
 from gpt.model.flops import parameter_table
 from gpt.model.gpt import GPT
 from gpt.pretrained import PretrainedFolder
