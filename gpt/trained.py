@@ -20,10 +20,10 @@ from gpt.checkpoint.reader import intact_candidates
 from gpt.config.model import ModelConfig
 from gpt.config.run import RunConfig
 from gpt.huggingface.architectures import model_fields
+from gpt.huggingface.importer import PretrainedFolder
 from gpt.huggingface.tokenizer import FolderTokenizer
 from gpt.model.flops import parameter_table
 from gpt.model.gpt import GPT
-from gpt.pretrained import PretrainedFolder
 from gpt.run.run_dir import RunDir, read_json
 
 

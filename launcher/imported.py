@@ -35,7 +35,7 @@ def import_run(hf_dir: Path, run_dir: Path, data: str, cluster: str, overrides: 
     request = examine(tables, "import", cluster, folder)
     show_warnings(request)
     run = create_run(folder, request, command_line())
-    command = python_module("gpt.pretrained", str(hf_dir.absolute()), str(run.path))
+    command = python_module("gpt.huggingface.importer", str(hf_dir.absolute()), str(run.path))
     code = subprocess.run(command).returncode
     if code != 0:  # nothing has trained here yet
         shutil.rmtree(run.path)

@@ -17,9 +17,9 @@ from data_pipeline.tokenizer import END_OF_TEXT, Encoding, load_encoding
 from gpt import sample
 from gpt.config.run import RunConfig
 from gpt.export import export
+from gpt.huggingface.importer import write_first_checkpoint
 from gpt.huggingface.tokenizer import SAMPLES, FolderTokenizer, write_tokenizer
 from gpt.model.gpt import GPT
-from gpt.pretrained import write_first_checkpoint
 from gpt.run.run_dir import RunDir, write_json
 from gpt.trained import from_folder
 from tests.unit.data_support import packaged_texts, prepared

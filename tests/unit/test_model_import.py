@@ -11,8 +11,8 @@ from data_pipeline.errors import ConfigError
 from data_pipeline.tokenizer import load_encoding
 from gpt.config.run import RunConfig
 from gpt.huggingface.architectures import model_fields
+from gpt.huggingface.importer import PretrainedFolder, check_tokenizer
 from gpt.huggingface.tokenizer import write_tokenizer
-from gpt.pretrained import PretrainedFolder, check_tokenizer
 from gpt.run import record
 from gpt.run.run_dir import RunDir, read_json
 from gpt.trained import from_run

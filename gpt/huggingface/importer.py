@@ -1,6 +1,6 @@
 """The first checkpoint of a run that starts from the weights of a transformers folder.
 
-`python -m gpt.pretrained HF_DIR RUN_DIR`
+`python -m gpt.huggingface.importer HF_DIR RUN_DIR`
 
 Reads safetensors only. The moments begin at zero and the step is 0: the schedule of the run's config
 decides the rest, as for new weights.
