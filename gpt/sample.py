@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 from data_pipeline.errors import ConfigError, OutlastError
+from gpt.huggingface.load_model import from_folder, from_run
 from gpt.model.generate import Choice, generate, stream
 from gpt.run.run_dir import RunDir, is_exported
-from gpt.trained import from_folder, from_run
 
 
 def main() -> None:

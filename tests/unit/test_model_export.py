@@ -18,10 +18,10 @@ from gpt import sample
 from gpt.config.run import RunConfig
 from gpt.export import export
 from gpt.huggingface.importer import write_first_checkpoint
+from gpt.huggingface.load_model import from_folder
 from gpt.huggingface.tokenizer import SAMPLES, FolderTokenizer, write_tokenizer
 from gpt.model.gpt import GPT
 from gpt.run.run_dir import RunDir, write_json
-from gpt.trained import from_folder
 from tests.unit.data_support import packaged_texts, prepared
 from tests.unit.model_support import GPT2, MUP, build, random_tokens, rows
 

@@ -12,10 +12,10 @@ from data_pipeline.tokenizer import load_encoding
 from gpt.config.run import RunConfig
 from gpt.huggingface.architectures import model_fields
 from gpt.huggingface.importer import PretrainedFolder, check_tokenizer
+from gpt.huggingface.load_model import from_run
 from gpt.huggingface.tokenizer import write_tokenizer
 from gpt.run import record
 from gpt.run.run_dir import RunDir, read_json
-from gpt.trained import from_run
 from launcher.cli import run as outlast
 from tests.unit.data_support import packaged_texts, prepared
 from tests.unit.model_support import random_tokens, rows
