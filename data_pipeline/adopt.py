@@ -19,7 +19,7 @@ from data_pipeline.indexed import ITEM_BYTES, read_header
 from data_pipeline.manifest import CHUNK_BYTES, ENCODING_FILE, FILE_NAME, FileRecord, Manifest, Shard
 from data_pipeline.publish import encoding_record
 from data_pipeline.shards import IndexArrays, sums_content
-from data_pipeline.tokenizer import Encoding, load_encoding
+from data_pipeline.tokenizer.encoding import Encoding, load_encoding
 
 
 def adopt(

@@ -22,7 +22,7 @@ from data_pipeline.duplicates import hash_piece, is_hashed
 from data_pipeline.encoder import open_encoder
 from data_pipeline.errors import DataError
 from data_pipeline.pieces import Advance, Piece, Settings, committed, encode_piece
-from data_pipeline.tokenizer import load_encoding
+from data_pipeline.tokenizer.encoding import load_encoding
 
 Task = Literal["encode", "hash"]
 

@@ -14,7 +14,7 @@ from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.hub import RowSource
 from data_pipeline.manifest import Manifest, check, read_manifest
 from data_pipeline.sources import SourceFile
-from data_pipeline.tokenizer import Encoding
+from data_pipeline.tokenizer.encoding import Encoding
 
 
 def require_same_settings(out: Path, encoding: Encoding, preparation: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from data_pipeline.indexed import ITEM_BYTES
 from data_pipeline.manifest import Manifest, Shard, Split, check_shard
 from data_pipeline.permutation import Permutation
 from data_pipeline.shards import IndexArrays
-from data_pipeline.tokenizer import Encoding
+from data_pipeline.tokenizer.encoding import Encoding
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from data_pipeline.encoder import Choice, Disagreement, Encoder, Flat, TiktokenE
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import Shard, Split, shard_from_json
 from data_pipeline.shards import ShardWriter
-from data_pipeline.tokenizer import Encoding
+from data_pipeline.tokenizer.encoding import Encoding
 
 # At most this many broken documents are listed; all are counted.
 MOST_LISTED = 100

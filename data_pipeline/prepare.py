@@ -44,7 +44,7 @@ from data_pipeline.pieces import (
 )
 from data_pipeline.publish import publish, take_back
 from data_pipeline.sources import SourceFile, find_files
-from data_pipeline.tokenizer import Encoding, load_encoding
+from data_pipeline.tokenizer.encoding import Encoding, load_encoding
 
 # Raised when the same settings and sources would give other bytes than before.
 _PIPELINE = 1

@@ -19,7 +19,7 @@ from data_pipeline.indexed import dtype_for
 from data_pipeline.manifest import ENCODING_FILE, FILE_NAME, EncodingRecord, Manifest, Shard, Split
 from data_pipeline.pieces import Piece, PieceRecord
 from data_pipeline.sources import SourceFile
-from data_pipeline.tokenizer import Encoding
+from data_pipeline.tokenizer.encoding import Encoding
 
 
 def publish(

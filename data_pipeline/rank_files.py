@@ -11,7 +11,7 @@ from types import FunctionType
 from typing import Any
 
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.tokenizer import END_OF_TEXT, Encoding
+from data_pipeline.tokenizer.encoding import END_OF_TEXT, Encoding
 
 # The encodings whose constructors read one rank file of their own name.
 PUBLISHED = ("r50k_base", "p50k_base", "cl100k_base", "o200k_base")

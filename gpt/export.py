@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 from data_pipeline.errors import CheckpointError, ConfigError, OutlastError
-from data_pipeline.tokenizer import load_encoding
+from data_pipeline.tokenizer.encoding import load_encoding
 from gpt.checkpoint.format import Corrupt
 from gpt.checkpoint.reader import CheckpointReader, intact_candidates
 from gpt.config.model import ModelConfig

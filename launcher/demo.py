@@ -26,7 +26,7 @@ from data_pipeline.documents import packaged_corpus
 from data_pipeline.manifest import Manifest
 from data_pipeline.prepare import DataPrepConfig
 from data_pipeline.stream import TokenStream
-from data_pipeline.tokenizer import load_encoding
+from data_pipeline.tokenizer.encoding import load_encoding
 from gpt.run import record
 from gpt.run.run_dir import RunDir, read_json
 from launcher.children import sample_command

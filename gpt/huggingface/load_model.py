@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from data_pipeline.errors import CheckpointError
-from data_pipeline.tokenizer import load_encoding
+from data_pipeline.tokenizer.encoding import load_encoding
 from gpt.checkpoint.format import Corrupt
 from gpt.checkpoint.reader import intact_candidates
 from gpt.config.model import ModelConfig

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.errors import ConfigError
-from data_pipeline.tokenizer import END_OF_TEXT, Encoding
+from data_pipeline.tokenizer.encoding import END_OF_TEXT, Encoding
 
 # Digits, contractions, scripts, spaces, control characters, an emoji of several code points, and a text
 # that looks like a special token: where two byte-level BPEs differ, one of these shows it.

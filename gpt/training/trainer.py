@@ -12,7 +12,7 @@ from data_pipeline.batches import BatchReader
 from data_pipeline.errors import CheckpointError, OutlastError
 from data_pipeline.manifest import joint_fingerprint, read_manifest
 from data_pipeline.skip_list import Ranges
-from data_pipeline.tokenizer import load_encoding
+from data_pipeline.tokenizer.encoding import load_encoding
 from gpt.config.run import RunConfig
 from gpt.distributed.world import PendingTick, Tick, World, from_first, together, total
 from gpt.distributed.zero.engine import DTYPES, Engine, build_model

@@ -24,7 +24,7 @@ import pytest
 
 from data_pipeline.encoder import FAST, FastEncoder, TiktokenEncoder
 from data_pipeline.manifest import read_manifest
-from data_pipeline.tokenizer import load_encoding
+from data_pipeline.tokenizer.encoding import load_encoding
 from launcher.processes import adopt_orphans
 from tests.unit.data_support import packaged_texts
 
@@ -82,7 +82,7 @@ if __name__ == "__main__":
 _MAP_AND_MEMMAP = """
 import sys
 import datasets, numpy as np
-from data_pipeline.tokenizer import load_encoding
+from data_pipeline.tokenizer.encoding import load_encoding
 if __name__ == "__main__":
     source, out, workers, tokenizer = sys.argv[1:]
     encoding = load_encoding(tokenizer)
@@ -104,7 +104,7 @@ if __name__ == "__main__":
 _POOL_AND_BUILDER = """
 import json, multiprocessing, sys
 import numpy as np, torch
-from data_pipeline.tokenizer import load_encoding
+from data_pipeline.tokenizer.encoding import load_encoding
 def start():
     global encoding
     encoding = load_encoding(sys.argv[4])
@@ -124,7 +124,7 @@ if __name__ == "__main__":
 _SPLIT_AND_MERGE = """
 import json, multiprocessing, os, sys
 import numpy as np, torch
-from data_pipeline.tokenizer import load_encoding
+from data_pipeline.tokenizer.encoding import load_encoding
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 def encode(part, begin, end):
     encoding = load_encoding(sys.argv[4])
@@ -157,7 +157,7 @@ _LITDATA = """
 import json, os, sys
 import numpy as np, torch
 from litdata import TokensLoader, optimize
-from data_pipeline.tokenizer import load_encoding
+from data_pipeline.tokenizer.encoding import load_encoding
 encoding = None
 def encode(part):
     global encoding
@@ -184,7 +184,7 @@ from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.tokens import DocumentTokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
-from data_pipeline.tokenizer import END_OF_TEXT, load_encoding
+from data_pipeline.tokenizer.encoding import END_OF_TEXT, load_encoding
 if __name__ == "__main__":
     source, out, workers, tokenizer = sys.argv[1:]
     folder = Path(source).with_suffix("")
@@ -204,7 +204,7 @@ _ENCODER_ALONE = """
 import json, sys, time
 from multiprocessing import get_context
 from data_pipeline.encoder import open_encoder
-from data_pipeline.tokenizer import load_encoding
+from data_pipeline.tokenizer.encoding import load_encoding
 def serve(pipe, part):
     source, _, workers, tokenizer = sys.argv[1:]
     encoder, _ = open_encoder(load_encoding(tokenizer), "auto")

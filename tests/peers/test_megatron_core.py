@@ -16,7 +16,7 @@ from data_pipeline.manifest import EncodingRecord, FileRecord, Manifest, Shard
 from data_pipeline.prepare import DataPrepConfig, prepare
 from data_pipeline.shards import MappedShard
 from data_pipeline.stream import TokenStream
-from data_pipeline.tokenizer import Encoding, load_encoding
+from data_pipeline.tokenizer.encoding import Encoding, load_encoding
 from tests.unit.data_support import packaged_texts, write_jsonl
 
 pytestmark = pytest.mark.peers

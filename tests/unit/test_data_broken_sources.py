@@ -13,7 +13,7 @@ import zstandard
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.hub import HubDataset
 from data_pipeline.prepare import prepare
-from data_pipeline.tokenizer import load_encoding
+from data_pipeline.tokenizer.encoding import load_encoding
 from tests.unit.data_support import config, documents_of
 
 # Long enough and so little alike that a compressed file is still being read when it ends too early.

@@ -26,7 +26,7 @@ from data_pipeline.manifest import check, read_manifest, verify
 from data_pipeline.pieces import Settings
 from data_pipeline.prepare import Progress, prepare
 from data_pipeline.sources import find_files
-from data_pipeline.tokenizer import Encoding, load_encoding
+from data_pipeline.tokenizer.encoding import Encoding, load_encoding
 from tests.unit.data_support import config, documents_of, files_of, packaged_texts, prepared, write_jsonl
 
 # Small shards make many pieces of a small corpus.
@@ -436,7 +436,7 @@ def test_a_disk_that_is_full_is_named_and_space_later_lets_it_continue(
 
 def _small_encoding(folder: Path) -> str:
     """An encoding of bytes alone, so that encoding.json is smaller than a shard."""
-    from data_pipeline.tokenizer import Encoding
+    from data_pipeline.tokenizer.encoding import Encoding
 
     path = folder / "bytes.json"
     if not path.exists():
@@ -467,7 +467,7 @@ def test_a_mistake_in_a_worker_comes_out_with_its_traceback(raw: Path, tmp_path:
 
 
 def test_large_vocabularies_take_four_bytes_a_token(tmp_path: Path) -> None:
-    from data_pipeline.tokenizer import Encoding
+    from data_pipeline.tokenizer.encoding import Encoding
 
     known = load_encoding("outlast-4k")
     wide = Encoding("wide", known.pattern, known.ranks, {"<|endoftext|>": 70_000})

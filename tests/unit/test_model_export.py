@@ -13,7 +13,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_pipeline.errors import CheckpointError, ConfigError
-from data_pipeline.tokenizer import END_OF_TEXT, Encoding, load_encoding
+from data_pipeline.tokenizer.encoding import END_OF_TEXT, Encoding, load_encoding
 from gpt import sample
 from gpt.config.run import RunConfig
 from gpt.export import export

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from data_pipeline.errors import ConfigError
-from data_pipeline.tokenizer import load_encoding
+from data_pipeline.tokenizer.encoding import load_encoding
 from gpt.model.generate import Choice, generate, stream
 from tests.unit.model_support import GPT2, build, random_tokens, rows, twin_of
 

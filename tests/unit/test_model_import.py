@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from data_pipeline.errors import ConfigError
-from data_pipeline.tokenizer import load_encoding
+from data_pipeline.tokenizer.encoding import load_encoding
 from gpt.config.run import RunConfig
 from gpt.huggingface.architectures import model_fields
 from gpt.huggingface.importer import PretrainedFolder, check_tokenizer

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_pipeline.batches import Batch, EvaluationReader
-from data_pipeline.tokenizer import load_encoding
+from data_pipeline.tokenizer.encoding import load_encoding
 from gpt.config.data import DataConfig
 from gpt.distributed.world import World
 from gpt.model.loss import IGNORED
