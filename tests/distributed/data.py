@@ -5,7 +5,7 @@ from pathlib import Path
 
 from data_pipeline.config_file import validate
 from data_pipeline.documents import packaged_corpus
-from data_pipeline.prepare import DataPrepConfig, prepare
+from data_pipeline.prepare.pipeline import DataPrepConfig, prepare
 
 
 def small_data_set(folder: Path) -> Path:

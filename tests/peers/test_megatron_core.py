@@ -13,7 +13,7 @@ from data_pipeline.adopt import adopt
 from data_pipeline.batches import BatchReader
 from data_pipeline.indexed import read_header
 from data_pipeline.manifest import EncodingRecord, FileRecord, Manifest, Shard
-from data_pipeline.prepare import DataPrepConfig, prepare
+from data_pipeline.prepare.pipeline import DataPrepConfig, prepare
 from data_pipeline.shards import MappedShard
 from data_pipeline.stream import TokenStream
 from data_pipeline.tokenizer.encoding import Encoding, load_encoding

@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from data_pipeline.prepare import prepare
+from data_pipeline.prepare.pipeline import prepare
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.conftest import ROOT
 from tests.unit.data_support import config, files_of, packaged_texts, write_jsonl

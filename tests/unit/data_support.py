@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.documents import packaged_corpus
 from data_pipeline.manifest import Manifest
-from data_pipeline.prepare import DataPrepConfig, prepare
+from data_pipeline.prepare.pipeline import DataPrepConfig, prepare
 
 
 def packaged_texts() -> list[str]:

@@ -8,7 +8,7 @@ import pytest
 
 from data_pipeline import duplicates
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.prepare import Progress, prepare
+from data_pipeline.prepare.pipeline import Progress, prepare
 from data_pipeline.tokenizer.encoding import load_encoding
 from tests.unit.data_support import config, documents_of, files_of, packaged_texts, write_jsonl
 

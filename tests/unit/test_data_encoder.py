@@ -27,7 +27,7 @@ from data_pipeline.encoder import (
     open_encoder,
 )
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.prepare import Progress, prepare
+from data_pipeline.prepare.pipeline import Progress, prepare
 from data_pipeline.rank_files import PUBLISHED, read_rank_file
 from data_pipeline.tokenizer.encoding import END_OF_TEXT, Encoding, load_encoding
 from tests.unit.data_support import config, files_of, packaged_texts, write_jsonl

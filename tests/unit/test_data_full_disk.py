@@ -9,7 +9,7 @@ import pytest
 
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import verify
-from data_pipeline.prepare import prepare
+from data_pipeline.prepare.pipeline import prepare
 from tests.unit.data_support import config, files_of, packaged_texts, write_jsonl
 
 SETTINGS = {"shard_tokens": 10_000, "val_fraction": 0.1, "deduplicate": True}

@@ -24,7 +24,7 @@ from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.indexed import dtype_for
 from data_pipeline.manifest import check, read_manifest, verify
 from data_pipeline.pieces import Settings
-from data_pipeline.prepare import Progress, prepare
+from data_pipeline.prepare.pipeline import Progress, prepare
 from data_pipeline.sources import find_files
 from data_pipeline.tokenizer.encoding import Encoding, load_encoding
 from tests.unit.data_support import config, documents_of, files_of, packaged_texts, prepared, write_jsonl
@@ -89,7 +89,7 @@ def test_the_number_of_workers_cannot_be_seen_in_the_result(
 _PREPARE = """
 import sys
 from pathlib import Path
-from data_pipeline.prepare import DataPrepConfig, prepare
+from data_pipeline.prepare.pipeline import DataPrepConfig, prepare
 if __name__ == "__main__":
     prepare(DataPrepConfig.model_validate_json(sys.argv[1]), lambda p: print(p.bytes_done, flush=True))
 """
@@ -505,7 +505,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     line = (json.dumps({"text": "a b c d e f g h " * 100}) + "\n").encode()
     # not getrusage's: that one remembers the process that this one was forked from
     program = (
-        "import sys\nfrom pathlib import Path\nfrom data_pipeline.prepare import DataPrepConfig, prepare\n"
+        "import sys\nfrom pathlib import Path\nfrom data_pipeline.prepare.pipeline import DataPrepConfig, prepare\n"
         "prepare(DataPrepConfig.model_validate_json(sys.argv[1]))\n"
         "print(Path('/proc/self/status').read_text().partition('VmHWM:')[2].split()[0])"
     )

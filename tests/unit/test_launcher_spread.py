@@ -14,7 +14,7 @@ import pytest
 from data_pipeline.documents import Span
 from data_pipeline.errors import DataError
 from data_pipeline.pieces import Piece
-from data_pipeline.prepare import DataPrepConfig, Progress, prepare
+from data_pipeline.prepare.pipeline import DataPrepConfig, Progress, prepare
 from data_pipeline.sources import SourceFile
 from launcher import slurm
 from launcher.cluster import ClusterConfig
