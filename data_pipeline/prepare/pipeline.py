@@ -43,7 +43,7 @@ from data_pipeline.pieces import (
     committed,
 )
 from data_pipeline.publish import publish, take_back
-from data_pipeline.sources import SourceFile, find_files
+from data_pipeline.sources.files import SourceFile, find_files
 from data_pipeline.tokenizer.encoding import Encoding, load_encoding
 
 # Raised when the same settings and sources would give other bytes than before.

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.documents import BadDocument, DocumentReader, Span, is_held_out
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.sources import find_files
+from data_pipeline.sources.files import find_files
 
 if TYPE_CHECKING:
     import tiktoken

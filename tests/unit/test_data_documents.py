@@ -21,7 +21,7 @@ from data_pipeline.documents import (
     place,
 )
 from data_pipeline.errors import ConfigError
-from data_pipeline.sources import find_files
+from data_pipeline.sources.files import find_files
 
 
 def _read(path: Path, text_field: str = "text") -> list[bytes | BadDocument]:

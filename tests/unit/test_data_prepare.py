@@ -25,7 +25,7 @@ from data_pipeline.indexed import dtype_for
 from data_pipeline.manifest import check, read_manifest, verify
 from data_pipeline.pieces import Settings
 from data_pipeline.prepare.pipeline import Progress, prepare
-from data_pipeline.sources import find_files
+from data_pipeline.sources.files import find_files
 from data_pipeline.tokenizer.encoding import Encoding, load_encoding
 from tests.unit.data_support import config, documents_of, files_of, packaged_texts, prepared, write_jsonl
 

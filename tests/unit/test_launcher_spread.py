@@ -15,7 +15,7 @@ from data_pipeline.documents import Span
 from data_pipeline.errors import DataError
 from data_pipeline.pieces import Piece
 from data_pipeline.prepare.pipeline import DataPrepConfig, Progress, prepare
-from data_pipeline.sources import SourceFile
+from data_pipeline.sources.files import SourceFile
 from launcher import slurm
 from launcher.cluster import ClusterConfig
 from launcher.slurm import Standing
