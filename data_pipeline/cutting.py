@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path, PurePath
 
 from data_pipeline.compression import text_per_byte
-from data_pipeline.documents import Span
 from data_pipeline.hub import RowSource
 from data_pipeline.pieces import Piece
+from data_pipeline.sources.documents import Span
 from data_pipeline.sources.files import SourceFile
 
 # How many bytes of text a byte of the file holds, roughly, so that pieces take about equal time.

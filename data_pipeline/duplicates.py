@@ -13,8 +13,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from data_pipeline.documents import BadDocument, DocumentReader
 from data_pipeline.durable import write_durably
+from data_pipeline.sources.documents import BadDocument, DocumentReader
 
 if TYPE_CHECKING:
     from data_pipeline.pieces import Piece

@@ -22,9 +22,9 @@ import click
 import numpy as np
 
 from data_pipeline.config_file import validate
-from data_pipeline.documents import packaged_corpus
 from data_pipeline.manifest import Manifest
 from data_pipeline.prepare.pipeline import DataPrepConfig
+from data_pipeline.sources.documents import packaged_corpus
 from data_pipeline.stream import TokenStream
 from data_pipeline.tokenizer.encoding import load_encoding
 from gpt.run import record

@@ -22,7 +22,6 @@ from data_pipeline import duplicates
 from data_pipeline.config_file import Section
 from data_pipeline.crew import EncodeAll, encode_all, start_ahead
 from data_pipeline.cutting import cut_into_pieces
-from data_pipeline.documents import place
 from data_pipeline.durable import write_durably
 from data_pipeline.encoder import Choice
 from data_pipeline.errors import ConfigError, DataError
@@ -43,6 +42,7 @@ from data_pipeline.pieces import (
     committed,
 )
 from data_pipeline.publish import publish, take_back
+from data_pipeline.sources.documents import place
 from data_pipeline.sources.files import SourceFile, find_files
 from data_pipeline.tokenizer.encoding import Encoding, load_encoding
 

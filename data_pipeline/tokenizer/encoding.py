@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.documents import BadDocument, DocumentReader, Span, is_held_out
 from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.sources.documents import BadDocument, DocumentReader, Span, is_held_out
 from data_pipeline.sources.files import find_files
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline import documents
-from data_pipeline.documents import (
+from data_pipeline.errors import ConfigError
+from data_pipeline.sources import documents
+from data_pipeline.sources.documents import (
     BadDocument,
     DocumentReader,
     Span,
@@ -20,7 +21,6 @@ from data_pipeline.documents import (
     packaged_corpus,
     place,
 )
-from data_pipeline.errors import ConfigError
 from data_pipeline.sources.files import find_files
 
 

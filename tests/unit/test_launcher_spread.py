@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.documents import Span
 from data_pipeline.errors import DataError
 from data_pipeline.pieces import Piece
 from data_pipeline.prepare.pipeline import DataPrepConfig, Progress, prepare
+from data_pipeline.sources.documents import Span
 from data_pipeline.sources.files import SourceFile
 from launcher import slurm
 from launcher.cluster import ClusterConfig
