@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path, PurePath
 
 from data_pipeline.compression import text_per_byte
-from data_pipeline.hub import RowSource
 from data_pipeline.pieces import Piece
 from data_pipeline.sources.documents import Span
 from data_pipeline.sources.files import SourceFile
+from data_pipeline.sources.hub import RowSource
 
 # How many bytes of text a byte of the file holds, roughly, so that pieces take about equal time.
 _EXPANSION = {".gz": 4, ".zst": 4, ".parquet": 3}

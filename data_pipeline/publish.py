@@ -14,11 +14,11 @@ from typing import Any
 import xxhash
 
 from data_pipeline.durable import fsync_folder, write_durably
-from data_pipeline.hub import RowSource
 from data_pipeline.indexed import dtype_for
 from data_pipeline.manifest import ENCODING_FILE, FILE_NAME, EncodingRecord, Manifest, Shard, Split
 from data_pipeline.pieces import Piece, PieceRecord
 from data_pipeline.sources.files import SourceFile
+from data_pipeline.sources.hub import RowSource
 from data_pipeline.tokenizer.encoding import Encoding
 
 

@@ -25,7 +25,6 @@ from data_pipeline.cutting import cut_into_pieces
 from data_pipeline.durable import write_durably
 from data_pipeline.encoder import Choice
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.hub import HubDataset, RowSource, open_dataset
 from data_pipeline.identity import require_identical, require_same_settings
 from data_pipeline.indexed import dtype_for
 from data_pipeline.manifest import (
@@ -44,6 +43,7 @@ from data_pipeline.pieces import (
 from data_pipeline.publish import publish, take_back
 from data_pipeline.sources.documents import place
 from data_pipeline.sources.files import SourceFile, find_files
+from data_pipeline.sources.hub import HubDataset, RowSource, open_dataset
 from data_pipeline.tokenizer.encoding import Encoding, load_encoding
 
 # Raised when the same settings and sources would give other bytes than before.

@@ -21,9 +21,9 @@ import xxhash
 
 from data_pipeline.compression import DamagedError, decompress
 from data_pipeline.errors import DataError
-from data_pipeline.hub import RowSource
 from data_pipeline.remote import in_words, unreadable
 from data_pipeline.sources.files import SourceFile
+from data_pipeline.sources.hub import RowSource
 
 _READ_BYTES = 1 << 20
 # A .txt file is one document and is held in memory whole, as is its encoding.

@@ -11,8 +11,8 @@ import pytest
 import zstandard
 
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.hub import HubDataset
 from data_pipeline.prepare.pipeline import prepare
+from data_pipeline.sources.hub import HubDataset
 from data_pipeline.tokenizer.encoding import load_encoding
 from tests.unit.data_support import config, documents_of
 

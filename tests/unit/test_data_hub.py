@@ -10,9 +10,9 @@ import pytest
 
 from data_pipeline.config_file import validate
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.hub import HubDataset, open_dataset
 from data_pipeline.manifest import read_manifest, verify
 from data_pipeline.prepare.pipeline import DataPrepConfig, prepare
+from data_pipeline.sources.hub import HubDataset, open_dataset
 from data_pipeline.tokenizer.encoding import load_encoding
 from tests.unit.data_support import documents_of, files_of, packaged_texts, write_jsonl
 
