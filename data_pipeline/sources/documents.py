@@ -19,9 +19,9 @@ from typing import Any, BinaryIO, NamedTuple
 import orjson
 import xxhash
 
-from data_pipeline.compression import DamagedError, decompress
 from data_pipeline.errors import DataError
 from data_pipeline.remote import in_words, unreadable
+from data_pipeline.sources.compression import DamagedError, decompress
 from data_pipeline.sources.files import SourceFile
 from data_pipeline.sources.hub import RowSource
 
