@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.errors import DataError
-from data_pipeline.rank_files import published_pattern
 from data_pipeline.tokenizer.encoding import END_OF_TEXT, PATTERN, Encoding
+from data_pipeline.tokenizer.rank_files import published_pattern
 
 Choice = Literal["auto", "tiktoken"]
 

@@ -168,7 +168,7 @@ def load_encoding(name_or_file: str | Path, pattern: str | None = None) -> Encod
     if path.is_dir() and (path / "encoding.json").exists():
         return _read(path / "encoding.json")
     if path.suffix == ".tiktoken" and path.is_file():
-        from data_pipeline.rank_files import read_rank_file
+        from data_pipeline.tokenizer.rank_files import read_rank_file
 
         return read_rank_file(path, pattern)
     if pattern is not None:

@@ -28,8 +28,8 @@ from data_pipeline.encoder import (
 )
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.prepare.pipeline import Progress, prepare
-from data_pipeline.rank_files import PUBLISHED, read_rank_file
 from data_pipeline.tokenizer.encoding import END_OF_TEXT, Encoding, load_encoding
+from data_pipeline.tokenizer.rank_files import PUBLISHED, read_rank_file
 from tests.unit.data_support import config, files_of, packaged_texts, write_jsonl
 
 LETTERS = str.maketrans("0123456789", "ghijklmnop")
