@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
 from data_pipeline.duplicates import hash_piece, is_hashed
-from data_pipeline.encoder import open_encoder
 from data_pipeline.errors import DataError
 from data_pipeline.pieces import Advance, Piece, Settings, committed, encode_piece
 from data_pipeline.tokenizer.encoding import load_encoding
+from data_pipeline.tokenizer.fast_encoder import open_encoder
 
 Task = Literal["encode", "hash"]
 
@@ -92,7 +92,7 @@ def start_ahead() -> None:
 def _context() -> ForkServerContext:
     """A fork of the caller would take locks of its threads along; one that has none imports once for all."""
     context = get_context("forkserver")
-    context.set_forkserver_preload(["__main__", "data_pipeline.crew", "data_pipeline.encoder"])
+    context.set_forkserver_preload(["__main__", "data_pipeline.crew", "data_pipeline.tokenizer.fast_encoder"])
     return context
 
 

@@ -23,12 +23,12 @@ from numpy.typing import NDArray
 
 from data_pipeline.duplicates import copies
 from data_pipeline.durable import fsync_folder, write_durably
-from data_pipeline.encoder import Choice, Disagreement, Encoder, Flat, TiktokenEncoder
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import Shard, Split, shard_from_json
 from data_pipeline.shards import ShardWriter
 from data_pipeline.sources.documents import BadDocument, DocumentReader, Span, is_held_out
 from data_pipeline.tokenizer.encoding import Encoding
+from data_pipeline.tokenizer.fast_encoder import Choice, Disagreement, Encoder, Flat, TiktokenEncoder
 
 # At most this many broken documents are listed; all are counted.
 MOST_LISTED = 100

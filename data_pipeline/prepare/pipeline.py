@@ -23,7 +23,6 @@ from data_pipeline.config_file import Section
 from data_pipeline.crew import EncodeAll, encode_all, start_ahead
 from data_pipeline.cutting import cut_into_pieces
 from data_pipeline.durable import write_durably
-from data_pipeline.encoder import Choice
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.identity import require_identical, require_same_settings
 from data_pipeline.indexed import dtype_for
@@ -45,6 +44,7 @@ from data_pipeline.sources.documents import place
 from data_pipeline.sources.files import SourceFile, find_files
 from data_pipeline.sources.hub import HubDataset, RowSource, open_dataset
 from data_pipeline.tokenizer.encoding import Encoding, load_encoding
+from data_pipeline.tokenizer.fast_encoder import Choice
 
 # Raised when the same settings and sources would give other bytes than before.
 _PIPELINE = 1

@@ -22,9 +22,9 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.encoder import FAST, FastEncoder, TiktokenEncoder
 from data_pipeline.manifest import read_manifest
 from data_pipeline.tokenizer.encoding import load_encoding
+from data_pipeline.tokenizer.fast_encoder import FAST, FastEncoder, TiktokenEncoder
 from launcher.processes import adopt_orphans
 from tests.unit.data_support import packaged_texts
 
@@ -203,7 +203,7 @@ if __name__ == "__main__":
 _ENCODER_ALONE = """
 import json, sys, time
 from multiprocessing import get_context
-from data_pipeline.encoder import open_encoder
+from data_pipeline.tokenizer.fast_encoder import open_encoder
 from data_pipeline.tokenizer.encoding import load_encoding
 def serve(pipe, part):
     source, _, workers, tokenizer = sys.argv[1:]

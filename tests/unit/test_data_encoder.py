@@ -16,8 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from data_pipeline import encoder as encoder_module
-from data_pipeline.encoder import (
+from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.prepare.pipeline import Progress, prepare
+from data_pipeline.tokenizer import fast_encoder as encoder_module
+from data_pipeline.tokenizer.encoding import END_OF_TEXT, Encoding, load_encoding
+from data_pipeline.tokenizer.fast_encoder import (
     FAST,
     HARD_CASES,
     Disagreement,
@@ -26,9 +29,6 @@ from data_pipeline.encoder import (
     Unsuitable,
     open_encoder,
 )
-from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.prepare.pipeline import Progress, prepare
-from data_pipeline.tokenizer.encoding import END_OF_TEXT, Encoding, load_encoding
 from data_pipeline.tokenizer.rank_files import PUBLISHED, read_rank_file
 from tests.unit.data_support import config, files_of, packaged_texts, write_jsonl
 
