@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 
-from data_pipeline.pieces import Piece
+from data_pipeline.prepare.chunk import Piece
 from data_pipeline.sources.compression import text_per_byte
 from data_pipeline.sources.documents import Span
 from data_pipeline.sources.files import SourceFile

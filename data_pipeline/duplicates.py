@@ -17,7 +17,7 @@ from data_pipeline.durable import write_durably
 from data_pipeline.sources.documents import BadDocument, DocumentReader
 
 if TYPE_CHECKING:
-    from data_pipeline.pieces import Piece
+    from data_pipeline.prepare.chunk import Piece
 
 FOLDER = "hashes"
 # Hashes that are compared at a time, 16 bytes each.

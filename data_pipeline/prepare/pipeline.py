@@ -31,7 +31,7 @@ from data_pipeline.manifest import (
     FILE_NAME,
     Manifest,
 )
-from data_pipeline.pieces import (
+from data_pipeline.prepare.chunk import (
     MOST_LISTED,
     Advance,
     Piece,

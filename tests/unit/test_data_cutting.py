@@ -11,7 +11,7 @@ import pytest
 import zstandard
 
 from data_pipeline.cutting import cut_into_pieces
-from data_pipeline.pieces import Piece
+from data_pipeline.prepare.chunk import Piece
 from data_pipeline.prepare.pipeline import prepare
 from data_pipeline.sources.documents import BadDocument, DocumentReader, place
 from data_pipeline.sources.files import find_files

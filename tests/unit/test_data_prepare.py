@@ -22,7 +22,7 @@ from data_pipeline.cutting import cut_into_pieces
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.indexed import dtype_for
 from data_pipeline.manifest import check, read_manifest, verify
-from data_pipeline.pieces import Settings
+from data_pipeline.prepare.chunk import Settings
 from data_pipeline.prepare.pipeline import Progress, prepare
 from data_pipeline.sources.documents import is_held_out
 from data_pipeline.sources.files import find_files

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from data_pipeline.errors import DataError
-from data_pipeline.pieces import Piece
+from data_pipeline.prepare.chunk import Piece
 from data_pipeline.prepare.pipeline import DataPrepConfig, Progress, prepare
 from data_pipeline.sources.documents import Span
 from data_pipeline.sources.files import SourceFile
