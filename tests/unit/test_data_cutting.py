@@ -10,9 +10,9 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from data_pipeline.cutting import cut_into_pieces
 from data_pipeline.prepare.chunk import Piece
 from data_pipeline.prepare.pipeline import prepare
+from data_pipeline.prepare.split import cut_into_pieces
 from data_pipeline.sources.documents import BadDocument, DocumentReader, place
 from data_pipeline.sources.files import find_files
 from tests.unit.data_support import config, documents_of, files_of
