@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_pipeline.crew import Task, encode_all, is_done
 from data_pipeline.errors import DataError, LaunchError, OutlastError
 from data_pipeline.prepare.chunk import Advance, Piece, Settings, committed
+from data_pipeline.prepare.worker_pool import Task, encode_all, is_done
 from launcher import slurm
 from launcher.cluster import ClusterConfig
 from launcher.sbatch import slurm_executor

@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from data_pipeline.crew import encode_all
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.indexed import dtype_for
 from data_pipeline.manifest import check, read_manifest, verify
 from data_pipeline.prepare.chunk import Settings
 from data_pipeline.prepare.pipeline import Progress, prepare
 from data_pipeline.prepare.split import cut_into_pieces
+from data_pipeline.prepare.worker_pool import encode_all
 from data_pipeline.sources.documents import is_held_out
 from data_pipeline.sources.files import find_files
 from data_pipeline.tokenizer.encoding import Encoding, load_encoding

@@ -92,7 +92,9 @@ def start_ahead() -> None:
 def _context() -> ForkServerContext:
     """A fork of the caller would take locks of its threads along; one that has none imports once for all."""
     context = get_context("forkserver")
-    context.set_forkserver_preload(["__main__", "data_pipeline.crew", "data_pipeline.tokenizer.fast_encoder"])
+    context.set_forkserver_preload(
+        ["__main__", "data_pipeline.prepare.worker_pool", "data_pipeline.tokenizer.fast_encoder"]
+    )
     return context
 
 
