@@ -18,7 +18,6 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from data_pipeline import duplicates
 from data_pipeline.config_file import Section
 from data_pipeline.durable import write_durably
 from data_pipeline.errors import ConfigError, DataError
@@ -29,6 +28,7 @@ from data_pipeline.manifest import (
     FILE_NAME,
     Manifest,
 )
+from data_pipeline.prepare import dedup as duplicates
 from data_pipeline.prepare.chunk import (
     MOST_LISTED,
     Advance,

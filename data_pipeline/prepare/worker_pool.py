@@ -18,9 +18,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
-from data_pipeline.duplicates import hash_piece, is_hashed
 from data_pipeline.errors import DataError
 from data_pipeline.prepare.chunk import Advance, Piece, Settings, committed, encode_piece
+from data_pipeline.prepare.dedup import hash_piece, is_hashed
 from data_pipeline.tokenizer.encoding import load_encoding
 from data_pipeline.tokenizer.fast_encoder import open_encoder
 

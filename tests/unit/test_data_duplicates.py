@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline import duplicates
 from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.prepare import dedup as duplicates
 from data_pipeline.prepare.pipeline import Progress, prepare
 from data_pipeline.tokenizer.encoding import load_encoding
 from tests.unit.data_support import config, documents_of, files_of, packaged_texts, write_jsonl
@@ -34,7 +34,7 @@ def _texts(out: Path) -> list[str]:
 def test_of_equal_documents_the_first_stays(
     tmp_path: Path, texts: list[str], workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data_pipeline.duplicates._BUCKET_BYTES", 5000)  # many buckets
+    monkeypatch.setattr("data_pipeline.prepare.dedup._BUCKET_BYTES", 5000)  # many buckets
     half = len(texts) // 2
     first = write_jsonl(tmp_path / "a.jsonl", [*texts[:half], "", ""])
     second = write_jsonl(tmp_path / "b.jsonl", [None, *texts[half:]])
