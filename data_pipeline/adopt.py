@@ -17,7 +17,7 @@ from data_pipeline.durable import write_durably
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.indexed import ITEM_BYTES, read_header
 from data_pipeline.manifest import CHUNK_BYTES, ENCODING_FILE, FILE_NAME, FileRecord, Manifest, Shard
-from data_pipeline.publish import encoding_record
+from data_pipeline.prepare.finalize import encoding_record
 from data_pipeline.shards import IndexArrays, sums_content
 from data_pipeline.tokenizer.encoding import Encoding, load_encoding
 
