@@ -21,7 +21,6 @@ from pydantic import Field, model_validator
 from data_pipeline.config_file import Section
 from data_pipeline.durable import write_durably
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.identity import require_identical, require_same_settings
 from data_pipeline.indexed import dtype_for
 from data_pipeline.manifest import (
     ENCODING_FILE,
@@ -38,6 +37,7 @@ from data_pipeline.prepare.chunk import (
     committed,
 )
 from data_pipeline.prepare.finalize import publish, take_back
+from data_pipeline.prepare.resume_check import require_identical, require_same_settings
 from data_pipeline.prepare.split import cut_into_pieces
 from data_pipeline.prepare.worker_pool import EncodeAll, encode_all, start_ahead
 from data_pipeline.sources.documents import place
