@@ -69,7 +69,7 @@ def _say_counts(made: Manifest) -> None:
 
 def adopt(prefixes: Sequence[str], val: Sequence[str], options: dict[str, Any]) -> int:
     """Make existing Megatron files a data set where they lie; the exit code. Its folder is the last line."""
-    from data_pipeline.adopt import adopt
+    from data_pipeline.prepare.adopt import adopt
 
     foreign = sorted(set(options) - {"tokenizer"})
     if foreign:
