@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.batch_sizes import BatchSizes
+from data_pipeline.dataset.manifest import read_manifest
 from data_pipeline.errors import DataError, DataExhausted
-from data_pipeline.manifest import read_manifest
 from data_pipeline.mixture import Mixture
 from data_pipeline.packing import PackedRows
 from data_pipeline.skip_list import Ranges, SkipList

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.dataset.manifest import Manifest, Split, check_shard
 from data_pipeline.errors import DataError
-from data_pipeline.manifest import Manifest, Split, check_shard
 from data_pipeline.shards import MappedShard
 
 

@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from data_pipeline import manifest as data_manifest
 from data_pipeline.config_file import read_toml, validate, with_overrides
+from data_pipeline.dataset import manifest as data_manifest
+from data_pipeline.dataset.manifest import FILE_NAME, Manifest
 from data_pipeline.errors import ConfigError, LaunchError
-from data_pipeline.manifest import FILE_NAME, Manifest
 from data_pipeline.prepare.pipeline import DataPrepConfig, Progress
 from data_pipeline.prepare.pipeline import prepare as prepare_data
 from data_pipeline.prepare.worker_pool import EncodeAll, encode_all

@@ -22,7 +22,7 @@ import click
 import numpy as np
 
 from data_pipeline.config_file import validate
-from data_pipeline.manifest import Manifest
+from data_pipeline.dataset.manifest import Manifest
 from data_pipeline.prepare.pipeline import DataPrepConfig
 from data_pipeline.sources.documents import packaged_corpus
 from data_pipeline.stream import TokenStream

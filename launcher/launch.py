@@ -15,9 +15,9 @@ from typing import Any, TextIO
 import click
 
 from data_pipeline.config_file import with_overrides
+from data_pipeline.dataset.manifest import joint_fingerprint
 from data_pipeline.durable import fsync_folder
 from data_pipeline.errors import ConfigError, LaunchError
-from data_pipeline.manifest import joint_fingerprint
 from data_pipeline.remote import is_remote
 from data_pipeline.skip_list import SkipList
 from gpt.checkpoint.format import BadFile, CheckpointIndex, Corrupt, committed, read_index, verify

@@ -12,8 +12,8 @@ from typing import Any
 
 from data_pipeline.batches import windows_in
 from data_pipeline.config_file import validate
+from data_pipeline.dataset.manifest import Manifest, check, read_manifest, verify
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.manifest import Manifest, check, read_manifest, verify
 from gpt.config.data import DataConfig
 from gpt.config.run import RunConfig
 from gpt.run.run_dir import RunDir

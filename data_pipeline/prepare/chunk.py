@@ -21,9 +21,9 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from data_pipeline.dataset.manifest import Shard, Split, shard_from_json
 from data_pipeline.durable import fsync_folder, write_durably
 from data_pipeline.errors import DataError
-from data_pipeline.manifest import Shard, Split, shard_from_json
 from data_pipeline.prepare.dedup import copies
 from data_pipeline.shards import ShardWriter
 from data_pipeline.sources.documents import BadDocument, DocumentReader, Span, is_held_out

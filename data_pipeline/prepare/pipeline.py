@@ -19,14 +19,14 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from data_pipeline.config_file import Section
-from data_pipeline.durable import write_durably
-from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.indexed import dtype_for
-from data_pipeline.manifest import (
+from data_pipeline.dataset.manifest import (
     ENCODING_FILE,
     FILE_NAME,
     Manifest,
 )
+from data_pipeline.durable import write_durably
+from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.indexed import dtype_for
 from data_pipeline.prepare import dedup as duplicates
 from data_pipeline.prepare.chunk import (
     MOST_LISTED,

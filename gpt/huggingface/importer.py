@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
+from data_pipeline.dataset.manifest import joint_fingerprint, read_manifest
 from data_pipeline.errors import ConfigError, OutlastError
-from data_pipeline.manifest import joint_fingerprint, read_manifest
 from data_pipeline.tokenizer.encoding import Encoding, load_encoding
 from gpt.checkpoint.format import CheckpointIndex, GroupEntry
 from gpt.checkpoint.writer import commit, temporary_folder, write_rank_file

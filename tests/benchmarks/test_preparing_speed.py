@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.manifest import read_manifest
+from data_pipeline.dataset.manifest import read_manifest
 from data_pipeline.tokenizer.encoding import load_encoding
 from data_pipeline.tokenizer.fast_encoder import FAST, FastEncoder, TiktokenEncoder
 from launcher.processes import adopt_orphans

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.config_file import validate
-from data_pipeline.manifest import read_manifest
+from data_pipeline.dataset.manifest import read_manifest
 from gpt.checkpoint.format import committed
 from gpt.checkpoint.reader import CheckpointReader
 from gpt.config.run import RunConfig

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.dataset.manifest import verify
 from data_pipeline.errors import DataError
-from data_pipeline.manifest import verify
 from data_pipeline.prepare.pipeline import prepare
 from tests.unit.data_support import config, files_of, packaged_texts, write_jsonl
 

@@ -9,8 +9,8 @@ import pyarrow.parquet
 import pytest
 
 from data_pipeline.config_file import validate
+from data_pipeline.dataset.manifest import read_manifest, verify
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.manifest import read_manifest, verify
 from data_pipeline.prepare.pipeline import DataPrepConfig, prepare
 from data_pipeline.sources.hub import HubDataset, open_dataset
 from data_pipeline.tokenizer.encoding import load_encoding

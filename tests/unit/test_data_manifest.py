@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.batches import BatchReader, EvaluationReader
+from data_pipeline.dataset.manifest import CHUNK_BYTES, check, read_manifest, verify
 from data_pipeline.errors import DataError
 from data_pipeline.indexed import HEADER, read_header
-from data_pipeline.manifest import CHUNK_BYTES, check, read_manifest, verify
 from tests.unit.data_support import packaged_texts, prepared
 
 DATA_FILES = ["encoding.json", "manifest.json"] + [
@@ -277,7 +277,7 @@ import sys
 files = [getattr(module, "__file__", None) or "" for module in sys.modules.values()]
 before = {{file.partition("site-packages/")[2].partition("/")[0] for file in files}}
 from pathlib import Path
-from data_pipeline.manifest import read_manifest
+from data_pipeline.dataset.manifest import read_manifest
 read_manifest(Path({str(data)!r}))
 assert "numpy" not in sys.modules
 from data_pipeline.batches import BatchReader, EvaluationReader

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from data_pipeline import packing
 from data_pipeline.batches import Batch, BatchReader
-from data_pipeline.manifest import read_manifest
+from data_pipeline.dataset.manifest import read_manifest
 from data_pipeline.packing import pack, rows_of_block
 from tests.unit.data_support import documents_of, packaged_texts, prepared
 

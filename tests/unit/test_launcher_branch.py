@@ -8,8 +8,8 @@ from typing import NoReturn
 import numpy as np
 import pytest
 
+from data_pipeline.dataset.manifest import joint_fingerprint, read_manifest
 from data_pipeline.errors import CheckpointError, ConfigError
-from data_pipeline.manifest import joint_fingerprint, read_manifest
 from gpt.checkpoint.format import committed, verify
 from gpt.checkpoint.reader import CheckpointReader
 from gpt.config.resume_rules import config_fingerprint

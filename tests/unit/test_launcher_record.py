@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from data_pipeline.dataset.manifest import joint_fingerprint, read_manifest
 from data_pipeline.errors import ConfigError, LaunchError
-from data_pipeline.manifest import joint_fingerprint, read_manifest
 from data_pipeline.skip_list import Ranges
 from gpt.checkpoint.format import committed, rank_name, step_name
 from gpt.run import record

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.dataset.manifest import joint_fingerprint, read_manifest
 from data_pipeline.errors import ConfigError, LaunchError
-from data_pipeline.manifest import joint_fingerprint, read_manifest
 from gpt.checkpoint.format import INDEX_NAME, PIN_NAME, committed, read_index, step_name
 from gpt.checkpoint.mirror import Mirror, MirrorError
 from gpt.checkpoint.writer import Pace, prune
