@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.dataset.manifest import Manifest, Split, check_shard
+from data_pipeline.dataset.shards import MappedShard
 from data_pipeline.errors import DataError
-from data_pipeline.shards import MappedShard
 
 
 class TokenStream:

@@ -22,10 +22,10 @@ import xxhash
 from numpy.typing import NDArray
 
 from data_pipeline.dataset.manifest import Shard, Split, shard_from_json
+from data_pipeline.dataset.shards import ShardWriter
 from data_pipeline.durable import fsync_folder, write_durably
 from data_pipeline.errors import DataError
 from data_pipeline.prepare.dedup import copies
-from data_pipeline.shards import ShardWriter
 from data_pipeline.sources.documents import BadDocument, DocumentReader, Span, is_held_out
 from data_pipeline.tokenizer.encoding import Encoding
 from data_pipeline.tokenizer.fast_encoder import Choice, Disagreement, Encoder, Flat, TiktokenEncoder
