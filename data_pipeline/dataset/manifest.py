@@ -15,8 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from data_pipeline.dataset.megatron_index import ITEM_BYTES, read_header
 from data_pipeline.errors import DataError
-from data_pipeline.indexed import ITEM_BYTES, read_header
 
 FILE_NAME = "manifest.json"
 ENCODING_FILE = "encoding.json"

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.dataset.manifest import CHUNK_BYTES, FileRecord, Shard, check_shard
+from data_pipeline.dataset.megatron_index import HEADER, ITEM_BYTES, Header, read_header
 from data_pipeline.errors import DataError
-from data_pipeline.indexed import HEADER, ITEM_BYTES, Header, read_header
 
 
 class ShardWriter:

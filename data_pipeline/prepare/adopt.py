@@ -14,10 +14,10 @@ import xxhash
 from numpy.typing import NDArray
 
 from data_pipeline.dataset.manifest import CHUNK_BYTES, ENCODING_FILE, FILE_NAME, FileRecord, Manifest, Shard
+from data_pipeline.dataset.megatron_index import ITEM_BYTES, read_header
 from data_pipeline.dataset.shards import IndexArrays, sums_content
 from data_pipeline.durable import write_durably
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.indexed import ITEM_BYTES, read_header
 from data_pipeline.prepare.finalize import encoding_record
 from data_pipeline.tokenizer.encoding import Encoding, load_encoding
 

@@ -14,8 +14,8 @@ from typing import Any
 import xxhash
 
 from data_pipeline.dataset.manifest import ENCODING_FILE, FILE_NAME, EncodingRecord, Manifest, Shard, Split
+from data_pipeline.dataset.megatron_index import dtype_for
 from data_pipeline.durable import fsync_folder, write_durably
-from data_pipeline.indexed import dtype_for
 from data_pipeline.prepare.chunk import Piece, PieceRecord
 from data_pipeline.sources.files import SourceFile
 from data_pipeline.sources.hub import RowSource

@@ -24,9 +24,9 @@ from data_pipeline.dataset.manifest import (
     FILE_NAME,
     Manifest,
 )
+from data_pipeline.dataset.megatron_index import dtype_for
 from data_pipeline.durable import write_durably
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.indexed import dtype_for
 from data_pipeline.prepare import dedup as duplicates
 from data_pipeline.prepare.chunk import (
     MOST_LISTED,

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.dataset.manifest import FileRecord, Manifest, Shard
-from data_pipeline.indexed import Header
+from data_pipeline.dataset.megatron_index import Header
 from tests.unit.data_support import prepared
 
 _BLOCK_TOKENS = 50_000_000

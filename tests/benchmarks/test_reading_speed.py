@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.batches import BatchReader
-from data_pipeline.indexed import Header
+from data_pipeline.dataset.megatron_index import Header
 from tests.benchmarks.synthetic_data import hollow_tokens, random_tokens, shard_record
 from tests.unit.data_support import prepared
 

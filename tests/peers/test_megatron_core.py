@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from data_pipeline.batches import BatchReader
 from data_pipeline.dataset.manifest import EncodingRecord, FileRecord, Manifest, Shard
+from data_pipeline.dataset.megatron_index import read_header
 from data_pipeline.dataset.shards import MappedShard
-from data_pipeline.indexed import read_header
 from data_pipeline.prepare.adopt import adopt
 from data_pipeline.prepare.pipeline import DataPrepConfig, prepare
 from data_pipeline.stream import TokenStream

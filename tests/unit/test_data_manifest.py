@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from data_pipeline.batches import BatchReader, EvaluationReader
 from data_pipeline.dataset.manifest import CHUNK_BYTES, check, read_manifest, verify
+from data_pipeline.dataset.megatron_index import HEADER, read_header
 from data_pipeline.errors import DataError
-from data_pipeline.indexed import HEADER, read_header
 from tests.unit.data_support import packaged_texts, prepared
 
 DATA_FILES = ["encoding.json", "manifest.json"] + [

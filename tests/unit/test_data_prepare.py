@@ -18,8 +18,8 @@ import pytest
 from numpy.typing import NDArray
 
 from data_pipeline.dataset.manifest import check, read_manifest, verify
+from data_pipeline.dataset.megatron_index import dtype_for
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.indexed import dtype_for
 from data_pipeline.prepare.chunk import Settings
 from data_pipeline.prepare.pipeline import Progress, prepare
 from data_pipeline.prepare.split import cut_into_pieces
