@@ -15,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.stream import TokenStream
+from data_pipeline.dataset.token_stream import TokenStream
 
 # Documents a block holds on average: packing takes about a microsecond for each. Of log-normal lengths of
 # mean 800 and rows of 2,048, 1% of the documents that fit into a row are cut then, and 26% without packing.
