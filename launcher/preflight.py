@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.batches import windows_in
 from data_pipeline.config_file import validate
 from data_pipeline.dataset.manifest import Manifest, check, read_manifest, verify
 from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.sampling.batches import windows_in
 from gpt.config.data import DataConfig
 from gpt.config.run import RunConfig
 from gpt.run.run_dir import RunDir

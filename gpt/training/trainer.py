@@ -8,9 +8,9 @@ import gc
 import time
 from dataclasses import dataclass
 
-from data_pipeline.batches import BatchReader
 from data_pipeline.dataset.manifest import joint_fingerprint, read_manifest
 from data_pipeline.errors import CheckpointError, OutlastError
+from data_pipeline.sampling.batches import BatchReader
 from data_pipeline.skip_list import Ranges
 from data_pipeline.tokenizer.encoding import load_encoding
 from gpt.config.run import RunConfig

@@ -21,8 +21,8 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from data_pipeline.batches import BatchReader
 from data_pipeline.dataset.megatron_index import Header
+from data_pipeline.sampling.batches import BatchReader
 from tests.benchmarks.synthetic_data import hollow_tokens, random_tokens, shard_record
 from tests.unit.data_support import prepared
 
@@ -216,7 +216,7 @@ def peak_mb():  # of this program alone: getrusage's figure begins with that of 
 _OPEN = (
     _PEAK
     + """
-from data_pipeline.batches import BatchReader
+from data_pipeline.sampling.batches import BatchReader
 imports_mb = peak_mb()
 began_s, began_cpu_s = time.perf_counter(), time.process_time()
 reader = BatchReader([(Path(sys.argv[1]), 1.0)], context=2048, global_batch=8, seed=1)

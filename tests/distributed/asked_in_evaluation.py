@@ -5,7 +5,7 @@ import signal
 import sys
 from pathlib import Path
 
-from data_pipeline.batches import Batch, EvaluationReader
+from data_pipeline.sampling.batches import Batch, EvaluationReader
 from gpt.train import STOP, main
 
 read = EvaluationReader.windows

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_pipeline.batches import BatchReader
 from data_pipeline.dataset.manifest import read_manifest
+from data_pipeline.sampling.batches import BatchReader
 from gpt.checkpoint.format import INDEX_NAME, committed, read_index
 from gpt.config.run import CheckpointConfig
 from gpt.run import record

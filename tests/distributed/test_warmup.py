@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_pipeline.batches import BatchReader
+from data_pipeline.sampling.batches import BatchReader
 from gpt.config.run import RunConfig
 from gpt.model.gpt import GPT
 from gpt.training.step import model_inputs

@@ -9,13 +9,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from data_pipeline.batches import BatchReader
 from data_pipeline.dataset.manifest import EncodingRecord, FileRecord, Manifest, Shard
 from data_pipeline.dataset.megatron_index import read_header
 from data_pipeline.dataset.shards import MappedShard
 from data_pipeline.dataset.token_stream import TokenStream
 from data_pipeline.prepare.adopt import adopt
 from data_pipeline.prepare.pipeline import DataPrepConfig, prepare
+from data_pipeline.sampling.batches import BatchReader
 from data_pipeline.tokenizer.encoding import Encoding, load_encoding
 from tests.unit.data_support import packaged_texts, write_jsonl
 

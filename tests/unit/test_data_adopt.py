@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from data_pipeline.batches import BatchReader
 from data_pipeline.dataset.manifest import read_manifest, verify
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.look import lengths, some_documents
 from data_pipeline.prepare.adopt import adopt
+from data_pipeline.sampling.batches import BatchReader
 from data_pipeline.tokenizer.encoding import Encoding, load_encoding
 from launcher.cli import commands
 from tests.unit.data_support import documents_of, packaged_texts, prepared

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from data_pipeline.batch_sizes import BatchSizes
-from data_pipeline.batches import BatchReader, EvaluationReader
+from data_pipeline.sampling.batches import BatchReader, EvaluationReader
 from gpt.config.model import ModelConfig
 from gpt.config.optimizer import OptimizerConfig, ScheduleConfig
 from gpt.model.gpt import GPT
