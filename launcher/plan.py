@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from data_pipeline.mixture import Mixture
 from data_pipeline.sampling.batches import windows_in
+from data_pipeline.sampling.mixture import Mixture
 from data_pipeline.skip_list import SkipList
 from gpt.config.run import RunConfig
 from gpt.model.flops import PEAK_FLOPS_PER_SECOND, flops_per_token, parameter_count
