@@ -11,7 +11,7 @@ from data_pipeline.dataset.manifest import Manifest, Shard, Split, check_shard
 from data_pipeline.dataset.megatron_index import ITEM_BYTES
 from data_pipeline.dataset.shards import IndexArrays
 from data_pipeline.errors import DataError
-from data_pipeline.permutation import Permutation
+from data_pipeline.sampling.permutation import Permutation
 from data_pipeline.tokenizer.encoding import Encoding
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.permutation import Permutation
+from data_pipeline.sampling.permutation import Permutation
 
 # Shares are multiples of 1/PERIOD: a weight of 0.01 is off by 0.08% of itself at most.
 PERIOD = 1 << 16

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.permutation import Permutation
 from data_pipeline.sampling.mixture import PERIOD, Mixture
+from data_pipeline.sampling.permutation import Permutation
 
 PRIMES = [2, 3, 5, 7, 11, 101, 997, 7919]
 NEAR_POWERS_OF_TWO = [2**k + d for k in range(1, 14) for d in (-1, 0, 1)]
