@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline import packing
 from data_pipeline.dataset.manifest import read_manifest
-from data_pipeline.packing import pack, rows_of_block
+from data_pipeline.sampling import packing
 from data_pipeline.sampling.batches import Batch, BatchReader
+from data_pipeline.sampling.packing import pack, rows_of_block
 from tests.unit.data_support import documents_of, packaged_texts, prepared
 
 CONTEXT = 64
