@@ -19,7 +19,7 @@ from data_pipeline.dataset.manifest import joint_fingerprint
 from data_pipeline.durable import fsync_folder
 from data_pipeline.errors import ConfigError, LaunchError
 from data_pipeline.remote import is_remote
-from data_pipeline.skip_list import SkipList
+from data_pipeline.sampling.skip_list import SkipList
 from gpt.checkpoint.format import BadFile, CheckpointIndex, Corrupt, committed, read_index, verify
 from gpt.checkpoint.mirror import Mirror
 from gpt.config.resume_rules import config_fingerprint

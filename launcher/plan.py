@@ -10,7 +10,7 @@ from typing import Any
 
 from data_pipeline.sampling.batches import windows_in
 from data_pipeline.sampling.mixture import Mixture
-from data_pipeline.skip_list import SkipList
+from data_pipeline.sampling.skip_list import SkipList
 from gpt.config.run import RunConfig
 from gpt.model.flops import PEAK_FLOPS_PER_SECOND, flops_per_token, parameter_count
 from gpt.run.host_memory import LARGEST_SHARE, available_bytes

@@ -19,7 +19,7 @@ from data_pipeline.dataset.token_stream import TokenStream
 from data_pipeline.errors import DataError, DataExhausted
 from data_pipeline.sampling.mixture import Mixture
 from data_pipeline.sampling.packing import PackedRows
-from data_pipeline.skip_list import Ranges, SkipList
+from data_pipeline.sampling.skip_list import Ranges, SkipList
 
 # B sequences, T context. The order is looked up this many sequences at a time: a lookup costs 0.1 ms of
 # numpy calls alone or in thousands.

@@ -30,7 +30,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from data_pipeline.config_file import Section
 from data_pipeline.errors import CheckpointError
-from data_pipeline.skip_list import Ranges, SkipList
+from data_pipeline.sampling.skip_list import Ranges, SkipList
 from gpt.checkpoint.layout import GroupLayout, Kind
 
 FORMAT_VERSION = 1

@@ -23,7 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from data_pipeline.errors import CheckpointError
-from data_pipeline.skip_list import Ranges
+from data_pipeline.sampling.skip_list import Ranges
 from gpt.checkpoint.failpoints import reach
 from gpt.checkpoint.format import (
     CheckpointIndex,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from data_pipeline.dataset.manifest import joint_fingerprint, read_manifest
 from data_pipeline.errors import CheckpointError, OutlastError
 from data_pipeline.sampling.batches import BatchReader
-from data_pipeline.skip_list import Ranges
+from data_pipeline.sampling.skip_list import Ranges
 from data_pipeline.tokenizer.encoding import load_encoding
 from gpt.config.run import RunConfig
 from gpt.distributed.world import PendingTick, Tick, World, from_first, together, total

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from data_pipeline.dataset.manifest import joint_fingerprint, read_manifest
 from data_pipeline.errors import ConfigError, LaunchError
-from data_pipeline.skip_list import Ranges
+from data_pipeline.sampling.skip_list import Ranges
 from gpt.checkpoint.format import committed, rank_name, step_name
 from gpt.run import record
 from gpt.run.run_dir import RunDir, read_json, write_json
