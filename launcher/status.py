@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from data_pipeline.batch_sizes import BatchSizes
 from data_pipeline.errors import OutlastError
+from data_pipeline.sampling.batch_schedule import BatchSizes
 from gpt.checkpoint.format import committed
 from gpt.run.run_dir import RunDir
 from launcher import slurm

@@ -13,10 +13,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.batch_sizes import BatchSizes
 from data_pipeline.dataset.manifest import read_manifest
 from data_pipeline.dataset.token_stream import TokenStream
 from data_pipeline.errors import DataError, DataExhausted
+from data_pipeline.sampling.batch_schedule import BatchSizes
 from data_pipeline.sampling.mixture import Mixture
 from data_pipeline.sampling.packing import PackedRows
 from data_pipeline.sampling.skip_list import Ranges, SkipList

@@ -5,8 +5,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from data_pipeline.batch_sizes import BatchSizes
 from data_pipeline.config_file import Section
+from data_pipeline.sampling.batch_schedule import BatchSizes
 from gpt.config.model import Count
 
 

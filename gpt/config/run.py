@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from data_pipeline.batch_sizes import BatchSizes
 from data_pipeline.config_file import Section
+from data_pipeline.sampling.batch_schedule import BatchSizes
 from gpt.config.data import BatchConfig, DataConfig, MixtureStage
 from gpt.config.model import Count, ModelConfig, nearest_multiple
 from gpt.config.optimizer import OptimizerConfig, ScheduleConfig

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from data_pipeline.batch_sizes import BatchSizes
+from data_pipeline.sampling.batch_schedule import BatchSizes
 from data_pipeline.sampling.batches import BatchReader, EvaluationReader
 from gpt.config.model import ModelConfig
 from gpt.config.optimizer import OptimizerConfig, ScheduleConfig
