@@ -86,7 +86,7 @@ def inspect(folder: Path, documents: int, seed: int) -> int:
     """Print what a data set holds: counts, lengths of documents, and some of them decoded."""
     from rich.table import Table
 
-    from data_pipeline.look import lengths, some_documents
+    from data_pipeline.inspect import lengths, some_documents
     from data_pipeline.tokenizer.encoding import load_encoding
 
     made = data_manifest.read_manifest(folder)

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from data_pipeline.dataset.manifest import read_manifest, verify
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.look import lengths, some_documents
+from data_pipeline.inspect import lengths, some_documents
 from data_pipeline.prepare.adopt import adopt
 from data_pipeline.sampling.batches import BatchReader
 from data_pipeline.tokenizer.encoding import Encoding, load_encoding
