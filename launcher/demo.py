@@ -37,7 +37,7 @@ from launcher.jobs import Outcome
 from launcher.launch import command_line, show_warnings
 from launcher.paths import absolute
 from launcher.plan import plan, size
-from launcher.preflight import examine
+from launcher.preflight.check import examine
 from launcher.recipes import recipe_path, run_tables
 from launcher.runs import create_run, next_run_folder
 from launcher.submit import submit

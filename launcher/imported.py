@@ -17,7 +17,7 @@ from gpt.huggingface.architectures import model_fields
 from gpt.run.run_dir import read_json
 from launcher.launch import command_line, show_warnings
 from launcher.paths import absolute
-from launcher.preflight import examine
+from launcher.preflight.check import examine
 from launcher.recipes import with_absolute_paths
 from launcher.runs import create_run, python_module
 

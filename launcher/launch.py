@@ -34,7 +34,7 @@ from launcher.jobs import Job, Lookout, claim_start, read_job, refuse_while_aliv
 from launcher.mirrors import fetch_newer, fetch_run
 from launcher.paths import absolute
 from launcher.plan import ASSUMED_MFU, plan, table
-from launcher.preflight import Request, examine
+from launcher.preflight.check import Request, examine
 from launcher.recipes import run_tables, with_absolute_paths
 from launcher.requests import request_stop
 from launcher.runs import (

@@ -26,7 +26,7 @@ from launcher.follow import Attendance, Display, Follower, outcome_of
 from launcher.jobs import Outcome
 from launcher.launch import command_line, show_warnings
 from launcher.paths import absolute
-from launcher.preflight import Request, examine
+from launcher.preflight.check import Request, examine
 from launcher.recipes import run_tables
 from launcher.requests import request_stop
 from launcher.runs import create_run, next_run_folder, put_submission

@@ -23,7 +23,7 @@ from gpt.run.run_dir import RunDir, read_json, write_json
 from launcher.cluster import ClusterConfig
 from launcher.jobs import is_copy
 from launcher.paths import absolute
-from launcher.preflight import Request
+from launcher.preflight.check import Request
 
 SWEEP_FILE = "sweep.json"
 _PACKAGES = ("launcher", "gpt", "data_pipeline")

@@ -41,7 +41,7 @@ def plan(run: str, cluster: str, overrides: tuple[str, ...], as_json: bool, mfu:
 
     from launcher.launch import show_plan, show_warnings
     from launcher.plan import plan
-    from launcher.preflight import examine
+    from launcher.preflight.check import examine
     from launcher.recipes import run_tables
 
     tables, source = run_tables(run, overrides)

@@ -18,7 +18,7 @@ from gpt.run.run_dir import RunDir
 from launcher import launch
 from launcher.cluster import ClusterConfig
 from launcher.jobs import Job
-from launcher.preflight import examine
+from launcher.preflight.check import examine
 from launcher.recipes import run_tables
 from launcher.runs import create_run, read_config
 from tests.unit.checkpoint_support import flat_state, write_checkpoint

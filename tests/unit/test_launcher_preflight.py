@@ -15,7 +15,7 @@ from gpt.run.run_dir import read_json
 from launcher.cluster import ClusterConfig
 from launcher.findings import Findings
 from launcher.plan import host_memory_warning, plan
-from launcher.preflight import Request, check_disk, check_machine, examine
+from launcher.preflight.check import Request, check_disk, check_machine, examine
 from launcher.recipes import recipe_names, run_tables
 from launcher.runs import create_run, next_run_folder, read_cluster, read_config
 from tests.unit.launcher_support import make_data
@@ -149,7 +149,7 @@ def test_a_flipped_byte_in_a_shard_names_the_file_and_the_place(data: Path, tmp_
 def test_large_data_sets_are_read_whole_where_data_verify_says_so(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("launcher.preflight.READ_WHOLE_BYTES", 0)
+    monkeypatch.setattr("launcher.preflight.check.READ_WHOLE_BYTES", 0)
     copy = shutil.copytree(data, tmp_path / "copy")
     shard = copy / "train-00000.bin"
     content = bytearray(shard.read_bytes())

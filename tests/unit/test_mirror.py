@@ -19,7 +19,7 @@ from gpt.run.run_dir import RunDir, read_json, write_json
 from gpt.sidecars.checkpoint_mirror import Copier, follow
 from launcher import launch
 from launcher.cluster import ClusterConfig
-from launcher.preflight import examine
+from launcher.preflight.check import examine
 from launcher.recipes import run_tables
 from launcher.runs import create_run, read_config
 from tests.unit.checkpoint_support import write_checkpoint
