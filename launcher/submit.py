@@ -103,7 +103,7 @@ def main() -> None:
     from submitit import Executor, LocalExecutor
     from submitit.core.utils import FailedJobError
 
-    from launcher.node import NodeTask
+    from launcher.node.task import NodeTask
 
     folder, reason, at_once = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     runs = [RunDir(Path(path)) for path in sys.argv[4:]]

@@ -403,7 +403,7 @@ def test_a_run_directory_holds_config_cluster_provenance_and_code_and_not_its_ow
     assert provenance["command"] == ["outlast", "launch", "tiny"]
     assert provenance["data_fingerprints"] == [read_manifest(data).fingerprint]
     assert provenance["versions"]["torch"].startswith("2.13")
-    for module in ("launcher/node.py", "gpt/config/run.py", "data_pipeline/dataset/manifest.py"):
+    for module in ("launcher/node/task.py", "gpt/config/run.py", "data_pipeline/dataset/manifest.py"):
         assert (run.code / module).read_bytes() == (Path(__file__).parents[2] / module).read_bytes()
     for path in (run.config, run.cluster, run.provenance):
         assert str(run.path) not in path.read_text()

@@ -16,7 +16,7 @@ from gpt.run import record
 from gpt.run.run_dir import RunDir, read_json, write_json
 from launcher.cluster import ClusterConfig
 from launcher.jobs import Outcome
-from launcher.node import _Node
+from launcher.node.task import _Node
 from launcher.runs import explicit
 from tests.unit.launcher_support import make_run
 
@@ -57,7 +57,7 @@ def take_turn(run: RunDir, **place: int) -> "subprocess.CompletedProcess[str]":
     bin_folder.mkdir(exist_ok=True)
     (bin_folder / "scontrol").write_text(SCONTROL)
     (bin_folder / "scontrol").chmod(0o755)
-    task = f"from launcher.node import NodeTask; print(NodeTask({str(run.path)!r}, '0001')())"
+    task = f"from launcher.node.task import NodeTask; print(NodeTask({str(run.path)!r}, '0001')())"
     environment = {**os.environ, **run.code_environment, **slurm_variables(**place)}
     environment["PATH"] = f"{bin_folder}:{environment['PATH']}"
     return subprocess.run(
