@@ -27,7 +27,7 @@ from gpt.config.run import RunConfig
 from gpt.optimizer.parameter_groups import misfits, parameter_entries, states
 from gpt.run import record
 from gpt.run.run_dir import RunDir
-from launcher.runs import open_run
+from launcher.runs.store import open_run
 
 
 @dataclass(frozen=True)

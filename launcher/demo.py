@@ -39,7 +39,7 @@ from launcher.paths import absolute
 from launcher.plan import plan, size
 from launcher.preflight.check import examine
 from launcher.recipes import recipe_path, run_tables
-from launcher.runs import create_run, next_run_folder
+from launcher.runs.store import create_run, next_run_folder
 from launcher.submit import submit
 
 PROMPT = "And it came to pass"

@@ -19,7 +19,7 @@ from launcher.launch import command_line, show_warnings
 from launcher.paths import absolute
 from launcher.preflight.check import examine
 from launcher.recipes import with_absolute_paths
-from launcher.runs import create_run, python_module
+from launcher.runs.store import create_run, python_module
 
 
 def import_run(hf_dir: Path, run_dir: Path, data: str, cluster: str, overrides: Sequence[str]) -> int:

@@ -37,7 +37,7 @@ from launcher.plan import ASSUMED_MFU, plan, table
 from launcher.preflight.check import Request, examine
 from launcher.recipes import run_tables, with_absolute_paths
 from launcher.requests import request_stop
-from launcher.runs import (
+from launcher.runs.store import (
     changed_fields,
     create_run,
     next_run_folder,

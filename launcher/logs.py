@@ -11,7 +11,7 @@ from pathlib import Path
 from data_pipeline.errors import LaunchError
 from gpt.run.run_dir import RunDir
 from launcher.jobs import Lookout, read_job
-from launcher.runs import read_cluster
+from launcher.runs.store import read_cluster
 
 _POLL_S = 0.3
 _PIECE_BYTES = 1 << 20

@@ -29,7 +29,7 @@ from launcher.paths import absolute
 from launcher.preflight.check import Request, examine
 from launcher.recipes import run_tables
 from launcher.requests import request_stop
-from launcher.runs import create_run, next_run_folder, put_submission
+from launcher.runs.store import create_run, next_run_folder, put_submission
 from launcher.submit import submit
 
 _PUSH_S = 3.0

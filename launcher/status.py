@@ -23,7 +23,7 @@ from gpt.run.run_dir import RunDir
 from launcher import slurm
 from launcher.follow import duration
 from launcher.jobs import Job, Outcome, read_job, read_outcome, standings
-from launcher.runs import read_config
+from launcher.runs.store import read_config
 from launcher.slurm import Standing
 
 _TAIL_BYTES = 1 << 18  # about a thousand steps

@@ -34,7 +34,7 @@ from launcher.launch import command_line, show_warnings
 from launcher.paths import absolute
 from launcher.preflight.check import Request, examine
 from launcher.recipes import run_tables, with_absolute_paths
-from launcher.runs import (
+from launcher.runs.store import (
     SWEEP_FILE,
     SweepIndex,
     SweepPoint,

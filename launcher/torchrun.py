@@ -10,7 +10,7 @@ from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig
 from launcher.container import inside
 from launcher.place import Meeting, Place
-from launcher.runs import python_module
+from launcher.runs.store import python_module
 
 _FORWARDED = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"  # torchrun would die of the last two, and orphan
 # torchrun's wait between passing a signal on and SIGKILL. Whoever sent the signal has a limit of its own

@@ -23,7 +23,7 @@ def status(run_dirs: tuple[str, ...], as_json: bool, watch: bool) -> int:
 
     from gpt.run.run_dir import RunDir
     from launcher.paths import absolute
-    from launcher.runs import list_runs, open_run, runs_folder, sweep_runs
+    from launcher.runs.store import list_runs, open_run, runs_folder, sweep_runs
     from launcher.status import show, statuses
 
     def find() -> list[RunDir]:
@@ -51,7 +51,7 @@ def status(run_dirs: tuple[str, ...], as_json: bool, watch: bool) -> int:
 def logs(run_dir: str, follow: bool, attempt: int | None, node: int | None) -> int:
     """Print what the processes of a run wrote, each line with its origin."""
     from launcher.logs import lines
-    from launcher.runs import open_run
+    from launcher.runs.store import open_run
 
     for line in lines(open_run(run_dir), follow=follow, attempt=attempt, node=node):
         click.echo(line)
@@ -94,7 +94,7 @@ def checkpoints(
 ) -> int:
     """List a run's checkpoints: step, size, when, by how many processes, pinned or not, verified or not."""
     from launcher.checkpoints import checkpoints
-    from launcher.runs import open_run
+    from launcher.runs.store import open_run
 
     return checkpoints(
         open_run(run_dir),

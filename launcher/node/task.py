@@ -38,7 +38,7 @@ from launcher.processes import (
     workers,
 )
 from launcher.requests import clear_turn_stop, request_stop, standing_stop
-from launcher.runs import python_module, read_cluster, read_config
+from launcher.runs.store import python_module, read_cluster, read_config
 from launcher.sbatch import requeue_mark
 from launcher.scratch import make_scratch, remove_scratch
 from launcher.submit import without_bad_nodes

@@ -22,7 +22,7 @@ from gpt.run.run_dir import RunDir, write_json
 from launcher.cluster import ClusterConfig
 from launcher.jobs import Job
 from launcher.processes import descendants, identity
-from launcher.runs import explicit, snapshot_code
+from launcher.runs.store import explicit, snapshot_code
 from launcher.submit import submit
 
 # What the fake workers share: rank, attempt, a way to finish as gpt.train does, the parent-death signal.

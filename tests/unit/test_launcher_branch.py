@@ -20,7 +20,7 @@ from launcher.cluster import ClusterConfig
 from launcher.jobs import Job
 from launcher.preflight.check import examine
 from launcher.recipes import run_tables
-from launcher.runs import create_run, read_config
+from launcher.runs.store import create_run, read_config
 from tests.unit.checkpoint_support import flat_state, write_checkpoint
 from tests.unit.launcher_support import end_job, give_job, make_data
 

@@ -22,7 +22,7 @@ from launcher.jobs import Job, Outcome, read_job, refuse_while_alive, state
 from launcher.place import Place, find_place
 from launcher.processes import identity
 from launcher.requests import request_stop
-from launcher.runs import read_config
+from launcher.runs.store import read_config
 from launcher.torchrun import worker_environment
 from tests.unit.checkpoint_support import write_checkpoint
 from tests.unit.launcher_support import (

@@ -17,7 +17,7 @@ from launcher.findings import Findings
 from launcher.plan import host_memory_warning, plan
 from launcher.preflight.check import Request, check_disk, check_machine, examine
 from launcher.recipes import recipe_names, run_tables
-from launcher.runs import create_run, next_run_folder, read_cluster, read_config
+from launcher.runs.store import create_run, next_run_folder, read_cluster, read_config
 from tests.unit.launcher_support import make_data
 
 LOCAL = ClusterConfig(kind="local", processes_per_node=2)

@@ -27,7 +27,7 @@ from launcher.plan import size
 from launcher.preflight.check import examine
 from launcher.recipes import run_tables
 from launcher.requests import standing_stop
-from launcher.runs import changed_fields, create_run, open_run, read_config
+from launcher.runs.store import changed_fields, create_run, open_run, read_config
 from launcher.status import show, status, statuses, table
 from tests.unit.checkpoint_support import write_checkpoint
 from tests.unit.launcher_support import end_job, give_job, make_data, submit_what_ends_well

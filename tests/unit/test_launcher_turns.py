@@ -17,7 +17,7 @@ from gpt.run.run_dir import RunDir, read_json, write_json
 from launcher.cluster import ClusterConfig
 from launcher.jobs import Outcome
 from launcher.node.task import _Node
-from launcher.runs import explicit
+from launcher.runs.store import explicit
 from tests.unit.launcher_support import make_run
 
 SCONTROL = """#!/bin/sh
