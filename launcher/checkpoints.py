@@ -18,7 +18,7 @@ from data_pipeline.errors import LaunchError
 from gpt.checkpoint.format import PIN_NAME, Corrupt, committed, is_pinned, read_index, verify
 from gpt.run import record
 from gpt.run.run_dir import RunDir
-from launcher.plan import size
+from launcher.preflight.plan import size
 
 _FEWEST = 2  # the newest, and one for the case that it turns out to be bad
 

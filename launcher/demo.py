@@ -36,8 +36,8 @@ from launcher.follow import Attendance, Display, Follower, Update, duration, out
 from launcher.jobs import Outcome
 from launcher.launch import command_line, show_warnings
 from launcher.paths import absolute
-from launcher.plan import plan, size
 from launcher.preflight.check import examine
+from launcher.preflight.plan import plan, size
 from launcher.recipes import recipe_path, run_tables
 from launcher.runs.store import create_run, next_run_folder
 from launcher.submit import submit

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from gpt.run import record
 from gpt.run.run_dir import RunDir
 from launcher.jobs import Job, Lookout, Outcome, read_outcome, submission_folder
-from launcher.plan import size
+from launcher.preflight.plan import size
 from launcher.requests import request_stop
 
 _POLL_S = 0.2

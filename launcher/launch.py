@@ -33,8 +33,8 @@ from launcher.follow import Follower, outcome_of, watch
 from launcher.jobs import Job, Lookout, claim_start, read_job, refuse_while_alive, state
 from launcher.mirrors import fetch_newer, fetch_run
 from launcher.paths import absolute
-from launcher.plan import ASSUMED_MFU, plan, table
 from launcher.preflight.check import Request, examine
+from launcher.preflight.plan import ASSUMED_MFU, plan, table
 from launcher.recipes import run_tables, with_absolute_paths
 from launcher.requests import request_stop
 from launcher.runs.store import (

@@ -13,7 +13,7 @@ from gpt.run.run_dir import RunDir
 from launcher import slurm
 from launcher.cluster import ClusterConfig, time_limit_min
 from launcher.findings import Findings
-from launcher.plan import checkpoint_bytes, size
+from launcher.preflight.plan import checkpoint_bytes, size
 from launcher.sbatch import submission_text
 from launcher.slurm import Preemption
 

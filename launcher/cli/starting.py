@@ -40,8 +40,8 @@ def plan(run: str, cluster: str, overrides: tuple[str, ...], as_json: bool, mfu:
     import json
 
     from launcher.launch import show_plan, show_warnings
-    from launcher.plan import plan
     from launcher.preflight.check import examine
+    from launcher.preflight.plan import plan
     from launcher.recipes import run_tables
 
     tables, source = run_tables(run, overrides)

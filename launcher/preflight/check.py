@@ -20,7 +20,7 @@ from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig, load_cluster
 from launcher.findings import Findings
 from launcher.mirrors import check_mirror
-from launcher.plan import (
+from launcher.preflight.plan import (
     checkpoint_bytes,
     checkpoint_counts,
     host_memory_warning,

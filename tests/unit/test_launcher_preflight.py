@@ -14,8 +14,8 @@ from gpt.config.run import RunConfig
 from gpt.run.run_dir import read_json
 from launcher.cluster import ClusterConfig
 from launcher.findings import Findings
-from launcher.plan import host_memory_warning, plan
 from launcher.preflight.check import Request, check_disk, check_machine, examine
+from launcher.preflight.plan import host_memory_warning, plan
 from launcher.recipes import recipe_names, run_tables
 from launcher.runs.store import create_run, next_run_folder, read_cluster, read_config
 from tests.unit.launcher_support import make_data
@@ -277,11 +277,11 @@ def test_too_little_host_memory_for_the_copy_of_a_save_warns(monkeypatch: pytest
         assert host_memory_warning(config, nodes.model_copy(update={"mem": mem})) is None
     checkpoint = config.checkpoint.model_copy(update={"asynchronous": False})
     assert host_memory_warning(config.model_copy(update={"checkpoint": checkpoint}), nodes) is None
-    monkeypatch.setattr("launcher.plan.available_bytes", lambda: 6 << 30)
+    monkeypatch.setattr("launcher.preflight.plan.available_bytes", lambda: 6 << 30)
     warning = host_memory_warning(config, LOCAL)  # whose processor trains, and keeps all of the state
     assert warning is not None
     assert "(free on this machine)" in warning
-    monkeypatch.setattr("launcher.plan.available_bytes", lambda: 600 << 30)
+    monkeypatch.setattr("launcher.preflight.plan.available_bytes", lambda: 600 << 30)
     assert host_memory_warning(config, LOCAL) is None
 
 

@@ -19,7 +19,7 @@ from launcher.memory import (
     largest_micro_batch,
     memory,
 )
-from launcher.plan import gpu_hours
+from launcher.preflight.plan import gpu_hours
 from launcher.recipes import run_tables
 
 CONTEXT = 128
