@@ -1,6 +1,6 @@
 """What a run will need: parameters, memory a rank, steps, disk. Pure: config in, numbers out.
 
-Time stands on a share of the accelerator's peak (MFU) that is assumed, memory on launcher/memory.py.
+Time stands on a share of the accelerator's peak (MFU) that is assumed, memory on launcher/preflight/memory.py.
 """
 
 import re
@@ -15,7 +15,7 @@ from gpt.config.run import RunConfig
 from gpt.model.flops import PEAK_FLOPS_PER_SECOND, flops_per_token, parameter_count
 from gpt.run.host_memory import LARGEST_SHARE, available_bytes
 from launcher.cluster import ACCELERATOR_MEMORY_GIB, ClusterConfig
-from launcher.memory import Memory, largest_micro_batch, memory, state_bytes
+from launcher.preflight.memory import Memory, largest_micro_batch, memory, state_bytes
 
 _GIB = 2**30
 # The rest is the CUDA context's and NCCL's, one to two GiB, and lies between the allocator's blocks.

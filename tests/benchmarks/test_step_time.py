@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gpt.config.run import RunConfig
-from launcher.memory import memory
+from launcher.preflight.memory import memory
 
 pytestmark = pytest.mark.benchmark
 ROUNDS = 2  # the machine's noise: the better of each

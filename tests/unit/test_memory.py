@@ -12,7 +12,7 @@ from gpt.model import loss
 from gpt.model.attention import Documents
 from gpt.model.flops import flops_per_token
 from gpt.model.gpt import GPT
-from launcher.memory import (
+from launcher.preflight.memory import (
     LOSS_BLOCK_ELEMENTS,
     LOSS_CHUNK_ELEMENTS,
     activation_bytes,
