@@ -31,7 +31,7 @@ from launcher.preflight.plan import (
     sequences,
     size,
 )
-from launcher.site import check_site, check_tracker
+from launcher.preflight.slurm_site import check_site, check_tracker
 
 READ_WHOLE_BYTES = 64 << 20  # data sets up to this size are checked byte for byte: 10 ms of xxh3
 EPOCHS_WARNING = 4.0  # repeating data beyond it buys little (Muennighoff et al., arXiv:2305.16264)
