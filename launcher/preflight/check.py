@@ -18,8 +18,8 @@ from gpt.config.data import DataConfig
 from gpt.config.run import RunConfig
 from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig, load_cluster
-from launcher.findings import Findings
 from launcher.mirrors import check_mirror
+from launcher.preflight.findings import Findings
 from launcher.preflight.plan import (
     checkpoint_bytes,
     checkpoint_counts,

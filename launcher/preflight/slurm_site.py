@@ -12,7 +12,7 @@ from gpt.config.run import RunConfig
 from gpt.run.run_dir import RunDir
 from launcher import slurm
 from launcher.cluster import ClusterConfig, time_limit_min
-from launcher.findings import Findings
+from launcher.preflight.findings import Findings
 from launcher.preflight.plan import checkpoint_bytes, size
 from launcher.sbatch import submission_text
 from launcher.slurm import Preemption

@@ -13,8 +13,8 @@ from data_pipeline.errors import ConfigError
 from gpt.config.run import RunConfig
 from gpt.run.run_dir import read_json
 from launcher.cluster import ClusterConfig
-from launcher.findings import Findings
 from launcher.preflight.check import Request, check_disk, check_machine, examine
+from launcher.preflight.findings import Findings
 from launcher.preflight.plan import host_memory_warning, plan
 from launcher.recipes import recipe_names, run_tables
 from launcher.runs.store import create_run, next_run_folder, read_cluster, read_config

@@ -13,7 +13,7 @@ from gpt.config.run import RunConfig
 from gpt.run.run_dir import RunDir
 from launcher import slurm
 from launcher.cluster import ClusterConfig
-from launcher.findings import Findings
+from launcher.preflight.findings import Findings
 from launcher.preflight.slurm_site import (
     check_partitions,
     check_qos,
