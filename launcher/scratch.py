@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from launcher.place import Place
+from launcher.node.rendezvous import Place
 
 # Waits until the pipe's other end is closed, as the kernel does for a process that is killed.
 _SWEEPER = """exec 3<&0; (trap '' TERM INT HUP QUIT USR1 USR2; cat <&3; rm -rf -- "$1") >/dev/null 2>&1 &"""

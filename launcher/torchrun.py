@@ -9,7 +9,7 @@ from gpt.run.heartbeat import VARIABLE as HEARTBEAT
 from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig
 from launcher.container import inside
-from launcher.place import Meeting, Place
+from launcher.node.rendezvous import Meeting, Place
 from launcher.runs.store import python_module
 
 _FORWARDED = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"  # torchrun would die of the last two, and orphan

@@ -11,7 +11,7 @@ from typing import Any
 from gpt.run import record
 from gpt.run.run_dir import RunDir, patiently, read_json, write_json
 from launcher.jobs import Outcome
-from launcher.place import Place, failures
+from launcher.node.rendezvous import Place, failures
 
 _TAIL_LINES = 20
 

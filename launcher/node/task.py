@@ -29,7 +29,7 @@ from launcher.cluster import ClusterConfig
 from launcher.container import inside, needed_folders
 from launcher.hangs import Watch, culprits, gather, report
 from launcher.jobs import Outcome, outcome_path, read_job
-from launcher.place import Place, find_place, meet, report_failure
+from launcher.node.rendezvous import Place, find_place, meet, report_failure
 from launcher.processes import (
     adopt_orphans,
     end_self_with_parent,

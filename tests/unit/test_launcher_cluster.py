@@ -12,7 +12,7 @@ from data_pipeline.errors import ConfigError
 from gpt.config.run import RunConfig
 from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig, cluster_names, load_cluster
-from launcher.place import Meeting, Place
+from launcher.node.rendezvous import Meeting, Place
 from launcher.runs.store import explicit
 from launcher.sbatch import slurm_parameters, submission_text
 from launcher.torchrun import torchrun_command, worker_environment

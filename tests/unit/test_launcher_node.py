@@ -19,7 +19,7 @@ from gpt.run.run_dir import RunDir, read_json, write_json
 from launcher.cluster import ClusterConfig
 from launcher.follow import outcome_of
 from launcher.jobs import Job, Outcome, read_job, refuse_while_alive, state
-from launcher.place import Place, find_place
+from launcher.node.rendezvous import Place, find_place
 from launcher.processes import identity
 from launcher.requests import request_stop
 from launcher.runs.store import read_config
