@@ -1,6 +1,6 @@
 """The task on each node: torchrun as a child, stop requests, and one truthful word about how it ended.
 
-submitit calls `NodeTask` once a node. How its turn of the job ended, launcher.turn says; in Slurm the
+submitit calls `NodeTask` once a node. How its turn of the job ended, launcher.node.job_run says; in Slurm the
 first node decides what follows: a stop that the scheduler asked for (preemption, the time limit) and a
 failure that was not the run's own put the job back in the queue, by our own `scontrol requeue`: Slurm
 requeues only what it had to kill. Nothing is left behind: the children end with this process, and this
@@ -29,6 +29,7 @@ from launcher.cluster import ClusterConfig
 from launcher.container import inside, needed_folders
 from launcher.hangs import Watch, culprits, gather, report
 from launcher.jobs import Outcome, outcome_path, read_job
+from launcher.node.job_run import Turn
 from launcher.node.rendezvous import Place, find_place, meet, report_failure
 from launcher.processes import (
     adopt_orphans,
@@ -43,7 +44,6 @@ from launcher.sbatch import requeue_mark
 from launcher.scratch import make_scratch, remove_scratch
 from launcher.submit import without_bad_nodes
 from launcher.torchrun import torchrun_command, worker_environment
-from launcher.turn import Turn
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _POLL_S = 0.1
