@@ -87,7 +87,7 @@ def _store(rank: int, size: int, timeout: timedelta) -> Store:
 
     On one node the agent keeps one store over restarts, and torch 2.13 no longer separates them: a new
     worker would find the addresses of the dead and fail to connect. Over several nodes rank 0 serves a
-    fresh one (launcher.torchrun says why).
+    fresh one (launcher.node.torchrun says why).
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     is_agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

@@ -31,6 +31,7 @@ from launcher.hangs import Watch, culprits, gather, report
 from launcher.jobs import Outcome, outcome_path, read_job
 from launcher.node.job_run import Turn
 from launcher.node.rendezvous import Place, find_place, meet, report_failure
+from launcher.node.torchrun import torchrun_command, worker_environment
 from launcher.processes import (
     adopt_orphans,
     end_self_with_parent,
@@ -43,7 +44,6 @@ from launcher.runs.store import python_module, read_cluster, read_config
 from launcher.sbatch import requeue_mark
 from launcher.scratch import make_scratch, remove_scratch
 from launcher.submit import without_bad_nodes
-from launcher.torchrun import torchrun_command, worker_environment
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _POLL_S = 0.1

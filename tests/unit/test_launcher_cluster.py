@@ -13,9 +13,9 @@ from gpt.config.run import RunConfig
 from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig, cluster_names, load_cluster
 from launcher.node.rendezvous import Meeting, Place
+from launcher.node.torchrun import torchrun_command, worker_environment
 from launcher.runs.store import explicit
 from launcher.sbatch import slurm_parameters, submission_text
-from launcher.torchrun import torchrun_command, worker_environment
 
 
 def problems(**tables: Any) -> list[str]:
