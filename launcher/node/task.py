@@ -27,8 +27,8 @@ from gpt.run.run_dir import RunDir, patiently, write_json
 from launcher import slurm
 from launcher.cluster import ClusterConfig
 from launcher.container import inside, needed_folders
-from launcher.hangs import Watch, culprits, gather, report
 from launcher.jobs import Outcome, outcome_path, read_job
+from launcher.node.hang_watchdog import Watch, culprits, gather, report
 from launcher.node.job_run import Turn
 from launcher.node.rendezvous import Place, find_place, meet, report_failure
 from launcher.node.torchrun import torchrun_command, worker_environment

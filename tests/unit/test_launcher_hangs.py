@@ -8,7 +8,7 @@ import time
 import pytest
 
 from gpt.run.heartbeat import VARIABLE, WAITING, Heartbeat
-from launcher.hangs import Suspect, Watch, culprits
+from launcher.node.hang_watchdog import Suspect, Watch, culprits
 
 
 def test_a_worker_that_was_heard_and_is_silent_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
