@@ -31,6 +31,7 @@ from launcher.jobs import Outcome, outcome_path, read_job
 from launcher.node.hang_watchdog import Watch, culprits, gather, report
 from launcher.node.job_run import Turn
 from launcher.node.rendezvous import Place, find_place, meet, report_failure
+from launcher.node.tmpdir import make_scratch, remove_scratch
 from launcher.node.torchrun import torchrun_command, worker_environment
 from launcher.processes import (
     adopt_orphans,
@@ -42,7 +43,6 @@ from launcher.processes import (
 from launcher.requests import clear_turn_stop, request_stop, standing_stop
 from launcher.runs.store import python_module, read_cluster, read_config
 from launcher.sbatch import requeue_mark
-from launcher.scratch import make_scratch, remove_scratch
 from launcher.submit import without_bad_nodes
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)

@@ -15,7 +15,7 @@ import os, sys, tempfile
 from pathlib import Path
 held = [open(os.devnull) for _ in range(20)]  # descriptors of two digits, which not every shell takes
 from launcher.node.rendezvous import Place
-from launcher.scratch import make_scratch, remove_scratch
+from launcher.node.tmpdir import make_scratch, remove_scratch
 folder = make_scratch(Place("slurm-7", 0, 0, 1, "here", "7"))
 Path(folder, "torchinductor").mkdir()
 print(os.environ["TMPDIR"], flush=True)
