@@ -17,10 +17,10 @@ from pydantic import TypeAdapter, ValidationError
 from data_pipeline.errors import ConfigError, LaunchError
 from gpt.checkpoint.format import committed
 from gpt.run.run_dir import RunDir, read_json, write_json
-from launcher import slurm
 from launcher.processes import identity
 from launcher.requests import is_persons, standing_stop
-from launcher.slurm import Standing
+from launcher.scheduler import slurm
+from launcher.scheduler.slurm import Standing
 
 _PAUSE_S = {"local": 0.0, "slurm": 5.0}  # between questions: squeue is a shared service
 

@@ -20,7 +20,6 @@ from rich.table import Table
 from data_pipeline.errors import LaunchError
 from gpt.run import record
 from gpt.run.run_dir import RunDir, read_json
-from launcher import slurm
 from launcher.cluster import ClusterConfig
 from launcher.follow import Attendance, Display, Follower, outcome_of
 from launcher.jobs import Outcome
@@ -30,6 +29,7 @@ from launcher.preflight.check import Request, examine
 from launcher.recipes import run_tables
 from launcher.requests import request_stop
 from launcher.runs.store import create_run, next_run_folder, put_submission
+from launcher.scheduler import slurm
 from launcher.submit import submit
 
 _PUSH_S = 3.0

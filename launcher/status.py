@@ -20,11 +20,11 @@ from data_pipeline.errors import OutlastError
 from data_pipeline.sampling.batch_schedule import BatchSizes
 from gpt.checkpoint.format import committed
 from gpt.run.run_dir import RunDir
-from launcher import slurm
 from launcher.follow import duration
 from launcher.jobs import Job, Outcome, read_job, read_outcome, standings
 from launcher.runs.store import read_config
-from launcher.slurm import Standing
+from launcher.scheduler import slurm
+from launcher.scheduler.slurm import Standing
 
 _TAIL_BYTES = 1 << 18  # about a thousand steps
 _WATCH_S = 5.0  # squeue is a shared service

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from data_pipeline.errors import LaunchError
 from gpt.run.run_dir import is_listed, read_json, write_json
-from launcher import slurm
 from launcher.cluster import ClusterConfig
+from launcher.scheduler import slurm
 
 _PORTS = range(12_000, 30_000)  # below the kernel's ephemeral ports, so that no client holds one by chance
 _MEETING_PATIENCE_S = 300.0

@@ -24,7 +24,6 @@ from data_pipeline.errors import LaunchError
 from gpt.config.run import RunConfig
 from gpt.run import record
 from gpt.run.run_dir import RunDir, patiently, write_json
-from launcher import slurm
 from launcher.cluster import ClusterConfig
 from launcher.container import inside, needed_folders
 from launcher.jobs import Outcome, outcome_path, read_job
@@ -43,6 +42,7 @@ from launcher.processes import (
 from launcher.requests import clear_turn_stop, request_stop, standing_stop
 from launcher.runs.store import python_module, read_cluster, read_config
 from launcher.sbatch import requeue_mark
+from launcher.scheduler import slurm
 from launcher.submit import without_bad_nodes
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)

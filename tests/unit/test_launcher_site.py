@@ -11,7 +11,6 @@ import pytest
 
 from gpt.config.run import RunConfig
 from gpt.run.run_dir import RunDir
-from launcher import slurm
 from launcher.cluster import ClusterConfig
 from launcher.preflight.findings import Findings
 from launcher.preflight.slurm_site import (
@@ -23,7 +22,8 @@ from launcher.preflight.slurm_site import (
     check_tracker,
     file_system,
 )
-from launcher.slurm import Preemption
+from launcher.scheduler import slurm
+from launcher.scheduler.slurm import Preemption
 
 
 def config(**tables: object) -> RunConfig:

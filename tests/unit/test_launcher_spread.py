@@ -16,9 +16,9 @@ from data_pipeline.prepare.chunk import Piece
 from data_pipeline.prepare.pipeline import DataPrepConfig, Progress, prepare
 from data_pipeline.sources.documents import Span
 from data_pipeline.sources.files import SourceFile
-from launcher import slurm
 from launcher.cluster import ClusterConfig
-from launcher.slurm import Standing
+from launcher.scheduler import slurm
+from launcher.scheduler.slurm import Standing
 from launcher.spread import Spread, _Share
 from tests.unit.data_support import config, files_of, packaged_texts, write_jsonl
 
