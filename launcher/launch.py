@@ -47,7 +47,7 @@ from launcher.runs.store import (
     read_config,
     runs_folder,
 )
-from launcher.sbatch import submission_text
+from launcher.scheduler.sbatch import submission_text
 from launcher.submit import submit
 
 _POLL_S = 0.2

@@ -41,8 +41,8 @@ from launcher.processes import (
 )
 from launcher.requests import clear_turn_stop, request_stop, standing_stop
 from launcher.runs.store import python_module, read_cluster, read_config
-from launcher.sbatch import requeue_mark
 from launcher.scheduler import slurm
+from launcher.scheduler.sbatch import requeue_mark
 from launcher.submit import without_bad_nodes
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)

@@ -13,8 +13,8 @@ from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig, time_limit_min
 from launcher.preflight.findings import Findings
 from launcher.preflight.plan import checkpoint_bytes, size
-from launcher.sbatch import submission_text
 from launcher.scheduler import slurm
+from launcher.scheduler.sbatch import submission_text
 from launcher.scheduler.slurm import Preemption
 
 # What one node writes to a parallel file system while all others do; a site's own speed shows in the events.

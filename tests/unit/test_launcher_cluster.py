@@ -15,7 +15,7 @@ from launcher.cluster import ClusterConfig, cluster_names, load_cluster
 from launcher.node.rendezvous import Meeting, Place
 from launcher.node.torchrun import torchrun_command, worker_environment
 from launcher.runs.store import explicit
-from launcher.sbatch import slurm_parameters, submission_text
+from launcher.scheduler.sbatch import slurm_parameters, submission_text
 
 
 def problems(**tables: Any) -> list[str]:
