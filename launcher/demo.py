@@ -33,13 +33,13 @@ from launcher.children import sample_command
 from launcher.cluster import ClusterConfig
 from launcher.data_commands import prepare_with_progress
 from launcher.follow import Attendance, Display, Follower, Update, duration, outcome_of
-from launcher.jobs import Outcome
 from launcher.launch import command_line, show_warnings
 from launcher.paths import absolute
 from launcher.preflight.check import examine
 from launcher.preflight.plan import plan, size
 from launcher.recipes import recipe_path, run_tables
 from launcher.runs.store import create_run, next_run_folder
+from launcher.scheduler.jobs import Outcome
 from launcher.submit import submit
 
 PROMPT = "And it came to pass"

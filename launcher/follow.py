@@ -19,9 +19,9 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from gpt.run import record
 from gpt.run.run_dir import RunDir
-from launcher.jobs import Job, Lookout, Outcome, read_outcome, submission_folder
 from launcher.preflight.plan import size
 from launcher.requests import request_stop
+from launcher.scheduler.jobs import Job, Lookout, Outcome, read_outcome, submission_folder
 
 _POLL_S = 0.2
 _PLAIN_LINE_S = 10.0

@@ -30,7 +30,6 @@ from launcher.branch import find_origin, plant, state_misfits
 from launcher.changes import DATA, fingerprint_changes, judge
 from launcher.cluster import ClusterConfig
 from launcher.follow import Follower, outcome_of, watch
-from launcher.jobs import Job, Lookout, claim_start, read_job, refuse_while_alive, state
 from launcher.mirrors import fetch_newer, fetch_run
 from launcher.paths import absolute
 from launcher.preflight.check import Request, examine
@@ -47,6 +46,7 @@ from launcher.runs.store import (
     read_config,
     runs_folder,
 )
+from launcher.scheduler.jobs import Job, Lookout, claim_start, read_job, refuse_while_alive, state
 from launcher.scheduler.sbatch import submission_text
 from launcher.submit import submit
 

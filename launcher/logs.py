@@ -10,8 +10,8 @@ from pathlib import Path
 
 from data_pipeline.errors import LaunchError
 from gpt.run.run_dir import RunDir
-from launcher.jobs import Lookout, read_job
 from launcher.runs.store import read_cluster
+from launcher.scheduler.jobs import Lookout, read_job
 
 _POLL_S = 0.3
 _PIECE_BYTES = 1 << 20

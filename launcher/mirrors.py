@@ -10,8 +10,8 @@ from gpt.checkpoint.format import committed
 from gpt.checkpoint.mirror import Mirror, MirrorError
 from gpt.config.run import RunConfig
 from gpt.run.run_dir import RunDir
-from launcher.jobs import is_copy
 from launcher.preflight.findings import Findings
+from launcher.scheduler.jobs import is_copy
 
 
 def check_mirror(run: RunDir, config: RunConfig, findings: Findings, *, is_new: bool) -> None:

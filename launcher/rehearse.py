@@ -22,7 +22,6 @@ from gpt.run import record
 from gpt.run.run_dir import RunDir, read_json
 from launcher.cluster import ClusterConfig
 from launcher.follow import Attendance, Display, Follower, outcome_of
-from launcher.jobs import Outcome
 from launcher.launch import command_line, show_warnings
 from launcher.paths import absolute
 from launcher.preflight.check import Request, examine
@@ -30,6 +29,7 @@ from launcher.recipes import run_tables
 from launcher.requests import request_stop
 from launcher.runs.store import create_run, next_run_folder, put_submission
 from launcher.scheduler import slurm
+from launcher.scheduler.jobs import Outcome
 from launcher.submit import submit
 
 _PUSH_S = 3.0

@@ -21,9 +21,9 @@ from data_pipeline.sampling.batch_schedule import BatchSizes
 from gpt.checkpoint.format import committed
 from gpt.run.run_dir import RunDir
 from launcher.follow import duration
-from launcher.jobs import Job, Outcome, read_job, read_outcome, standings
 from launcher.runs.store import read_config
 from launcher.scheduler import slurm
+from launcher.scheduler.jobs import Job, Outcome, read_job, read_outcome, standings
 from launcher.scheduler.slurm import Standing
 
 _TAIL_BYTES = 1 << 18  # about a thousand steps

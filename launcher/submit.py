@@ -20,9 +20,9 @@ from gpt.run import record
 from gpt.run.run_dir import RunDir, write_json
 from launcher.cluster import ClusterConfig
 from launcher.container import needed_folders
-from launcher.jobs import Job, read_job, submission_folder
 from launcher.processes import identity
 from launcher.runs.store import job_environment, python_module, read_cluster, read_config
+from launcher.scheduler.jobs import Job, read_job, submission_folder
 from launcher.scheduler.sbatch import slurm_executor
 
 _LOCAL_TIMEOUT_MIN = 60 * 24 * 365 * 10  # submitit's local default is 2 minutes

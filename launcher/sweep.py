@@ -29,7 +29,6 @@ from data_pipeline.errors import ConfigError, LaunchError, OutlastError
 from gpt.run.run_dir import RunDir, write_json
 from launcher.cluster import ClusterConfig
 from launcher.follow import Follower, watch
-from launcher.jobs import claim_start
 from launcher.launch import command_line, show_warnings
 from launcher.paths import absolute
 from launcher.preflight.check import Request, examine
@@ -47,6 +46,7 @@ from launcher.runs.store import (
     read_sweep,
     snapshot_code,
 )
+from launcher.scheduler.jobs import claim_start
 from launcher.status import statuses
 from launcher.submit import submit, submit_together
 

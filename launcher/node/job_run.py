@@ -10,8 +10,8 @@ from typing import Any
 
 from gpt.run import record
 from gpt.run.run_dir import RunDir, patiently, read_json, write_json
-from launcher.jobs import Outcome
 from launcher.node.rendezvous import Place, failures
+from launcher.scheduler.jobs import Outcome
 
 _TAIL_LINES = 20
 

@@ -21,9 +21,9 @@ from data_pipeline.errors import ConfigError, LaunchError
 from gpt.config.run import RunConfig
 from gpt.run.run_dir import RunDir, read_json, write_json
 from launcher.cluster import ClusterConfig
-from launcher.jobs import is_copy
 from launcher.paths import absolute
 from launcher.preflight.check import Request
+from launcher.scheduler.jobs import is_copy
 
 SWEEP_FILE = "sweep.json"
 _PACKAGES = ("launcher", "gpt", "data_pipeline")

@@ -14,7 +14,7 @@ import pytest
 
 from gpt.run.run_dir import RunDir
 from launcher.cli import commands
-from launcher.jobs import state
+from launcher.scheduler.jobs import state
 from tests.unit.launcher_support import kill_tree, make_data, make_run, start, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -18,12 +18,12 @@ from gpt.run import record
 from gpt.run.run_dir import RunDir, read_json, write_json
 from launcher.cluster import ClusterConfig
 from launcher.follow import outcome_of
-from launcher.jobs import Job, Outcome, read_job, refuse_while_alive, state
 from launcher.node.rendezvous import Place, find_place
 from launcher.node.torchrun import worker_environment
 from launcher.processes import identity
 from launcher.requests import request_stop
 from launcher.runs.store import read_config
+from launcher.scheduler.jobs import Job, Outcome, read_job, refuse_while_alive, state
 from tests.unit.checkpoint_support import write_checkpoint
 from tests.unit.launcher_support import (
     is_alive,

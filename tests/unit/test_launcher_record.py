@@ -21,13 +21,13 @@ from launcher import launch
 from launcher.children import tracking_uri, ui
 from launcher.cluster import ClusterConfig
 from launcher.follow import Attendance, Display, Follower, duration, outcome_of
-from launcher.jobs import claim_start, state
 from launcher.logs import lines, log_files
 from launcher.preflight.check import examine
 from launcher.preflight.plan import size
 from launcher.recipes import run_tables
 from launcher.requests import standing_stop
 from launcher.runs.store import changed_fields, create_run, open_run, read_config
+from launcher.scheduler.jobs import claim_start, state
 from launcher.status import show, status, statuses, table
 from tests.unit.checkpoint_support import write_checkpoint
 from tests.unit.launcher_support import end_job, give_job, make_data, submit_what_ends_well

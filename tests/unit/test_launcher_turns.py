@@ -15,9 +15,9 @@ import pytest
 from gpt.run import record
 from gpt.run.run_dir import RunDir, read_json, write_json
 from launcher.cluster import ClusterConfig
-from launcher.jobs import Outcome
 from launcher.node.task import _Node
 from launcher.runs.store import explicit
+from launcher.scheduler.jobs import Outcome
 from tests.unit.launcher_support import make_run
 
 SCONTROL = """#!/bin/sh
