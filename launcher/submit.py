@@ -19,9 +19,9 @@ from data_pipeline.errors import LaunchError
 from gpt.run import record
 from gpt.run.run_dir import RunDir, write_json
 from launcher.cluster import ClusterConfig
-from launcher.container import needed_folders
 from launcher.processes import identity
 from launcher.runs.store import job_environment, python_module, read_cluster, read_config
+from launcher.scheduler.container import needed_folders
 from launcher.scheduler.jobs import Job, read_job, submission_folder
 from launcher.scheduler.sbatch import slurm_executor
 

@@ -25,7 +25,6 @@ from gpt.config.run import RunConfig
 from gpt.run import record
 from gpt.run.run_dir import RunDir, patiently, write_json
 from launcher.cluster import ClusterConfig
-from launcher.container import inside, needed_folders
 from launcher.node.hang_watchdog import Watch, culprits, gather, report
 from launcher.node.job_run import Turn
 from launcher.node.rendezvous import Place, find_place, meet, report_failure
@@ -41,6 +40,7 @@ from launcher.processes import (
 from launcher.requests import clear_turn_stop, request_stop, standing_stop
 from launcher.runs.store import python_module, read_cluster, read_config
 from launcher.scheduler import slurm
+from launcher.scheduler.container import inside, needed_folders
 from launcher.scheduler.jobs import Outcome, outcome_path, read_job
 from launcher.scheduler.sbatch import requeue_mark
 from launcher.submit import without_bad_nodes

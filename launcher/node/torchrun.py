@@ -8,9 +8,9 @@ from gpt.config.run import RunConfig
 from gpt.run.heartbeat import VARIABLE as HEARTBEAT
 from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig
-from launcher.container import inside
 from launcher.node.rendezvous import Meeting, Place
 from launcher.runs.store import python_module
+from launcher.scheduler.container import inside
 
 _FORWARDED = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"  # torchrun would die of the last two, and orphan
 # torchrun's wait between passing a signal on and SIGKILL. Whoever sent the signal has a limit of its own

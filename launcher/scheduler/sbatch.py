@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from gpt.config.run import RunConfig
 from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig
-from launcher.container import needed_folders, srun_options
+from launcher.scheduler.container import needed_folders, srun_options
 
 if TYPE_CHECKING:
     from submitit import SlurmExecutor
