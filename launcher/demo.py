@@ -37,7 +37,7 @@ from launcher.launch import command_line, show_warnings
 from launcher.paths import absolute
 from launcher.preflight.check import examine
 from launcher.preflight.plan import plan, size
-from launcher.recipes import recipe_path, run_tables
+from launcher.runs.recipes import recipe_path, run_tables
 from launcher.runs.store import create_run, next_run_folder
 from launcher.scheduler.jobs import Outcome
 from launcher.submit import submit

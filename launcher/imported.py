@@ -18,7 +18,7 @@ from gpt.run.run_dir import read_json
 from launcher.launch import command_line, show_warnings
 from launcher.paths import absolute
 from launcher.preflight.check import examine
-from launcher.recipes import with_absolute_paths
+from launcher.runs.recipes import with_absolute_paths
 from launcher.runs.store import create_run, python_module
 
 

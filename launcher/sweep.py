@@ -32,7 +32,7 @@ from launcher.follow import Follower, watch
 from launcher.launch import command_line, show_warnings
 from launcher.paths import absolute
 from launcher.preflight.check import Request, examine
-from launcher.recipes import run_tables, with_absolute_paths
+from launcher.runs.recipes import run_tables, with_absolute_paths
 from launcher.runs.store import (
     SWEEP_FILE,
     SweepIndex,

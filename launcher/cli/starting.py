@@ -42,7 +42,7 @@ def plan(run: str, cluster: str, overrides: tuple[str, ...], as_json: bool, mfu:
     from launcher.launch import show_plan, show_warnings
     from launcher.preflight.check import examine
     from launcher.preflight.plan import plan
-    from launcher.recipes import run_tables
+    from launcher.runs.recipes import run_tables
 
     tables, source = run_tables(run, overrides)
     request = examine(tables, source, cluster, None)

@@ -18,7 +18,7 @@ from gpt.run.run_dir import RunDir
 from launcher import launch
 from launcher.cluster import ClusterConfig
 from launcher.preflight.check import examine
-from launcher.recipes import run_tables
+from launcher.runs.recipes import run_tables
 from launcher.runs.store import create_run, read_config
 from launcher.scheduler.jobs import Job
 from tests.unit.checkpoint_support import flat_state, write_checkpoint

@@ -16,7 +16,7 @@ from launcher.cluster import ClusterConfig
 from launcher.preflight.check import Request, check_disk, check_machine, examine
 from launcher.preflight.findings import Findings
 from launcher.preflight.plan import host_memory_warning, plan
-from launcher.recipes import recipe_names, run_tables
+from launcher.runs.recipes import recipe_names, run_tables
 from launcher.runs.store import create_run, next_run_folder, read_cluster, read_config
 from tests.unit.launcher_support import make_data
 

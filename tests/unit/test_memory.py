@@ -20,7 +20,7 @@ from launcher.preflight.memory import (
     memory,
 )
 from launcher.preflight.plan import gpu_hours
-from launcher.recipes import run_tables
+from launcher.runs.recipes import run_tables
 
 CONTEXT = 128
 

@@ -20,7 +20,7 @@ from gpt.sidecars.checkpoint_mirror import Copier, follow
 from launcher import launch
 from launcher.cluster import ClusterConfig
 from launcher.preflight.check import examine
-from launcher.recipes import run_tables
+from launcher.runs.recipes import run_tables
 from launcher.runs.store import create_run, read_config
 from tests.unit.checkpoint_support import write_checkpoint
 from tests.unit.launcher_support import make_data, submit_what_ends_well

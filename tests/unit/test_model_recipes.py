@@ -8,7 +8,7 @@ from data_pipeline.config_file import validate
 from gpt.config.run import RunConfig
 from gpt.model.flops import flops_per_token, parameter_count, parameter_table
 from gpt.model.gpt import GPT
-from launcher.recipes import recipe_names, recipe_path, run_tables
+from launcher.runs.recipes import recipe_names, recipe_path, run_tables
 from tests.unit.model_support import CPU, rows
 
 # transformers' published checkpoints of these models (tensors of model.safetensors, a tied head once);
