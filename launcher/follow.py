@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from gpt.run import record
 from gpt.run.run_dir import RunDir
 from launcher.preflight.plan import size
-from launcher.requests import request_stop
+from launcher.runs.stop_request import request_stop
 from launcher.scheduler.jobs import Job, Lookout, Outcome, read_outcome, submission_folder
 
 _POLL_S = 0.2

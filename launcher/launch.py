@@ -34,8 +34,8 @@ from launcher.mirrors import fetch_newer, fetch_run
 from launcher.paths import absolute
 from launcher.preflight.check import Request, examine
 from launcher.preflight.plan import ASSUMED_MFU, plan, table
-from launcher.requests import request_stop
 from launcher.runs.recipes import run_tables, with_absolute_paths
+from launcher.runs.stop_request import request_stop
 from launcher.runs.store import (
     changed_fields,
     create_run,

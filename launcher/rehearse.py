@@ -25,8 +25,8 @@ from launcher.follow import Attendance, Display, Follower, outcome_of
 from launcher.launch import command_line, show_warnings
 from launcher.paths import absolute
 from launcher.preflight.check import Request, examine
-from launcher.requests import request_stop
 from launcher.runs.recipes import run_tables
+from launcher.runs.stop_request import request_stop
 from launcher.runs.store import create_run, next_run_folder, put_submission
 from launcher.scheduler import slurm
 from launcher.scheduler.jobs import Outcome

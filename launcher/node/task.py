@@ -37,7 +37,7 @@ from launcher.processes import (
     kill_descendants,
     workers,
 )
-from launcher.requests import clear_turn_stop, request_stop, standing_stop
+from launcher.runs.stop_request import clear_turn_stop, request_stop, standing_stop
 from launcher.runs.store import python_module, read_cluster, read_config
 from launcher.scheduler import slurm
 from launcher.scheduler.container import inside, needed_folders

@@ -24,8 +24,8 @@ from launcher.follow import Attendance, Display, Follower, duration, outcome_of
 from launcher.logs import lines, log_files
 from launcher.preflight.check import examine
 from launcher.preflight.plan import size
-from launcher.requests import standing_stop
 from launcher.runs.recipes import run_tables
+from launcher.runs.stop_request import standing_stop
 from launcher.runs.store import changed_fields, create_run, open_run, read_config
 from launcher.scheduler.jobs import claim_start, state
 from launcher.status import show, status, statuses, table

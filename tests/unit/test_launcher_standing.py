@@ -21,8 +21,8 @@ from gpt.run.run_dir import RunDir, read_json, write_json
 from launcher import launch
 from launcher.follow import Follower, watch
 from launcher.logs import lines
-from launcher.requests import request_stop
 from launcher.runs.recipes import run_tables
+from launcher.runs.stop_request import request_stop
 from launcher.scheduler import slurm
 from launcher.scheduler.jobs import Job, refuse_while_alive
 from launcher.status import statuses
