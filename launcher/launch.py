@@ -30,10 +30,10 @@ from launcher.branch import find_origin, plant, state_misfits
 from launcher.changes import DATA, fingerprint_changes, judge
 from launcher.cluster import ClusterConfig
 from launcher.follow import Follower, outcome_of, watch
-from launcher.mirrors import fetch_newer, fetch_run
 from launcher.paths import absolute
 from launcher.preflight.check import Request, examine
 from launcher.preflight.plan import ASSUMED_MFU, plan, table
+from launcher.runs.mirror import fetch_newer, fetch_run
 from launcher.runs.recipes import run_tables, with_absolute_paths
 from launcher.runs.stop_request import request_stop
 from launcher.runs.store import (
