@@ -19,7 +19,7 @@ from data_pipeline.errors import LaunchError
 from gpt.run import record
 from gpt.run.run_dir import RunDir, write_json
 from launcher.cluster import ClusterConfig
-from launcher.processes import identity
+from launcher.process_tree import identity
 from launcher.runs.store import job_environment, python_module, read_cluster, read_config
 from launcher.scheduler.container import needed_folders
 from launcher.scheduler.jobs import Job, read_job, submission_folder

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from gpt.run.heartbeat import WAITING
 from gpt.run.run_dir import is_listed, read_json, write_json
-from launcher.processes import process_state
+from launcher.process_tree import process_state
 
 # A rank that waits for one which does not come: the node of that one has it first.
 _WAITING_PATIENCE_S = 60.0

@@ -30,7 +30,7 @@ from launcher.node.job_run import Turn
 from launcher.node.rendezvous import Place, find_place, meet, report_failure
 from launcher.node.tmpdir import make_scratch, remove_scratch
 from launcher.node.torchrun import torchrun_command, worker_environment
-from launcher.processes import (
+from launcher.process_tree import (
     adopt_orphans,
     end_self_with_parent,
     end_with_parent,

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from data_pipeline.errors import ConfigError, LaunchError
 from gpt.checkpoint.format import committed
 from gpt.run.run_dir import RunDir, read_json, write_json
-from launcher.processes import identity
+from launcher.process_tree import identity
 from launcher.runs.stop_request import is_persons, standing_stop
 from launcher.scheduler import slurm
 from launcher.scheduler.slurm import Standing

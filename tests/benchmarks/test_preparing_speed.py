@@ -25,7 +25,7 @@ import pytest
 from data_pipeline.dataset.manifest import read_manifest
 from data_pipeline.tokenizer.encoding import load_encoding
 from data_pipeline.tokenizer.fast_encoder import FAST, FastEncoder, TiktokenEncoder
-from launcher.processes import adopt_orphans
+from launcher.process_tree import adopt_orphans
 from tests.unit.data_support import packaged_texts
 
 pytestmark = pytest.mark.benchmark

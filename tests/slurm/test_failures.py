@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from launcher.processes import descendants
+from launcher.process_tree import descendants
 from tests.slurm.cluster import SlurmCluster, wait_for
 from tests.slurm.conftest import SlurmRun, node_task
 

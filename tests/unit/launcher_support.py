@@ -20,7 +20,7 @@ from data_pipeline.tokenizer.encoding import train_tokenizer
 from gpt.config.run import RunConfig
 from gpt.run.run_dir import RunDir, write_json
 from launcher.cluster import ClusterConfig
-from launcher.processes import descendants, identity
+from launcher.process_tree import descendants, identity
 from launcher.runs.store import explicit, snapshot_code
 from launcher.scheduler.jobs import Job
 from launcher.submit import submit
@@ -30,7 +30,7 @@ WORKER_PRELUDE = """
 import json, os, signal, sys, tempfile, time
 from pathlib import Path
 from gpt.run.run_dir import RunDir, write_json
-from launcher.processes import end_self_with_parent
+from launcher.process_tree import end_self_with_parent
 end_self_with_parent(signal.SIGKILL)
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
     signal.signal(number, signal.SIG_IGN)

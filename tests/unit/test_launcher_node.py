@@ -20,7 +20,7 @@ from launcher.cluster import ClusterConfig
 from launcher.follow import outcome_of
 from launcher.node.rendezvous import Place, find_place
 from launcher.node.torchrun import worker_environment
-from launcher.processes import identity
+from launcher.process_tree import identity
 from launcher.runs.stop_request import request_stop
 from launcher.runs.store import read_config
 from launcher.scheduler.jobs import Job, Outcome, read_job, refuse_while_alive, state

@@ -12,7 +12,7 @@ import pytest
 from data_pipeline.config_file import validate
 from data_pipeline.errors import ConfigError, LaunchError
 from gpt.run.run_dir import RunDir, write_json
-from launcher.processes import identity
+from launcher.process_tree import identity
 from launcher.runs.store import sweep_runs
 from launcher.scheduler.jobs import Job, claim_start
 from launcher.sweep import SweepConfig, examine_points, points_of, show_results
