@@ -9,7 +9,8 @@ import sys
 import click
 
 from data_pipeline.errors import OutlastError
-from launcher.cli import data, models, starting, watching
+from launcher.cli import data, models, watching
+from launcher.cli import training as starting
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
