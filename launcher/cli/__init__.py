@@ -9,7 +9,8 @@ import sys
 import click
 
 from data_pipeline.errors import OutlastError
-from launcher.cli import data, models, watching
+from launcher.cli import data, models
+from launcher.cli import inspecting as watching
 from launcher.cli import training as starting
 
 
