@@ -21,8 +21,8 @@ from data_pipeline.errors import LaunchError
 from gpt.run import record
 from gpt.run.run_dir import RunDir, read_json
 from launcher.cluster import ClusterConfig
+from launcher.commands.launch import command_line, show_warnings
 from launcher.follow import Attendance, Display, Follower, outcome_of
-from launcher.launch import command_line, show_warnings
 from launcher.paths import absolute
 from launcher.preflight.check import Request, examine
 from launcher.runs.recipes import run_tables

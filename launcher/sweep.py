@@ -28,8 +28,8 @@ from data_pipeline.config_file import Section, dotted, read_toml, validate, with
 from data_pipeline.errors import ConfigError, LaunchError, OutlastError
 from gpt.run.run_dir import RunDir, write_json
 from launcher.cluster import ClusterConfig
+from launcher.commands.launch import command_line, show_warnings
 from launcher.follow import Follower, watch
-from launcher.launch import command_line, show_warnings
 from launcher.paths import absolute
 from launcher.preflight.check import Request, examine
 from launcher.runs.recipes import run_tables, with_absolute_paths

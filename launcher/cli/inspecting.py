@@ -63,7 +63,7 @@ def logs(run_dir: str, follow: bool, attempt: int | None, node: int | None) -> i
 @click.option("--now", is_flag=True, help="End it at once, without saving.")
 def stop(run_dir: str, now: bool) -> int:
     """Save and stop a run; `outlast resume` continues it."""
-    from launcher.launch import stop
+    from launcher.commands.launch import stop
 
     return stop(run_dir, now=now)
 

@@ -39,7 +39,7 @@ def demo(out: Path) -> int:
 def plan(run: str, cluster: str, overrides: tuple[str, ...], as_json: bool, mfu: float) -> int:
     import json
 
-    from launcher.launch import show_plan, show_warnings
+    from launcher.commands.launch import show_plan, show_warnings
     from launcher.preflight.check import examine
     from launcher.preflight.plan import plan
     from launcher.runs.recipes import run_tables
@@ -79,7 +79,7 @@ def launch(
     dry_run: bool,
     attend: bool | None,
 ) -> int:
-    from launcher.launch import launch
+    from launcher.commands.launch import launch
 
     return launch(run, cluster, overrides, run_dir, origin=origin, dry_run=dry_run, attend=attend)
 
@@ -115,7 +115,7 @@ def resume(
 
     The URL of a mirror in place of RUN_DIR brings the run from there first.
     """
-    from launcher.launch import resume
+    from launcher.commands.launch import resume
 
     return resume(run_dir, cluster, overrides, step, attend=attend, allowed=allowed)
 

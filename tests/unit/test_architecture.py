@@ -66,7 +66,7 @@ def room_of(name: str) -> str:
 def test_the_walk_sees_the_imports_that_it_judges() -> None:
     found = edges()
     assert ("launcher.node.task", "gpt.run.record") in found, "from gpt import record"
-    assert ("launcher.cli.training", "launcher.launch") in found, "inside a function"
+    assert ("launcher.cli.training", "launcher.commands.launch") in found, "inside a function"
     assert {room_of(name) for name, _ in found} == set(ROOMS)
 
 

@@ -15,8 +15,8 @@ from gpt.checkpoint.reader import CheckpointReader
 from gpt.config.resume_rules import config_fingerprint
 from gpt.run import record
 from gpt.run.run_dir import RunDir
-from launcher import launch
 from launcher.cluster import ClusterConfig
+from launcher.commands import launch
 from launcher.preflight.check import examine
 from launcher.runs.recipes import run_tables
 from launcher.runs.store import create_run, read_config

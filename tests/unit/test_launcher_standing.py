@@ -18,7 +18,7 @@ from data_pipeline.config_file import validate
 from data_pipeline.errors import LaunchError
 from gpt.config.run import RunConfig
 from gpt.run.run_dir import RunDir, read_json, write_json
-from launcher import launch
+from launcher.commands import launch
 from launcher.follow import Follower, watch
 from launcher.logs import lines
 from launcher.runs.recipes import run_tables

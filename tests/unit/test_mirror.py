@@ -17,8 +17,8 @@ from gpt.config.run import CheckpointConfig
 from gpt.run import record
 from gpt.run.run_dir import RunDir, read_json, write_json
 from gpt.sidecars.checkpoint_mirror import Copier, follow
-from launcher import launch
 from launcher.cluster import ClusterConfig
+from launcher.commands import launch
 from launcher.preflight.check import examine
 from launcher.runs.recipes import run_tables
 from launcher.runs.store import create_run, read_config
