@@ -26,9 +26,9 @@ from gpt.config.resume_rules import config_fingerprint
 from gpt.config.run import RunConfig
 from gpt.run import record
 from gpt.run.run_dir import RunDir, read_json
-from launcher.branch import find_origin, plant, state_misfits
 from launcher.changes import DATA, fingerprint_changes, judge
 from launcher.cluster import ClusterConfig
+from launcher.commands.fork import find_origin, plant, state_misfits
 from launcher.follow import Follower, outcome_of, watch
 from launcher.paths import absolute
 from launcher.preflight.check import Request, examine

@@ -83,7 +83,9 @@ def test_on_another_file_system_the_files_are_copied_synced_and_read_again(
 ) -> None:
     synced: list[str] = []
     monkeypatch.setattr(Path, "hardlink_to", refuse)
-    monkeypatch.setattr("launcher.branch.record", SimpleNamespace(sync=lambda path: synced.append(path.name)))
+    monkeypatch.setattr(
+        "launcher.commands.fork.record", SimpleNamespace(sync=lambda path: synced.append(path.name))
+    )
     run = launch_from(origin, data, "@5")
     ((_, folder),) = committed(run.checkpoints)
     assert list(verify(folder)) == []
@@ -99,7 +101,7 @@ def test_a_copy_that_is_not_the_same_is_no_checkpoint(
         target.write_bytes(content)
 
     monkeypatch.setattr(Path, "hardlink_to", refuse)
-    monkeypatch.setattr("launcher.branch.shutil", SimpleNamespace(copyfile=copy_badly))
+    monkeypatch.setattr("launcher.commands.fork.shutil", SimpleNamespace(copyfile=copy_badly))
     with pytest.raises(CheckpointError, match=r"rank-00000\.safetensors is not what was copied from"):
         launch_from(origin, data, "@5")
     assert committed(RunDir(origin.path.with_name("branch")).checkpoints) == []
