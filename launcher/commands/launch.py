@@ -26,8 +26,8 @@ from gpt.config.resume_rules import config_fingerprint
 from gpt.config.run import RunConfig
 from gpt.run import record
 from gpt.run.run_dir import RunDir, read_json
-from launcher.changes import DATA, fingerprint_changes, judge
 from launcher.cluster import ClusterConfig
+from launcher.commands.config_changes import DATA, fingerprint_changes, judge
 from launcher.commands.fork import find_origin, plant, state_misfits
 from launcher.follow import Follower, outcome_of, watch
 from launcher.paths import absolute

@@ -9,7 +9,7 @@ from data_pipeline.errors import ConfigError
 from gpt.checkpoint.format import read_index
 from gpt.config.resume_rules import RULES, config_fingerprint, rule_of
 from gpt.config.run import RunConfig
-from launcher.changes import fingerprint_changes, judge
+from launcher.commands.config_changes import fingerprint_changes, judge
 from tests.unit.checkpoint_support import write_checkpoint
 
 
