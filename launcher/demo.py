@@ -32,6 +32,7 @@ from gpt.run.run_dir import RunDir, read_json
 from launcher.children import sample_command
 from launcher.cluster import ClusterConfig
 from launcher.commands.launch import command_line, show_warnings
+from launcher.commands.submit import submit
 from launcher.data_commands import prepare_with_progress
 from launcher.follow import Attendance, Display, Follower, Update, duration, outcome_of
 from launcher.paths import absolute
@@ -40,7 +41,6 @@ from launcher.preflight.plan import plan, size
 from launcher.runs.recipes import recipe_path, run_tables
 from launcher.runs.store import create_run, next_run_folder
 from launcher.scheduler.jobs import Outcome
-from launcher.submit import submit
 
 PROMPT = "And it came to pass"
 VAL_FRACTION = 0.05

@@ -85,7 +85,7 @@ class Spread:
         """See `encode_all`; of its `workers` nothing is heard here."""
         from submitit.core.utils import FailedJobError
 
-        from launcher.submit import outside_any_job
+        from launcher.commands.submit import outside_any_job
 
         del workers
         folder = folder.absolute()

@@ -29,6 +29,7 @@ from gpt.run.run_dir import RunDir, read_json
 from launcher.cluster import ClusterConfig
 from launcher.commands.config_changes import DATA, fingerprint_changes, judge
 from launcher.commands.fork import find_origin, plant, state_misfits
+from launcher.commands.submit import submit
 from launcher.follow import Follower, outcome_of, watch
 from launcher.paths import absolute
 from launcher.preflight.check import Request, examine
@@ -48,7 +49,6 @@ from launcher.runs.store import (
 )
 from launcher.scheduler.jobs import Job, Lookout, claim_start, read_job, refuse_while_alive, state
 from launcher.scheduler.sbatch import submission_text
-from launcher.submit import submit
 
 _POLL_S = 0.2
 _SILENCE_S = 120.0  # a controller restarts in less

@@ -25,6 +25,7 @@ from gpt.config.run import RunConfig
 from gpt.run import record
 from gpt.run.run_dir import RunDir, patiently, write_json
 from launcher.cluster import ClusterConfig
+from launcher.commands.submit import without_bad_nodes
 from launcher.node.hang_watchdog import Watch, culprits, gather, report
 from launcher.node.job_run import Turn
 from launcher.node.rendezvous import Place, find_place, meet, report_failure
@@ -43,7 +44,6 @@ from launcher.scheduler import slurm
 from launcher.scheduler.container import inside, needed_folders
 from launcher.scheduler.jobs import Outcome, outcome_path, read_job
 from launcher.scheduler.sbatch import requeue_mark
-from launcher.submit import without_bad_nodes
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _POLL_S = 0.1

@@ -20,10 +20,10 @@ from data_pipeline.tokenizer.encoding import train_tokenizer
 from gpt.config.run import RunConfig
 from gpt.run.run_dir import RunDir, write_json
 from launcher.cluster import ClusterConfig
+from launcher.commands.submit import submit
 from launcher.process_tree import descendants, identity
 from launcher.runs.store import explicit, snapshot_code
 from launcher.scheduler.jobs import Job
-from launcher.submit import submit
 
 # What the fake workers share: rank, attempt, a way to finish as gpt.train does, the parent-death signal.
 WORKER_PRELUDE = """

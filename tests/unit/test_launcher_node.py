@@ -334,7 +334,7 @@ def test_the_job_runs_the_code_as_submitted_and_not_the_current_folders(
 def test_the_job_survives_its_submitters_terminal(folder: Path) -> None:
     run = make_run(folder, WAIT_FOR_STOP)
     program = (
-        f"from pathlib import Path; from gpt.run.run_dir import RunDir; from launcher.submit import submit; \
+        f"from pathlib import Path; from gpt.run.run_dir import RunDir; from launcher.commands.submit import submit; \
 submit(RunDir(Path({str(folder)!r})), 'launch'); print('submitted')"
     )
     with subprocess.Popen(

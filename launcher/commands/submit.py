@@ -1,6 +1,6 @@
 """ClusterConfig → submitit, and the job that comes of it: local and Slurm through one interface.
 
-The submission itself happens in a child (`python -m launcher.submit RUN_DIR`), in a session of its own and
+The submission itself happens in a child (`python -m launcher.commands.submit RUN_DIR`), in a session of its own and
 with the run's snapshot of the code in front: whatever it starts is out of reach of the terminal's Ctrl-C and
 hang-up, holds none of the caller's pipes open, and imports what was submitted.
 """
@@ -54,7 +54,7 @@ def submit_together(
     arguments = [str(folder), reason, str(at_once or len(runs)), *(str(run.path) for run in runs)]
     with output.open("ab") as log:
         child = subprocess.run(
-            python_module("launcher.submit", *arguments),
+            python_module("launcher.commands.submit", *arguments),
             env=job_environment(home),
             stdin=subprocess.DEVNULL,
             stdout=log,
