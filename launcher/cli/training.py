@@ -161,7 +161,7 @@ def sweep(
                  optimizer.peak_lr = [3e-4, 6e-4]
                  seed = [1, 2]
     """
-    from launcher.sweep import show_results, sweep
+    from launcher.commands.sweep import show_results, sweep
 
     if results:
         show_results(source, as_json=as_json)

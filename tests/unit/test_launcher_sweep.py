@@ -12,11 +12,11 @@ import pytest
 from data_pipeline.config_file import validate
 from data_pipeline.errors import ConfigError, LaunchError
 from gpt.run.run_dir import RunDir, write_json
+from launcher.commands.sweep import SweepConfig, examine_points, points_of, show_results
+from launcher.commands.sweep import sweep as take_up
 from launcher.process_tree import identity
 from launcher.runs.store import sweep_runs
 from launcher.scheduler.jobs import Job, claim_start
-from launcher.sweep import SweepConfig, examine_points, points_of, show_results
-from launcher.sweep import sweep as take_up
 from tests.unit.launcher_support import make_data
 
 
@@ -84,11 +84,11 @@ def home(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (run.checkpoints / "step-00000020" / "checkpoint.json").write_text("{}")
         return job
 
-    monkeypatch.setattr("launcher.sweep.submit", submit)
-    monkeypatch.setattr("launcher.sweep._one_after_the_other", lambda _runs: 0)
+    monkeypatch.setattr("launcher.commands.sweep.submit", submit)
+    monkeypatch.setattr("launcher.commands.sweep._one_after_the_other", lambda _runs: 0)
     assert take_up(tmp_path / "sweep.toml", None, tmp_path / "sweep", attend=None) == 0
     monkeypatch.undo()
-    monkeypatch.setattr("launcher.sweep.submit", submit)
+    monkeypatch.setattr("launcher.commands.sweep.submit", submit)
     return tmp_path / "sweep"
 
 
