@@ -133,7 +133,7 @@ def resume(
 )
 def rehearse(run: str, cluster: str, overrides: tuple[str, ...], run_dir: Path | None, steps: int) -> int:
     """Train a short version of RUN twice, one of them killed, resumed and resized, and compare."""
-    from launcher.rehearse import rehearse
+    from launcher.commands.rehearse import rehearse
 
     return rehearse(run, cluster, overrides, run_dir, steps)
 
