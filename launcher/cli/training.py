@@ -15,7 +15,7 @@ from launcher.cli.options import RUN_HELP, cluster_option, detach_option, exampl
 )
 def demo(out: Path) -> int:
     """Prepare, train, kill, restart, sample: the whole road in a few minutes, without a network."""
-    from launcher.demo import demo
+    from launcher.commands.demo import demo
 
     return demo(out)
 
