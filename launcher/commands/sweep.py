@@ -29,6 +29,7 @@ from data_pipeline.errors import ConfigError, LaunchError, OutlastError
 from gpt.run.run_dir import RunDir, write_json
 from launcher.cluster import ClusterConfig
 from launcher.commands.launch import command_line, show_warnings
+from launcher.commands.status import statuses
 from launcher.commands.submit import submit, submit_together
 from launcher.follow import Follower, watch
 from launcher.paths import absolute
@@ -48,7 +49,6 @@ from launcher.runs.store import (
     snapshot_code,
 )
 from launcher.scheduler.jobs import claim_start
-from launcher.status import statuses
 
 _LARGEST_GRID = 1000  # Slurm's default MaxArraySize is 1001
 _OTHER_FILES = 256  # that a process has open, at most

@@ -23,7 +23,7 @@ from gpt.config.run import CheckpointConfig
 from gpt.run import record
 from gpt.run.run_dir import RunDir, read_json
 from gpt.sidecars.checkpoint_mirror import Copier
-from launcher.status import status
+from launcher.commands.status import status
 from tests.distributed.conftest import CONTEXT, Run, make_run, same_state
 from tests.unit.launcher_support import give_job
 

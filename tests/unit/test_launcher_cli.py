@@ -259,7 +259,7 @@ def test_a_run_that_cannot_be_read_is_a_row_beside_the_others(tmp_path: Path, ru
 
 
 def test_an_unexpected_error_keeps_its_traceback_and_is_exit_code_1(tmp_path: Path) -> None:
-    program = PROGRAM.replace("main()", "sys.modules['launcher.status'] = None; main()")
+    program = PROGRAM.replace("main()", "sys.modules['launcher.commands.status'] = None; main()")
     done = subprocess.run(
         [sys.executable, "-c", program, "status"],
         cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},

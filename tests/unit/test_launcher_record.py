@@ -20,6 +20,7 @@ from gpt.run.run_dir import RunDir, read_json, write_json
 from launcher.children import tracking_uri, ui
 from launcher.cluster import ClusterConfig
 from launcher.commands import launch
+from launcher.commands.status import show, status, statuses, table
 from launcher.follow import Attendance, Display, Follower, duration, outcome_of
 from launcher.logs import lines, log_files
 from launcher.preflight.check import examine
@@ -28,7 +29,6 @@ from launcher.runs.recipes import run_tables
 from launcher.runs.stop_request import standing_stop
 from launcher.runs.store import changed_fields, create_run, open_run, read_config
 from launcher.scheduler.jobs import claim_start, state
-from launcher.status import show, status, statuses, table
 from tests.unit.checkpoint_support import write_checkpoint
 from tests.unit.launcher_support import end_job, give_job, make_data, submit_what_ends_well
 
@@ -228,8 +228,8 @@ def test_a_watched_table_is_written_anew_with_what_is_new(
             raise KeyboardInterrupt
         step(run, 7)
 
-    monkeypatch.setattr("launcher.status.time.sleep", work)
-    monkeypatch.setattr("launcher.status.Console", lambda: Console(width=180, force_terminal=True))
+    monkeypatch.setattr("launcher.commands.status.time.sleep", work)
+    monkeypatch.setattr("launcher.commands.status.Console", lambda: Console(width=180, force_terminal=True))
     show(lambda: [run], watch=True)
     shown = capsys.readouterr().out
     assert shown.index("0/20") < shown.index("7/20")
