@@ -50,7 +50,7 @@ def status(run_dirs: tuple[str, ...], as_json: bool, watch: bool) -> int:
 @click.option("--node", type=int, metavar="N", help="Default: all.")
 def logs(run_dir: str, follow: bool, attempt: int | None, node: int | None) -> int:
     """Print what the processes of a run wrote, each line with its origin."""
-    from launcher.logs import lines
+    from launcher.commands.logs import lines
     from launcher.runs.store import open_run
 
     for line in lines(open_run(run_dir), follow=follow, attempt=attempt, node=node):

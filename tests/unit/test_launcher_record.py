@@ -20,9 +20,9 @@ from gpt.run.run_dir import RunDir, read_json, write_json
 from launcher.children import tracking_uri, ui
 from launcher.cluster import ClusterConfig
 from launcher.commands import launch
+from launcher.commands.logs import lines, log_files
 from launcher.commands.status import show, status, statuses, table
 from launcher.follow import Attendance, Display, Follower, duration, outcome_of
-from launcher.logs import lines, log_files
 from launcher.preflight.check import examine
 from launcher.preflight.plan import size
 from launcher.runs.recipes import run_tables
