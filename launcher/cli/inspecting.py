@@ -93,7 +93,7 @@ def checkpoints(
     as_json: bool,
 ) -> int:
     """List a run's checkpoints: step, size, when, by how many processes, pinned or not, verified or not."""
-    from launcher.checkpoints import checkpoints
+    from launcher.commands.checkpoints import checkpoints
     from launcher.runs.store import open_run
 
     return checkpoints(

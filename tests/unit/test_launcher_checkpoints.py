@@ -11,7 +11,7 @@ from gpt.checkpoint.format import PIN_NAME, committed, is_pinned
 from gpt.checkpoint.writer import set_aside
 from gpt.run import record
 from gpt.run.run_dir import RunDir
-from launcher.checkpoints import checkpoints
+from launcher.commands.checkpoints import checkpoints
 from tests.unit.checkpoint_support import write_checkpoint
 
 
