@@ -39,7 +39,7 @@ def prepare(
     **options: Any,
 ) -> int:
     """Turn raw text into token shards. Run again after an interruption, it continues."""
-    from launcher.data_commands import adopt, prepare
+    from launcher.commands.data import adopt, prepare
 
     given = {key: value for key, value in options.items() if value is not None}
     if tasks is not None and cluster is None:
@@ -67,7 +67,7 @@ def data() -> None:
 @click.option("--seed", type=int, default=0, show_default=True, help="Another seed shows other documents.")
 def inspect(folder: Path, documents: int, seed: int) -> int:
     """Show what a data set holds: counts, how long its documents are, and some of them decoded."""
-    from launcher.data_commands import inspect
+    from launcher.commands.data import inspect
 
     return inspect(folder, documents, seed)
 
@@ -85,7 +85,7 @@ def tokenizer() -> None:
 @click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FILE")
 def train(sources: tuple[str, ...], vocab_size: int, out: Path) -> int:
     """Learn a byte-level BPE from texts and save it as a tiktoken encoding."""
-    from launcher.data_commands import train_encoding
+    from launcher.commands.data import train_encoding
 
     return train_encoding(sources, vocab_size, out)
 
@@ -97,7 +97,7 @@ def train(sources: tuple[str, ...], vocab_size: int, out: Path) -> int:
 @click.argument("folder", metavar="RUN_DIR | DATA_DIR", type=click.Path(path_type=Path))
 def verify(folder: Path) -> int:
     """Check every byte of a data set, or of all checkpoints of a run; one line for each bad file."""
-    from launcher.data_commands import verify
+    from launcher.commands.data import verify
 
     return verify(folder)
 

@@ -31,9 +31,9 @@ from gpt.run import record
 from gpt.run.run_dir import RunDir, read_json
 from launcher.children import sample_command
 from launcher.cluster import ClusterConfig
+from launcher.commands.data import prepare_with_progress
 from launcher.commands.launch import command_line, show_warnings
 from launcher.commands.submit import submit
-from launcher.data_commands import prepare_with_progress
 from launcher.follow import Attendance, Display, Follower, Update, duration, outcome_of
 from launcher.paths import absolute
 from launcher.preflight.check import examine
