@@ -63,6 +63,6 @@ def export(run_dir: str, out: Path, step: int | None, dtype: str) -> int:
 @set_option
 def import_(hf_dir: Path, run_dir: Path, data: str, cluster: str, overrides: tuple[str, ...]) -> int:
     """Make a run that continues the pretraining of a GPT-2, Llama, Mistral or Qwen3 folder."""
-    from launcher.imported import import_run
+    from launcher.commands.import_model import import_run
 
     return import_run(hf_dir, run_dir, data, cluster, overrides)
