@@ -114,6 +114,6 @@ def checkpoints(
 @click.option("--port", type=int, default=5000, show_default=True)
 def ui(folder: Path | None, port: int) -> int:
     """Open the MLflow UI over the tracked runs of a folder; default: $OUTLAST_RUNS."""
-    from launcher.children import ui
+    from launcher.commands.model_tools import ui
 
     return ui(folder, port)

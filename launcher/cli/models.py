@@ -28,7 +28,7 @@ from launcher.cli.options import cluster_option, example, set_option
 @click.option("--step", type=click.IntRange(min=0), metavar="N", help="Default: the newest intact one.")
 def sample(folder: str, prompt: str, **options: float | None) -> int:
     """Let a run's checkpoint, or an exported folder, write until it ends its text; printed as it is drawn."""
-    from launcher.children import sample
+    from launcher.commands.model_tools import sample
 
     return sample(folder, prompt, **options)
 
@@ -43,7 +43,7 @@ def sample(folder: str, prompt: str, **options: float | None) -> int:
 @click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), default="bf16", show_default=True)
 def export(run_dir: str, out: Path, step: int | None, dtype: str) -> int:
     """Write a checkpoint as a folder that transformers loads: weights, config and tokenizer."""
-    from launcher.children import export
+    from launcher.commands.model_tools import export
 
     return export(run_dir, out, step, dtype)
 

@@ -29,10 +29,10 @@ from data_pipeline.sources.documents import packaged_corpus
 from data_pipeline.tokenizer.encoding import load_encoding
 from gpt.run import record
 from gpt.run.run_dir import RunDir, read_json
-from launcher.children import sample_command
 from launcher.cluster import ClusterConfig
 from launcher.commands.data import prepare_with_progress
 from launcher.commands.launch import command_line, show_warnings
+from launcher.commands.model_tools import sample_command
 from launcher.commands.submit import submit
 from launcher.follow import Attendance, Display, Follower, Update, duration, outcome_of
 from launcher.paths import absolute

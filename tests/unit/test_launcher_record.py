@@ -17,10 +17,10 @@ from data_pipeline.sampling.skip_list import Ranges
 from gpt.checkpoint.format import committed, rank_name, step_name
 from gpt.run import record
 from gpt.run.run_dir import RunDir, read_json, write_json
-from launcher.children import tracking_uri, ui
 from launcher.cluster import ClusterConfig
 from launcher.commands import launch
 from launcher.commands.logs import lines, log_files
+from launcher.commands.model_tools import tracking_uri, ui
 from launcher.commands.status import show, status, statuses, table
 from launcher.follow import Attendance, Display, Follower, duration, outcome_of
 from launcher.preflight.check import examine
