@@ -33,8 +33,8 @@ from launcher.cluster import ClusterConfig
 from launcher.commands.data import prepare_with_progress
 from launcher.commands.launch import command_line, show_warnings
 from launcher.commands.model_tools import sample_command
+from launcher.commands.progress import Attendance, Display, Follower, Update, duration, outcome_of
 from launcher.commands.submit import submit
-from launcher.follow import Attendance, Display, Follower, Update, duration, outcome_of
 from launcher.paths import absolute
 from launcher.preflight.check import examine
 from launcher.preflight.plan import plan, size

@@ -29,8 +29,8 @@ from gpt.run.run_dir import RunDir, read_json
 from launcher.cluster import ClusterConfig
 from launcher.commands.config_changes import DATA, fingerprint_changes, judge
 from launcher.commands.fork import find_origin, plant, state_misfits
+from launcher.commands.progress import Follower, outcome_of, watch
 from launcher.commands.submit import submit
-from launcher.follow import Follower, outcome_of, watch
 from launcher.paths import absolute
 from launcher.preflight.check import Request, examine
 from launcher.preflight.plan import ASSUMED_MFU, plan, table

@@ -22,8 +22,8 @@ from gpt.run import record
 from gpt.run.run_dir import RunDir, read_json
 from launcher.cluster import ClusterConfig
 from launcher.commands.launch import command_line, show_warnings
+from launcher.commands.progress import Attendance, Display, Follower, outcome_of
 from launcher.commands.submit import submit
-from launcher.follow import Attendance, Display, Follower, outcome_of
 from launcher.paths import absolute
 from launcher.preflight.check import Request, examine
 from launcher.runs.recipes import run_tables

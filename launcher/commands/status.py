@@ -20,7 +20,7 @@ from data_pipeline.errors import OutlastError
 from data_pipeline.sampling.batch_schedule import BatchSizes
 from gpt.checkpoint.format import committed
 from gpt.run.run_dir import RunDir
-from launcher.follow import duration
+from launcher.commands.progress import duration
 from launcher.runs.store import read_config
 from launcher.scheduler import slurm
 from launcher.scheduler.jobs import Job, Outcome, read_job, read_outcome, standings

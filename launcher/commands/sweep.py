@@ -29,9 +29,9 @@ from data_pipeline.errors import ConfigError, LaunchError, OutlastError
 from gpt.run.run_dir import RunDir, write_json
 from launcher.cluster import ClusterConfig
 from launcher.commands.launch import command_line, show_warnings
+from launcher.commands.progress import Follower, watch
 from launcher.commands.status import statuses
 from launcher.commands.submit import submit, submit_together
-from launcher.follow import Follower, watch
 from launcher.paths import absolute
 from launcher.preflight.check import Request, examine
 from launcher.runs.recipes import run_tables, with_absolute_paths

@@ -17,7 +17,7 @@ from gpt.checkpoint.format import verify
 from gpt.run import record
 from gpt.run.run_dir import RunDir, read_json, write_json
 from launcher.cluster import ClusterConfig
-from launcher.follow import outcome_of
+from launcher.commands.progress import outcome_of
 from launcher.node.rendezvous import Place, find_place
 from launcher.node.torchrun import worker_environment
 from launcher.process_tree import identity

@@ -21,8 +21,8 @@ from launcher.cluster import ClusterConfig
 from launcher.commands import launch
 from launcher.commands.logs import lines, log_files
 from launcher.commands.model_tools import tracking_uri, ui
+from launcher.commands.progress import Attendance, Display, Follower, duration, outcome_of
 from launcher.commands.status import show, status, statuses, table
-from launcher.follow import Attendance, Display, Follower, duration, outcome_of
 from launcher.preflight.check import examine
 from launcher.preflight.plan import size
 from launcher.runs.recipes import run_tables
@@ -474,7 +474,7 @@ def test_only_a_second_ctrl_c_after_a_while_ends_a_job_at_once(
     run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [100.0]
-    monkeypatch.setattr("launcher.follow.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("launcher.commands.progress.time.monotonic", lambda: clock[0])
     with Display(10) as display, Attendance(run, display) as attendance:
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
             os.kill(os.getpid(), number)

@@ -20,8 +20,8 @@ from gpt.config.run import RunConfig
 from gpt.run.run_dir import RunDir, read_json, write_json
 from launcher.commands import launch
 from launcher.commands.logs import lines
+from launcher.commands.progress import Follower, watch
 from launcher.commands.status import statuses
-from launcher.follow import Follower, watch
 from launcher.runs.recipes import run_tables
 from launcher.runs.stop_request import request_stop
 from launcher.scheduler import slurm
