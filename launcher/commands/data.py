@@ -47,7 +47,7 @@ def prepare(
     config = validate(DataPrepConfig, with_overrides(tables, overrides), name)
     encode: EncodeAll = encode_all
     if cluster is not None:
-        from launcher.spread import Spread
+        from launcher.commands.prepare_on_cluster import Spread
 
         where = load_cluster(cluster)
         encode = Spread(where, tasks or where.nodes, config.workers)

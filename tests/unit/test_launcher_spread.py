@@ -17,9 +17,9 @@ from data_pipeline.prepare.pipeline import DataPrepConfig, Progress, prepare
 from data_pipeline.sources.documents import Span
 from data_pipeline.sources.files import SourceFile
 from launcher.cluster import ClusterConfig
+from launcher.commands.prepare_on_cluster import Spread, _Share
 from launcher.scheduler import slurm
 from launcher.scheduler.slurm import Standing
-from launcher.spread import Spread, _Share
 from tests.unit.data_support import config, files_of, packaged_texts, write_jsonl
 
 LOCAL = ClusterConfig(kind="local")
@@ -99,9 +99,12 @@ def test_slurm_is_asked_about_all_tasks_at_once_and_every_five_seconds(
         return dict.fromkeys(wanted, Standing("running"))
 
     monkeypatch.setattr(slurm, "standings", standings)
-    monkeypatch.setattr("launcher.spread.time.monotonic", lambda: now[0])
-    monkeypatch.setattr("launcher.spread.time.sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
-    monkeypatch.setattr("launcher.spread.is_done", lambda *_: now[0] >= 60)
+    monkeypatch.setattr("launcher.commands.prepare_on_cluster.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(
+        "launcher.commands.prepare_on_cluster.time.sleep",
+        lambda seconds: now.__setitem__(0, now[0] + seconds),
+    )
+    monkeypatch.setattr("launcher.commands.prepare_on_cluster.is_done", lambda *_: now[0] >= 60)
     source = SourceFile("a", str(tmp_path / "a"), 9, 0)
     pieces = [Piece((Span(source, start, start + 3),)) for start in (0, 3, 6)]
     paths = SimpleNamespace(result_pickle=tmp_path / "none")
