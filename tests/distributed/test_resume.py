@@ -25,7 +25,7 @@ from gpt.run.run_dir import RunDir, read_json
 from gpt.sidecars.checkpoint_mirror import Copier
 from launcher.commands.status import status
 from tests.distributed.conftest import CONTEXT, Run, make_run, same_state
-from tests.unit.launcher_support import give_job
+from tests.unit.launcher.support import give_job
 
 NewRun = Callable[..., Run]
 CopyRun = Callable[[Run], Run]

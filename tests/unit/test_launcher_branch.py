@@ -22,7 +22,7 @@ from launcher.runs.recipes import run_tables
 from launcher.runs.store import create_run, read_config
 from launcher.scheduler.jobs import Job
 from tests.unit.checkpoint_support import flat_state, write_checkpoint
-from tests.unit.launcher_support import end_job, give_job, make_data
+from tests.unit.launcher.support import end_job, give_job, make_data
 
 
 @pytest.fixture(scope="module")

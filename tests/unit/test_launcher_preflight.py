@@ -18,7 +18,7 @@ from launcher.preflight.findings import Findings
 from launcher.preflight.plan import host_memory_warning, plan
 from launcher.runs.recipes import recipe_names, run_tables
 from launcher.runs.store import create_run, next_run_folder, read_cluster, read_config
-from tests.unit.launcher_support import make_data
+from tests.unit.launcher.support import make_data
 
 LOCAL = ClusterConfig(kind="local", processes_per_node=2)
 

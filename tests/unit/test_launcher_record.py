@@ -30,7 +30,7 @@ from launcher.runs.stop_request import standing_stop
 from launcher.runs.store import changed_fields, create_run, open_run, read_config
 from launcher.scheduler.jobs import claim_start, state
 from tests.unit.checkpoint_support import write_checkpoint
-from tests.unit.launcher_support import end_job, give_job, make_data, submit_what_ends_well
+from tests.unit.launcher.support import end_job, give_job, make_data, submit_what_ends_well
 
 
 @pytest.fixture(scope="module")

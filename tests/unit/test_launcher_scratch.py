@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.launcher_support import wait_for
+from tests.unit.launcher.support import wait_for
 
 TURN = """
 import os, sys, tempfile

@@ -17,7 +17,7 @@ from launcher.commands.sweep import sweep as take_up
 from launcher.process_tree import identity
 from launcher.runs.store import sweep_runs
 from launcher.scheduler.jobs import Job, claim_start
-from tests.unit.launcher_support import make_data
+from tests.unit.launcher.support import make_data
 
 
 @pytest.fixture(scope="module")

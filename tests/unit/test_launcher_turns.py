@@ -18,7 +18,7 @@ from launcher.cluster import ClusterConfig
 from launcher.node.task import _Node
 from launcher.runs.store import explicit
 from launcher.scheduler.jobs import Outcome
-from tests.unit.launcher_support import make_run
+from tests.unit.launcher.support import make_run
 
 SCONTROL = """#!/bin/sh
 case "$*" in
