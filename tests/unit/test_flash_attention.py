@@ -23,7 +23,7 @@ from torch import Tensor
 from data_pipeline.errors import ConfigError
 from gpt.config.model import ModelConfig
 from gpt.model.attention import Documents, Scores, _is_installed, choose, flash_2, flash_3, flash_4, reference
-from tests.unit.model_support import build, random_tokens
+from tests.unit.gpt.model.support import build, random_tokens
 
 
 @pytest.fixture(scope="module", autouse=True)

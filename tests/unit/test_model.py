@@ -11,7 +11,7 @@ from gpt.model.flops import flops_per_token, parameter_count, parameter_table
 from gpt.model.layers import ACTIVATIONS, FeedForward, Linear
 from gpt.model.positions import positions
 from gpt.training.peak_flops import of_gpu
-from tests.unit.model_support import VOCABULARY, build, random_tokens, rows
+from tests.unit.gpt.model.support import VOCABULARY, build, random_tokens, rows
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "reference"])

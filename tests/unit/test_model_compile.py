@@ -10,7 +10,7 @@ from data_pipeline.errors import ConfigError
 from gpt.config.run import RunConfig
 from gpt.model.attention import Documents
 from gpt.model.compilation import compile_seconds
-from tests.unit.model_support import build, random_tokens
+from tests.unit.gpt.model.support import build, random_tokens
 
 DOCUMENTS = [(24, 48), (3, 5, 24, 25, 48), (10, 24, 31, 48), (24, 48)]
 

@@ -23,7 +23,7 @@ from gpt.huggingface.tokenizer import SAMPLES, FolderTokenizer, write_tokenizer
 from gpt.model.gpt import GPT
 from gpt.run.run_dir import RunDir, write_json
 from tests.unit.data_support import packaged_texts, prepared
-from tests.unit.model_support import GPT2, MUP, build, random_tokens, rows
+from tests.unit.gpt.model.support import GPT2, MUP, build, random_tokens, rows
 
 TEXTS = [*SAMPLES, *packaged_texts()[:3]]
 # The split patterns of tiktoken's gpt2, cl100k_base and o200k_base (tiktoken_ext/openai_public.py).

@@ -10,7 +10,7 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 from data_pipeline.errors import ConfigError
 from data_pipeline.tokenizer.encoding import load_encoding
 from gpt.model.generate import Choice, generate, stream
-from tests.unit.model_support import GPT2, build, random_tokens, rows, twin_of
+from tests.unit.gpt.model.support import GPT2, build, random_tokens, rows, twin_of
 
 GREEDY = Choice(temperature=0.0)
 

@@ -10,7 +10,7 @@ from gpt.config.model import ModelConfig
 from gpt.config.optimizer import OptimizerConfig
 from gpt.model.gpt import GPT
 from gpt.optimizer.build import build_optimizer, parameter_groups, set_rate
-from tests.unit.model_support import CPU, GPT2, MUP, build, random_tokens, rows
+from tests.unit.gpt.model.support import CPU, GPT2, MUP, build, random_tokens, rows
 
 
 def fresh(**fields: object) -> GPT:

@@ -9,7 +9,7 @@ from gpt.config.run import RunConfig
 from gpt.model.flops import flops_per_token, parameter_count, parameter_table
 from gpt.model.gpt import GPT
 from launcher.runs.recipes import recipe_names, recipe_path, run_tables
-from tests.unit.model_support import CPU, rows
+from tests.unit.gpt.model.support import CPU, rows
 
 # transformers' published checkpoints of these models (tensors of model.safetensors, a tied head once);
 # transformer-base: V·D + L·(4·(D² + D) + (2·D·F + F + D) + 2·2·D), by hand from the paper's table 3.

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from gpt.model.gpt import seed_dropout
-from tests.unit.model_support import build, random_tokens, rows
+from tests.unit.gpt.model.support import build, random_tokens, rows
 
 
 def run(recompute: str, **fields: object) -> tuple[list[torch.Tensor], int, int]:

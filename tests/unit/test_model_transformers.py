@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from gpt.model.gpt import GPT
-from tests.unit.model_support import GPT2, build, in_their_layout, random_tokens, rows, twin_of
+from tests.unit.gpt.model.support import GPT2, build, in_their_layout, random_tokens, rows, twin_of
 
 SCALINGS: list[dict[str, object] | None] = [
     None,

@@ -17,7 +17,7 @@ from gpt.model.attention import Documents, Scores, choose, reference, sdpa
 from gpt.model.gpt import Block, Cache, seed_dropout
 from gpt.model.loss import cross_entropy_sum
 from gpt.model.positions import sinusoid_table
-from tests.unit.model_support import CPU, GPT2, build, random_tokens, rows
+from tests.unit.gpt.model.support import CPU, GPT2, build, random_tokens, rows
 
 
 def one_document(length: int) -> Documents:
