@@ -14,7 +14,7 @@ from gpt.run import record
 from gpt.run.run_dir import RunDir
 from gpt.saving.restore import has_begun, load_newest
 from gpt.sidecars.checkpoint_mirror import Copier
-from tests.unit.saver_support import SmallEngine, alone, make_saver
+from tests.unit.gpt.saving.support import SmallEngine, alone, make_saver
 
 __all__ = ["alone"]  # a fixture
 

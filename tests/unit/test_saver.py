@@ -23,7 +23,7 @@ from gpt.run.run_dir import RunDir
 from gpt.saving import saver as saver_module
 from gpt.saving.saver import Saver
 from gpt.training.attempt import Superseded
-from tests.unit.saver_support import (
+from tests.unit.gpt.saving.support import (
     STATES,
     alone,
     arm,

@@ -20,7 +20,7 @@ def test_a_save_writes_syncs_renames_and_syncs_the_folder_in_this_order(tmp_path
     trace = tmp_path / "trace"
     # -y shows the path of every descriptor
     command = ["strace", "-f", "--seccomp-bpf", "-y", "-e", f"trace={CALLS}", "-o", str(trace)]
-    program = [sys.executable, "-m", "tests.unit.saver_support", str(run.path), "1"]
+    program = [sys.executable, "-m", "tests.unit.gpt.saving.support", str(run.path), "1"]
     done = subprocess.run([*command, *program], capture_output=True, text=True, timeout=120, check=False)
     if "ptrace" in done.stderr and done.returncode != 0:
         pytest.skip(f"this machine forbids tracing: {done.stderr.splitlines()[0]}")

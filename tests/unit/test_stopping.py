@@ -19,7 +19,7 @@ from gpt.run.stop import StopRequest
 from gpt.saving import saver as saver_module
 from gpt.training.attempt import Superseded
 from gpt.training.trainer import Outcome, Trainer
-from tests.unit.saver_support import arm, join, make_saver
+from tests.unit.gpt.saving.support import arm, join, make_saver
 
 
 @pytest.fixture

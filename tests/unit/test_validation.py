@@ -19,7 +19,7 @@ from gpt.run.heartbeat import Heartbeat
 from gpt.run.stop import StopRequest
 from gpt.training.evaluation import Validation
 from tests.distributed.data import small_data_set
-from tests.unit.saver_support import join
+from tests.unit.gpt.saving.support import join
 
 ROUNDS, CONTEXT = 20, 32
 

@@ -1,6 +1,6 @@
 """A Saver with a small state of its own and no engine behind it, in as many processes as a test likes.
 
-`python -m tests.unit.saver_support RUN_DIR STEP…` saves those steps, one after the other.
+`python -m tests.unit.gpt.saving.support RUN_DIR STEP…` saves those steps, one after the other.
 """
 
 import inspect
