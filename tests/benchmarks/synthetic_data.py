@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.dataset.manifest import FileRecord, Manifest, Shard
 from data_pipeline.dataset.megatron_index import Header
-from tests.unit.data_support import prepared
+from tests.unit.data_pipeline.support import prepared
 
 _BLOCK_TOKENS = 50_000_000
 

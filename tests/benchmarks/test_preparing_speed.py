@@ -26,7 +26,7 @@ from data_pipeline.dataset.manifest import read_manifest
 from data_pipeline.tokenizer.encoding import load_encoding
 from data_pipeline.tokenizer.fast_encoder import FAST, FastEncoder, TiktokenEncoder
 from launcher.process_tree import adopt_orphans
-from tests.unit.data_support import packaged_texts
+from tests.unit.data_pipeline.support import packaged_texts
 
 pytestmark = pytest.mark.benchmark
 

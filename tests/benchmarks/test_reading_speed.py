@@ -24,7 +24,7 @@ import pytest
 from data_pipeline.dataset.megatron_index import Header
 from data_pipeline.sampling.batches import BatchReader
 from tests.benchmarks.synthetic_data import hollow_tokens, random_tokens, shard_record
-from tests.unit.data_support import prepared
+from tests.unit.data_pipeline.support import prepared
 
 pytestmark = pytest.mark.benchmark
 

@@ -17,7 +17,7 @@ from data_pipeline.prepare.adopt import adopt
 from data_pipeline.prepare.pipeline import DataPrepConfig, prepare
 from data_pipeline.sampling.batches import BatchReader
 from data_pipeline.tokenizer.encoding import Encoding, load_encoding
-from tests.unit.data_support import packaged_texts, write_jsonl
+from tests.unit.data_pipeline.support import packaged_texts, write_jsonl
 
 pytestmark = pytest.mark.peers
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from data_pipeline.prepare.pipeline import prepare
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.conftest import ROOT
-from tests.unit.data_support import config, files_of, packaged_texts, write_jsonl
+from tests.unit.data_pipeline.support import config, files_of, packaged_texts, write_jsonl
 
 
 def test_a_preparation_over_two_tasks_gives_the_bytes_of_one_and_survives_a_cancelled_task(

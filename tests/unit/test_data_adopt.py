@@ -14,7 +14,7 @@ from data_pipeline.prepare.adopt import adopt
 from data_pipeline.sampling.batches import BatchReader
 from data_pipeline.tokenizer.encoding import Encoding, load_encoding
 from launcher.cli import commands
-from tests.unit.data_support import documents_of, packaged_texts, prepared
+from tests.unit.data_pipeline.support import documents_of, packaged_texts, prepared
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from data_pipeline.errors import ConfigError, DataError, DataExhausted
 from data_pipeline.sampling.batch_schedule import BatchSizes
 from data_pipeline.sampling.batches import Batch, BatchReader, EvaluationReader
 from data_pipeline.tokenizer.encoding import Encoding, load_encoding
-from tests.unit.data_support import documents_of, packaged_texts, prepared
+from tests.unit.data_pipeline.support import documents_of, packaged_texts, prepared
 
 CONTEXT = 64
 

@@ -14,7 +14,7 @@ from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.prepare.pipeline import prepare
 from data_pipeline.sources.hub import HubDataset
 from data_pipeline.tokenizer.encoding import load_encoding
-from tests.unit.data_support import config, documents_of
+from tests.unit.data_pipeline.support import config, documents_of
 
 # Long enough and so little alike that a compressed file is still being read when it ends too early.
 TEXTS = [f"document {n}: " + " ".join(str(n * k * 7919 % 10_007) for k in range(1200)) for n in range(60)]

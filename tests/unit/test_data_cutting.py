@@ -15,7 +15,7 @@ from data_pipeline.prepare.pipeline import prepare
 from data_pipeline.prepare.split import cut_into_pieces
 from data_pipeline.sources.documents import BadDocument, DocumentReader, place
 from data_pipeline.sources.files import find_files
-from tests.unit.data_support import config, documents_of, files_of
+from tests.unit.data_pipeline.support import config, documents_of, files_of
 
 
 def _texts(size_bytes: int) -> list[str]:

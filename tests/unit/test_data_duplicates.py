@@ -10,7 +10,7 @@ from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.prepare import dedup as duplicates
 from data_pipeline.prepare.pipeline import Progress, prepare
 from data_pipeline.tokenizer.encoding import load_encoding
-from tests.unit.data_support import config, documents_of, files_of, packaged_texts, write_jsonl
+from tests.unit.data_pipeline.support import config, documents_of, files_of, packaged_texts, write_jsonl
 
 SMALL = {"shard_tokens": 2_000, "val_fraction": 0, "deduplicate": True}
 

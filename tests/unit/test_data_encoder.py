@@ -30,7 +30,7 @@ from data_pipeline.tokenizer.fast_encoder import (
     open_encoder,
 )
 from data_pipeline.tokenizer.rank_files import PUBLISHED, read_rank_file
-from tests.unit.data_support import config, files_of, packaged_texts, write_jsonl
+from tests.unit.data_pipeline.support import config, files_of, packaged_texts, write_jsonl
 
 LETTERS = str.maketrans("0123456789", "ghijklmnop")
 

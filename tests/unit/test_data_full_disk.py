@@ -10,7 +10,7 @@ import pytest
 from data_pipeline.dataset.manifest import verify
 from data_pipeline.errors import DataError
 from data_pipeline.prepare.pipeline import prepare
-from tests.unit.data_support import config, files_of, packaged_texts, write_jsonl
+from tests.unit.data_pipeline.support import config, files_of, packaged_texts, write_jsonl
 
 SETTINGS = {"shard_tokens": 10_000, "val_fraction": 0.1, "deduplicate": True}
 

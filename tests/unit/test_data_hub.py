@@ -14,7 +14,7 @@ from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.prepare.pipeline import DataPrepConfig, prepare
 from data_pipeline.sources.hub import HubDataset, open_dataset
 from data_pipeline.tokenizer.encoding import load_encoding
-from tests.unit.data_support import documents_of, files_of, packaged_texts, write_jsonl
+from tests.unit.data_pipeline.support import documents_of, files_of, packaged_texts, write_jsonl
 
 TEXTS = packaged_texts()[:90]
 

@@ -17,7 +17,7 @@ from data_pipeline.dataset.manifest import CHUNK_BYTES, check, read_manifest, ve
 from data_pipeline.dataset.megatron_index import HEADER, read_header
 from data_pipeline.errors import DataError
 from data_pipeline.sampling.batches import BatchReader, EvaluationReader
-from tests.unit.data_support import packaged_texts, prepared
+from tests.unit.data_pipeline.support import packaged_texts, prepared
 
 DATA_FILES = ["encoding.json", "manifest.json"] + [
     f"{split}-00000.{kind}" for split in ("train", "val") for kind in ("bin", "idx", "sum")

@@ -13,7 +13,7 @@ from data_pipeline.dataset.manifest import read_manifest
 from data_pipeline.sampling import packing
 from data_pipeline.sampling.batches import Batch, BatchReader
 from data_pipeline.sampling.packing import pack, rows_of_block
-from tests.unit.data_support import documents_of, packaged_texts, prepared
+from tests.unit.data_pipeline.support import documents_of, packaged_texts, prepared
 
 CONTEXT = 64
 

@@ -27,7 +27,14 @@ from data_pipeline.prepare.worker_pool import encode_all
 from data_pipeline.sources.documents import is_held_out
 from data_pipeline.sources.files import find_files
 from data_pipeline.tokenizer.encoding import Encoding, load_encoding
-from tests.unit.data_support import config, documents_of, files_of, packaged_texts, prepared, write_jsonl
+from tests.unit.data_pipeline.support import (
+    config,
+    documents_of,
+    files_of,
+    packaged_texts,
+    prepared,
+    write_jsonl,
+)
 
 # Small shards make many pieces of a small corpus.
 SMALL = {"shard_tokens": 10_000, "val_fraction": 0.1}

@@ -19,7 +19,7 @@ from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.prepare.pipeline import prepare
 from data_pipeline.sources.documents import DocumentReader, Span
 from data_pipeline.sources.files import find_files
-from tests.unit.data_support import config, files_of, packaged_texts
+from tests.unit.data_pipeline.support import config, files_of, packaged_texts
 from tests.unit.s3_support import s3_bucket
 from tests.unit.store_support import google_storage, hub
 

@@ -11,7 +11,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.sources.documents import is_held_out, packaged_corpus
 from data_pipeline.tokenizer.encoding import PATTERN, Encoding, load_encoding, train_tokenizer
-from tests.unit.data_support import packaged_texts, write_jsonl
+from tests.unit.data_pipeline.support import packaged_texts, write_jsonl
 
 # o200k's pattern (tiktoken, openai_public.py), which panics on a million spaces
 O200K_PATTERN = "|".join(

@@ -20,7 +20,7 @@ from launcher.cluster import ClusterConfig
 from launcher.commands.prepare_on_cluster import Spread, _Share
 from launcher.scheduler import slurm
 from launcher.scheduler.slurm import Standing
-from tests.unit.data_support import config, files_of, packaged_texts, write_jsonl
+from tests.unit.data_pipeline.support import config, files_of, packaged_texts, write_jsonl
 
 LOCAL = ClusterConfig(kind="local")
 

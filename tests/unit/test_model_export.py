@@ -22,7 +22,7 @@ from gpt.huggingface.load_model import from_folder
 from gpt.huggingface.tokenizer import SAMPLES, FolderTokenizer, write_tokenizer
 from gpt.model.gpt import GPT
 from gpt.run.run_dir import RunDir, write_json
-from tests.unit.data_support import packaged_texts, prepared
+from tests.unit.data_pipeline.support import packaged_texts, prepared
 from tests.unit.gpt.model.support import GPT2, MUP, build, random_tokens, rows
 
 TEXTS = [*SAMPLES, *packaged_texts()[:3]]

@@ -17,7 +17,7 @@ from gpt.huggingface.tokenizer import write_tokenizer
 from gpt.run import record
 from gpt.run.run_dir import RunDir, read_json
 from launcher.cli import run as outlast
-from tests.unit.data_support import packaged_texts, prepared
+from tests.unit.data_pipeline.support import packaged_texts, prepared
 from tests.unit.gpt.model.support import random_tokens, rows
 
 SMALL = {"vocab_size": 4096, "bos_token_id": 4095, "eos_token_id": 4095}
