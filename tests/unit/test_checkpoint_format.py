@@ -24,7 +24,7 @@ from gpt.checkpoint.format import (
 from gpt.checkpoint.layout import GroupLayout, Kind
 from gpt.checkpoint.reader import CheckpointReader
 from gpt.checkpoint.writer import prune, remove_leftovers, temporary_folder
-from tests.unit.checkpoint_support import CHUNK_BYTES, STATES, flat_state, write_checkpoint
+from tests.unit.gpt.checkpoint.support import CHUNK_BYTES, STATES, flat_state, write_checkpoint
 
 
 @pytest.mark.parametrize("kind", ["flat", "sharded"])

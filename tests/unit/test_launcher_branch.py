@@ -21,7 +21,7 @@ from launcher.preflight.check import examine
 from launcher.runs.recipes import run_tables
 from launcher.runs.store import create_run, read_config
 from launcher.scheduler.jobs import Job
-from tests.unit.checkpoint_support import flat_state, write_checkpoint
+from tests.unit.gpt.checkpoint.support import flat_state, write_checkpoint
 from tests.unit.launcher.support import end_job, give_job, make_data
 
 

@@ -10,7 +10,7 @@ from gpt.checkpoint.format import read_index
 from gpt.config.resume_rules import RULES, config_fingerprint, rule_of
 from gpt.config.run import RunConfig
 from launcher.commands.config_changes import fingerprint_changes, judge
-from tests.unit.checkpoint_support import write_checkpoint
+from tests.unit.gpt.checkpoint.support import write_checkpoint
 
 
 def test_free_fields_change_in_silence_and_others_with_a_warning(capsys: pytest.CaptureFixture[str]) -> None:

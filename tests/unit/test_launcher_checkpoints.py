@@ -12,7 +12,7 @@ from gpt.checkpoint.writer import set_aside
 from gpt.run import record
 from gpt.run.run_dir import RunDir
 from launcher.commands.checkpoints import checkpoints
-from tests.unit.checkpoint_support import write_checkpoint
+from tests.unit.gpt.checkpoint.support import write_checkpoint
 
 
 @pytest.fixture

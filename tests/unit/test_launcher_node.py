@@ -24,7 +24,7 @@ from launcher.process_tree import identity
 from launcher.runs.stop_request import request_stop
 from launcher.runs.store import read_config
 from launcher.scheduler.jobs import Job, Outcome, read_job, refuse_while_alive, state
-from tests.unit.checkpoint_support import write_checkpoint
+from tests.unit.gpt.checkpoint.support import write_checkpoint
 from tests.unit.launcher.support import (
     is_alive,
     kill_tree,

@@ -29,7 +29,7 @@ from launcher.runs.recipes import run_tables
 from launcher.runs.stop_request import standing_stop
 from launcher.runs.store import changed_fields, create_run, open_run, read_config
 from launcher.scheduler.jobs import claim_start, state
-from tests.unit.checkpoint_support import write_checkpoint
+from tests.unit.gpt.checkpoint.support import write_checkpoint
 from tests.unit.launcher.support import end_job, give_job, make_data, submit_what_ends_well
 
 

@@ -22,7 +22,7 @@ from launcher.commands import launch
 from launcher.preflight.check import examine
 from launcher.runs.recipes import run_tables
 from launcher.runs.store import create_run, read_config
-from tests.unit.checkpoint_support import write_checkpoint
+from tests.unit.gpt.checkpoint.support import write_checkpoint
 from tests.unit.launcher.support import make_data, submit_what_ends_well
 from tests.unit.s3_support import s3_bucket
 
