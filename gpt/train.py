@@ -1,7 +1,7 @@
 """The worker: from torchrun's environment to an attempt's result. `python -m gpt.train RUN_DIR`
 
-It joins the others, claims the attempt, looks at the nodes, trains (gpt.training.trainer) and writes down how that
-ended. It never retries and never falls back: a crash ends the process, the agent starts the next attempt,
+It joins the others, claims the attempt, looks at the nodes, trains (gpt.training.trainer) and writes down how
+that ended. It never retries and never falls back: a crash ends the process, the agent starts the next attempt,
 and that one continues from the newest checkpoint.
 """
 

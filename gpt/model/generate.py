@@ -51,7 +51,7 @@ def generate(
     """
     if not prompt:
         raise ConfigError("the prompt is empty; begin with end-of-text, as documents do.")
-    context = gpt.model.gpt.context
+    context = gpt.model.context
     generator = torch.Generator().manual_seed(seed)
     tokens, cache = list(prompt), Cache(gpt)
     unread = tokens[-context:]

@@ -119,7 +119,7 @@ class Cache:
     """Keys and values of the tokens so far of one sequence, a layer each: [context, K, E]."""
 
     def __init__(self, gpt: "GPT") -> None:
-        model, weight = gpt.model.gpt, gpt.embedding.weight
+        model, weight = gpt.model, gpt.embedding.weight
         shape = (model.n_layers, 2, model.context, model.kv_heads, model.head_width)
         self._kv = torch.empty(shape, dtype=weight.dtype, device=weight.device)
         self.length = 0

@@ -14,7 +14,7 @@ def parameter_groups(gpt: GPT, optimizer: OptimizerConfig) -> dict[str, list[tup
     """Named parameters by group."""
     # Stage 3 takes the shapes of its parameters away and keeps them here.
     shaped = ((name, getattr(p, "ds_shape", p.shape), p) for name, p in gpt.named_parameters())
-    return by_group(shaped, gpt.model.gpt, optimizer)
+    return by_group(shaped, gpt.model, optimizer)
 
 
 def build_optimizer(gpt: GPT, optimizer: OptimizerConfig, dtype: torch.dtype) -> AdamW:
@@ -23,7 +23,7 @@ def build_optimizer(gpt: GPT, optimizer: OptimizerConfig, dtype: torch.dtype) ->
     Muon works on matrices in `dtype`.
     """
     groups = [
-        {"params": [p for _, p in members], "name": name, **hyperparameters(name, optimizer, gpt.model.gpt)}
+        {"params": [p for _, p in members], "name": name, **hyperparameters(name, optimizer, gpt.model)}
         for name, members in parameter_groups(gpt, optimizer).items()
     ]
     return MuonAdamW(groups, optimizer, dtype) if optimizer.name == "muon" else AdamW(groups, optimizer)
@@ -34,7 +34,7 @@ def group_table(gpt: GPT, optimizer: OptimizerConfig) -> str:
     parts = []
     for name, members in parameter_groups(gpt, optimizer).items():
         numel = sum(getattr(p, "ds_numel", p.numel()) for _, p in members)
-        decay = hyperparameters(name, optimizer, gpt.model.gpt)["weight_decay"]
+        decay = hyperparameters(name, optimizer, gpt.model)["weight_decay"]
         rule = "Muon" if name == "muon" else "AdamW"
         parts.append(f"{name}: {rule}, {len(members)} tensors, {numel:,} elements, weight decay {decay:g}")
     return "; ".join(parts)

@@ -1,8 +1,8 @@
 """Signs of life: a worker tells its node task how far it is, so that a hang is found and its culprit named.
 
 A datagram to an abstract Unix socket a step: no file is left behind, nothing waits, and without a listener
-nothing happens. What is done about silence stands in launcher/node/hang_watchdog.py; here a worker only makes its stacks
-readable: SIGQUIT writes those of all threads to its log, also while it waits in a collective.
+nothing happens. launcher/node/hang_watchdog.py acts on silence; here a worker only makes its stacks readable:
+SIGQUIT writes those of all threads to its log, also while it waits in a collective.
 """
 
 import faulthandler

@@ -1,7 +1,7 @@
 """The record's mirror in MLflow: a process of its own, which training never waits for.
 
-`python -m gpt.sidecars.mlflow RUN_DIR` runs beside the workers of the first node. It follows metrics.jsonl and
-sends what is new in batches, with the times at which it happened; SIGTERM means that the record is
+`python -m gpt.sidecars.mlflow RUN_DIR` runs beside the workers of the first node. It follows metrics.jsonl
+and sends what is new in batches, with the times at which it happened; SIGTERM means that the record is
 complete: send the rest and end. A server that is down is tried again for as long as the job runs, and
 what was not sent waits in the record for the next start. Nothing here is ever raised to training.
 """

@@ -1,5 +1,6 @@
-"""The MLflow run under which the runs of a sweep stand: `python -m gpt.sidecars.mlflow_parent URI EXPERIMENT NAME`
+"""Create the MLflow run that is the parent of a sweep's runs.
 
+`python -m gpt.sidecars.mlflow_parent URI EXPERIMENT NAME`
 It holds nothing but their common name, and is finished at once. Its id is the last line printed.
 """
 

@@ -1,7 +1,7 @@
 """ClusterConfig → submitit, and the job that comes of it: local and Slurm through one interface.
 
-The submission itself happens in a child (`python -m launcher.commands.submit RUN_DIR`), in a session of its own and
-with the run's snapshot of the code in front: whatever it starts is out of reach of the terminal's Ctrl-C and
+The submission itself happens in a child (`python -m launcher.commands.submit RUN_DIR`), in a session of its own
+and with the run's snapshot of the code in front: whatever it starts is out of reach of the terminal's Ctrl-C and
 hang-up, holds none of the caller's pipes open, and imports what was submitted.
 """
 

@@ -1,7 +1,7 @@
 """Silence: finds the workers of this node that make no step any more, and says who holds up the others.
 
-Every worker tells how far it is (gpt/run/heartbeat.py). When one is silent for too long, each node task writes
-down what its workers were doing: the step, the state of the process, and where in the program it is, from
+Every worker tells how far it is (gpt/run/heartbeat.py). When one is silent for too long, each node task
+writes down what its workers were doing: the step, the state of the process, and where in the program it is, from
 stacks that the worker writes to its log. The first node reads all of it and names the culprit. Ending the
 workers, so that torchrun starts them again, is left to the node task.
 """

@@ -1,6 +1,6 @@
 """What a run will need: parameters, memory a rank, steps, disk. Pure: config in, numbers out.
 
-Time stands on a share of the accelerator's peak (MFU) that is assumed, memory on launcher/preflight/memory.py.
+Time rests on an assumed share of the accelerator's peak (MFU), memory on launcher/preflight/memory.py.
 """
 
 import re

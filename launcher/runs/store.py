@@ -141,7 +141,7 @@ def explicit(cluster: ClusterConfig) -> dict[str, Any]:
 
 def snapshot_code(run: RunDir) -> None:
     """Copy our packages, so that a queued or restarted job runs the code that was submitted."""
-    source = Path(__file__).resolve().parent.parent
+    source = Path(__file__).resolve().parents[2]
     temporary = run.path / f".code.{os.getpid()}"
     ignore = shutil.ignore_patterns("__pycache__", "*.pyc", "*.gz")  # the packaged corpus is not code
     for package in _PACKAGES:

@@ -26,6 +26,7 @@ from data_pipeline.dataset.manifest import read_manifest
 from data_pipeline.tokenizer.encoding import load_encoding
 from data_pipeline.tokenizer.fast_encoder import FAST, FastEncoder, TiktokenEncoder
 from launcher.process_tree import adopt_orphans
+from tests.paths import ROOT
 from tests.unit.data_pipeline.support import packaged_texts
 
 pytestmark = pytest.mark.benchmark
@@ -245,7 +246,7 @@ class _Run:
 def _run(program: str, corpus: Path, out: Path, tokenizer: str, workers: int = WORKERS) -> _Run:
     path = out.with_suffix(".py")
     path.write_text(program)
-    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONWARNINGS": "ignore"}
     adopt_orphans()
     before, began_s = os.times(), time.perf_counter()

@@ -24,6 +24,7 @@ import pytest
 from data_pipeline.dataset.megatron_index import Header
 from data_pipeline.sampling.batches import BatchReader
 from tests.benchmarks.synthetic_data import hollow_tokens, random_tokens, shard_record
+from tests.paths import ROOT
 from tests.unit.data_pipeline.support import prepared
 
 pytestmark = pytest.mark.benchmark
@@ -252,7 +253,7 @@ def trillion(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_trillion_tokens_open_within_a_second_and_100_megabytes(trillion: Path) -> None:
     """By CPU time, as the rates; the clock's figure is printed. Megabytes are those over the imports."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     found = []
     for _ in range(3):
         done = subprocess.run(
@@ -294,7 +295,7 @@ def test_opening_does_not_grow_with_the_corpus_as_megatrons_does(tmp_path: Path)
     pytest.importorskip("megatron.core")
     data, cache = tmp_path / "data", tmp_path / "cache"
     hollow_tokens(data, documents=12_500_000, document_tokens=800)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
 
     def opened(program: str, *arguments: Path) -> tuple[float, float]:
         done = subprocess.run(

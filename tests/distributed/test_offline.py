@@ -13,9 +13,9 @@ import pytest
 
 from gpt.run.run_dir import RunDir, read_json
 from tests.distributed.conftest import Run, make_run
+from tests.paths import ROOT
 from tests.toml_text import toml_text
 
-ROOT = Path(__file__).resolve().parents[2]
 # The loopback interface alone, as the first thing inside: then the command that users type.
 PROGRAM = """
 from tests.distributed.test_offline import raise_loopback

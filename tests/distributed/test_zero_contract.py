@@ -1,4 +1,4 @@
-"""What gpt/distributed/zero/engine.py takes for granted about DeepSpeed's internals, on the installed version."""
+"""What gpt/distributed/zero takes for granted about DeepSpeed's internals, on the installed version."""
 
 import os
 import subprocess

@@ -13,10 +13,10 @@ import pytest
 from gpt.run.run_dir import RunDir, read_json
 from tests.distributed.conftest import Run, make_run
 from tests.distributed.data import small_data_set
+from tests.paths import ROOT
 from tests.slurm.cluster import SlurmCluster, missing, processes_naming, wait_for
 from tests.toml_text import toml_text
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS = 800
 # What every run of these tests is, so that one uninterrupted run is the reference of all.
 FIELDS: dict[str, Any] = {

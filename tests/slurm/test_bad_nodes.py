@@ -18,7 +18,7 @@ if os.environ.get("SLURMD_NODENAME") == "node2":
 def test_a_node_that_fails_its_check_is_left(new_slurm_run: NewRun, reference: list[float]) -> None:
     run = new_slurm_run()
     run.launch()
-    check = run.dir.code / "gpt" / "node_check.py"
+    check = run.dir.code / "gpt" / "training" / "node_check.py"
     check.write_text(check.read_text() + WRONG_CLOCK)
     assert run.wait_for_end()["exit_code"] == 0
     [bad] = record.read(run.dir.bad_nodes)

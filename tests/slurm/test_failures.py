@@ -120,7 +120,7 @@ def test_a_rank_that_does_not_come_to_the_collective_is_named(
     run = new_slurm_run(launch__hang_timeout_s=12)
     run.launch()
     run.wait(run.dir.submission.exists)
-    step = run.dir.code / "gpt" / "step.py"
+    step = run.dir.code / "gpt" / "training" / "step.py"
     step.write_text(step.read_text() + SLEEPING_RANK.format(once=run.dir.path / "slept"))
     run.wait(lambda: bool(run.events("hang")))
     [hang] = run.events("hang")

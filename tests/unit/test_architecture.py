@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.paths import ROOT
+
 ROOMS = ("launcher", "gpt", "data_pipeline")
 TORCH_FREE_IN_GPT = (
     "gpt",

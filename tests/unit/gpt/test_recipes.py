@@ -74,7 +74,7 @@ def test_flops_of_a_recipe_scaled_down_agree_with_torchs_counter(name: str) -> N
     tokens = torch.zeros(2, 32, dtype=torch.long)
     with FlopCounterMode(display=False) as counter:
         gpt(tokens, tokens, rows(tokens)).backward()
-    assert counter.get_total_flops() == flops_per_token(gpt.model.gpt) * tokens.numel()
+    assert counter.get_total_flops() == flops_per_token(gpt.model) * tokens.numel()
 
 
 @pytest.mark.parametrize(

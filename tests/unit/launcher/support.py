@@ -69,7 +69,7 @@ def make_run(folder: Path, worker: str, *, processes: int = 1, tracking: str | N
     shutil.rmtree(run.code / "gpt" / "__pycache__", ignore_errors=True)
     (run.code / "gpt" / "train.py").write_text(WORKER_PRELUDE + worker)
     if tracking is not None:
-        (run.code / "gpt" / "tracking.py").write_text(tracking)
+        (run.code / "gpt" / "sidecars" / "mlflow.py").write_text(tracking)
     return run
 
 

@@ -27,6 +27,7 @@ from data_pipeline.prepare.worker_pool import encode_all
 from data_pipeline.sources.documents import is_held_out
 from data_pipeline.sources.files import find_files
 from data_pipeline.tokenizer.encoding import Encoding, load_encoding
+from tests.paths import ROOT
 from tests.unit.data_pipeline.support import (
     config,
     documents_of,
@@ -104,7 +105,7 @@ if __name__ == "__main__":
 
 def _start(settings_json: str, program: Path) -> subprocess.Popen[bytes]:
     program.write_text(_PREPARE)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [sys.executable, str(program), settings_json],
         stdout=subprocess.PIPE,
@@ -512,7 +513,8 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     line = (json.dumps({"text": "a b c d e f g h " * 100}) + "\n").encode()
     # not getrusage's: that one remembers the process that this one was forked from
     program = (
-        "import sys\nfrom pathlib import Path\nfrom data_pipeline.prepare.pipeline import DataPrepConfig, prepare\n"
+        "import sys\nfrom pathlib import Path\n"
+        "from data_pipeline.prepare.pipeline import DataPrepConfig, prepare\n"
         "prepare(DataPrepConfig.model_validate_json(sys.argv[1]))\n"
         "print(Path('/proc/self/status').read_text().partition('VmHWM:')[2].split()[0])"
     )

@@ -60,7 +60,7 @@ def make_run(folder: Path, data: Path, **model: Any) -> tuple[RunDir, GPT]:
             "name": "t",
             "data": {"path": data},
             "schedule": {"total_steps": 1},
-            "model": gpt.model.gpt.model_dump(),
+            "model": gpt.model.model_dump(),
         }
     )
     run_dir = RunDir(folder)

@@ -40,13 +40,13 @@ def build(attention: str = "sdpa", **fields: object) -> GPT:
 
 def twin_of(gpt: GPT, **fields: Any) -> PreTrainedModel:
     """transformers' network with the same weights, in evaluation mode."""
-    assert twin_obstacle(gpt.model.gpt) is None
-    content = twin_config(gpt.model.gpt, "float32", end_of_text=0)
+    assert twin_obstacle(gpt.model) is None
+    content = twin_config(gpt.model, "float32", end_of_text=0)
     config = AutoConfig.for_model(content.pop("model_type"), **content, **fields)
     theirs = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     missing, unexpected = theirs.load_state_dict(in_their_layout(gpt, gradients=False), strict=False)
     assert not unexpected
-    assert set(missing) <= ({"lm_head.weight"} if gpt.model.gpt.tie_embeddings else set())
+    assert set(missing) <= ({"lm_head.weight"} if gpt.model.tie_embeddings else set())
     return theirs
 
 
@@ -54,7 +54,7 @@ def in_their_layout(gpt: GPT, *, gradients: bool) -> dict[str, torch.Tensor]:
     """Our parameters, or their gradients, by transformers' names."""
     tensors = {n: p.grad if gradients else p.detach() for n, p in gpt.named_parameters()}
     theirs = {}
-    for place in tensor_places(gpt.model.gpt):
+    for place in tensor_places(gpt.model):
         tensor = tensors[place.ours]
         assert tensor is not None
         part = tensor[place.start : place.end]

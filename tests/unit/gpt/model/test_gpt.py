@@ -119,8 +119,8 @@ VARIANTS = [
 @pytest.mark.parametrize("fields", VARIANTS)
 def test_the_closed_form_lists_the_parameters_of_the_network(fields: dict[str, object]) -> None:
     gpt = build(**fields)
-    assert list(parameter_table(gpt.model.gpt)) == [(n, tuple(p.shape)) for n, p in gpt.named_parameters()]
-    assert parameter_count(gpt.model.gpt) == sum(p.numel() for p in gpt.parameters())
+    assert list(parameter_table(gpt.model)) == [(n, tuple(p.shape)) for n, p in gpt.named_parameters()]
+    assert parameter_count(gpt.model) == sum(p.numel() for p in gpt.parameters())
 
 
 @pytest.mark.parametrize("fields", VARIANTS)
@@ -131,9 +131,7 @@ def test_flops_agree_with_torchs_counter(fields: dict[str, object]) -> None:
     tokens = random_tokens(2, 24)
     with FlopCounterMode(display=False) as counter:
         gpt(tokens, tokens, rows(tokens)).backward()
-    assert counter.get_total_flops() == pytest.approx(
-        flops_per_token(gpt.model.gpt) * tokens.numel(), rel=0.02
-    )
+    assert counter.get_total_flops() == pytest.approx(flops_per_token(gpt.model) * tokens.numel(), rel=0.02)
 
 
 @pytest.mark.parametrize(

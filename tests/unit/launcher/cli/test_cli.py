@@ -15,9 +15,9 @@ import pytest
 from gpt.run.run_dir import RunDir
 from launcher.cli import commands
 from launcher.scheduler.jobs import state
+from tests.paths import ROOT
 from tests.unit.launcher.support import kill_tree, make_data, make_run, start, wait_for
 
-ROOT = Path(__file__).resolve().parents[2]
 # What the user types, with every import of torch (or MLflow) an error.
 PROGRAM = """
 import sys

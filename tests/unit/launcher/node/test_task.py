@@ -328,15 +328,14 @@ def test_the_job_runs_the_code_as_submitted_and_not_the_current_folders(
     (decoy / "__init__.py").write_text("raise SystemExit('the current folder was imported')")
     monkeypatch.chdir(decoy.parent)
     run = make_run(folder, "import gpt.config.run; finish(claim(), 0, gpt.config.run.__file__)")
-    assert end_of(run, start(run)) == Outcome(0, str(run.code / "gpt" / "config.py"), 1)
+    assert end_of(run, start(run)) == Outcome(0, str(run.code / "gpt" / "config" / "run.py"), 1)
 
 
 def test_the_job_survives_its_submitters_terminal(folder: Path) -> None:
     run = make_run(folder, WAIT_FOR_STOP)
-    program = (
-        f"from pathlib import Path; from gpt.run.run_dir import RunDir; from launcher.commands.submit import submit; \
+    program = f"from pathlib import Path; from gpt.run.run_dir import RunDir; \
+from launcher.commands.submit import submit; \
 submit(RunDir(Path({str(folder)!r})), 'launch'); print('submitted')"
-    )
     with subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, start_new_session=True
     ) as submitter:

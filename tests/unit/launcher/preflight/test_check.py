@@ -18,6 +18,7 @@ from launcher.preflight.findings import Findings
 from launcher.preflight.plan import host_memory_warning, plan
 from launcher.runs.recipes import recipe_names, run_tables
 from launcher.runs.store import create_run, next_run_folder, read_cluster, read_config
+from tests.paths import ROOT
 from tests.unit.launcher.support import make_data
 
 LOCAL = ClusterConfig(kind="local", processes_per_node=2)
@@ -404,7 +405,7 @@ def test_a_run_directory_holds_config_cluster_provenance_and_code_and_not_its_ow
     assert provenance["data_fingerprints"] == [read_manifest(data).fingerprint]
     assert provenance["versions"]["torch"].startswith("2.13")
     for module in ("launcher/node/task.py", "gpt/config/run.py", "data_pipeline/dataset/manifest.py"):
-        assert (run.code / module).read_bytes() == (Path(__file__).parents[2] / module).read_bytes()
+        assert (run.code / module).read_bytes() == (ROOT / module).read_bytes()
     for path in (run.config, run.cluster, run.provenance):
         assert str(run.path) not in path.read_text()
 
