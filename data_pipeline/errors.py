@@ -1,6 +1,6 @@
 """The errors that users see. Everything else that escapes is a bug.
 
-Each says what is wrong, the values, and what to do next; `exit_code` is what the command line returns.
+Each says what is wrong, the values, and what to do next. gpt/run/exit_codes.py maps them to exit codes.
 """
 
 from collections.abc import Sequence
@@ -9,13 +9,9 @@ from collections.abc import Sequence
 class OutlastError(Exception):
     """Base of every error that is meant for a user's eyes."""
 
-    exit_code = 1
-
 
 class ConfigError(OutlastError):
     """The user's input is wrong; `problems` lists everything that is, one sentence or two each."""
-
-    exit_code = 2
 
     def __init__(self, problems: str | Sequence[str]) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
@@ -25,19 +21,13 @@ class ConfigError(OutlastError):
 class DataError(OutlastError):
     """A source, a shard or a data set is not what it says it is."""
 
-    exit_code = 2
-
 
 class CheckpointError(OutlastError):
     """No intact checkpoint where there must be one, or one that belongs to another model: do not restart."""
 
-    exit_code = 93
-
 
 class LaunchError(OutlastError):
     """A run cannot be started, stopped or found as asked."""
-
-    exit_code = 2
 
 
 class DataExhausted(DataError):

@@ -28,6 +28,7 @@ from gpt.config.run import RunConfig
 from gpt.huggingface.architectures import TensorPlace, tensor_places, twin_config, twin_obstacle
 from gpt.huggingface.tokenizer import write_tokenizer
 from gpt.model.flops import parameter_count, parameter_table
+from gpt.run.exit_codes import exit_code_of
 from gpt.run.run_dir import RunDir
 
 SHARD_BYTES = 5 * 10**9
@@ -164,4 +165,4 @@ if __name__ == "__main__":
         main()
     except OutlastError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        sys.exit(exit_code_of(error))

@@ -10,6 +10,7 @@ from pathlib import Path
 from data_pipeline.errors import ConfigError, OutlastError
 from gpt.huggingface.load_model import from_folder, from_run
 from gpt.model.generate import Choice, generate, stream
+from gpt.run.exit_codes import exit_code_of
 from gpt.run.run_dir import RunDir, is_exported
 
 
@@ -55,7 +56,7 @@ if __name__ == "__main__":
         main()
     except OutlastError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        sys.exit(exit_code_of(error))
     except BrokenPipeError:  # whoever read has read enough
         sys.stderr.close()  # or the interpreter complains while it flushes
         sys.exit(1)

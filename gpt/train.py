@@ -1,8 +1,8 @@
 """The worker: from torchrun's environment to an attempt's result. `python -m gpt.train RUN_DIR`
 
-It joins the others, claims the attempt, looks at the nodes, trains (gpt.training.trainer) and writes down how
-that ended. It never retries and never falls back: a crash ends the process, the agent starts the next attempt,
-and that one continues from the newest checkpoint.
+It joins the process group, claims the attempt, checks the nodes, trains (gpt.training.trainer) and records
+how the attempt ended. It never retries and never falls back: a crash ends the process, torchrun starts the next
+attempt, and that one continues from the newest checkpoint.
 """
 
 # ruff: noqa: E402 - the handlers must stand before torch's import, which takes seconds
@@ -12,10 +12,12 @@ import time
 import traceback
 from contextlib import suppress
 
+from gpt.run.events import Event, record_event
 from gpt.run.heartbeat import WAITING, Heartbeat
-from gpt.run.stop import StopRequest, die_with_parent
+from gpt.run.process_control import die_with_parent
+from gpt.run.stop import StopFlag
 
-STOP, HEARTBEAT = StopRequest(), Heartbeat()
+STOP, HEARTBEAT = StopFlag(), Heartbeat()
 if __name__ == "__main__":
     die_with_parent()
     STOP.install()
@@ -30,25 +32,30 @@ from data_pipeline.errors import LaunchError, OutlastError
 from gpt.config.run import RunConfig
 from gpt.distributed.world import World, from_first, join
 from gpt.run import record
+from gpt.run.attempts import Superseded, failures_in_a_row
+from gpt.run.environment import WorkerEnvironment
+from gpt.run.exit_codes import ExitCode, exit_code_of
+from gpt.run.failure_policy import Action, Trigger, action_on
 from gpt.run.run_dir import RunDir
 from gpt.training import attempt as attempts
-from gpt.training.attempt import Superseded, say
+from gpt.training.attempt import AttemptOutcome, log_line
 from gpt.training.node_check import check_nodes
-from gpt.training.trainer import Outcome, StartClock, Trainer
+from gpt.training.trainer import StartClock, Trainer
 
 
 def main(path: Path) -> None:
     """Take part in one attempt at the run in `path`; rank 0 leaves its result there."""
     run_dir = RunDir(path)
     run = RunConfig.model_validate_json(run_dir.config.read_text())
+    environment = WorkerEnvironment.read()
     HEARTBEAT.beat(0, WAITING, is_starting=True)
-    world = join(run.launch.collective_timeout_s, run.parallel.sequence)
+    world = join(run.launch.collective_timeout_s, run.parallel.sequence, environment)
     clock = StartClock(run_dir, world, HEARTBEAT, _STARTED)
     clock.lap("imports and rendezvous")
     try:
-        number = attempts.claim(run_dir, world)
+        number = attempts.claim(run_dir, world, environment)
     except Superseded as error:  # a failure would be answered by a restart
-        say(str(error))
+        log_line(str(error))
         return
     HEARTBEAT.attempt = number
     if world.is_first:
@@ -57,42 +64,44 @@ def main(path: Path) -> None:
     try:
         outcome = _give_up(run, run_dir, world, number)
         if outcome is None and run.launch.node_check:
-            outcome = _leave_bad_nodes(run_dir, world, number)
+            outcome = _leave_bad_nodes(run_dir, world, number, environment)
             clock.lap("node check")
         outcome = outcome or Trainer(run, run_dir, world, number, clock, STOP).train()
     except Superseded as error:  # not a file of the run is ours to write any more
-        say(str(error))
+        log_line(str(error))
     except OutlastError as error:  # agreed upon: every rank raises it
-        outcome = Outcome(error.exit_code, str(error))
+        outcome = AttemptOutcome(exit_code_of(error), str(error))
     if world.is_first and outcome is not None:
-        say(f"attempt {number} ends with {outcome.exit_code}: {outcome.cause}")
-        attempts.finish(run_dir, number, outcome.exit_code, outcome.cause, outcome.step)
+        log_line(f"attempt {number} ends with {outcome.exit_code}: {outcome.cause}")
+        attempts.finish(run_dir, number, outcome)
     # All is written and agreed: a connection that another rank has closed already is no failure.
     with suppress(RuntimeError):
         dist.barrier(group=world.control)
         dist.destroy_process_group()
 
 
-def _give_up(run: RunConfig, run_dir: RunDir, world: World, number: int) -> Outcome | None:
-    failures = from_first(world, attempts.failures_in_a_row(run_dir, number) if world.is_first else 0)
-    if failures < run.launch.max_failures:
+def _give_up(run: RunConfig, run_dir: RunDir, world: World, number: int) -> AttemptOutcome | None:
+    failures = from_first(world, failures_in_a_row(run_dir, number) if world.is_first else 0)
+    if action_on(Trigger.ATTEMPT_FAILED, count=failures, limits=run.launch) is not Action.END:
         return None
-    last = run_dir.attempt(number - 1)
-    return Outcome(
-        attempts.DO_NOT_RESTART,
+    return AttemptOutcome(
+        ExitCode.DO_NOT_RESTART,
         f"{failures} attempts in a row ended without a new checkpoint; the last one's output is in "
-        f"attempts/{last.name}. `outlast resume` tries again once the cause is mended.",
+        f"attempts/{run_dir.attempt(number - 1).path.name}. `outlast resume` tries again once the cause is "
+        "mended.",
     )
 
 
-def _leave_bad_nodes(run_dir: RunDir, world: World, number: int) -> Outcome | None:
+def _leave_bad_nodes(
+    run_dir: RunDir, world: World, number: int, environment: WorkerEnvironment
+) -> AttemptOutcome | None:
     """Look at the nodes; in a job that can be requeued elsewhere a bad one ends the attempt."""
-    found = check_nodes(world, run_dir.attempt(number))
+    found = check_nodes(world, run_dir.attempt(number).path, environment.host)
     if world.is_first:
         gflops, mb = found.slowest_flops_per_second / 1e9, found.all_reduce_bytes_per_second / 1e6
-        record.event(
+        record_event(
             run_dir.events,
-            "nodes_checked",
+            Event.NODES_CHECKED,
             bad=found.bad,
             gflops=round(gflops),
             all_reduce_mb_per_s=round(mb),
@@ -100,13 +109,13 @@ def _leave_bad_nodes(run_dir: RunDir, world: World, number: int) -> Outcome | No
         for node, reason in found.bad.items():
             record.append(run_dir.bad_nodes, node=node, reason=reason, attempt=number)
     said = "; ".join(f"{node}: {reason}" for node, reason in found.bad.items())
-    is_elsewhere = (os.environ.get("OUTLAST_JOB") or "").startswith("slurm-")
-    if found.bad and is_elsewhere:
-        return Outcome(attempts.STOPPED, f"bad nodes: {said}")
+    action = action_on(Trigger.NODE_FAILED_CHECK, can_requeue=environment.can_requeue)
+    if found.bad and action is Action.REQUEUE_ELSEWHERE:
+        return AttemptOutcome(ExitCode.STOPPED, f"bad nodes: {said}")
     if world.device_problem is not None:
         raise LaunchError(world.device_problem)
     if found.bad and world.is_first:
-        say(f"warning: {said}")
+        log_line(f"warning: {said}")
     return None
 
 

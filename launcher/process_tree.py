@@ -4,15 +4,11 @@ A process id alone is not an identity: ids are used again, soonest after a reboo
 signal anything that is not a descendant of the caller.
 """
 
-import ctypes
 import os
 import signal
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
-
-_PR_SET_PDEATHSIG = 1
-_PR_SET_CHILD_SUBREAPER = 36
 
 
 def identity(pid: int) -> str | None:
@@ -22,29 +18,6 @@ def identity(pid: int) -> str | None:
         return None
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     return f"{boot}/{fields[19]}"  # field 22 of proc(5): start time in ticks since boot
-
-
-def end_with_parent(signal_number: int) -> Callable[[], None]:
-    """A `preexec_fn`: the child gets `signal_number` when the thread that started it ends."""
-    libc = ctypes.CDLL(None, use_errno=True)  # loaded here: between fork and exec nothing may allocate much
-    parent = os.getpid()
-
-    def prepare() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal_number)
-        if os.getppid() != parent:  # the parent ended before the request was made
-            os.kill(os.getpid(), signal_number)
-
-    return prepare
-
-
-def end_self_with_parent(signal_number: int) -> None:
-    """This process gets `signal_number` when its parent ends."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal_number)
-
-
-def adopt_orphans() -> None:
-    """Descendants whose parent ends become children of this process, so that none can leave its tree."""
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def process_state(pid: int) -> str | None:

@@ -13,6 +13,8 @@ import time
 from dataclasses import dataclass
 from functools import cache
 
+from gpt.run.environment import Variable
+
 # In the order in which a save reaches them.
 PLACES = (
     "copied",
@@ -61,7 +63,7 @@ def reach(place: str) -> None:
 @cache
 def _armed() -> _Failpoint | None:
     """What this process is asked to do; the one place that reads the environment."""
-    entries = os.environ.get("OUTLAST_FAILPOINTS", "").split(",")
+    entries = os.environ.get(Variable.FAILPOINTS, "").split(",")
     generation = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     if generation >= len(entries) or ":" not in entries[generation]:
         return None
@@ -71,5 +73,5 @@ def _armed() -> _Failpoint | None:
     place, _, action = entry.partition(":")
     action, _, value = action.partition("=")
     if place not in PLACES or action not in ("kill", "stop", "sleep", "error"):
-        raise ValueError(f"OUTLAST_FAILPOINTS: {entry!r} is none; places: {', '.join(PLACES)}")
+        raise ValueError(f"{Variable.FAILPOINTS}: {entry!r} is none; places: {', '.join(PLACES)}")
     return _Failpoint(place, action, value)

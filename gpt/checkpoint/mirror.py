@@ -20,7 +20,8 @@ from data_pipeline.remote import find_store, in_words, is_remote
 from gpt.checkpoint.format import COMMITTED, INDEX_NAME, PIN_NAME, step_name, verify
 from gpt.checkpoint.writer import Pace, set_aside
 from gpt.run import record
-from gpt.run.run_dir import RunDir, read_json
+from gpt.run.json_file import read_json
+from gpt.run.run_dir import REWOUND_PREFIX, UNCOMMITTED_PREFIX, RunDir
 
 _PIECE_BYTES = 1 << 20  # of a copy that is held back
 
@@ -131,7 +132,7 @@ class Mirror:
 
     def set_later_aside(self, step: int) -> None:
         """Take what is there after `step` out of the line: the run goes on from `step` another time."""
-        mark = f".before-{int(time.time())}-"
+        mark = f"{REWOUND_PREFIX}{int(time.time())}-"
         for number in self.steps():
             if number > step:
                 self.set_aside(number, mark)
@@ -155,7 +156,7 @@ class Mirror:
 
         Raises MirrorError where a byte of it is bad.
         """
-        temporary = checkpoints / f".tmp-fetched-{step_name(step)}"
+        temporary = checkpoints / f"{UNCOMMITTED_PREFIX}fetched-{step_name(step)}"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         try:

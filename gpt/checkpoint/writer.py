@@ -32,8 +32,7 @@ from gpt.checkpoint.format import (
     step_name,
     verify_file,
 )
-
-_TEMPORARY = ".tmp-"
+from gpt.run.run_dir import CORRUPT_PREFIX, UNCOMMITTED_PREFIX
 
 
 class Cancelled(Exception):
@@ -72,7 +71,7 @@ class Pace:
 
 def temporary_folder(checkpoints: Path, attempt: int, step: int) -> Path:
     """Where the ranks write before the commit."""
-    return checkpoints / f"{_TEMPORARY}{attempt:04d}-{step:08d}"
+    return checkpoints / f"{UNCOMMITTED_PREFIX}{attempt:04d}-{step:08d}"
 
 
 def write_rank_file(
@@ -178,7 +177,7 @@ def discard(temporary: Path, rank: int) -> None:
 
 def set_aside(folder: Path) -> Path:
     """Take a bad checkpoint out of the line without deleting it."""
-    aside = folder.with_name(f".bad-{folder.name}-{time.time_ns()}")
+    aside = folder.with_name(f"{CORRUPT_PREFIX}{folder.name}-{time.time_ns()}")
     folder.rename(aside)
     return aside
 
@@ -192,7 +191,7 @@ def prune(checkpoints: Path, keep: Collection[int], check: Callable[[], None] = 
     for _, folder in doomed:
         check()
         # Renamed first: a kill in the middle of the deletion must not leave half a committed folder.
-        trash = folder.with_name(f"{_TEMPORARY}pruned-{folder.name}")
+        trash = folder.with_name(f"{UNCOMMITTED_PREFIX}pruned-{folder.name}")
         folder.rename(trash)
         reach("prune_renamed")
         shutil.rmtree(trash)
@@ -206,8 +205,8 @@ def remove_leftovers(checkpoints: Path) -> None:
     Each is renamed first, so that an older copy of the run that still lives commits either the whole of
     its save or, when it comes too late, nothing.
     """
-    for entry in checkpoints.glob(f"{_TEMPORARY}*"):
+    for entry in checkpoints.glob(f"{UNCOMMITTED_PREFIX}*"):
         with suppress(OSError):  # it was committed at this very moment, or is deleted by somebody else
-            trash = entry.with_name(f"{_TEMPORARY}trash-{time.time_ns()}")
+            trash = entry.with_name(f"{UNCOMMITTED_PREFIX}trash-{time.time_ns()}")
             entry.rename(trash)
             shutil.rmtree(trash)

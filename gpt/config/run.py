@@ -103,7 +103,8 @@ class LaunchConfig(Section):
         default=100, ge=0, description="Restarts of the workers in one job, by torchrun."
     )
     max_failures: Count = Field(
-        default=3, description="Attempts in a row without a new checkpoint before the run gives up (exit 93)."
+        default=3,
+        description="Attempts in a row without a new checkpoint before the run gives up (exit code 93).",
     )
     node_check: bool = Field(
         default=True,

@@ -16,6 +16,7 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 
 from data_pipeline.errors import OutlastError
 from gpt.model.sequence_parallel import WHOLE_SEQUENCES, SequenceGroup, sequence_group
+from gpt.run.environment import WorkerEnvironment
 from gpt.run.host_memory import keep_freed_memory
 
 T = TypeVar("T")
@@ -51,15 +52,16 @@ class World:
         return self.rank == 0
 
 
-def join(timeout_s: float, sequence: int = 1) -> World:
+def join(timeout_s: float, sequence: int = 1, environment: WorkerEnvironment | None = None) -> World:
     """Join the process group that torchrun's environment describes: NCCL on GPUs, gloo without.
 
     `sequence` ranks share each sequence.
     """
     local_rank = int(os.environ["LOCAL_RANK"])
     # All ranks must choose the same backend, also where one node has lost its GPUs.
-    wanted = os.environ.get("OUTLAST_GPUS_PER_NODE")
-    has_gpu = torch.cuda.is_available() if wanted is None else wanted != "0"
+    environment = environment or WorkerEnvironment.read()
+    wanted = environment.gpus_per_node
+    has_gpu = torch.cuda.is_available() if wanted is None else wanted > 0
     problem = None
     if has_gpu and local_rank >= torch.cuda.device_count():
         problem = f"{torch.cuda.device_count()} GPUs are there, {wanted or local_rank + 1} were asked for"
@@ -76,7 +78,7 @@ def join(timeout_s: float, sequence: int = 1) -> World:
     )
     control = dist.new_group(backend="gloo", timeout=timeout)
     assert control is not None
-    node = int(os.environ.get("OUTLAST_NODE") or os.environ.get("GROUP_RANK", "0"))
+    node = environment.node if environment.node is not None else int(os.environ.get("GROUP_RANK", "0"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     shared = sequence_group(sequence, timeout)
     return World(rank, size, local_rank, local_size, node, device, control, problem, shared)
@@ -111,7 +113,7 @@ def gather(world: World, value: T) -> list[T]:
     return values
 
 
-def together(world: World, action: Callable[[], T]) -> T:
+def agree(world: World, action: Callable[[], T]) -> T:
     """`action()` on every rank; an error that one rank meets is raised by all.
 
     Without this a rank that fails leaves the others in their next collective until it times out. Only

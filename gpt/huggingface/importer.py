@@ -30,7 +30,8 @@ from gpt.config.run import RunConfig
 from gpt.huggingface.architectures import TensorPlace, tensor_places
 from gpt.huggingface.tokenizer import SAMPLES
 from gpt.optimizer.parameter_groups import hyperparameters, parameter_entries, sizes_by_group, states
-from gpt.run import record
+from gpt.run.events import Event, record_event
+from gpt.run.exit_codes import exit_code_of
 from gpt.run.run_dir import RunDir
 
 
@@ -173,7 +174,7 @@ def main() -> None:
     fingerprint = joint_fingerprint([read_manifest(source.path) for source in run.data.sources])
     write_first_checkpoint(run_dir, run, folder.parameter, fingerprint)
     # Without its first checkpoint the run is nothing: it must not start from new weights.
-    record.event(run_dir.events, "imported", step=0, source=str(arguments.hf_dir))
+    record_event(run_dir.events, Event.IMPORTED, step=0, source=str(arguments.hf_dir))
 
 
 if __name__ == "__main__":
@@ -181,4 +182,4 @@ if __name__ == "__main__":
         main()
     except OutlastError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        sys.exit(exit_code_of(error))

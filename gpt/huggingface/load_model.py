@@ -24,7 +24,8 @@ from gpt.huggingface.importer import PretrainedFolder
 from gpt.huggingface.tokenizer import FolderTokenizer
 from gpt.model.flops import parameter_table
 from gpt.model.gpt import GPT
-from gpt.run.run_dir import RunDir, read_json
+from gpt.run.json_file import read_json
+from gpt.run.run_dir import RunDir
 
 
 class Tokenizer(Protocol):

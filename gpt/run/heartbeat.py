@@ -13,7 +13,8 @@ import socket
 import sys
 from contextlib import suppress
 
-VARIABLE = "OUTLAST_HEARTBEAT"
+from gpt.run.environment import WorkerEnvironment
+
 WAITING = "waiting for the other ranks to start"
 
 
@@ -21,7 +22,7 @@ class Heartbeat:
     """This worker's line to its node task. `attempt` is 0 until the worker belongs to one."""
 
     def __init__(self) -> None:
-        name = os.environ.get(VARIABLE)
+        name = WorkerEnvironment.read().heartbeat
         self._address = "\0" + name if name else None
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         self.attempt = 0

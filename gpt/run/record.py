@@ -8,7 +8,6 @@ import errno
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -34,15 +33,6 @@ def append(path: Path, /, **fields: Any) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     finally:
         os.close(descriptor)
-
-
-def event(path: Path, event_name: str, /, **fields: Any) -> None:
-    """Add an event to events.jsonl at `path`. One that cannot be written is said on standard error."""
-    try:
-        append(path, event=event_name, **fields)
-    except OSError as error:
-        with suppress(OSError):  # where that lies on the same full disk
-            print(f"event {event_name} {fields} is not in {path}: {error}", file=sys.stderr, flush=True)
 
 
 def read(path: Path, offset: int = 0) -> Iterator[dict[str, Any]]:
@@ -84,12 +74,6 @@ def val_losses(path: Path) -> dict[int, float]:
                 line = json.loads(raw)
                 losses[int(line["step"])] = float(line["val/loss"])
     return losses
-
-
-def earlier_configs(events: Path) -> set[str]:
-    """The fingerprints of the configs from which a run was changed, as somebody allowed."""
-    changed = (line for line in read(events) if line.get("event") == "config_changed")
-    return {line["config_fingerprint"] for line in changed if line.get("config_fingerprint")}
 
 
 def last(path: Path, tail_bytes: int = 65536) -> dict[str, Any] | None:

@@ -1,24 +1,94 @@
-"""Every path in a run directory: the one place where their names stand.
+"""Every path in a run directory. No other module spells these names.
 
-A run directory never stores its own path, so that it can be moved or copied.
+A run directory never stores its own path, so it can be moved or copied.
 """
 
-import json
-import os
-import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
-from data_pipeline.durable import write_durably
-from data_pipeline.errors import ConfigError
+from gpt.run.json_file import read_json
 
-T = TypeVar("T")
+# Prefixes in checkpoints/ of folders that do not count as checkpoints.
+UNCOMMITTED_PREFIX = ".tmp-"  # being written, fetched or deleted; removed at the next start
+CORRUPT_PREFIX = ".bad-"  # failed verification; kept until the user deletes it
+REWOUND_PREFIX = ".before-"  # later than the step that a resume went back to; kept likewise
 
-PATIENCE_S = 300.0
-RETRY_S = 5.0
+
+@dataclass(frozen=True)
+class AttemptDir:
+    """RUN/attempts/NNNN: one generation of workers."""
+
+    path: Path
+
+    @property
+    def owner(self) -> Path:
+        """Which job run made the attempt."""
+        return self.path / "OWNER.json"
+
+    @property
+    def result(self) -> Path:
+        """How the attempt ended."""
+        return self.path / "result.json"
+
+    def node(self, node: int) -> Path:
+        """The logs of one node's workers."""
+        return self.path / f"node-{node}"
+
+    def rank_log(self, node: int, rank: int) -> Path:
+        """The output of one worker."""
+        return self.node(node) / f"rank-{rank:05d}.log"
+
+    def hang_report(self, node: int) -> Path:
+        """What a node's workers were doing when a rank hung."""
+        return self.path / f"hang-node-{node}.json"
+
+
+@dataclass(frozen=True)
+class SubmissionDir:
+    """RUN/submission/NNNN: one submission, with the files of its job's node tasks."""
+
+    path: Path
+
+    @property
+    def number(self) -> int:
+        """The number of the submission, from 1."""
+        return int(self.path.name)
+
+    @property
+    def outcome(self) -> Path:
+        """How the job ended."""
+        return self.path / "outcome.json"
+
+    @property
+    def controller_log(self) -> Path:
+        """The output of the process that submitted the job, and of a local job's controller."""
+        return self.path / "controller.log"
+
+    @property
+    def tracking_log(self) -> Path:
+        """The output of the MLflow sidecar."""
+        return self.path / "tracking.log"
+
+    @property
+    def mirroring_log(self) -> Path:
+        """The output of the sidecar that mirrors checkpoints."""
+        return self.path / "mirroring.log"
+
+    def node_log(self, node: int) -> Path:
+        """The output of one node's torchrun."""
+        return self.path / f"node-{node}.log"
+
+    def torchrun_logs(self, job_run: int, node: int) -> Path:
+        """torchrun's own folder."""
+        return self.path / "torchrun" / f"{job_run}-{node}"
+
+    def meeting_point(self, job: str, job_run: int) -> Path:
+        """Where the nodes of a job run find the first one."""
+        return self.path / f"meeting-{job}-{job_run}.json"
+
+    def node_failure(self, job: str, job_run: int, node: int | str) -> Path:
+        """Why one node of a job run failed; the node "*" makes a glob pattern for all of them."""
+        return self.path / f"failure-{job}-{job_run}-{node}.json"
 
 
 @dataclass(frozen=True)
@@ -34,7 +104,7 @@ class RunDir:
 
     @property
     def cluster(self) -> Path:
-        """The cluster config, so that a bare resume knows where."""
+        """The cluster config, so that a bare resume knows where to run."""
         return self.path / "cluster.json"
 
     @property
@@ -49,19 +119,29 @@ class RunDir:
 
     @property
     def code_environment(self) -> dict[str, str]:
-        """The variables by which a Python imports `code`."""
+        """The variables with which a Python imports `code`."""
         # Without the second one `-m` would find a checkout in the current folder first.
         return {"PYTHONPATH": str(self.code), "PYTHONSAFEPATH": "1"}
 
     @property
-    def submission(self) -> Path:
-        """submitit's own folder: pickles and the logs of its tasks."""
-        return self.path / "submission"
+    def sweep(self) -> Path:
+        """SWEEP_DIR/sweep.json: the runs of a sweep, in the order of its grid."""
+        return self.path / "sweep.json"
 
     @property
     def job(self) -> Path:
         """The newest submission: executor, job id, host, process id, time."""
         return self.path / "job.json"
+
+    @property
+    def starting(self) -> Path:
+        """The lock that a command holds while it starts the run."""
+        return self.path / ".starting"
+
+    @property
+    def submissions(self) -> Path:
+        """One numbered folder for each submission; submitit keeps its pickles and logs there."""
+        return self.path / "submission"
 
     @property
     def attempts(self) -> Path:
@@ -70,12 +150,12 @@ class RunDir:
 
     @property
     def profiles(self) -> Path:
-        """Traces of torch's profiler, where the config asked for them."""
+        """Traces of torch's profiler, if the config asks for them."""
         return self.path / "profile"
 
     @property
     def stop(self) -> Path:
-        """A stop request, while it stands."""
+        """A stop request, until it is served."""
         return self.path / "stop"
 
     @property
@@ -95,72 +175,42 @@ class RunDir:
 
     @property
     def tracking(self) -> Path:
-        """How far the mirror in MLflow has come."""
+        """How much of the record MLflow has received."""
         return self.path / "tracking.json"
 
     @property
     def mlflow_database(self) -> Path:
-        """Where MLflow keeps its runs by default: one SQLite file for all the runs of a folder."""
+        """Where MLflow keeps its runs by default: one SQLite file for all the runs in a folder."""
         return self.path.resolve().parent / "mlflow.db"
 
     @property
     def checkpoints(self) -> Path:
-        """`step-NNNNNNNN` folders; names with a leading dot are not committed."""
+        """`step-NNNNNNNN` folders; names with a leading dot are not checkpoints."""
         return self.path / "checkpoints"
 
-    def attempt(self, number: int) -> Path:
+    def attempt(self, number: int) -> AttemptDir:
         """The folder of attempt `number`."""
-        return self.attempts / f"{number:04d}"
+        return AttemptDir(self.attempts / f"{number:04d}")
 
     def attempt_numbers(self) -> list[int]:
         """The attempts so far, oldest first."""
-        if not self.attempts.is_dir():
-            return []
-        return sorted(int(entry.name) for entry in self.attempts.iterdir() if entry.name.isdigit())
+        return _numbers(self.attempts)
+
+    def submission(self, number: int) -> SubmissionDir:
+        """The folder of submission `number`."""
+        return SubmissionDir(self.submissions / f"{number:04d}")
+
+    def last_submission(self) -> int:
+        """The number of the newest submission, 0 before the first."""
+        return max(_numbers(self.submissions), default=0)
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write `content` so that a reader finds the old file or the new one, never a part."""
-    write_durably(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The content of a JSON file, or None where there is none. Raises ConfigError when it is garbled."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise ConfigError(f"{path} is not readable as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds {type(content).__name__}, not an object")
-    return content
-
-
-def is_listed(path: Path) -> bool:
-    """Whether `path` is there, for those who ask again and again for what another machine may make: NFS
-    caches for a while that a name is missing, but reads a folder anew whenever it is opened.
-    """
-    try:
-        return path.name in os.listdir(path.parent)  # noqa: PTH208 - names alone are wanted
-    except FileNotFoundError:
-        return False
-
-
-def patiently(action: Callable[[], T]) -> T:
-    """`action()`, tried again for PATIENCE_S while the disk does not take it: a restart would not help."""
-    deadline = time.monotonic() + PATIENCE_S
-    while True:
-        try:
-            return action()
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise
-            with suppress(OSError):
-                print(f"the run directory does not answer, trying again: {error}", flush=True)
-            time.sleep(RETRY_S)
+def _numbers(folder: Path) -> list[int]:
+    if not folder.is_dir():
+        return []
+    return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit())
 
 
 def is_exported(folder: Path) -> bool:
-    """Whether `folder` is an export, or another that transformers loads, rather than a run directory."""
+    """Whether `folder` is an export, or any folder that transformers loads, rather than a run directory."""
     return "model_type" in (read_json(folder / "config.json") or {})

@@ -12,10 +12,10 @@ from gpt.checkpoint.mirror import Mirror
 from gpt.checkpoint.reader import CheckpointReader
 from gpt.checkpoint.writer import set_aside
 from gpt.config.resume_rules import config_fingerprint
-from gpt.distributed.world import World, from_first, gather, together
+from gpt.distributed.world import World, agree, from_first, gather
 from gpt.distributed.zero.engine import Engine
 from gpt.optimizer.parameter_groups import misfits
-from gpt.run.record import earlier_configs, event, read
+from gpt.run.events import Event, earlier_config_fingerprints, read_events, record_event
 from gpt.run.run_dir import RunDir
 
 
@@ -30,7 +30,7 @@ class _Belonging:
 def has_begun(run_dir: RunDir) -> bool:
     """Whether the run has or had a checkpoint: it continues from one then, or not at all."""
     return bool(committed(run_dir.checkpoints)) or any(
-        line.get("event") in ("checkpoint_saved", "branched", "imported") for line in read(run_dir.events)
+        True for _ in read_events(run_dir.events, Event.CHECKPOINT_SAVED, Event.FORKED, Event.IMPORTED)
     )
 
 
@@ -44,7 +44,7 @@ def load_newest(
     were checkpoints and none is intact.
     """
     candidates = from_first(world, committed(run_dir.checkpoints))
-    earlier = from_first(world, earlier_configs(run_dir.events) if world.is_first else set())
+    earlier = from_first(world, earlier_config_fingerprints(run_dir.events) if world.is_first else set())
     belongs = _Belonging(data_fingerprint, {config_fingerprint(engine.run), *earlier})
     index = _load_any(candidates, run_dir, engine, world, belongs)
     if index is None and engine.run.checkpoint.mirror is not None:
@@ -79,7 +79,7 @@ def _load_any(
         loaded = _load(folder, engine, world, belongs)
         if isinstance(loaded, str):
             if world.is_first:
-                event(run_dir.events, "checkpoint_rejected", path=folder.name, reason=loaded)
+                record_event(run_dir.events, Event.CHECKPOINT_REJECTED, path=folder.name, reason=loaded)
                 print(f"checkpoint {folder.name} is passed over: {loaded}", flush=True)
             if mirror is not None:
                 is_taken = _take_again(run_dir, mirror, step) if world.is_first else False
@@ -91,7 +91,7 @@ def _load_any(
                     set_aside(path)
                 if rejected and mirror is not None:
                     _set_later_aside(run_dir, mirror, step)
-                event(run_dir.events, "resumed", step=step, checkpoint=folder.name)
+                record_event(run_dir.events, Event.RESUMED, step=step, checkpoint=folder.name)
             return loaded
         rejected.append(folder)
     return None
@@ -140,7 +140,7 @@ def _take_from_mirror(run_dir: RunDir, place: str) -> bool:
 
 
 def _say_taken(run_dir: RunDir, mirror: Mirror, step: int) -> None:
-    event(run_dir.events, "taken_from_mirror", step=step, mirror=mirror.place)
+    record_event(run_dir.events, Event.TAKEN_FROM_MIRROR, step=step, mirror=mirror.place)
     print(f"the checkpoint of step {step} is taken from the mirror {mirror.place}", flush=True)
 
 
@@ -163,7 +163,7 @@ def _load(folder: Path, engine: Engine, world: World, belongs: _Belonging) -> Ch
             return str(error)
         return reader.index
 
-    loaded = together(world, attempt)
+    loaded = agree(world, attempt)
     reasons = gather(world, loaded if isinstance(loaded, str) else None)
     bad = next((reason for reason in reasons if reason is not None), None)
     if bad is None:

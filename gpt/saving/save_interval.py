@@ -10,6 +10,7 @@ from math import sqrt
 from typing import Any
 
 from gpt.config.run import CheckpointConfig
+from gpt.run.events import Event
 
 # Kokolis et al., arXiv:2410.21680: 6.5 failures per 1,000 node-days on the larger of two research clusters.
 FAILURES_PER_NODE_SECOND = 6.5e-3 / 86_400
@@ -41,12 +42,12 @@ def failures_so_far(events: Iterable[Mapping[str, Any]]) -> tuple[int, float]:
     last = 0.0
     has_ended = False
     for event in events:
-        if event["event"] == "attempt_started":
+        if event["event"] == Event.ATTEMPT_STARTED:
             if started is not None:
                 failures += not has_ended
                 seconds += last - started
             started, has_ended = event["time"], False
-        has_ended = has_ended or event["event"] in ("finished", "stopped")
+        has_ended = has_ended or event["event"] in (Event.FINISHED, Event.STOPPED)
         last = event["time"]
     return failures, seconds
 

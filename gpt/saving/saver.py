@@ -47,14 +47,15 @@ from gpt.config.resume_rules import config_fingerprint
 from gpt.distributed.world import PendingGather, World, gather, total
 from gpt.distributed.zero.engine import Engine
 from gpt.run import record
+from gpt.run.attempts import Superseded, refuse_if_superseded
+from gpt.run.events import Event, record_event
 from gpt.run.heartbeat import Heartbeat
 from gpt.run.host_memory import LARGEST_SHARE, available_bytes
 from gpt.run.run_dir import RunDir
-from gpt.run.stop import StopRequest
+from gpt.run.stop import StopFlag
 from gpt.saving.background_task import Work
 from gpt.saving.save_interval import SaveClock, failures_so_far, time_between_failures_s
 from gpt.saving.snapshot import Snapshot, live_parts
-from gpt.training.attempt import Superseded, is_superseded
 
 _ROUND_S = 1.0  # how often the ranks look at each other while they wait for a save
 # Once a stop is asked for, behind which a grace time may be running. A thread that is told to end does so at
@@ -96,7 +97,7 @@ class Saver:
         attempt: int,
         data_fingerprint: str,
         heartbeat: Heartbeat,
-        stop: StopRequest,
+        stop: StopFlag,
     ) -> None:
         self._run_dir, self._engine, self._world, self._attempt = run_dir, engine, world, attempt
         self._heartbeat, self._stop, self._config = heartbeat, stop, engine.run.checkpoint
@@ -214,7 +215,7 @@ class Saver:
         """Give up a save that is still being written, and wait until nothing is in flight."""
         if self._save is not None and self._save.phase is _Phase.WRITING:
             if self._world.is_first:
-                record.event(self._run_dir.events, "checkpoint_given_up", step=self._save.index.step)
+                record_event(self._run_dir.events, Event.CHECKPOINT_GIVEN_UP, step=self._save.index.step)
             self._discard(self._save)
         self.wait(GIVE_UP_S)
 
@@ -223,7 +224,7 @@ class Saver:
             self._discard(save)
         self._save, self._failure = None, CheckpointError(reason)
         if self._world.is_first:
-            record.event(self._run_dir.events, "checkpoint_failed", step=save.index.step, reason=reason)
+            record_event(self._run_dir.events, Event.CHECKPOINT_FAILED, step=save.index.step, reason=reason)
 
     def _make_clock(self) -> SaveClock:
         nodes = -(-self._world.size // self._world.local_size)
@@ -246,7 +247,7 @@ class Saver:
                 f"{short:.0f} of {self._world.size} ranks are on nodes without the memory for a copy of the "
                 f"state; on this one it needs {needed >> 20} MiB, {available >> 20} MiB are left"
             )
-            record.event(self._run_dir.events, "saving_synchronously", reason=reason)
+            record_event(self._run_dir.events, Event.SAVING_SYNCHRONOUSLY, reason=reason)
         return None
 
     def _begin(self, step: int, skipped: Ranges, problem: str | None) -> None:
@@ -274,8 +275,12 @@ class Saver:
         if self._world.is_first:
             age = time.monotonic() - self._save.started
             reason = f"the save of step {self._save.index.step}, begun {age:.0f} s ago, is still under way"
-            record.event(
-                self._run_dir.events, "checkpoint_skipped", step=step, skipped=self._skipped, reason=reason
+            record_event(
+                self._run_dir.events,
+                Event.CHECKPOINT_SKIPPED,
+                step=step,
+                skipped=self._skipped,
+                reason=reason,
             )
 
     def _write(self, save: _Save, problem: str | None) -> FileEntry:
@@ -304,9 +309,9 @@ class Saver:
         seconds = time.monotonic() - save.started
         stall_s = save.stall_s + self._snapshot.device_seconds() if self._snapshot is not None else seconds
         self._clock.saved(stall_s, seconds)
-        record.event(
+        record_event(
             run_dir.events,
-            "checkpoint_saved",
+            Event.CHECKPOINT_SAVED,
             step=index.step,
             seconds=round(seconds, 3),
             stall_s=round(stall_s, 4),
@@ -316,14 +321,11 @@ class Saver:
         try:
             self._prune()
         except OSError as error:
-            record.event(run_dir.events, "prune_failed", reason=str(error))
+            record_event(run_dir.events, Event.PRUNE_FAILED, reason=str(error))
 
     def _stay_the_run(self) -> None:
         """Raise Superseded where another copy of the run has started since."""
-        if is_superseded(self._run_dir, self._attempt):
-            raise Superseded(
-                f"attempt {self._attempt + 1} has started since: attempt {self._attempt} ends here."
-            )
+        refuse_if_superseded(self._run_dir, self._attempt)
 
     def _prune(self) -> None:
         there = dict(committed(self._run_dir.checkpoints))
@@ -341,7 +343,7 @@ class Saver:
             raise self._failure
         if self._world.is_first:
             reason = str(self._failure)
-            record.event(self._run_dir.events, "checkpoint_failed", step=save.index.step, reason=reason)
+            record_event(self._run_dir.events, Event.CHECKPOINT_FAILED, step=save.index.step, reason=reason)
 
     def _discard(self, save: _Save) -> None:
         writing = save.work

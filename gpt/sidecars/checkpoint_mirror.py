@@ -17,6 +17,7 @@ from gpt.checkpoint.retention import kept
 from gpt.checkpoint.writer import Pace
 from gpt.config.run import CheckpointConfig, RunConfig
 from gpt.run import record
+from gpt.run.events import Event, record_event
 from gpt.run.run_dir import RunDir
 from gpt.sidecars import follower as beside
 
@@ -66,7 +67,7 @@ class Copier:
         limit = self.config.max_mb_per_s
         count = self.mirror.put(step, folder, Pace(limit, self._ended) if limit is not None else None)
         seconds = round(time.monotonic() - started, 1)
-        record.event(self.run_dir.events, "mirrored", step=step, seconds=seconds, bytes=count)
+        record_event(self.run_dir.events, Event.MIRRORED, step=step, seconds=seconds, bytes=count)
 
     def _prune(self) -> None:
         here = [step for step, _ in committed(self.run_dir.checkpoints)]
@@ -95,7 +96,7 @@ def follow(run_dir: RunDir, config: CheckpointConfig, ended: threading.Event) ->
         print(f"{type(error).__name__}: {error}", flush=True)
         if str(error) != failure:
             failure = str(error)
-            record.event(run_dir.events, "mirror_failed", reason=failure)
+            record_event(run_dir.events, Event.MIRROR_FAILED, reason=failure)
 
     beside.follow(copy_all, ended, failed=say, poll_s=POLL_S, retry_s=RETRY_S, patience_s=PATIENCE_S)
 

@@ -16,7 +16,11 @@ from typing import Any
 from data_pipeline.config_file import dotted
 from gpt.config.run import RunConfig
 from gpt.run import record
-from gpt.run.run_dir import RunDir, read_json, write_json
+from gpt.run.events import Event
+from gpt.run.exit_codes import ExitCode
+from gpt.run.json_file import read_json, write_json
+from gpt.run.records import Result, TrackingState
+from gpt.run.run_dir import RunDir
 from gpt.sidecars import follower as beside
 
 BATCH_METRICS, BATCH_PARAMS = 1000, 100  # MLflow's limits for one request
@@ -65,7 +69,7 @@ class Mirror:
     def _tag_attention(self) -> None:
         """The kernel that the newest attempt chose."""
         events = record.read(self.run_dir.events)
-        chosen = [event["attention"] for event in events if event.get("event") == "network_built"]
+        chosen = [event["attention"] for event in events if event.get("event") == Event.NETWORK_BUILT]
         if chosen:
             self.client.set_tag(self.run_id, "outlast.attention", chosen[-1])
             self.is_tagged = True
@@ -80,18 +84,19 @@ class Mirror:
         for trace in sorted(self.run_dir.profiles.glob("steps-*.json.gz")):
             self.client.log_artifact(self.run_id, str(trace), "profile")
         numbers = self.run_dir.attempt_numbers()
-        result = read_json(self.run_dir.attempt(numbers[-1]) / "result.json") if numbers else None
-        status = {0: "FINISHED", 75: "KILLED"}.get((result or {}).get("exit_code", 1), "FAILED")
-        self.client.set_tag(self.run_id, "outlast.cause", str((result or {}).get("cause", "")))
+        result = Result.read(self.run_dir.attempt(numbers[-1]).result) if numbers else None
+        code = result.exit_code if result is not None else ExitCode.FAILED
+        status = {ExitCode.FINISHED: "FINISHED", ExitCode.STOPPED: "KILLED"}.get(code, "FAILED")
+        self.client.set_tag(self.run_id, "outlast.cause", result.cause if result is not None else "")
         self.client.set_tag(self.run_id, "outlast.attempts", str(len(numbers)))
         self.client.set_terminated(self.run_id, status=status)
 
     def _resume(self) -> tuple[str, int, bool] | None:
-        state = read_json(self.run_dir.tracking)
+        state = TrackingState.read(self.run_dir.tracking)
         # A copied run directory is a run of its own; a moved one keeps its inode.
-        if state is None or state["inode"] != self.run_dir.path.stat().st_ino:
+        if state is None or state.inode != self.run_dir.path.stat().st_ino:
             return None
-        return state["run_id"], state["sent_step"], state.get("has_sent_scores", True)
+        return state.run_id, state.sent_step, state.has_sent_scores
 
     def _create(self) -> str:
         from mlflow.entities import Param
@@ -118,8 +123,8 @@ class Mirror:
     def _remember(self, step: int, *, has_scores: bool) -> None:
         self.sent_step, self.has_sent_scores = step, has_scores
         inode = self.run_dir.path.stat().st_ino
-        state = {"run_id": self.run_id, "inode": inode, "sent_step": step, "has_sent_scores": has_scores}
-        write_json(self.run_dir.tracking, state)
+        state = TrackingState(run_id=self.run_id, inode=inode, sent_step=step, has_sent_scores=has_scores)
+        state.write(self.run_dir.tracking)
 
 
 def experiment_id(client: Any, name: str) -> str:

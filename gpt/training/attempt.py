@@ -1,7 +1,6 @@
-"""Attempts: each generation of workers claims a number, says who it is, and how it ended.
+"""How the workers claim an attempt together, and how rank 0 records its end.
 
-The number is claimed by mkdir, which one process alone can win, so that it also fences older copies of
-the run. What the launcher acts on is result.json, never an exit code of torchrun.
+The launcher acts on the attempt's result.json, never on an exit code of torchrun.
 """
 
 import os
@@ -9,137 +8,98 @@ import socket
 import sys
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from data_pipeline.errors import CheckpointError, ConfigError
 from gpt.checkpoint.format import committed
 from gpt.checkpoint.writer import remove_leftovers
-from gpt.distributed.world import World, from_first, gather, together
-from gpt.run.record import event
-from gpt.run.run_dir import RunDir, patiently, read_json, write_json
+from gpt.distributed.world import World, agree, from_first, gather
+from gpt.run.attempts import Superseded, claim_number, owner_of
+from gpt.run.environment import WorkerEnvironment
+from gpt.run.events import Event, record_event
+from gpt.run.exit_codes import ExitCode
+from gpt.run.json_file import retry_on_oserror
+from gpt.run.records import Owner, Result, Worker
+from gpt.run.run_dir import RunDir
 
-FINISHED, FAILED, STOPPED, DO_NOT_RESTART = 0, 1, 75, 93
+_EVENTS = {ExitCode.FINISHED: Event.FINISHED, ExitCode.STOPPED: Event.STOPPED}
 
 
-class Superseded(CheckpointError):
-    """Another copy of the run has started since: this one must write nothing more."""
+@dataclass(frozen=True)
+class AttemptOutcome:
+    """How an attempt ended."""
+
+    exit_code: ExitCode
+    cause: str
+    step: int | None = None
 
 
-def claim(run_dir: RunDir, world: World) -> int:
-    """This generation's number; from here on each rank writes its output into the attempt's folder.
+def claim(run_dir: RunDir, world: World, environment: WorkerEnvironment) -> int:
+    """Claim the attempt of this generation of workers; from now on each rank logs into the attempt's folder.
 
-    Raises Superseded, on every rank, where another job has taken the run over.
+    Collective. Raises Superseded, on every rank, when another job has taken the run over.
     """
-    together(world, lambda: _refuse_if_taken_over(run_dir) if world.is_first else None)
-    host = os.environ.get("OUTLAST_NODE_NAME") or socket.gethostname()
-    workers = gather(world, {"rank": world.rank, "node": world.node, "host": host, "pid": os.getpid()})
-    number = from_first(world, _claim_next(run_dir, world, workers) if world.is_first else 0)
-    folder = run_dir.attempt(number) / f"node-{world.node}"
-    patiently(lambda: folder.mkdir(exist_ok=True))
-    patiently(lambda: _redirect(folder / f"rank-{world.rank:05d}.log"))
+    agree(world, lambda: _refuse_if_taken_over(run_dir, environment) if world.is_first else None)
+    host = environment.node_name or socket.gethostname()
+    workers = gather(world, Worker(rank=world.rank, node=world.node, host=host, pid=os.getpid()))
+    number = from_first(world, _claim_next(run_dir, world, environment, workers) if world.is_first else 0)
+    attempt = run_dir.attempt(number)
+    retry_on_oserror(lambda: attempt.node(world.node).mkdir(exist_ok=True))
+    retry_on_oserror(lambda: _redirect(attempt.rank_log(world.node, world.rank)))
     return number
 
 
-def _claim_next(run_dir: RunDir, world: World, workers: list[dict[str, Any]]) -> int:
-    """The next number, with its owner's name on it at once: until then nobody can tell whose it is."""
+def _claim_next(run_dir: RunDir, world: World, environment: WorkerEnvironment, workers: list[Worker]) -> int:
+    """Claim the next number and write its owner at once, so that every claimed number has one."""
     remove_leftovers(run_dir.checkpoints)  # before anything is written: a full disk needs the room
-    number = patiently(lambda: _make_next(run_dir))
+    number = retry_on_oserror(lambda: claim_number(run_dir))
     remove_leftovers(run_dir.checkpoints)  # an older copy that was about to commit is now too late
     checkpoints = committed(run_dir.checkpoints)
-    owner = {
-        "attempt": number,
-        "time": time.time(),
-        "host": workers[world.rank]["host"],
-        "job": os.environ.get("OUTLAST_JOB"),
-        "turn": _turn(),
-        "world_size": world.size,
-        "checkpoint_step": checkpoints[-1][0] if checkpoints else 0,
-        "workers": workers,
-    }
-    patiently(lambda: write_json(run_dir.attempt(number) / "OWNER.json", owner))
-    event(run_dir.events, "attempt_started", attempt=number, world_size=world.size, host=owner["host"])
+    owner = Owner(
+        attempt=number,
+        time=time.time(),
+        host=workers[world.rank].host,
+        job=environment.job,
+        job_run=environment.job_run,
+        world_size=world.size,
+        checkpoint_step=checkpoints[-1][0] if checkpoints else 0,
+        workers=tuple(workers),
+    )
+    retry_on_oserror(lambda: owner.write(run_dir.attempt(number).owner))
+    record_event(
+        run_dir.events, Event.ATTEMPT_STARTED, attempt=number, world_size=world.size, host=owner.host
+    )
     return number
 
 
-def failures_in_a_row(run_dir: RunDir, attempt: int) -> int:
-    """How many attempts of this job, just before `attempt`, died with no newer checkpoint than now.
-
-    One that left no result when its turn of the job ended was ended from outside (preempted, its node
-    lost): that says nothing against the run.
-    """
-    owner = _owner(run_dir, attempt)
-    count = 0
-    for number in reversed([n for n in run_dir.attempt_numbers() if n < attempt]):
-        earlier = _owner(run_dir, number)
-        is_same = all(earlier.get(key) == owner.get(key) for key in ("job", "checkpoint_step"))
-        result = _read(run_dir.attempt(number) / "result.json")
-        if result.get("exit_code", FAILED) != FAILED or (earlier and not is_same):
-            break
-        if result or not earlier or earlier.get("turn") == owner.get("turn"):
-            count += 1
-    return count
+def finish(run_dir: RunDir, attempt: int, outcome: AttemptOutcome) -> None:
+    """Record how the attempt ended, for the launcher and for people. Rank 0 calls this once, at the end."""
+    code, cause = outcome.exit_code, outcome.cause
+    event = _EVENTS.get(code, Event.FAILED)
+    record_event(run_dir.events, event, attempt=attempt, exit_code=code, cause=cause, step=outcome.step)
+    result = Result(exit_code=code, cause=cause)
+    retry_on_oserror(lambda: result.write(run_dir.attempt(attempt).result))
 
 
-def finish(run_dir: RunDir, attempt: int, exit_code: int, cause: str, step: int | None = None) -> None:
-    """Say how the attempt ended, for the launcher and for people. Rank 0 calls this once, at the end."""
-    name = {FINISHED: "finished", STOPPED: "stopped"}.get(exit_code, "failed")
-    event(run_dir.events, name, attempt=attempt, exit_code=exit_code, cause=cause, step=step)
-    result = {"exit_code": exit_code, "cause": cause}
-    patiently(lambda: write_json(run_dir.attempt(attempt) / "result.json", result))
-
-
-def say(text: str) -> None:
-    """A line in this rank's log, which may lie on a full disk."""
+def log_line(text: str) -> None:
+    """Print a line into this rank's log; a full disk is ignored."""
     with suppress(OSError):
         print(text, flush=True)
 
 
-def is_superseded(run_dir: RunDir, attempt: int) -> bool:
-    """Whether another attempt has started since `attempt` did: this one is then no longer the run."""
-    return max(run_dir.attempt_numbers(), default=attempt) > attempt
+def _refuse_if_taken_over(run_dir: RunDir, environment: WorkerEnvironment) -> None:
+    """Raise Superseded when another job has made an attempt since this job run began.
 
-
-def _make_next(run_dir: RunDir) -> int:
-    run_dir.attempts.mkdir(exist_ok=True)
-    while True:
-        number = max(run_dir.attempt_numbers(), default=0) + 1
-        try:
-            run_dir.attempt(number).mkdir()
-        except FileExistsError:
-            continue
-        return number
-
-
-def _refuse_if_taken_over(run_dir: RunDir) -> None:
-    """Raise Superseded when another job has made an attempt since this turn of this one began.
-
-    A copy of the run that was cut off and comes back would otherwise claim the newest number, and so pass
-    for the run.
+    Otherwise a copy of the run that was cut off and comes back would claim the newest number, and so pass for
+    the run.
     """
-    after = os.environ.get("OUTLAST_AFTER_ATTEMPT")
+    after = environment.after_attempt
     if after is None:
         return
     for number in run_dir.attempt_numbers():
-        owner = _owner(run_dir, number) if number > int(after) else {}
-        if owner and (owner.get("job"), owner.get("turn")) != (os.environ.get("OUTLAST_JOB"), _turn()):
-            raise Superseded(f"attempt {number} of {owner.get('job')} has taken the run over.")
-
-
-def _turn() -> int:
-    """How often the job was put back in the queue before these workers started."""
-    return int(os.environ.get("OUTLAST_TURN", "0"))
-
-
-def _owner(run_dir: RunDir, attempt: int) -> dict[str, Any]:
-    return _read(run_dir.attempt(attempt) / "OWNER.json")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path) or {}
-    except (OSError, ConfigError):
-        return {}
+        owner = owner_of(run_dir, number) if number > after else None
+        if owner is not None and (owner.job, owner.job_run) != (environment.job, environment.job_run):
+            raise Superseded(number, owner.job)
 
 
 def _redirect(path: Path) -> None:

@@ -12,7 +12,7 @@ from gpt.config.data import DataConfig
 from gpt.distributed.world import PendingTick, Tick, World, total
 from gpt.model.gpt import GPT
 from gpt.run.heartbeat import Heartbeat
-from gpt.run.stop import StopRequest
+from gpt.run.stop import StopFlag
 from gpt.training.step import model_inputs
 
 
@@ -34,7 +34,7 @@ class Validation:
 
     @torch.no_grad()
     def measure(
-        self, model: GPT, world: World, heartbeat: Heartbeat, step: int, stop: StopRequest | None
+        self, model: GPT, world: World, heartbeat: Heartbeat, step: int, stop: StopFlag | None
     ) -> dict[str, float] | None:
         """val/loss (nats a token), val/perplexity and val/bits_per_byte. Collective.
 
@@ -81,7 +81,7 @@ class Validation:
 class _Asked:
     """Whether a rank was asked to stop, known to all a round later, so that no round waits for the answer."""
 
-    def __init__(self, world: World, heartbeat: Heartbeat, step: int, stop: StopRequest | None) -> None:
+    def __init__(self, world: World, heartbeat: Heartbeat, step: int, stop: StopFlag | None) -> None:
         self._world, self._heartbeat, self._step, self._stop = world, heartbeat, step, stop
         self._pending: PendingTick | None = None
         self.has_stopped = False

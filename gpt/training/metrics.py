@@ -14,8 +14,8 @@ from torch import Tensor
 
 from gpt.distributed.world import World
 from gpt.run import record
+from gpt.run.attempts import is_superseded
 from gpt.run.run_dir import RunDir
-from gpt.training.attempt import is_superseded
 
 
 class Late:

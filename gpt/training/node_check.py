@@ -5,10 +5,8 @@ what a run needs, or stands out from the others: a slow device, another clock, o
 share is not a node's fault, and is left to preflight.
 """
 
-import os
 import platform
 import shutil
-import socket
 import tempfile
 import time
 from collections import Counter
@@ -48,7 +46,7 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Findings:
+class NodeFindings:
     """Bad nodes with the reason, and the speed of a small all-reduce in bytes a second."""
 
     bad: dict[str, str]
@@ -56,7 +54,7 @@ class Findings:
     all_reduce_bytes_per_second: float
 
 
-def check_nodes(world: World, folder: Path) -> Findings:
+def check_nodes(world: World, folder: Path, host: str) -> NodeFindings:
     """Look at all nodes; the same findings on every rank. Collective; about a second.
 
     `folder` lies on the file system that all nodes share: its clock judges between two nodes.
@@ -64,10 +62,10 @@ def check_nodes(world: World, folder: Path) -> Findings:
     dist.barrier(group=world.control)
     clock_s = time.time()
     judge_s = _file_clock_s(folder) if world.is_first else 0.0
-    reports = gather(world, _look(world, clock_s))
+    reports = gather(world, _look(world, host, clock_s))
     bad = from_first(world, compare(reports, world.device.type, judge_s) if world.is_first else {})
     slowest = min(report.flops_per_second for report in reports)
-    return Findings(bad, slowest, 0.0 if bad else _all_reduce_speed(world))
+    return NodeFindings(bad, slowest, 0.0 if bad else _all_reduce_speed(world))
 
 
 def compare(reports: Sequence[Report], device_type: str, judge_s: float) -> dict[str, str]:
@@ -109,7 +107,7 @@ def _file_clock_s(folder: Path) -> float:
         path.unlink()
 
 
-def _look(world: World, clock_s: float) -> Report:
+def _look(world: World, host: str, clock_s: float) -> Report:
     problem, speed = world.device_problem, 0.0
     if problem is None:
         try:
@@ -120,7 +118,7 @@ def _look(world: World, clock_s: float) -> Report:
     versions = [("python", platform.python_version())]
     versions += [(name, metadata.version(name)) for name in _PACKAGES]
     return Report(
-        node=os.environ.get("OUTLAST_NODE_NAME") or socket.gethostname(),
+        node=host,
         rank=world.rank,
         problem=problem,
         flops_per_second=speed,

@@ -6,7 +6,6 @@ evaluate, save and stop, and writes down what happened.
 
 import gc
 import time
-from dataclasses import dataclass
 
 from data_pipeline.dataset.manifest import joint_fingerprint, read_manifest
 from data_pipeline.errors import CheckpointError, OutlastError
@@ -14,7 +13,7 @@ from data_pipeline.sampling.batches import BatchReader
 from data_pipeline.sampling.skip_list import Ranges
 from data_pipeline.tokenizer.encoding import load_encoding
 from gpt.config.run import RunConfig
-from gpt.distributed.world import PendingTick, Tick, World, from_first, together, total
+from gpt.distributed.world import PendingTick, Tick, World, agree, from_first, total
 from gpt.distributed.zero.engine import DTYPES, Engine, build_model
 from gpt.model.attention import choose
 from gpt.model.compilation import compile_seconds
@@ -23,13 +22,15 @@ from gpt.model.gpt import seed_dropout
 from gpt.optimizer.build import group_table
 from gpt.optimizer.lr_schedule import learning_rate
 from gpt.run import record
+from gpt.run.attempts import Superseded, is_superseded, refuse_if_superseded
+from gpt.run.events import Event, record_event
+from gpt.run.exit_codes import ExitCode
 from gpt.run.heartbeat import Heartbeat
 from gpt.run.run_dir import RunDir
-from gpt.run.stop import StopRequest
+from gpt.run.stop import StopFlag
 from gpt.saving.restore import has_begun, load_newest
 from gpt.saving.saver import Saver
-from gpt.training import attempt as attempts
-from gpt.training.attempt import Superseded, is_superseded, say
+from gpt.training.attempt import AttemptOutcome, log_line
 from gpt.training.auto_warmup import initial_rate
 from gpt.training.evaluation import Validation, source_names
 from gpt.training.metrics import Late, Line, Lines
@@ -40,15 +41,6 @@ from gpt.training.step import train_step
 
 # What Python does not free by itself is little, and a collection takes milliseconds.
 COLLECT_EVERY_STEPS = 100
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How an attempt ended."""
-
-    exit_code: int
-    cause: str
-    step: int | None = None
 
 
 class StartClock:
@@ -62,7 +54,7 @@ class StartClock:
         """The phase `name` ends now, or took the first `seconds` of the time since the last one."""
         now = time.monotonic() if seconds is None else self._last + seconds
         if self._world.is_first:
-            record.event(self._run_dir.events, "phase", name=name, seconds=round(now - self._last, 3))
+            record_event(self._run_dir.events, Event.PHASE, name=name, seconds=round(now - self._last, 3))
         self.heartbeat.beat(0, f"starting, after {name}", is_starting=True)
         self._last = now
 
@@ -71,31 +63,31 @@ class Trainer:
     """One attempt at a run."""
 
     def __init__(
-        self, run: RunConfig, run_dir: RunDir, world: World, number: int, clock: StartClock, stop: StopRequest
+        self, run: RunConfig, run_dir: RunDir, world: World, number: int, clock: StartClock, stop: StopFlag
     ) -> None:
         """Open the data, build the network, and continue from the newest checkpoint. Collective."""
         self.run, self.run_dir, self.world, self.number, self.clock = run, run_dir, world, number, clock
         self.stop, self.heartbeat = stop, clock.heartbeat
-        manifests = together(world, lambda: [read_manifest(source.path) for source in run.data.sources])
+        manifests = agree(world, lambda: [read_manifest(source.path) for source in run.data.sources])
         self.data_fingerprint = joint_fingerprint(manifests)
-        self.reader = together(world, lambda: _open_data(run))
-        self.validation = together(world, lambda: _open_validation(run))
+        self.reader = agree(world, lambda: _open_data(run))
+        self.validation = agree(world, lambda: _open_validation(run))
         clock.lap("data")
-        together(world, lambda: choose(run.model, world.device, DTYPES[run.precision]))
+        agree(world, lambda: choose(run.model, world.device, DTYPES[run.precision]))
         is_begun = from_first(world, world.is_first and has_begun(run_dir))
         self.model = build_model(run, world, is_resumed=is_begun)
         if run.compile:
-            together(world, lambda: self.model.compile_parts(whole_rows=not run.data.document_mask))
+            agree(world, lambda: self.model.compile_parts(whole_rows=not run.data.document_mask))
         self.peak_flops = peak_flops_per_second(world, run.precision, DTYPES[run.precision])
         if world.is_first:
             chosen = {"attention": self.model.attention_name, "peak_flops_per_second": self.peak_flops}
-            record.event(run_dir.events, "network_built", device=world.device.type, **chosen)
+            record_event(run_dir.events, Event.NETWORK_BUILT, device=world.device.type, **chosen)
         clock.lap("model")
         self.engine = Engine(self.model, run, world)
         clock.lap("engine")
         resumed = load_newest(run_dir, self.engine, world, self.data_fingerprint, is_begun=is_begun)
         self.start = resumed.step if resumed is not None else 0
-        together(world, lambda: self._skip(resumed.skipped if resumed is not None else ()))
+        agree(world, lambda: self._skip(resumed.skipped if resumed is not None else ()))
         clock.lap("load")
         self.saver = Saver(
             run_dir,
@@ -115,17 +107,17 @@ class Trainer:
                     "lost_steps": reached["step"] - self.start,
                     "lost_s": round(time.time() - kept["time"], 1),
                 }
-                record.event(run_dir.events, "continued", step=self.start, **lost)
+                record_event(run_dir.events, Event.CONTINUED, step=self.start, **lost)
             if complaint is not None:
-                record.event(run_dir.events, "record_damaged", reason=complaint)
-                say(f"{run_dir.metrics.name} is not whole: {complaint}")
-            say(
+                record_event(run_dir.events, Event.RECORD_DAMAGED, reason=complaint)
+                log_line(f"{run_dir.metrics.name} is not whole: {complaint}")
+            log_line(
                 f"attempt {number}: {world.size} processes on {world.device.type}, attention "
                 f"{self.model.attention_name}, step {self.start} of {run.total_steps} is done"
             )
-            say(f"optimizer: {group_table(self.model, run.optimizer)}")
+            log_line(f"optimizer: {group_table(self.model, run.optimizer)}")
             if run.compile:
-                say("the first step, and the first evaluation, compile the network: a minute or more")
+                log_line("the first step, and the first evaluation, compile the network: a minute or more")
         # Scored tokens over all ranks, of the steps that come next; 1 where there is none, as a divisor.
         self.scored: dict[int, float] = {}
         self.unsettled: tuple[int, PendingTick] | None = None
@@ -138,7 +130,7 @@ class Trainer:
         self.reader.skip(before, 0)
         self.reader.skip(self.run.data.skip, self.start)
 
-    def train(self) -> Outcome:
+    def train(self) -> AttemptOutcome:
         """Take the steps that are left, or those until a stop request."""
         try:
             return self._train()
@@ -148,7 +140,7 @@ class Trainer:
             self.saver.wait()
             raise
 
-    def _train(self) -> Outcome:
+    def _train(self) -> AttemptOutcome:
         run, world = self.run, self.world
         first, last = self.start + 1, run.total_steps
         self.batches = Prefetcher(self.reader, world, run.batch.micro_batch, first, last)
@@ -202,13 +194,13 @@ class Trainer:
         (asked,) = total(self.world, self.stop.is_requested())
         return asked > 0
 
-    def _finished(self) -> Outcome:
+    def _finished(self) -> AttemptOutcome:
         last = self.run.total_steps
-        return Outcome(attempts.FINISHED, f"all {last} steps are done", last)
+        return AttemptOutcome(ExitCode.FINISHED, f"all {last} steps are done", last)
 
-    def _stopped(self, step: int, what: str, exit_code: int = attempts.STOPPED) -> Outcome:
+    def _stopped(self, step: int, what: str, exit_code: ExitCode = ExitCode.STOPPED) -> AttemptOutcome:
         reason = from_first(self.world, self.stop.reason) or "a signal to another rank"
-        return Outcome(exit_code, f"stopped at step {step} ({reason}); {what}", step)
+        return AttemptOutcome(exit_code, f"stopped at step {step} ({reason}); {what}", step)
 
     def _make_up_for_evaluation(self) -> bool:
         """Evaluate the step that was resumed from, if a stop cut that short; False if another one does."""
@@ -228,7 +220,7 @@ class Trainer:
 
     def _agree_ahead(self, first: int) -> None:
         steps = range(first, first + AHEAD)
-        together(self.world, lambda: [self.batches.scored_tokens(step) for step in steps])
+        agree(self.world, lambda: [self.batches.scored_tokens(step) for step in steps])
         counts = total(self.world, *(float(self.batches.scored_tokens(step)) for step in steps))
         self.scored.update((step, max(1.0, count)) for step, count in zip(steps, counts, strict=True))
 
@@ -254,12 +246,14 @@ class Trainer:
         if self.world.is_first:
             share = rate / self.run.optimizer.peak_lr
             saved = int(self.run.schedule.warmup_steps * share)
-            record.event(self.run_dir.events, "warmup_chosen", initial_lr=rate, saved_steps=saved)
-            say(f"the warmup starts at rate {rate:.3g}, {share:.1%} of the peak, and saves {saved} steps")
+            record_event(self.run_dir.events, Event.WARMUP_CHOSEN, initial_lr=rate, saved_steps=saved)
+            log_line(
+                f"the warmup starts at rate {rate:.3g}, {share:.1%} of the peak, and saves {saved} steps"
+            )
 
     def _note_what_happened(self, step: int) -> None:
         if self.engine.was_skipped and self.world.is_first:
-            record.event(self.run_dir.events, "update_skipped", step=step, reason="non-finite gradient")
+            record_event(self.run_dir.events, Event.UPDATE_SKIPPED, step=step, reason="non-finite gradient")
         if step == self.start + 1:
             if self.run.compile:
                 self.clock.lap("compile", seconds=compile_seconds())
@@ -289,7 +283,7 @@ class Trainer:
         (step, pending), self.unsettled = self.unsettled, None
         agreed = pending.result()
         if agreed.error:
-            together(self.world, lambda: self._raise_what_is_broken(step))
+            agree(self.world, lambda: self._raise_what_is_broken(step))
         self.saver.advance(agreed.save_done, agreed.save_failed)
         self.is_time_to_save = agreed.save_due > 0
         self.scored[step + AHEAD] = max(1.0, agreed.scored_ahead)
@@ -319,10 +313,10 @@ class Trainer:
 
     def _raise_what_is_broken(self, step: int) -> None:
         self.batches.scored_tokens(step + AHEAD)
-        if self.world.is_first and is_superseded(self.run_dir, self.number):
-            raise Superseded(f"attempt {self.number + 1} has started since: attempt {self.number} ends here.")
+        if self.world.is_first:
+            refuse_if_superseded(self.run_dir, self.number)
 
-    def _end(self, step: int, *, is_stopping: bool) -> Outcome:
+    def _end(self, step: int, *, is_stopping: bool) -> AttemptOutcome:
         """Save and end this attempt; a stop gives up a save that is under way.
 
         Once a stop is asked for, also meanwhile, a save that fails costs what came after the last checkpoint;
@@ -338,7 +332,7 @@ class Trainer:
         except CheckpointError as error:
             if not self._is_anyone_asked_to_stop():
                 raise
-            return self._stopped(step, f"not saved: {error}", attempts.FAILED)
+            return self._stopped(step, f"not saved: {error}", ExitCode.FAILED)
         is_finished = step == self.run.total_steps
         return self._finished() if is_finished else self._stopped(step, "everything is saved")
 

@@ -9,6 +9,7 @@ import sys
 import click
 
 from data_pipeline.errors import OutlastError
+from gpt.run.exit_codes import exit_code_of
 from launcher.cli import data, models
 from launcher.cli import inspecting as watching
 from launcher.cli import training as starting
@@ -73,7 +74,7 @@ def run(arguments: list[str]) -> int:
     except OutlastError as error:
         for line in str(error).splitlines():
             click.echo(f"error: {line}", err=True)
-        return error.exit_code
+        return exit_code_of(error)
     except BrokenPipeError:
         sys.stderr.close()  # or the interpreter complains while it flushes
         return 1

@@ -17,7 +17,8 @@ from data_pipeline.durable import fsync_folder
 from data_pipeline.errors import LaunchError
 from gpt.checkpoint.format import PIN_NAME, Corrupt, committed, is_pinned, read_index, verify
 from gpt.run import record
-from gpt.run.run_dir import RunDir
+from gpt.run.events import Event
+from gpt.run.run_dir import UNCOMMITTED_PREFIX, RunDir
 from launcher.preflight.plan import size
 
 _FEWEST = 2  # the newest, and one for the case that it turns out to be bad
@@ -93,7 +94,7 @@ def _delete(there: dict[int, Path], steps: Sequence[int]) -> None:
 
 def _remove(folder: Path) -> None:
     # Renamed first, as in gpt.checkpoint.writer: no half of a committed folder, whatever is killed.
-    trash = folder.with_name(f".tmp-pruned-{folder.name}")
+    trash = folder.with_name(f"{UNCOMMITTED_PREFIX}pruned-{folder.name}")
     folder.rename(trash)
     fsync_folder(folder.parent)
     shutil.rmtree(trash)
@@ -125,7 +126,7 @@ def _is_whole(folder: Path) -> bool:
 
 def _list(run: RunDir, *, check: bool) -> list[Listed]:
     losses = record.val_losses(run.metrics)
-    read_back = {line["step"] for line in record.read(run.events) if line["event"] == "checkpoint_saved"}
+    read_back = {line["step"] for line in record.read(run.events) if line["event"] == Event.CHECKPOINT_SAVED}
     rows = []
     for step, folder in committed(run.checkpoints):
         with suppress(FileNotFoundError):  # pruned meanwhile

@@ -28,7 +28,10 @@ from data_pipeline.prepare.pipeline import DataPrepConfig
 from data_pipeline.sources.documents import packaged_corpus
 from data_pipeline.tokenizer.encoding import load_encoding
 from gpt.run import record
-from gpt.run.run_dir import RunDir, read_json
+from gpt.run.events import Event
+from gpt.run.json_file import read_json
+from gpt.run.records import JobOutcome
+from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig
 from launcher.commands.data import prepare_with_progress
 from launcher.commands.launch import command_line, show_warnings
@@ -40,7 +43,6 @@ from launcher.preflight.check import examine
 from launcher.preflight.plan import plan, size
 from launcher.runs.recipes import recipe_path, run_tables
 from launcher.runs.store import create_run, next_run_folder
-from launcher.scheduler.jobs import Outcome
 
 PROMPT = "And it came to pass"
 VAL_FRACTION = 0.05
@@ -60,7 +62,7 @@ class Saboteur:
     def watch(self, update: Update) -> None:
         """See what happened, and strike when it is time."""
         for event in update.events:
-            if event["event"] == "checkpoint_saved" and self.saved_step is None:
+            if event["event"] == Event.CHECKPOINT_SAVED and self.saved_step is None:
                 self.saved_step = int(event["step"])
         if self.saved_step is None or self.killed_attempt is not None or not update.metrics:
             return
@@ -70,7 +72,7 @@ class Saboteur:
 
     def _kill(self, step: int) -> None:
         attempt = self.run.attempt_numbers()[-1]
-        owner = read_json(self.run.attempt(attempt) / "OWNER.json")
+        owner = read_json(self.run.attempt(attempt).owner)
         assert owner is not None, "a step was made without an owner"
         worker = max(owner["workers"], key=lambda worker: int(worker["rank"]))
         os.kill(worker["pid"], signal.SIGKILL)
@@ -159,7 +161,7 @@ def _prepare(data: Path) -> Manifest:
     return manifest
 
 
-def _train_with_a_kill(run: RunDir, total_steps: int) -> tuple[Outcome, Saboteur]:
+def _train_with_a_kill(run: RunDir, total_steps: int) -> tuple[JobOutcome, Saboteur]:
     follower = Follower(run)
     job = submit(run, "launch")
     with Display(total_steps) as display, Attendance(run, display) as attendance:
@@ -178,7 +180,7 @@ def _restart_problem(run: RunDir, saboteur: Saboteur) -> str | None:
     resumed = [
         event
         for event in record.read(run.events)
-        if event["event"] == "resumed"
+        if event["event"] == Event.RESUMED
         and event.get("attempt", saboteur.killed_attempt + 1) > saboteur.killed_attempt
     ]
     if run.attempt_numbers()[-1] == saboteur.killed_attempt or not resumed:

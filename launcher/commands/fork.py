@@ -26,7 +26,7 @@ from gpt.config.resume_rules import config_fingerprint
 from gpt.config.run import RunConfig
 from gpt.optimizer.parameter_groups import misfits, parameter_entries, states
 from gpt.run import record
-from gpt.run.run_dir import RunDir
+from gpt.run.run_dir import UNCOMMITTED_PREFIX, RunDir
 from launcher.runs.store import open_run
 
 
@@ -75,7 +75,7 @@ def state_misfits(index: CheckpointIndex, config: RunConfig) -> list[str]:
 
 def plant(origin: Origin, run: RunDir, config: RunConfig, data_fingerprint: str) -> None:
     """Make `origin` the first checkpoint of the new run, as of the new run's config and data."""
-    temporary = run.checkpoints / f".tmp-{step_name(origin.index.step)}"
+    temporary = run.checkpoints / f"{UNCOMMITTED_PREFIX}{step_name(origin.index.step)}"
     temporary.mkdir()
     for rank, entry in enumerate(origin.index.files):
         _share(origin, rank, temporary / entry.name)

@@ -14,7 +14,7 @@ import click
 from data_pipeline.config_file import with_overrides
 from data_pipeline.errors import ConfigError
 from gpt.huggingface.architectures import model_fields
-from gpt.run.run_dir import read_json
+from gpt.run.json_file import read_json
 from launcher.commands.launch import command_line, show_warnings
 from launcher.paths import absolute
 from launcher.preflight.check import examine

@@ -24,16 +24,21 @@ from gpt.checkpoint.format import BadFile, CheckpointIndex, Corrupt, committed, 
 from gpt.checkpoint.mirror import Mirror
 from gpt.config.resume_rules import config_fingerprint
 from gpt.config.run import RunConfig
-from gpt.run import record
-from gpt.run.run_dir import RunDir, read_json
+from gpt.run.events import Event, earlier_config_fingerprints, record_event
+from gpt.run.exit_codes import ExitCode
+from gpt.run.json_file import read_json
+from gpt.run.records import Job
+from gpt.run.run_dir import REWOUND_PREFIX, RunDir
 from launcher.cluster import ClusterConfig
 from launcher.commands.config_changes import DATA, fingerprint_changes, judge
 from launcher.commands.fork import find_origin, plant, state_misfits
 from launcher.commands.progress import Follower, outcome_of, watch
 from launcher.commands.submit import submit
 from launcher.paths import absolute
-from launcher.preflight.check import Request, examine
+from launcher.preflight.check import examine
 from launcher.preflight.plan import ASSUMED_MFU, plan, table
+from launcher.request import Request
+from launcher.runs.job_record import read_job
 from launcher.runs.mirror import fetch_newer, fetch_run
 from launcher.runs.recipes import run_tables, with_absolute_paths
 from launcher.runs.stop_request import request_stop
@@ -47,7 +52,7 @@ from launcher.runs.store import (
     read_config,
     runs_folder,
 )
-from launcher.scheduler.jobs import Job, Lookout, claim_start, read_job, refuse_while_alive, state
+from launcher.scheduler.jobs import Lookout, claim_start, refuse_while_alive, state
 from launcher.scheduler.sbatch import submission_text
 
 _POLL_S = 0.2
@@ -84,7 +89,7 @@ def launch(
     if start is not None:
         plant(start, made, request.config, joint_fingerprint(request.manifests))
         parent = start.folder.parent.parent.name
-        record.event(made.events, "branched", run=parent, step=start.index.step)
+        record_event(made.events, Event.FORKED, run=parent, step=start.index.step)
     return _submit_and_attend(made, request.config.total_steps, request.cluster, "launch", attend)
 
 
@@ -132,7 +137,7 @@ def _resume(
     newest = max(checkpoints, default=0)
     index = _index(checkpoints.get(newest if step is None else step))
     data = joint_fingerprint(request.manifests)
-    configs = {config_fingerprint(present), *record.earlier_configs(run.events)}
+    configs = {config_fingerprint(present), *earlier_config_fingerprints(run.events)}
     changes |= fingerprint_changes(index, request.config, data, configs)
     judge(changes, allowed)
     if index is not None and (problems := state_misfits(index, request.config)):
@@ -154,7 +159,7 @@ def _resume(
     if changes:
         # Of the checkpoint to go on from; where that is bad, an older one is of the config as it was.
         came_from = index.config_fingerprint if index is not None else config_fingerprint(present)
-        record.event(run.events, "config_changed", changes=changes, config_fingerprint=came_from)
+        record_event(run.events, Event.CONFIG_CHANGED, changes=changes, config_fingerprint=came_from)
     put_submission(run, request, command_line())
     return _submit_and_attend(run, request.config.total_steps, request.cluster, "resume", attend, claim)
 
@@ -180,7 +185,7 @@ def stop(folder: str, *, now: bool) -> int:
     outcome = outcome_of(run, job)
     click.echo(outcome.cause, err=True)
     # Doing what was asked is success, also when the last step was done before the request was seen.
-    return 0 if now or outcome.exit_code in (0, 75) else outcome.exit_code
+    return 0 if now or outcome.exit_code in (ExitCode.FINISHED, ExitCode.STOPPED) else outcome.exit_code
 
 
 def show_plan(request: Request, mfu: float = ASSUMED_MFU) -> None:
@@ -218,7 +223,7 @@ def _submit_and_attend(
         outcome = watch(run, job, follower, total_steps)
         code = outcome.exit_code
         click.echo(outcome.cause if code == 0 else f"exit code {code}: {outcome.cause}", err=True)
-        if code == 75:
+        if code == ExitCode.STOPPED:
             click.echo(f"`outlast resume {run.path}` continues it", err=True)
     else:
         click.echo(
@@ -270,7 +275,7 @@ def _rewind(run: RunDir, step: int, mirror: str | None) -> None:
     if bad is not None:
         there = ", ".join(str(number) for number in steps if number != step) or "none"
         raise LaunchError(f"the checkpoint of step {step} is bad: {_where(bad)}. There are also: {there}.")
-    aside = f".before-{int(time.time())}-"
+    aside = f"{REWOUND_PREFIX}{int(time.time())}-"
     if mirror is not None:
         Mirror.of(run, mirror).set_later_aside(step)
     for number, path in checkpoints:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from data_pipeline.errors import LaunchError
 from gpt.run.run_dir import RunDir
+from launcher.runs.job_record import read_job
 from launcher.runs.store import read_cluster
-from launcher.scheduler.jobs import Lookout, read_job
+from launcher.scheduler.jobs import Lookout
 
 _POLL_S = 0.3
 _PIECE_BYTES = 1 << 20
@@ -23,7 +24,7 @@ def log_files(run: RunDir, attempt: int | None, node: int | None) -> list[tuple[
     files = []
     numbers = run.attempt_numbers()
     if attempt is None:
-        submissions = sorted(entry for entry in run.submission.glob("[0-9]*") if entry.is_dir())
+        submissions = sorted(entry for entry in run.submissions.glob("[0-9]*") if entry.is_dir())
         for folder in submissions[-1:]:
             files += [
                 (f"job {folder.name} {path.stem}", path) for path in sorted(folder.glob(f"{node_name}.log"))
@@ -36,7 +37,7 @@ def log_files(run: RunDir, attempt: int | None, node: int | None) -> list[tuple[
             f"there is no attempt {attempt}; there are: {', '.join(map(str, numbers)) or 'none'}"
         )
     for number in numbers:
-        for path in sorted(run.attempt(number).glob(f"{node_name}/*.log")):
+        for path in sorted(run.attempt(number).path.glob(f"{node_name}/*.log")):
             files.append((f"attempt {number} {path.parent.name} {path.stem}", path))
     return files
 

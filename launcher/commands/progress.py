@@ -18,10 +18,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from gpt.run import record
+from gpt.run.events import Event
+from gpt.run.exit_codes import ExitCode
+from gpt.run.records import Job, JobOutcome
 from gpt.run.run_dir import RunDir
 from launcher.preflight.plan import size
+from launcher.runs.job_record import read_outcome
 from launcher.runs.stop_request import request_stop
-from launcher.scheduler.jobs import Job, Lookout, Outcome, read_outcome, submission_folder
+from launcher.scheduler.jobs import Lookout
 
 _POLL_S = 0.2
 _PLAIN_LINE_S = 10.0
@@ -126,25 +130,23 @@ class Display:
 
     def _sentence(self, event: dict[str, Any]) -> str | None:
         match event["event"]:
-            case "attempt_started":
+            case Event.ATTEMPT_STARTED:
                 self._attempts += 1
                 again = "the workers start again: " if self._attempts > 1 else ""
                 return f"{again}attempt {event['attempt']}, {event['world_size']} processes"
-            case "resumed":
+            case Event.RESUMED:
                 return f"continues from the checkpoint of step {event['step']}"
-            case "checkpoint_saved":
+            case Event.CHECKPOINT_SAVED:
                 return f"step {event['step']} is saved: {size(event['bytes'])} in {event['seconds']:.1f} s"
-            case "checkpoint_failed":
+            case Event.CHECKPOINT_FAILED:
                 return f"warning: step {event['step']} is not saved, training goes on: {event['reason']}"
-            case "checkpoint_skipped":
+            case Event.CHECKPOINT_SKIPPED:
                 return f"warning: step {event['step']} is not saved: {event['reason']}"
-            case "saving_synchronously":
+            case Event.SAVING_SYNCHRONOUSLY:
                 return f"warning: training waits for each save: {event['reason']}"
-            case "checkpoint_rejected":
+            case Event.CHECKPOINT_REJECTED:
                 return f"warning: {event['path']} is passed over: {event['reason']}"
-            case "stop_requested":
-                return f"asked to stop: {event['reason']}"
-            case "update_skipped":
+            case Event.UPDATE_SKIPPED:
                 return f"warning: step {event['step']} left the weights as they were: {event['reason']}"
             case _:
                 return None
@@ -197,7 +199,7 @@ class Attendance:
             self._is_urgent = True
 
 
-def watch(run: RunDir, job: Job, follower: Follower, total_steps: int) -> Outcome:
+def watch(run: RunDir, job: Job, follower: Follower, total_steps: int) -> JobOutcome:
     """Show `job` until it ends; Ctrl-C saves and stops it. How it ended."""
     with Display(total_steps) as display, Attendance(run, display) as attendance:
         for update in follower.updates(job):
@@ -206,11 +208,11 @@ def watch(run: RunDir, job: Job, follower: Follower, total_steps: int) -> Outcom
     return outcome_of(run, job)
 
 
-def outcome_of(run: RunDir, job: Job) -> Outcome:
+def outcome_of(run: RunDir, job: Job) -> JobOutcome:
     """How an ended `job` ended, also when it could not say so itself."""
-    folder = submission_folder(run, job.submission)
+    folder = run.submission(job.submission).path
     lost = f"the job ended without a word, as when its node is lost; its logs: {folder}"
-    return read_outcome(run, job) or Outcome(1, lost, None)
+    return read_outcome(run, job) or JobOutcome(exit_code=ExitCode.FAILED, cause=lost, attempt=None)
 
 
 def duration(seconds: float) -> str:

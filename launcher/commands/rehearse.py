@@ -19,18 +19,22 @@ from rich.table import Table
 
 from data_pipeline.errors import LaunchError
 from gpt.run import record
-from gpt.run.run_dir import RunDir, read_json
+from gpt.run.events import Event
+from gpt.run.exit_codes import ExitCode
+from gpt.run.json_file import read_json
+from gpt.run.records import JobOutcome
+from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig
 from launcher.commands.launch import command_line, show_warnings
 from launcher.commands.progress import Attendance, Display, Follower, outcome_of
 from launcher.commands.submit import submit
 from launcher.paths import absolute
-from launcher.preflight.check import Request, examine
+from launcher.preflight.check import examine
+from launcher.request import Request
 from launcher.runs.recipes import run_tables
 from launcher.runs.stop_request import request_stop
 from launcher.runs.store import create_run, next_run_folder, put_submission
 from launcher.scheduler import slurm
-from launcher.scheduler.jobs import Outcome
 
 _PUSH_S = 3.0
 # Sums in another order: measured 3e-7 relative in fp32 after a few steps, in bf16 a rounding is 4e-3.
@@ -66,7 +70,7 @@ def rehearse(run: str, cluster: str, overrides: Sequence[str], folder: Path | No
     killer = Killer(disturbed, request.cluster, stop_at=2 * steps // 3 if other is not None else None)
     ended = _watch(disturbed, request, "launch", killer)
     if other is not None:
-        _must_be(ended, 75)
+        _must_be(ended, ExitCode.STOPPED)
         click.echo(f"[3/3] resumed on {other.world_size} processes", err=True)
         resumed = Request(request.config, other, request.manifests, request.warnings)
         put_submission(disturbed, resumed, command_line())
@@ -114,9 +118,9 @@ class Killer:
     def watch(self, events: Sequence[dict[str, Any]], step: int, say: Callable[[str], None]) -> None:
         """Look at what happened, and act when it is time."""
         for event in events:
-            if event["event"] == "checkpoint_saved" and self.saved_step is None:
+            if event["event"] == Event.CHECKPOINT_SAVED and self.saved_step is None:
                 self.saved_step = int(event["step"])
-            if event["event"] == "resumed" and self.killed_step is not None and self.resumed_step is None:
+            if event["event"] == Event.RESUMED and self.killed_step is not None and self.resumed_step is None:
                 self.resumed_step = int(event["step"])
         if self.saved_step is not None and self.killed_step is None and step > self.saved_step:
             self.killed_step = step
@@ -132,7 +136,7 @@ class Killer:
         if self.cluster.kind == "slurm":
             slurm.requeue(self._job_id(), slurm.restarts(self._job_id()))
             return
-        owner = read_json(self.run.attempt(self.run.attempt_numbers()[-1]) / "OWNER.json")
+        owner = read_json(self.run.attempt(self.run.attempt_numbers()[-1]).owner)
         assert owner is not None
         os.kill(owner["workers"][-1]["pid"], signal.SIGKILL)
 
@@ -154,8 +158,8 @@ def compare(undisturbed: RunDir, disturbed: RunDir, request: Request, killer: Ki
         {line["step"]: line for line in record.read(run.metrics)} for run in (undisturbed, disturbed)
     )
     steps = sorted(first)
-    worlds = [event for event in record.read(disturbed.events) if event["event"] == "attempt_started"]
-    resumes = [event for event in record.read(disturbed.events) if event["event"] == "resumed"]
+    worlds = [event for event in record.read(disturbed.events) if event["event"] == Event.ATTEMPT_STARTED]
+    resumes = [event for event in record.read(disturbed.events) if event["event"] == Event.RESUMED]
     changed_at = steps[-1]
     if worlds[-1]["world_size"] != worlds[0]["world_size"]:
         changed_at = int(resumes[-1]["step"])
@@ -203,7 +207,7 @@ def _shortened(tables: dict[str, Any], steps: int) -> dict[str, Any]:
     }
 
 
-def _watch(run: RunDir, request: Request, reason: str, killer: Killer | None) -> Outcome:
+def _watch(run: RunDir, request: Request, reason: str, killer: Killer | None) -> JobOutcome:
     """Submit and show the run until it ends."""
     follower = Follower(run)
     with Display(request.config.total_steps) as display, Attendance(run, display) as attendance:
@@ -221,7 +225,7 @@ def _watch(run: RunDir, request: Request, reason: str, killer: Killer | None) ->
     return outcome_of(run, job)
 
 
-def _must_be(outcome: Outcome, exit_code: int) -> None:
+def _must_be(outcome: JobOutcome, exit_code: int) -> None:
     if outcome.exit_code != exit_code:
         raise LaunchError(f"the rehearsal's run ended with {outcome.exit_code}: {outcome.cause}")
 

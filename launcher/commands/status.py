@@ -19,17 +19,21 @@ from rich.table import Table
 from data_pipeline.errors import OutlastError
 from data_pipeline.sampling.batch_schedule import BatchSizes
 from gpt.checkpoint.format import committed
+from gpt.run.events import Event
+from gpt.run.exit_codes import ExitCode
+from gpt.run.records import Job, JobOutcome
 from gpt.run.run_dir import RunDir
 from launcher.commands.progress import duration
+from launcher.runs.job_record import read_job, read_outcome
 from launcher.runs.store import read_config
 from launcher.scheduler import slurm
-from launcher.scheduler.jobs import Job, Outcome, read_job, read_outcome, standings
+from launcher.scheduler.jobs import standings
 from launcher.scheduler.slurm import Standing
 
 _TAIL_BYTES = 1 << 18  # about a thousand steps
 _WATCH_S = 5.0  # squeue is a shared service
 _UNREADABLE = (OutlastError, OSError)  # what a hand, another version or another user's rights make of a run
-_OUTCOME_STATES = {0: "finished", 75: "stopped"}
+_OUTCOME_STATES = {ExitCode.FINISHED: "finished", ExitCode.STOPPED: "stopped"}
 
 
 @dataclass(frozen=True)
@@ -120,12 +124,12 @@ def _status(run: RunDir, job: Job | None, standing: Standing | None) -> Status:
         val_loss=scored.get("val/loss"),
         tokens_per_second=line.get("train/tokens_per_second") if is_going else None,
         mfu=line.get("train/mfu") if is_going else None,
-        attention=events.last("network_built").get("attention"),
+        attention=events.last(Event.NETWORK_BUILT).get("attention"),
         checkpoint_step=checkpoints[-1][0] if checkpoints else None,
         save_problem=_save_problem(events) or _mirror_problem(events) if is_going else None,
         attempts=len(run.attempt_numbers()),
-        requeues=events.count("requeued"),
-        lost_s=sum(event.get("lost_s", 0.0) for event in events.each("continued")),
+        requeues=events.count(Event.REQUEUED),
+        lost_s=sum(event.get("lost_s", 0.0) for event in events.each(Event.CONTINUED)),
         eta_s=_left_s(config.batch.sizes, config.total_steps, line) if is_going else None,
         updated_at=line.get("time"),
         job_id=job.job_id if job is not None else None,
@@ -205,7 +209,7 @@ def table(runs: Sequence[RunDir]) -> Table:
     return result
 
 
-def _state(run: RunDir, outcome: Outcome | None, standing: Standing | None) -> tuple[str, str]:
+def _state(run: RunDir, outcome: JobOutcome | None, standing: Standing | None) -> tuple[str, str]:
     """The state in a word, and the scheduler's reason (where a job runs, why it waits or has ended)."""
     if standing is None:
         return ("created" if not run.attempt_numbers() else "copied"), ""
@@ -220,16 +224,16 @@ def _state(run: RunDir, outcome: Outcome | None, standing: Standing | None) -> t
 
 def _save_problem(events: "_Events") -> str | None:
     """Why the newest checkpoint that was due is not there, if it is not."""
-    newest = events.last("checkpoint_saved", "checkpoint_failed", "checkpoint_skipped")
-    if not newest or newest["event"] == "checkpoint_saved":
+    newest = events.last(Event.CHECKPOINT_SAVED, Event.CHECKPOINT_FAILED, Event.CHECKPOINT_SKIPPED)
+    if not newest or newest["event"] == Event.CHECKPOINT_SAVED:
         return None
     return f"step {newest['step']} is not saved: {newest['reason']}"
 
 
 def _mirror_problem(events: "_Events") -> str | None:
     """Why the newest checkpoint is not at the mirror, if it could not be copied."""
-    newest = events.last("mirrored", "mirror_failed")
-    return f"not mirrored: {newest['reason']}" if newest.get("event") == "mirror_failed" else None
+    newest = events.last(Event.MIRRORED, Event.MIRROR_FAILED)
+    return f"not mirrored: {newest['reason']}" if newest.get("event") == Event.MIRROR_FAILED else None
 
 
 class _Events:
@@ -241,18 +245,18 @@ class _Events:
         except FileNotFoundError:
             self._content = b""
 
-    def count(self, name: str) -> int:
+    def count(self, name: Event) -> int:
         """How many there are of one name."""
         return self._content.count(_mark(name))
 
-    def each(self, name: str) -> Iterator[dict[str, Any]]:
+    def each(self, name: Event) -> Iterator[dict[str, Any]]:
         """Those of one name, the oldest first."""
         at = self._content.find(_mark(name))
         while at != -1:
             yield from self._line(at)
             at = self._content.find(_mark(name), at + 1)
 
-    def last(self, *names: str) -> dict[str, Any]:
+    def last(self, *names: Event) -> dict[str, Any]:
         """The newest of those of these names; empty where there is none."""
         at = max(self._content.rfind(_mark(name)) for name in names)
         return next(self._line(at), {}) if at != -1 else {}
@@ -263,8 +267,8 @@ class _Events:
             yield json.loads(self._content[start : end if end != -1 else None])
 
 
-def _mark(name: str) -> bytes:
-    return f'"event": "{name}"'.encode()
+def _mark(name: Event) -> bytes:
+    return f'"event": "{name.value}"'.encode()
 
 
 def _last_lines(run: RunDir) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,8 +1,8 @@
 """ClusterConfig → submitit, and the job that comes of it: local and Slurm through one interface.
 
-The submission itself happens in a child (`python -m launcher.commands.submit RUN_DIR`), in a session of its own
-and with the run's snapshot of the code in front: whatever it starts is out of reach of the terminal's Ctrl-C and
-hang-up, holds none of the caller's pipes open, and imports what was submitted.
+A child process (`python -m launcher.commands.submit RUN_DIR`) makes the submission. It has a session of its
+own and imports the run's snapshot of the code. So whatever it starts is out of reach of the terminal's Ctrl-C
+and hang-up, holds none of the caller's pipes open, and imports what was submitted.
 """
 
 import os
@@ -12,17 +12,17 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 from data_pipeline.errors import LaunchError
-from gpt.run import record
-from gpt.run.run_dir import RunDir, write_json
-from launcher.cluster import ClusterConfig
+from gpt.run.events import Event, record_event
+from gpt.run.records import Job
+from gpt.run.run_dir import RunDir, SubmissionDir
 from launcher.process_tree import identity
+from launcher.runs.job_record import read_job
 from launcher.runs.store import job_environment, python_module, read_cluster, read_config
+from launcher.scheduler.bad_nodes import without_bad_nodes
 from launcher.scheduler.container import needed_folders
-from launcher.scheduler.jobs import Job, read_job, submission_folder
 from launcher.scheduler.sbatch import slurm_executor
 
 _LOCAL_TIMEOUT_MIN = 60 * 24 * 365 * 10  # submitit's local default is 2 minutes
@@ -47,10 +47,10 @@ def submit_together(
     """
     for run in runs:
         run.stop.unlink(missing_ok=True)
-        submission_folder(run, _last_submission(run) + 1).mkdir(parents=True)
-    folder = submission_folder(home, _last_submission(home) + (0 if home == runs[0] else 1))
+        run.submission(run.last_submission() + 1).path.mkdir(parents=True)
+    folder = home.submission(home.last_submission() + (0 if home == runs[0] else 1)).path
     folder.mkdir(parents=True, exist_ok=True)
-    output = folder / "controller.log"
+    output = SubmissionDir(folder).controller_log
     arguments = [str(folder), reason, str(at_once or len(runs)), *(str(run.path) for run in runs)]
     with output.open("ab") as log:
         child = subprocess.run(
@@ -65,20 +65,6 @@ def submit_together(
     if child.returncode != 0 or len(jobs) != len(runs):
         raise LaunchError(f"the submission failed:\n{output.read_text(encoding='utf-8').rstrip()}")
     return jobs
-
-
-def without_bad_nodes(run: RunDir, cluster: ClusterConfig) -> ClusterConfig:
-    """`cluster` with the nodes of RUN/bad_nodes.jsonl excluded; who mends one takes its line out."""
-    bad = sorted({str(line["node"]) for line in record.read(run.bad_nodes) if "node" in line})
-    if not bad:
-        return cluster
-    return cluster.model_copy(update={"exclude": ",".join([*filter(None, [cluster.exclude]), *bad])})
-
-
-def _last_submission(run: RunDir) -> int:
-    if not run.submission.is_dir():
-        return 0
-    return max((int(entry.name) for entry in run.submission.iterdir() if entry.name.isdigit()), default=0)
 
 
 @contextmanager
@@ -121,7 +107,7 @@ def main() -> None:
             cluster = without_bad_nodes(run, cluster)
         ours = {variable: os.environ[variable] for variable in runs[0].code_environment}
         executor = slurm_executor(name, cluster, mounts, folder, ours, array_parallelism=at_once)
-    tasks = [NodeTask(str(run.path), f"{_last_submission(run):04d}") for run in runs]
+    tasks = [NodeTask(str(run.path), f"{run.last_submission():04d}") for run in runs]
     try:
         with outside_any_job(), executor.batch():
             submitted = [executor.submit(task) for task in tasks]
@@ -139,10 +125,10 @@ def main() -> None:
             run_inode=run.path.stat().st_ino,
             submitted_at=time.time(),
         )
-        write_json(run.job, asdict(job))
-        record.event(
+        job.write(run.job)
+        record_event(
             run.events,
-            "submitted",
+            Event.SUBMITTED,
             submission=job.submission,
             reason=reason,
             executor=job.executor,

@@ -26,17 +26,19 @@ from rich.table import Table
 
 from data_pipeline.config_file import Section, dotted, read_toml, validate, with_fields
 from data_pipeline.errors import ConfigError, LaunchError, OutlastError
-from gpt.run.run_dir import RunDir, write_json
+from gpt.run.exit_codes import ExitCode
+from gpt.run.json_file import write_json
+from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig
 from launcher.commands.launch import command_line, show_warnings
 from launcher.commands.progress import Follower, watch
 from launcher.commands.status import statuses
 from launcher.commands.submit import submit, submit_together
 from launcher.paths import absolute
-from launcher.preflight.check import Request, examine
+from launcher.preflight.check import examine
+from launcher.request import Request
 from launcher.runs.recipes import run_tables, with_absolute_paths
 from launcher.runs.store import (
-    SWEEP_FILE,
     SweepIndex,
     SweepPoint,
     create_run,
@@ -157,7 +159,7 @@ def _create(path: Path, cluster: str, folder: Path | None) -> RunDir:
         made = Request(run_config, request.cluster, request.manifests, request.warnings)
         create_run(home.path / point.folder, made, command_line())
     index = SweepIndex(at_once=config.at_once, points=tuple(points))
-    write_json(home.path / SWEEP_FILE, index.model_dump(mode="json"))
+    write_json(home.sweep, index.model_dump(mode="json"))
     click.echo(f"{len(points)} runs in {home.path}", err=True)
     return home
 
@@ -207,7 +209,7 @@ def _run(home: RunDir, attend: bool | None) -> int:
     )
     if attend:
         for run, job in zip(waiting, jobs, strict=True):
-            if watch(run, job, Follower(run), read_config(run).total_steps).exit_code == 75:
+            if watch(run, job, Follower(run), read_config(run).total_steps).exit_code == ExitCode.STOPPED:
                 click.echo("the others go on; `outlast stop RUN_DIR` ends one", err=True)
                 break
         show_results(home.path)
@@ -243,16 +245,16 @@ def _claimed(runs: Sequence[RunDir], claims: ExitStack) -> tuple[list[RunDir], d
 
 
 def _one_after_the_other(runs: Sequence[RunDir]) -> int:
-    """Run all; 75 when somebody stopped one, which ends the sweep, else the code of the last that failed."""
-    code = 0
+    """Run all. Returns STOPPED when a user stopped one (the sweep ends), else the last failure's code."""
+    code = ExitCode.FINISHED
     for number, run in enumerate(runs, 1):
         click.echo(f"[{number}/{len(runs)}] {run.path.name}", err=True)
         follower = Follower(run)
         outcome = watch(run, submit(run, "sweep"), follower, read_config(run).total_steps)
-        if outcome.exit_code == 75:
+        if outcome.exit_code == ExitCode.STOPPED:
             click.echo(f"{outcome.cause}; `outlast sweep {run.path.parent}` continues", err=True)
-            return 75
-        if outcome.exit_code != 0:
+            return ExitCode.STOPPED
+        if outcome.exit_code != ExitCode.FINISHED:
             click.echo(f"{run.path.name} failed: {outcome.cause}", err=True)
             code = outcome.exit_code
     return code
@@ -261,7 +263,7 @@ def _one_after_the_other(runs: Sequence[RunDir]) -> int:
 def _index(folder: Path) -> SweepIndex:
     index = read_sweep(folder)
     if index is None:
-        raise LaunchError(f"{folder} is not a sweep: it has no {SWEEP_FILE}.")
+        raise LaunchError(f"{folder} is not a sweep: it has no {RunDir(folder).sweep.name}.")
     return index
 
 

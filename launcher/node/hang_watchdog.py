@@ -1,9 +1,9 @@
-"""Silence: finds the workers of this node that make no step any more, and says who holds up the others.
+"""Finds the workers of this node that make no progress any more, and names the rank that holds up the others.
 
-Every worker tells how far it is (gpt/run/heartbeat.py). When one is silent for too long, each node task
-writes down what its workers were doing: the step, the state of the process, and where in the program it is, from
-stacks that the worker writes to its log. The first node reads all of it and names the culprit. Ending the
-workers, so that torchrun starts them again, is left to the node task.
+Every worker reports how far it is (gpt/run/heartbeat.py). When one is silent for too long, each node task
+records what its workers were doing: the step, the state of the process, and where in the program it is. The
+position comes from stacks that the worker writes to its log. The first node reads all reports and names the
+culprit. The node task then ends the workers, so that torchrun restarts them.
 """
 
 import json
@@ -19,7 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from gpt.run.heartbeat import WAITING
-from gpt.run.run_dir import is_listed, read_json, write_json
+from gpt.run.json_file import is_listed, read_json, write_json
+from gpt.run.run_dir import AttemptDir
 from launcher.process_tree import process_state
 
 # A rank that waits for one which does not come: the node of that one has it first.
@@ -102,11 +103,11 @@ class Watch:
         """These workers are dealt with."""
         self._heard.clear()
 
-    def suspects(self, host: str, logs: Path) -> list[Suspect]:
-        """What each worker of this node is doing; those that can still run write their stacks to `logs`."""
+    def suspects(self, host: str, node: int, attempt: AttemptDir) -> list[Suspect]:
+        """What each worker of this node is doing; workers that still run write their stacks to their logs."""
         marks = {}
         for pid, (_, sign) in self._heard.items():
-            log = logs / f"rank-{sign.rank:05d}.log"
+            log = attempt.rank_log(node, sign.rank)
             marks[pid] = log.stat().st_size if log.exists() else 0
             if process_state(pid) not in ("T", "t"):
                 with suppress(ProcessLookupError):
@@ -114,7 +115,7 @@ class Watch:
         time.sleep(_STACKS_S)
         found = []
         for pid, (_, sign) in self._heard.items():
-            frames = _main_thread(logs / f"rank-{sign.rank:05d}.log", marks[pid])
+            frames = _main_thread(attempt.rank_log(node, sign.rank), marks[pid])
             found.append(
                 Suspect(
                     sign.rank,
@@ -138,16 +139,16 @@ def _user(credentials: Sequence[tuple[int, int, bytes]]) -> int | None:
     return None
 
 
-def report(folder: Path, node: int, suspects: Sequence[Suspect]) -> None:
+def report(attempt: AttemptDir, node: int, suspects: Sequence[Suspect]) -> None:
     """Put this node's part where the first node finds it."""
-    write_json(folder / f"hang-node-{node}.json", {"workers": [asdict(suspect) for suspect in suspects]})
+    write_json(attempt.hang_report(node), {"workers": [asdict(suspect) for suspect in suspects]})
 
 
-def gather(folder: Path, nodes: int) -> tuple[list[Suspect], list[int]]:
+def gather(attempt: AttemptDir, nodes: int) -> tuple[list[Suspect], list[int]]:
     """All nodes' suspects, and the nodes that said nothing in time."""
     deadline = time.monotonic() + _GATHER_S
     while True:
-        paths = {node: folder / f"hang-node-{node}.json" for node in range(nodes)}
+        paths = {node: attempt.hang_report(node) for node in range(nodes)}
         parts = {node: read_json(path) if is_listed(path) else None for node, path in paths.items()}
         silent = [node for node, part in parts.items() if part is None]
         if not silent or time.monotonic() > deadline:

@@ -7,10 +7,11 @@ import os
 import socket
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from data_pipeline.errors import LaunchError
-from gpt.run.run_dir import is_listed, read_json, write_json
+from gpt.run.json_file import is_listed
+from gpt.run.records import MeetingPoint, NodeFailure
+from gpt.run.run_dir import SubmissionDir
 from launcher.cluster import ClusterConfig
 from launcher.scheduler import slurm
 
@@ -62,28 +63,28 @@ def find_place(cluster: ClusterConfig) -> Place:
     return Place(f"slurm-{job_id}", turn, int(node), int(nodes), name, job_id)
 
 
-def meet(place: Place, folder: Path) -> Meeting:
+def meet(place: Place, submission: SubmissionDir) -> Meeting:
     """Where the nodes of this turn rendezvous; one node alone takes any free port.
 
     The first node starts from a port derived from the job id, takes the next one that is free, and says
-    in `folder`, which all nodes share, which it is. Raises LaunchError when it says nothing.
+    in `submission`, which all nodes share, which it is. Raises LaunchError when it says nothing.
     """
     if place.nodes == 1:
         return Meeting("127.0.0.1", "127.0.0.1:0")
     address = slurm.node_address(place.name, [name for name in _nodes_of_job() if name != place.name])
-    path = folder / f"meeting-{place.job}-{place.turn}.json"
+    path = submission.meeting_point(place.job, place.turn)
     if place.is_first:
         port = _free_port(address, _PORTS[(int((place.job_id or "0").replace("_", "")) * 7) % len(_PORTS)])
-        write_json(path, {"address": address, "port": port})
+        MeetingPoint(address=address, port=port).write(path)
     deadline = time.monotonic() + _MEETING_PATIENCE_S
-    while (found := read_json(path) if is_listed(path) else None) is None:
+    while (found := MeetingPoint.read(path) if is_listed(path) else None) is None:
         if time.monotonic() > deadline:
             raise LaunchError(
                 f"{place.name} waited {_MEETING_PATIENCE_S:.0f} s for the first node's {path.name}: it did "
                 "not start, or the run directory is not on a file system that all nodes share."
             )
         time.sleep(_POLL_S)
-    return Meeting(address, f"{found['address']}:{found['port']}")
+    return Meeting(address, f"{found.address}:{found.port}")
 
 
 def _nodes_of_job() -> list[str]:
@@ -92,20 +93,17 @@ def _nodes_of_job() -> list[str]:
     return SlurmJobEnvironment().hostnames  # without a question to Slurm: a container may not have scontrol
 
 
-def report_failure(place: Place, folder: Path, cause: str) -> None:
+def report_failure(place: Place, submission: SubmissionDir, cause: str) -> None:
     """Tell the other nodes of this turn that this one has failed, and of what."""
-    path = folder / f"{_failure_prefix(place)}{place.node}.json"
-    write_json(path, {"cause": f"node {place.name}: {cause}"})
+    path = submission.node_failure(place.job, place.turn, place.node)
+    NodeFailure(cause=f"node {place.name}: {cause}").write(path)
 
 
-def failures(place: Place, folder: Path) -> list[str]:
+def failures(place: Place, submission: SubmissionDir) -> list[str]:
     """What the nodes of this turn that have failed said."""
-    found = (read_json(path) for path in sorted(folder.glob(f"{_failure_prefix(place)}*.json")))
-    return [content["cause"] for content in found if content is not None]
-
-
-def _failure_prefix(place: Place) -> str:
-    return f"failure-{place.job}-{place.turn}-"
+    pattern = submission.node_failure(place.job, place.turn, "*").name
+    found = (NodeFailure.read(path) for path in sorted(submission.path.glob(pattern)))
+    return [failure.cause for failure in found if failure is not None]
 
 
 def _free_port(address: str, wanted: int) -> int:

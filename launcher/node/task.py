@@ -15,37 +15,38 @@ import time
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from data_pipeline.errors import LaunchError
 from gpt.config.run import RunConfig
-from gpt.run import record
-from gpt.run.run_dir import RunDir, patiently, write_json
+from gpt.run.events import Event, record_event
+from gpt.run.exit_codes import ExitCode
+from gpt.run.json_file import retry_on_oserror
+from gpt.run.process_control import adopt_orphans, die_with_parent, dies_with_parent
+from gpt.run.records import JobOutcome
+from gpt.run.run_dir import RunDir
+from gpt.run.stop import STOP_SIGNALS
 from launcher.cluster import ClusterConfig
-from launcher.commands.submit import without_bad_nodes
 from launcher.node.hang_watchdog import Watch, culprits, gather, report
 from launcher.node.job_run import Turn
 from launcher.node.rendezvous import Place, find_place, meet, report_failure
 from launcher.node.tmpdir import make_scratch, remove_scratch
 from launcher.node.torchrun import torchrun_command, worker_environment
 from launcher.process_tree import (
-    adopt_orphans,
-    end_self_with_parent,
-    end_with_parent,
     kill_descendants,
     workers,
 )
-from launcher.runs.stop_request import clear_turn_stop, request_stop, standing_stop
+from launcher.runs.job_record import read_job
+from launcher.runs.stop_request import clear_job_run_stop, is_persons, pending_stop, request_stop
 from launcher.runs.store import python_module, read_cluster, read_config
 from launcher.scheduler import slurm
+from launcher.scheduler.bad_nodes import without_bad_nodes
 from launcher.scheduler.container import inside, needed_folders
-from launcher.scheduler.jobs import Outcome, outcome_path, read_job
 from launcher.scheduler.sbatch import requeue_mark
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _POLL_S = 0.1
 _LOOK_S = 1.0  # each look goes through all processes of the node, and asks the shared file system
 _TRACKING_DRAIN_S = 60.0
@@ -69,12 +70,13 @@ class NodeTask:
 class _Node:
     def __init__(self, run: RunDir, submission: str) -> None:
         self.run = run
-        self.folder = run.submission / submission
+        self.submission = run.submission(int(submission))
+        self.folder = self.submission.path
         self.submitit_folder = Path(
             os.environ.get("SUBMITIT_FOLDER", self.folder)
         )  # an array has one for all
-        self.config: RunConfig = patiently(lambda: read_config(run))
-        self.cluster: ClusterConfig = patiently(lambda: read_cluster(run))
+        self.config: RunConfig = retry_on_oserror(lambda: read_config(run))
+        self.cluster: ClusterConfig = retry_on_oserror(lambda: read_cluster(run))
         self.place: Place = find_place(self.cluster)
         self.signal_name: str | None = None
         self.was_signalled = False
@@ -83,8 +85,8 @@ class _Node:
         self.tracking: subprocess.Popen[bytes] | None = None
         self.mirroring: subprocess.Popen[bytes] | None = None
         self.scratch: Path | None = None
-        after = max(patiently(run.attempt_numbers), default=0)
-        self.turn = Turn(run, self.place, self.folder, after)
+        after = max(retry_on_oserror(run.attempt_numbers), default=0)
+        self.turn = Turn(run, self.place, self.submission, after)
 
     def work(self) -> dict[str, Any]:
         for number in STOP_SIGNALS:
@@ -92,8 +94,8 @@ class _Node:
         signal.signal(signal.SIGCONT, signal.SIG_DFL)  # Slurm sends one before each SIGTERM; submitit logs it
         self.scratch = make_scratch(self.place)
         adopt_orphans()
-        end_self_with_parent(signal.SIGKILL)  # a job whose controller or slurmstepd is gone passes for dead
-        patiently(self._remove_leftovers_of_submitit)
+        die_with_parent(signal.SIGKILL)  # a job whose controller or slurmstepd is gone passes for dead
+        retry_on_oserror(self._remove_leftovers_of_submitit)
         if not self.place.is_first:
             return self._help()
         try:
@@ -101,10 +103,12 @@ class _Node:
         except Exception as error:  # Slurm lets a job that fails fail: it is for us to start it again
             traceback.print_exc()
             kill_descendants(spare=self._spared())
-            outcome = Outcome(1, f"the node task failed: {error!r}", None)
-            record.event(self.run.events, "failed", cause=outcome.cause)
+            outcome = JobOutcome(
+                exit_code=ExitCode.FAILED, cause=f"the node task failed: {error!r}", attempt=None
+            )
+            record_event(self.run.events, Event.FAILED, cause=outcome.cause)
             with suppress(OSError):
-                report_failure(self.place, self.folder, outcome.cause)
+                report_failure(self.place, self.submission, outcome.cause)
         if outcome is None:
             # Another copy of the run has started since. Not a file of the run is ours to write any more.
             print("another job has taken the run over; this one ends without a word", flush=True)
@@ -112,26 +116,37 @@ class _Node:
             return {}
         if self.place.job_id is None or self._is_over(outcome):
             return self._conclude(outcome)
-        if outcome.exit_code == 1 and (failed := self.turn.failed_turns()) >= self.config.launch.max_failures:
+        if (
+            outcome.exit_code == ExitCode.FAILED
+            and (failed := self.turn.failed_turns()) >= self.config.launch.max_failures
+        ):
             cause = (
                 f"{failed} turns of the job failed without a new checkpoint, the last one so: {outcome.cause}"
             )
-            return self._conclude(replace(outcome, exit_code=93, cause=cause))
+            return self._conclude(
+                JobOutcome(exit_code=ExitCode.DO_NOT_RESTART, cause=cause, attempt=outcome.attempt)
+            )
         if slurm.is_here() and not slurm.is_wanted(self.place.job_id, self.place.turn):
             return self._end_as_slurm_says(outcome, self.place.job_id)
         return self._requeue(outcome, self.place.job_id)
 
-    def _turn(self) -> Outcome | None:
+    def _turn(self) -> JobOutcome | None:
         """Train until the workers end: how they did, or None where the run is another job's by now."""
-        outcome_path(self.folder).unlink(missing_ok=True)
-        clear_turn_stop(self.run)
-        if (newest := read_job(self.run)) is not None and newest.submission > int(self.folder.name):
-            return Outcome(93, f"submission {newest.submission:04d} took the run over", None)
-        record.event(self.run.events, "turn_started", job=self.place.job, turn=self.place.turn)
+        self.submission.outcome.unlink(missing_ok=True)
+        clear_job_run_stop(self.run)
+        if (newest := read_job(self.run)) is not None and newest.submission > self.submission.number:
+            return JobOutcome(
+                exit_code=ExitCode.DO_NOT_RESTART,
+                cause=f"submission {newest.submission:04d} took the run over",
+                attempt=None,
+            )
+        record_event(self.run.events, Event.JOB_RUN_STARTED, job=self.place.job, turn=self.place.turn)
         if self.config.tracking.enabled:
-            self.tracking = self._start_beside("gpt.sidecars.mlflow", "tracking.log")
+            self.tracking = self._start_beside("gpt.sidecars.mlflow", self.submission.tracking_log)
         if self.config.checkpoint.mirror is not None:
-            self.mirroring = self._start_beside("gpt.sidecars.checkpoint_mirror", "mirroring.log")
+            self.mirroring = self._start_beside(
+                "gpt.sidecars.checkpoint_mirror", self.submission.mirroring_log
+            )
         code = self._train()
         kill_descendants(spare=self._spared())
         if not self.turn.is_current():
@@ -144,16 +159,16 @@ class _Node:
             code = self._train()
             self._leave_nothing()
             attempt = self.turn.own_attempt()
-            has_result = attempt is not None and (self.run.attempt(attempt) / "result.json").exists()
-            if code != 0 and not has_result and standing_stop(self.run) is None and not self.turn.failures():
+            has_result = attempt is not None and (self.run.attempt(attempt).result).exists()
+            if code != 0 and not has_result and pending_stop(self.run) is None and not self.turn.failures():
                 report_failure(
-                    self.place, self.folder, f"the workers ended without a result (torchrun: {code})"
+                    self.place, self.submission, f"the workers ended without a result (torchrun: {code})"
                 )
         except Exception as error:
             traceback.print_exc()
             self._leave_nothing()
             # Where even this cannot be written, srun ends the other nodes for it (--kill-on-bad-exit).
-            report_failure(self.place, self.folder, f"the node task failed: {error!r}")
+            report_failure(self.place, self.submission, f"the node task failed: {error!r}")
         return {}
 
     def _leave_nothing(self) -> None:
@@ -161,36 +176,42 @@ class _Node:
         kill_descendants()
         remove_scratch(self.scratch)
 
-    def _conclude(self, outcome: Outcome) -> dict[str, Any]:
+    def _conclude(self, outcome: JobOutcome) -> dict[str, Any]:
         # Before the tracker is waited for: a node that is killed meanwhile has ended as it ended.
-        patiently(lambda: write_json(outcome_path(self.folder), asdict(outcome)))
+        retry_on_oserror(lambda: outcome.write(self.submission.outcome))
         if self.tracking is not None and not self.stopped_now:
             _drain(self.tracking, _TRACKING_DRAIN_S)
         if self.mirroring is not None and not self.stopped_now:
             _drain(self.mirroring, _MIRRORING_DRAIN_S)
         self._leave_nothing()
-        return asdict(outcome)
+        return outcome.model_dump(mode="json")
 
-    def _is_over(self, outcome: Outcome) -> bool:
+    def _is_over(self, outcome: JobOutcome) -> bool:
         """Whether the job is to end here, by what the run and the people behind it say."""
-        standing = standing_stop(self.run)
-        is_persons_stop = standing is not None and not standing.get("requeue")
-        return is_persons_stop or self.stopped_now or outcome.exit_code not in (1, 75)
+        return (
+            is_persons(pending_stop(self.run))
+            or self.stopped_now
+            or outcome.exit_code not in (ExitCode.FAILED, ExitCode.STOPPED)
+        )
 
-    def _requeue(self, outcome: Outcome, job_id: str) -> dict[str, Any]:
+    def _requeue(self, outcome: JobOutcome, job_id: str) -> dict[str, Any]:
         """Put the job back in the queue; Slurm then ends this process."""
         exclude = self.turn.bad_nodes(outcome)
         self._end_turn(outcome, exclude)
         if not slurm.is_here():  # in a container: the batch script does it, once this task has ended
             away_from = without_bad_nodes(self.run, self.cluster).exclude or ""
             mark = requeue_mark(self.submitit_folder, job_id, self.place.turn)
-            patiently(lambda: mark.write_text(away_from))
+            retry_on_oserror(lambda: mark.write_text(away_from))
             return {}
         self.signal_name = None
         try:
             is_requeued = slurm.requeue(job_id, self.place.turn, exclude)
         except LaunchError as error:
-            return self._conclude(replace(outcome, cause=f"{outcome.cause}\n{error}"))
+            return self._conclude(
+                JobOutcome(
+                    exit_code=outcome.exit_code, cause=f"{outcome.cause}\n{error}", attempt=outcome.attempt
+                )
+            )
         if is_requeued:
             deadline = time.monotonic() + _TO_BE_KILLED_S
             while self.signal_name is None and time.monotonic() < deadline:
@@ -198,29 +219,29 @@ class _Node:
             return {}
         return self._end_as_slurm_says(outcome, job_id)
 
-    def _end_as_slurm_says(self, outcome: Outcome, job_id: str) -> dict[str, Any]:
+    def _end_as_slurm_says(self, outcome: JobOutcome, job_id: str) -> dict[str, Any]:
         """The job has been taken from us: put back in the queue by somebody, or cancelled."""
         if not slurm.comes_back(job_id, self.place.turn):
             return self._conclude(_cancelled(outcome))
         self._end_turn(outcome, [])
         return {}
 
-    def _end_turn(self, outcome: Outcome, exclude: Sequence[str]) -> None:
+    def _end_turn(self, outcome: JobOutcome, exclude: Sequence[str]) -> None:
         """Write down that another turn follows, and leave nothing of this one."""
-        record.event(
+        record_event(
             self.run.events,
-            "requeued",
+            Event.REQUEUED,
             job=self.place.job,
             turn=self.place.turn,
             cause=outcome.cause.splitlines()[0],
-            failed=outcome.exit_code == 1,
+            failed=outcome.exit_code == ExitCode.FAILED,
             exclude=list(exclude),
         )
         if self.tracking is not None:
             _drain(self.tracking, _HURRIED_DRAIN_S)
         self._leave_nothing()
         with suppress(OSError):  # the next turn does it too
-            clear_turn_stop(self.run)
+            clear_job_run_stop(self.run)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         self.signal_name = signal.Signals(number).name
@@ -228,13 +249,13 @@ class _Node:
 
     def _train(self) -> int:
         """Run torchrun to its end, turning signals into stop requests; its exit code."""
-        meeting = meet(self.place, self.folder)
+        meeting = meet(self.place, self.submission)
         watch = Watch(self.config.launch.hang_timeout_s, self.config.launch.start_timeout_s)
         environment = worker_environment(
             self.cluster, self.place, self.turn.after, watch.name, dict(os.environ)
         )
-        logs = self.folder / "torchrun" / f"{self.place.turn}-{self.place.node}"
-        with (self.folder / f"node-{self.place.node}.log").open("ab") as log:
+        logs = self.submission.torchrun_logs(self.place.turn, self.place.node)
+        with self.submission.node_log(self.place.node).open("ab") as log:
             torchrun = subprocess.Popen(
                 torchrun_command(
                     self.run, self.config, self.cluster, self.place, meeting, logs, self._mounts()
@@ -244,7 +265,7 @@ class _Node:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=end_with_parent(signal.SIGKILL),
+                preexec_fn=dies_with_parent(signal.SIGKILL),
             )
         next_look = time.monotonic() + _LOOK_S
         while torchrun.poll() is None:
@@ -259,7 +280,7 @@ class _Node:
                 self._end_hang(watch, alive)
                 if self.hangs_at_start == self.config.launch.max_failures:
                     torchrun.kill()  # it would try a hundred times; another turn may get other nodes
-            self.stopped_now = (standing_stop(self.run) or {}).get("now", False)
+            self.stopped_now = (standing := pending_stop(self.run)) is not None and standing.now
             if self.stopped_now or self.turn.failures():
                 torchrun.kill()
                 kill_descendants(spare=self._spared())
@@ -283,13 +304,13 @@ class _Node:
     def _end_hang(self, watch: Watch, alive: Sequence[int]) -> None:
         """Find out who holds up the run, write it down, and end our workers: torchrun starts all again."""
         attempt = watch.attempt
-        folder = self.run.attempt(attempt)
-        suspects = watch.suspects(self.place.name, folder / f"node-{self.place.node}")
+        attempt_dir = self.run.attempt(attempt)
+        suspects = watch.suspects(self.place.name, self.place.node, attempt_dir)
         silent_nodes: list[int] = []
         if attempt:
             try:
-                report(folder, self.place.node, suspects)
-                suspects, silent_nodes = gather(folder, self.place.nodes)
+                report(attempt_dir, self.place.node, suspects)
+                suspects, silent_nodes = gather(attempt_dir, self.place.nodes)
             except OSError as error:
                 print(f"the report on the hang cannot be passed on: {error}", flush=True)
         # While they start, each node speaks for its own: the others' workers may not even be there.
@@ -297,15 +318,15 @@ class _Node:
         if self.place.is_first or not attempt:
             culprit = culprits(suspects, silent_nodes)
             print(f"no sign of life for {watch.silence_s:.0f} s: {culprit}", flush=True)
-            record.event(self.run.events, "hang", attempt=attempt or None, culprit=culprit)
+            record_event(self.run.events, Event.HANG, attempt=attempt or None, culprit=culprit)
         for worker in alive:
             with suppress(ProcessLookupError):
                 os.kill(worker, signal.SIGKILL)
         watch.forget()
 
-    def _start_beside(self, module: str, log_name: str) -> subprocess.Popen[bytes]:
+    def _start_beside(self, module: str, log_path: Path) -> subprocess.Popen[bytes]:
         """A process that follows the run, that no worker waits for, and that outlives them."""
-        with (self.folder / log_name).open("ab") as log:
+        with log_path.open("ab") as log:
             command = python_module(module, str(self.run.path))
             return subprocess.Popen(
                 inside(command, self.cluster, self._mounts()),
@@ -313,7 +334,7 @@ class _Node:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=end_with_parent(signal.SIGTERM),
+                preexec_fn=dies_with_parent(signal.SIGTERM),
             )
 
     def _mounts(self) -> list[Path]:
@@ -330,8 +351,13 @@ class _Node:
                 left.unlink(missing_ok=True)
 
 
-def _cancelled(outcome: Outcome) -> Outcome:
-    return replace(outcome, cause=f"cancelled in Slurm; {outcome.cause}", is_cancelled=True)
+def _cancelled(outcome: JobOutcome) -> JobOutcome:
+    return JobOutcome(
+        exit_code=outcome.exit_code,
+        cause=f"cancelled in Slurm; {outcome.cause}",
+        attempt=outcome.attempt,
+        is_cancelled=True,
+    )
 
 
 def _drain(follower: subprocess.Popen[bytes], patience_s: float) -> None:

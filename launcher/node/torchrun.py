@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gpt.config.run import RunConfig
-from gpt.run.heartbeat import VARIABLE as HEARTBEAT
+from gpt.run.environment import Variable, WorkerEnvironment
 from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig
 from launcher.node.rendezvous import Meeting, Place
@@ -64,13 +64,16 @@ def worker_environment(
     """
     environment = {
         **inherited,
-        "OUTLAST_JOB": place.job,
-        "OUTLAST_TURN": str(place.turn),
-        "OUTLAST_AFTER_ATTEMPT": str(after),
-        HEARTBEAT: heartbeat,
-        "OUTLAST_GPUS_PER_NODE": str(cluster.gpus_per_node),
-        "OUTLAST_NODE": str(place.node),
-        "OUTLAST_NODE_NAME": place.name,
+        **WorkerEnvironment(
+            job=place.job,
+            job_run=place.turn,
+            after_attempt=after,
+            can_requeue=place.job_id is not None,
+            node=place.node,
+            node_name=place.name,
+            gpus_per_node=cluster.gpus_per_node,
+            heartbeat=heartbeat,
+        ).variables(),
     }
     if place.nodes > 1:
         # Agents of several nodes count restarts each for itself, so that a store which outlives a restart
@@ -83,7 +86,7 @@ def worker_environment(
         environment["OMP_NUM_THREADS"] = str(max(1, cores // cluster.processes))
     elif cluster.kind == "local":
         # submitit numbers the GPUs from 0, whatever the caller may use.
-        allowed = inherited.get("OUTLAST_CUDA_VISIBLE_DEVICES")
+        allowed = inherited.get(Variable.CUDA_VISIBLE_DEVICES)
         if allowed:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(allowed.split(",")[: cluster.gpus_per_node])
     if cluster.interface is not None:

@@ -6,7 +6,6 @@ Runs on a login node: no torch, no GPU, no network. Refuses to start anything an
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from gpt.config.run import RunConfig
 from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig, load_cluster
 from launcher.preflight.findings import Findings
+from launcher.preflight.mirror import check_mirror
 from launcher.preflight.plan import (
     checkpoint_bytes,
     checkpoint_counts,
@@ -31,26 +31,11 @@ from launcher.preflight.plan import (
     size,
 )
 from launcher.preflight.slurm_site import check_site, check_tracker
-from launcher.runs.mirror import check_mirror
+from launcher.request import Request
 
 READ_WHOLE_BYTES = 64 << 20  # data sets up to this size are checked byte for byte: 10 ms of xxh3
 EPOCHS_WARNING = 4.0  # repeating data beyond it buys little (Muennighoff et al., arXiv:2305.16264)
 _UNSET = "/nowhere"  # stands in for a missing data.path while everything else is checked
-
-
-@dataclass(frozen=True)
-class Request:
-    """A launch that may start: the resolved config, where it runs, what it reads, what to warn of."""
-
-    config: RunConfig
-    cluster: ClusterConfig
-    manifests: tuple[Manifest, ...]
-    warnings: tuple[str, ...]
-
-    @property
-    def train_tokens(self) -> tuple[int, ...]:
-        """Tokens of each source's training data."""
-        return tuple(manifest.train_tokens for manifest in self.manifests)
 
 
 def examine(

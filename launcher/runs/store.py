@@ -19,20 +19,21 @@ from typing import Any
 from data_pipeline.config_file import Section, dotted, validate
 from data_pipeline.errors import ConfigError, LaunchError
 from gpt.config.run import RunConfig
-from gpt.run.run_dir import RunDir, read_json, write_json
+from gpt.run.environment import Variable
+from gpt.run.json_file import read_json, write_json
+from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig
 from launcher.paths import absolute
-from launcher.preflight.check import Request
-from launcher.scheduler.jobs import is_copy
+from launcher.request import Request
+from launcher.runs.job_record import is_copy
 
-SWEEP_FILE = "sweep.json"
 _PACKAGES = ("launcher", "gpt", "data_pipeline")
 _RECORDED = ("outlast", "torch", "deepspeed", "numpy", "mlflow", "submitit", "tiktoken")
 
 
 def runs_folder() -> Path:
     """Where runs are made by default: $OUTLAST_RUNS, else `runs` under the caller's directory."""
-    return absolute(os.environ.get("OUTLAST_RUNS", "runs"))
+    return absolute(os.environ.get(Variable.RUNS, "runs"))
 
 
 def next_run_folder(name: str, folder: Path | None = None) -> Path:
@@ -80,7 +81,7 @@ class SweepIndex(Section):
 
 def read_sweep(folder: Path) -> SweepIndex | None:
     """What the sweep in `folder` consists of; None when it is no sweep. Raises ConfigError."""
-    path = folder / SWEEP_FILE
+    path = RunDir(folder).sweep
     content = read_json(path)
     return None if content is None else validate(SweepIndex, content, str(path))
 
@@ -181,7 +182,7 @@ def job_environment(run: RunDir) -> dict[str, str]:
     """The caller's environment with the run's own code in front of whatever is installed."""
     environment = {**os.environ, **run.code_environment}
     if "CUDA_VISIBLE_DEVICES" in environment:  # submitit overwrites it in local jobs
-        environment["OUTLAST_CUDA_VISIBLE_DEVICES"] = environment["CUDA_VISIBLE_DEVICES"]
+        environment[Variable.CUDA_VISIBLE_DEVICES] = environment["CUDA_VISIBLE_DEVICES"]
     return environment
 
 

@@ -7,85 +7,23 @@ import fcntl
 import socket
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import TextIO
 
 import click
-from pydantic import TypeAdapter, ValidationError
 
-from data_pipeline.errors import ConfigError, LaunchError
+from data_pipeline.errors import LaunchError
 from gpt.checkpoint.format import committed
-from gpt.run.run_dir import RunDir, read_json, write_json
+from gpt.run.exit_codes import ExitCode
+from gpt.run.records import Job, JobOutcome
+from gpt.run.run_dir import RunDir
 from launcher.process_tree import identity
-from launcher.runs.stop_request import is_persons, standing_stop
+from launcher.runs.job_record import read_job, read_outcome
+from launcher.runs.stop_request import is_persons, pending_stop
 from launcher.scheduler import slurm
 from launcher.scheduler.slurm import Standing
 
 _PAUSE_S = {"local": 0.0, "slurm": 5.0}  # between questions: squeue is a shared service
-
-
-@dataclass(frozen=True)
-class Job:
-    """One submission. `process` identifies a local job's controller beyond its reusable process id."""
-
-    submission: int
-    executor: str
-    job_id: str
-    host: str
-    pid: int | None
-    process: str | None
-    run_inode: int
-    submitted_at: float
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a job ended, as its node task wrote it: the exit code of commands, and the cause in words."""
-
-    exit_code: int
-    cause: str
-    attempt: int | None
-    is_cancelled: bool = False  # in the scheduler, by somebody
-
-
-_JOB, _OUTCOME = TypeAdapter(Job), TypeAdapter(Outcome)
-Written = TypeVar("Written")
-
-
-def read_job(run: RunDir) -> Job | None:
-    """The newest job of this very run directory; None before the first, and in a copy of a run.
-
-    Raises ConfigError when job.json is not as it was written.
-    """
-    content = read_json(run.job)
-    if content is None or is_copy(run):
-        return None
-    return _as_written(_JOB, content, run.job)
-
-
-def is_copy(run: RunDir) -> bool:
-    """Whether this run directory was copied from one that had a job, and has had none of its own yet."""
-    content = read_json(run.job)
-    return content is not None and content.get("run_inode") != run.path.stat().st_ino
-
-
-def read_outcome(run: RunDir, job: Job) -> Outcome | None:
-    """How `job` ended; None while it runs, or when its node was lost. Raises ConfigError as `read_job`."""
-    path = outcome_path(submission_folder(run, job.submission))
-    content = read_json(path)
-    return _as_written(_OUTCOME, content, path) if content is not None else None
-
-
-def _as_written(shape: TypeAdapter[Written], content: dict[str, Any], path: Path) -> Written:
-    try:
-        return shape.validate_python(content)
-    except ValidationError as error:
-        wrong = ", ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
-        raise ConfigError(
-            f"{path} is not as this version of Outlast writes it ({wrong}). If the run's job is over, remove "
-            "the file."
-        ) from None
 
 
 def state(run: RunDir, job: Job) -> str:
@@ -141,7 +79,7 @@ class Lookout:
         if time.monotonic() < self._next_question:
             return self._word
         self._word = state(self._run, self._job)
-        if self._serves_stop and self._word == "pending" and is_persons(standing_stop(self._run)):
+        if self._serves_stop and self._word == "pending" and is_persons(pending_stop(self._run)):
             slurm.cancel_waiting(self._job.job_id)
             self._is_cancelled = True
             self._word = state(self._run, self._job)
@@ -162,15 +100,14 @@ def _say_taken_out(run: RunDir, job: Job) -> None:
         return
     saved = committed(run.checkpoints)
     what = f"step {saved[-1][0]} is saved" if saved else "it had not begun"
-    write_json(
-        outcome_path(submission_folder(run, job.submission)),
-        asdict(Outcome(75, f"taken out of the queue; {what}", None)),
-    )
+    cause = f"taken out of the queue; {what}"
+    outcome = JobOutcome(exit_code=ExitCode.STOPPED, cause=cause, attempt=None)
+    outcome.write(run.submission(job.submission).outcome)
 
 
 def claim_start(run: RunDir) -> TextIO:
     """The right to start `run`, held until the file is closed. Raises LaunchError when it is taken."""
-    claim = (run.path / ".starting").open("w")
+    claim = run.starting.open("w")
     try:
         fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -209,13 +146,3 @@ def refuse_while_alive(run: RunDir) -> None:
             "start takes the run over",
             err=True,
         )
-
-
-def submission_folder(run: RunDir, number: int) -> Path:
-    """Pickles, logs and outcome of submission `number`."""
-    return run.submission / f"{number:04d}"
-
-
-def outcome_path(folder: Path) -> Path:
-    """Where the first node's task writes how the job ended."""
-    return folder / "outcome.json"

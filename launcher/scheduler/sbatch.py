@@ -46,7 +46,7 @@ def slurm_executor(
 def submission_text(run: RunDir, config: RunConfig, cluster: ClusterConfig) -> str:
     """The file that sbatch would get for the first submission of `run`. Nothing is written."""
     mounts = needed_folders(run, config)
-    folder = run.submission / "0001"
+    folder = run.submission(1).path
     executor = slurm_executor(run.path.name, cluster, mounts, folder, run.code_environment)
     return executor._make_submission_file_text(executor._submitit_command_str, "")
 

@@ -26,7 +26,7 @@ from gpt.distributed.zero.engine import Engine, build_model
 from gpt.model.attention import Documents
 from gpt.run.heartbeat import Heartbeat
 from gpt.run.run_dir import RunDir
-from gpt.run.stop import StopRequest
+from gpt.run.stop import StopFlag
 from gpt.saving.restore import load_newest
 from gpt.saving.saver import Saver
 from gpt.training.step import train_step
@@ -39,7 +39,7 @@ of_dcp = dist.new_group(backend="gloo")  # its thread takes part in collectives 
 torch.set_num_threads(1)  # two ranks on two cores
 run_dir = RunDir(folder / "ours")
 if world.is_first:
-    run_dir.attempt(1).mkdir(parents=True)
+    run_dir.attempt(1).path.mkdir(parents=True)
 engine = Engine(build_model(run, world), run, world)
 saver = Saver(
     run_dir,
@@ -48,7 +48,7 @@ saver = Saver(
     attempt=1,
     data_fingerprint="d",
     heartbeat=Heartbeat(),
-    stop=StopRequest(),
+    stop=StopFlag(),
 )
 
 B, T = run.batch.micro_batch, run.model.context

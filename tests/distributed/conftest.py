@@ -19,7 +19,8 @@ from gpt.checkpoint.format import committed
 from gpt.checkpoint.reader import CheckpointReader
 from gpt.config.run import RunConfig
 from gpt.run import record
-from gpt.run.run_dir import RunDir, read_json, write_json
+from gpt.run.json_file import read_json, write_json
+from gpt.run.run_dir import RunDir
 from tests.distributed.data import small_data_set
 
 CONTEXT = 32
@@ -73,7 +74,7 @@ class Run:
 
     def result(self) -> dict[str, Any]:
         newest = self.dir.attempt_numbers()[-1]
-        result = read_json(self.dir.attempt(newest) / "result.json")
+        result = read_json(self.dir.attempt(newest).result)
         assert result is not None, self.logs()
         return result
 
@@ -91,7 +92,7 @@ class Run:
 
     def owner(self) -> dict[str, Any]:
         """OWNER.json of the newest attempt."""
-        owner = read_json(self.dir.attempt(self.dir.attempt_numbers()[-1]) / "OWNER.json")
+        owner = read_json(self.dir.attempt(self.dir.attempt_numbers()[-1]).owner)
         assert owner is not None
         return owner
 

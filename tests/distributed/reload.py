@@ -11,7 +11,7 @@ from gpt.distributed.world import join
 from gpt.distributed.zero.engine import Engine, build_model
 from gpt.run.heartbeat import Heartbeat
 from gpt.run.run_dir import RunDir
-from gpt.run.stop import StopRequest
+from gpt.run.stop import StopFlag
 from gpt.saving.restore import load_newest
 from gpt.saving.saver import Saver
 
@@ -31,7 +31,7 @@ saver = Saver(
     attempt=attempt,
     data_fingerprint=fingerprint,
     heartbeat=Heartbeat(),
-    stop=StopRequest(),
+    stop=StopFlag(),
 )
 saver.save_and_wait(loaded.step + 1, loaded.skipped)
 dist.barrier(group=world.control)

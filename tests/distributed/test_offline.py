@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from gpt.run.run_dir import RunDir, read_json
+from gpt.run.json_file import read_json
+from gpt.run.run_dir import RunDir
 from tests.distributed.conftest import Run, make_run
 from tests.paths import ROOT
 from tests.toml_text import toml_text

@@ -21,7 +21,8 @@ from data_pipeline.sampling.batches import BatchReader
 from gpt.checkpoint.format import INDEX_NAME, committed, read_index
 from gpt.config.run import CheckpointConfig
 from gpt.run import record
-from gpt.run.run_dir import RunDir, read_json
+from gpt.run.json_file import read_json
+from gpt.run.run_dir import RunDir
 from gpt.sidecars.checkpoint_mirror import Copier
 from launcher.commands.status import status
 from tests.distributed.conftest import CONTEXT, Run, make_run, same_state
@@ -212,7 +213,7 @@ def test_saves_by_the_clock_are_apart_and_a_stop_request_saves_once_more(new_run
 
 def ended(run: Run) -> float:
     """When the newest attempt wrote its result."""
-    return (run.dir.attempt(run.dir.attempt_numbers()[-1]) / "result.json").stat().st_mtime
+    return (run.dir.attempt(run.dir.attempt_numbers()[-1]).result).stat().st_mtime
 
 
 def longest_stop(run: Run) -> float:
@@ -290,7 +291,7 @@ def test_attempts_without_progress_end_with_93(new_run: NewRun) -> None:
         agent = run.start()
         attempts = len(run.dir.attempt_numbers())
         run.wait(lambda seen=attempts: len(run.dir.attempt_numbers()) > seen)  # type: ignore[misc]
-        run.wait(lambda: (run.dir.attempt(run.dir.attempt_numbers()[-1]) / "OWNER.json").exists())
+        run.wait(lambda: (run.dir.attempt(run.dir.attempt_numbers()[-1]).owner).exists())
         run.kill_worker(0)
         agent.wait(timeout=60)
     assert run.train()["exit_code"] == 93
@@ -363,9 +364,11 @@ def test_a_copy_that_was_cut_off_and_comes_back_ends_and_leaves_the_run_to_the_n
         os.kill(pid, signal.SIGCONT)
     assert older.wait(timeout=60) == 0, run.logs()
     assert newer.wait(timeout=120) == 0, run.logs()
-    results = [read_json(run.dir.attempt(number) / "result.json") for number in (1, 2)]
+    results = [read_json(run.dir.attempt(number).result) for number in (1, 2)]
     assert [result and result["exit_code"] for result in results] == [None, 0]
-    assert "attempt 2 has started since" in (run.dir.attempt(1) / "node-0" / "rank-00000.log").read_text()
+    assert (
+        "attempt 2 has started since" in (run.dir.attempt(1).path / "node-0" / "rank-00000.log").read_text()
+    )
     assert run.events("failed") == []  # not a word of the older one stands in the run
     assert run.losses() == whole.losses()
     assert same_state(run.state(60), whole.state(60))

@@ -1,4 +1,4 @@
-"""Run by torchrun from test_zero_contract.py: one Engine, every private attribute that gpt/distributed/zero uses."""
+"""Run by torchrun from test_zero_contract.py: every private attribute that gpt/distributed/zero uses."""
 
 import json
 import sys

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from gpt.run.run_dir import RunDir, read_json
+from gpt.run.json_file import read_json
+from gpt.run.run_dir import RunDir
 from tests.distributed.conftest import Run, make_run
 from tests.distributed.data import small_data_set
 from tests.paths import ROOT
@@ -103,7 +104,7 @@ class SlurmRun(Run):
         return str(job["job_id"])
 
     def outcome(self) -> dict[str, Any] | None:
-        newest = max(self.dir.submission.glob("[0-9]*"))
+        newest = max(self.dir.submissions.glob("[0-9]*"))
         return read_json(newest / "outcome.json")
 
     def wait_for_end(self, timeout_s: float = 240) -> dict[str, Any]:
@@ -145,9 +146,9 @@ class SlurmRun(Run):
 
     def logs(self) -> str:
         files = [
-            *self.dir.submission.glob("*/*.log"),
-            *self.dir.submission.glob("*/*.out"),
-            *self.dir.submission.glob("*/*.err"),
+            *self.dir.submissions.glob("*/*.log"),
+            *self.dir.submissions.glob("*/*.out"),
+            *self.dir.submissions.glob("*/*.err"),
             self.dir.events,
         ]
         files += sorted(self.dir.attempts.glob("*/*/*.log"))

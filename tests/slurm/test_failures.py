@@ -108,7 +108,7 @@ def test_a_stopped_rank_is_named_and_the_workers_start_again(
     [hang] = run.events("hang")
     host = run.owner()["workers"][1]["host"]
     assert hang["culprit"] == f"rank 1 on {host} is stopped (state T in /proc)"
-    [log] = run.dir.attempt(1).glob("node-*/rank-00000.log")
+    [log] = run.dir.attempt(1).path.glob("node-*/rank-00000.log")
     assert "most recent call first" in log.read_text()
     assert run.wait_for_end()["exit_code"] == 0
     assert run.losses() == reference
@@ -119,7 +119,7 @@ def test_a_rank_that_does_not_come_to_the_collective_is_named(
 ) -> None:
     run = new_slurm_run(launch__hang_timeout_s=12)
     run.launch()
-    run.wait(run.dir.submission.exists)
+    run.wait(run.dir.submissions.exists)
     step = run.dir.code / "gpt" / "training" / "step.py"
     step.write_text(step.read_text() + SLEEPING_RANK.format(once=run.dir.path / "slept"))
     run.wait(lambda: bool(run.events("hang")))

@@ -29,7 +29,7 @@ def test_a_dry_run_shows_the_very_file_that_sbatch_gets(new_slurm_run: NewRun) -
     assert not run.dir.path.exists()
     launched = run.outlast("launch", str(run.folder / "run.toml"), *options)
     assert launched.returncode == 0, launched.stderr
-    [submitted] = run.dir.submission.glob("0001/*_submission.sh")
+    [submitted] = run.dir.submissions.glob("0001/*_submission.sh")
     assert submitted.read_text().rstrip() in shown.stdout
     assert "#SBATCH --comment=mine\n" in submitted.read_text()
     assert run.wait_for_end()["exit_code"] == 0

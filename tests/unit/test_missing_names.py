@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from gpt.run.run_dir import RunDir, is_listed
-from gpt.run.stop import StopRequest
+from gpt.run.json_file import is_listed
+from gpt.run.run_dir import RunDir
+from gpt.run.stop import StopFlag
 from gpt.training.attempt import is_superseded
 
 
@@ -20,14 +21,14 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
 
 
 def test_a_later_attempt_supersedes_this_one(run: RunDir) -> None:
-    run.attempt(3).mkdir()
+    run.attempt(3).path.mkdir()
     assert not is_superseded(run, 3)
-    run.attempt(5).mkdir()  # also where the number between them is not there
+    run.attempt(5).path.mkdir()  # also where the number between them is not there
     assert is_superseded(run, 3)
 
 
 def test_a_stop_request_is_seen(run: RunDir) -> None:
-    stop = StopRequest()
+    stop = StopFlag()
     stop.watch(run.stop)
     assert not stop.is_requested()
     run.stop.write_text('{"reason": "a test"}')

@@ -18,18 +18,20 @@ from data_pipeline.config_file import validate
 from data_pipeline.prepare.pipeline import DataPrepConfig, prepare
 from data_pipeline.tokenizer.encoding import train_tokenizer
 from gpt.config.run import RunConfig
-from gpt.run.run_dir import RunDir, write_json
+from gpt.run.json_file import write_json
+from gpt.run.records import Job
+from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig
 from launcher.commands.submit import submit
 from launcher.process_tree import descendants, identity
 from launcher.runs.store import explicit, snapshot_code
-from launcher.scheduler.jobs import Job
 
 # What the fake workers share: rank, attempt, a way to finish as gpt.train does, the parent-death signal.
 WORKER_PRELUDE = """
 import json, os, signal, sys, tempfile, time
 from pathlib import Path
-from gpt.run.run_dir import RunDir, write_json
+from gpt.run.run_dir import RunDir
+from gpt.run.json_file import write_json
 from launcher.process_tree import end_self_with_parent
 end_self_with_parent(signal.SIGKILL)
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
@@ -42,13 +44,13 @@ Path(tempfile.gettempdir(), f"torchinductor_{rank}").mkdir(exist_ok=True)  # as 
 
 def claim():
     number = max(run.attempt_numbers(), default=0) + 1
-    run.attempt(number).mkdir()
+    run.attempt(number).path.mkdir()
     owner = {"job": os.environ["OUTLAST_JOB"], "turn": int(os.environ["OUTLAST_TURN"])}
-    write_json(run.attempt(number) / "OWNER.json", owner)
+    write_json(run.attempt(number).owner, owner)
     return number
 
 def finish(number, exit_code, cause):
-    write_json(run.attempt(number) / "result.json", {"exit_code": exit_code, "cause": cause})
+    write_json(run.attempt(number).result, {"exit_code": exit_code, "cause": cause})
 """
 
 TINY = {"name": "tiny", "data": {"path": "/nowhere"}, "schedule": {"total_steps": 10}}
@@ -106,7 +108,7 @@ def worker_pid(run: RunDir, generation: int, rank: int) -> int | None:
 
 def outcome(run: RunDir) -> dict[str, object]:
     """outcome.json of the newest submission."""
-    newest = max(run.submission.iterdir())
+    newest = max(run.submissions.iterdir())
     content: dict[str, object] = json.loads((newest / "outcome.json").read_text())
     return content
 
@@ -156,13 +158,13 @@ def give_job(run: RunDir, *, alive: bool, submission: int = 1) -> Job:
     pid, inode = os.getpid(), run.path.stat().st_ino
     job = Job(submission, "local", str(pid), socket.gethostname(), pid, process, inode, time.time())
     write_json(run.job, job.__dict__)
-    (run.submission / f"{submission:04d}").mkdir(parents=True, exist_ok=True)
+    run.submission(submission).path.mkdir(parents=True, exist_ok=True)
     return job
 
 
 def end_job(run: RunDir, exit_code: int, cause: str) -> None:
     content = {"exit_code": exit_code, "cause": cause, "attempt": 1}
-    write_json(run.submission / "0001" / "outcome.json", content)
+    write_json(run.submission(1).outcome, content)
 
 
 def submit_what_ends_well(run: RunDir, reason: str) -> Job:

@@ -15,7 +15,8 @@ from gpt.checkpoint.mirror import Mirror, MirrorError
 from gpt.checkpoint.writer import Pace, prune
 from gpt.config.run import CheckpointConfig
 from gpt.run import record
-from gpt.run.run_dir import RunDir, read_json, write_json
+from gpt.run.json_file import read_json, write_json
+from gpt.run.run_dir import RunDir
 from gpt.sidecars.checkpoint_mirror import Copier, follow
 from launcher.cluster import ClusterConfig
 from launcher.commands import launch

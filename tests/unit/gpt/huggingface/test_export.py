@@ -21,7 +21,8 @@ from gpt.huggingface.importer import write_first_checkpoint
 from gpt.huggingface.load_model import from_folder
 from gpt.huggingface.tokenizer import SAMPLES, FolderTokenizer, write_tokenizer
 from gpt.model.gpt import GPT
-from gpt.run.run_dir import RunDir, write_json
+from gpt.run.json_file import write_json
+from gpt.run.run_dir import RunDir
 from tests.unit.data_pipeline.support import packaged_texts, prepared
 from tests.unit.gpt.model.support import GPT2, MUP, build, random_tokens, rows
 

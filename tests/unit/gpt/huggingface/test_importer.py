@@ -15,7 +15,8 @@ from gpt.huggingface.importer import PretrainedFolder, check_tokenizer
 from gpt.huggingface.load_model import from_run
 from gpt.huggingface.tokenizer import write_tokenizer
 from gpt.run import record
-from gpt.run.run_dir import RunDir, read_json
+from gpt.run.json_file import read_json
+from gpt.run.run_dir import RunDir
 from launcher.cli import run as outlast
 from tests.unit.data_pipeline.support import packaged_texts, prepared
 from tests.unit.gpt.model.support import random_tokens, rows

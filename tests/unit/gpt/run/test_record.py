@@ -7,7 +7,7 @@ import pytest
 
 from data_pipeline.errors import ConfigError
 from gpt.run import record
-from gpt.run.run_dir import read_json
+from gpt.run.json_file import read_json
 
 
 def steps(path: Path) -> list[int]:

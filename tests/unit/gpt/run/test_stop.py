@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from gpt.run.stop import STOP_SIGNALS, StopRequest
+from gpt.run.stop import STOP_SIGNALS, StopFlag
 
 
 @pytest.fixture
-def request_() -> Iterator[StopRequest]:
+def request_() -> Iterator[StopFlag]:
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    stop = StopRequest()
+    stop = StopFlag()
     stop.install()
     yield stop
     for number, handler in before.items():
@@ -21,7 +21,7 @@ def request_() -> Iterator[StopRequest]:
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"])
-def test_a_signal_is_a_request_that_says_who_asked_first(request_: StopRequest, name: str) -> None:
+def test_a_signal_is_a_request_that_says_who_asked_first(request_: StopFlag, name: str) -> None:
     assert not request_.is_requested()
     signal.raise_signal(signal.Signals[name])
     assert request_.is_requested()
@@ -34,7 +34,7 @@ def test_a_signal_is_a_request_that_says_who_asked_first(request_: StopRequest, 
     [(json.dumps({"reason": "outlast stop"}), "outlast stop"), ("", "stop file"), ("[1]", "stop file")],
 )
 def test_a_stop_file_is_a_request_too_looked_for_now_and_then(
-    request_: StopRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, reason: str
+    request_: StopFlag, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, reason: str
 ) -> None:
     now = [100.0]
     monkeypatch.setattr("gpt.run.stop.time.monotonic", lambda: now[0])

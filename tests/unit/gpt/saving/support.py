@@ -28,7 +28,7 @@ from gpt.distributed.zero.engine import StatePart
 from gpt.run import record
 from gpt.run.heartbeat import Heartbeat
 from gpt.run.run_dir import RunDir
-from gpt.run.stop import StopRequest
+from gpt.run.stop import StopFlag
 from gpt.saving.saver import Saver
 
 NUMEL = 1_200_000  # 14 MB in all: several chunks a rank
@@ -107,7 +107,7 @@ def alone(tmp_path: Path) -> Iterator[World]:
 
 
 def make_saver(
-    run_dir: RunDir, world: World, stop: StopRequest | None = None, **checkpoint: Any
+    run_dir: RunDir, world: World, stop: StopFlag | None = None, **checkpoint: Any
 ) -> tuple[Saver, SmallEngine]:
     engine = SmallEngine(world.rank, world.size, **checkpoint)
     saver = Saver(
@@ -117,7 +117,7 @@ def make_saver(
         attempt=1,
         data_fingerprint="d",
         heartbeat=Heartbeat(),
-        stop=stop or StopRequest(),
+        stop=stop or StopFlag(),
     )
     return saver, engine
 

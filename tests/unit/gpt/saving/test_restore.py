@@ -24,7 +24,7 @@ def run(tmp_path: Path) -> RunDir:
     """A run with a folder for its mirror beside it."""
     (tmp_path / "mirrors").mkdir()
     run = RunDir(tmp_path / "run")
-    run.attempt(1).mkdir(parents=True)
+    run.attempt(1).path.mkdir(parents=True)
     return run
 
 

@@ -38,7 +38,7 @@ __all__ = ["alone"]  # a fixture
 @pytest.fixture
 def run_dir(tmp_path: Path) -> RunDir:
     run = RunDir(tmp_path / "run")
-    run.attempt(1).mkdir(parents=True)
+    run.attempt(1).path.mkdir(parents=True)
     return run
 
 
@@ -89,7 +89,7 @@ def test_an_asynchronous_save_writes_the_bytes_of_a_synchronous_one(tmp_path: Pa
     files = []
     for is_asynchronous in (True, False):
         run = RunDir(tmp_path / str(is_asynchronous))
-        run.attempt(1).mkdir(parents=True)
+        run.attempt(1).path.mkdir(parents=True)
         saver, engine = make_saver(run, alone, asynchronous=is_asynchronous)
         engine.take_step()
         saver.save(1, ())
@@ -223,7 +223,7 @@ def test_an_older_copy_commits_nothing_more(run_dir: RunDir, alone: World) -> No
     saver, engine = make_saver(run_dir, alone, max_mb_per_s=50)
     engine.take_step()
     saver.save(1, ())
-    run_dir.attempt(2).mkdir()
+    run_dir.attempt(2).path.mkdir()
     with pytest.raises(Superseded, match="attempt 2 has started since"):
         drain(saver, alone)
     assert committed(run_dir.checkpoints) == []
@@ -250,7 +250,7 @@ def test_an_older_copy_deletes_nothing_more(
     saver.save(4, ())
     while not is_there.is_set():
         boundary(saver, alone)
-    run_dir.attempt(2).mkdir()  # a copy with a larger keep_last goes on from here
+    run_dir.attempt(2).path.mkdir()  # a copy with a larger keep_last goes on from here
     may_go_on.set()
     with pytest.raises(Superseded, match="attempt 2 has started since"):
         drain(saver, alone)
@@ -278,7 +278,7 @@ def test_a_folder_that_a_newer_copy_cleared_is_not_committed(
 def saved(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """Two ranks have saved steps 1 to 3; the last two are kept."""
     run = RunDir(tmp_path_factory.mktemp("saved") / "run")
-    run.attempt(1).mkdir(parents=True)
+    run.attempt(1).path.mkdir(parents=True)
     assert not save_in_two_processes(run.path, [1, 2, 3])
     assert [step for step, _ in committed(run.checkpoints)] == [2, 3]
     return run

@@ -15,7 +15,8 @@ from mlflow.tracking import MlflowClient
 
 from gpt.config.run import RunConfig
 from gpt.run import record
-from gpt.run.run_dir import RunDir, read_json, write_json
+from gpt.run.json_file import read_json, write_json
+from gpt.run.run_dir import RunDir
 from gpt.sidecars.mlflow import Mirror, follow
 
 
@@ -96,8 +97,8 @@ def test_a_copied_run_directory_is_a_run_of_its_own(run_dir: RunDir) -> None:
 
 @pytest.mark.parametrize(("exit_code", "status"), [(0, "FINISHED"), (75, "KILLED"), (93, "FAILED")])
 def test_the_status_says_how_the_run_ended(run_dir: RunDir, exit_code: int, status: str) -> None:
-    run_dir.attempt(1).mkdir(parents=True)
-    write_json(run_dir.attempt(1) / "result.json", {"exit_code": exit_code, "cause": "so it was"})
+    run_dir.attempt(1).path.mkdir(parents=True)
+    write_json(run_dir.attempt(1).result, {"exit_code": exit_code, "cause": "so it was"})
     mirror = Mirror(run_dir, config())
     mirror.close()
     run = mirror.client.get_run(mirror.run_id)

@@ -16,7 +16,7 @@ from gpt.config.data import DataConfig
 from gpt.distributed.world import World
 from gpt.model.loss import IGNORED
 from gpt.run.heartbeat import Heartbeat
-from gpt.run.stop import StopRequest
+from gpt.run.stop import StopFlag
 from gpt.training.evaluation import Validation
 from tests.distributed.data import small_data_set
 from tests.unit.gpt.saving.support import join
@@ -28,7 +28,7 @@ class Model:
     """Two nats for each scored token; asks for a stop in the round `asks_at`."""
 
     def __init__(self, asks_at: int | None = None) -> None:
-        self.stop, self.asks_at, self.rounds, self.is_training = StopRequest(), asks_at, 0, True
+        self.stop, self.asks_at, self.rounds, self.is_training = StopFlag(), asks_at, 0, True
 
     def __call__(self, _tokens: Tensor, targets: Tensor, *_: Any) -> Tensor:
         self.rounds += 1
@@ -55,7 +55,7 @@ def alone(tmp_path: Path) -> Iterator[World]:
     dist.destroy_process_group()
 
 
-def scores(data: Path, world: World, model: Model, stop: StopRequest | None) -> dict[str, float] | None:
+def scores(data: Path, world: World, model: Model, stop: StopFlag | None) -> dict[str, float] | None:
     token_bytes = np.full(len(load_encoding(data).token_bytes()), 4, np.int64)
     validation = Validation(DataConfig(path=data), CONTEXT, ROUNDS * 2 * CONTEXT, 2, token_bytes)
     return validation.measure(cast(Any, model), world, Heartbeat(), 5, stop)

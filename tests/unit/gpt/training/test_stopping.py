@@ -15,7 +15,7 @@ from gpt.checkpoint.format import committed
 from gpt.checkpoint.writer import remove_leftovers
 from gpt.run import record
 from gpt.run.run_dir import RunDir
-from gpt.run.stop import StopRequest
+from gpt.run.stop import StopFlag
 from gpt.saving import saver as saver_module
 from gpt.training.attempt import Superseded
 from gpt.training.trainer import Outcome, Trainer
@@ -26,10 +26,10 @@ from tests.unit.gpt.saving.support import arm, join, make_saver
 def trainer(tmp_path: Path) -> Iterator[Trainer]:
     """As much of a Trainer as a stop needs, with a real Saver."""
     run = RunDir(tmp_path / "run")
-    run.attempt(1).mkdir(parents=True)
+    run.attempt(1).path.mkdir(parents=True)
     world = join(tmp_path / "meeting", 0, 1)
     trainer = cast(Any, Trainer.__new__(Trainer))
-    trainer.stop = StopRequest()
+    trainer.stop = StopFlag()
     trainer.stop.reason = "SIGTERM"
     saver, engine = make_saver(run, world, trainer.stop)
     engine.take_step()
@@ -55,7 +55,7 @@ def test_a_stop_that_cannot_save_is_a_failure_after_which_the_run_may_go_on(trai
 
 
 def test_a_stop_of_an_older_copy_is_none(trainer: Trainer) -> None:
-    trainer.run_dir.attempt(2).mkdir()
+    trainer.run_dir.attempt(2).path.mkdir()
     with pytest.raises(Superseded, match="attempt 2 has started since"):
         trainer._end(7, is_stopping=True)
 

@@ -14,13 +14,13 @@ from gpt.checkpoint.format import committed, verify
 from gpt.checkpoint.reader import CheckpointReader
 from gpt.config.resume_rules import config_fingerprint
 from gpt.run import record
+from gpt.run.records import Job
 from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig
 from launcher.commands import launch
 from launcher.preflight.check import examine
 from launcher.runs.recipes import run_tables
 from launcher.runs.store import create_run, read_config
-from launcher.scheduler.jobs import Job
 from tests.unit.gpt.checkpoint.support import flat_state, write_checkpoint
 from tests.unit.launcher.support import end_job, give_job, make_data
 

@@ -11,12 +11,14 @@ import pytest
 
 from data_pipeline.config_file import validate
 from data_pipeline.errors import ConfigError, LaunchError
-from gpt.run.run_dir import RunDir, write_json
+from gpt.run.json_file import write_json
+from gpt.run.records import Job
+from gpt.run.run_dir import RunDir
 from launcher.commands.sweep import SweepConfig, examine_points, points_of, show_results
 from launcher.commands.sweep import sweep as take_up
 from launcher.process_tree import identity
 from launcher.runs.store import sweep_runs
-from launcher.scheduler.jobs import Job, claim_start
+from launcher.scheduler.jobs import claim_start
 from tests.unit.launcher.support import make_data
 
 
@@ -77,7 +79,7 @@ def home(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def submit(run: RunDir, _reason: str) -> Job:
         job = Job(1, "local", "1", socket.gethostname(), None, None, run.path.stat().st_ino, 0.0)
         write_json(run.job, asdict(job))
-        folder = run.submission / "0001"
+        folder = run.submission(1).path
         folder.mkdir(parents=True)
         write_json(folder / "outcome.json", {"exit_code": 0, "cause": "done", "attempt": 1})
         (run.checkpoints / "step-00000020").mkdir()

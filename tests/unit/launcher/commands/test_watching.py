@@ -16,7 +16,8 @@ from data_pipeline.errors import ConfigError, LaunchError
 from data_pipeline.sampling.skip_list import Ranges
 from gpt.checkpoint.format import committed, rank_name, step_name
 from gpt.run import record
-from gpt.run.run_dir import RunDir, read_json, write_json
+from gpt.run.json_file import read_json, write_json
+from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig
 from launcher.commands import launch
 from launcher.commands.logs import lines, log_files
@@ -26,7 +27,7 @@ from launcher.commands.status import show, status, statuses, table
 from launcher.preflight.check import examine
 from launcher.preflight.plan import size
 from launcher.runs.recipes import run_tables
-from launcher.runs.stop_request import standing_stop
+from launcher.runs.stop_request import pending_stop
 from launcher.runs.store import changed_fields, create_run, open_run, read_config
 from launcher.scheduler.jobs import claim_start, state
 from tests.unit.gpt.checkpoint.support import write_checkpoint
@@ -146,7 +147,7 @@ def test_a_run_that_was_never_submitted_is_created(run: RunDir) -> None:
 
 def test_a_running_run_shows_speed_and_what_is_left(run: RunDir) -> None:
     give_job(run, alive=True)
-    run.attempt(1).mkdir()
+    run.attempt(1).path.mkdir()
     step(run, 4, **{"val/loss": 7.5})
     step(run, 5, **{"train/mfu": 0.4})
     commit(run, 4)
@@ -200,7 +201,7 @@ def test_a_run_whose_node_was_lost_is_lost(run: RunDir) -> None:
 
 def test_a_copied_run_is_a_copy(run: RunDir) -> None:
     give_job(run, alive=True)
-    run.attempt(1).mkdir()
+    run.attempt(1).path.mkdir()
     content = read_json(run.job)
     assert content is not None
     write_json(run.job, {**content, "run_inode": content["run_inode"] + 1})
@@ -257,12 +258,12 @@ def test_a_hundred_long_runs_take_less_than_a_second(run: RunDir) -> None:
 
 def test_logs_show_the_newest_attempt_and_the_newest_submission(run: RunDir) -> None:
     for submission in ("0001", "0002"):
-        (run.submission / submission).mkdir(parents=True)
+        (run.submissions / submission).mkdir(parents=True)
         (run.submission / submission / "node-0.log").write_text(f"agent {submission}\n")
         (run.submission / submission / "tracking.log").write_text("mirror\n")
     for attempt in (1, 2):
         for node in (0, 1):
-            folder = run.attempt(attempt) / f"node-{node}"
+            folder = run.attempt(attempt).path / f"node-{node}"
             folder.mkdir(parents=True)
             (folder / f"rank-0000{node}.log").write_text(f"attempt {attempt} on {node}\nno newline")
     newest = list(lines(run, follow=False, attempt=None, node=None))
@@ -463,9 +464,9 @@ def test_a_run_is_started_by_one_command_at_a_time(run: RunDir) -> None:
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"reason": "x"}'])
 def test_any_stop_file_is_a_request_to_save_and_stop(run: RunDir, content: str) -> None:
-    assert standing_stop(run) is None
+    assert pending_stop(run) is None
     run.stop.write_text(content)
-    standing = standing_stop(run)
+    standing = pending_stop(run)
     assert standing is not None
     assert not standing.get("now")
 
@@ -479,16 +480,16 @@ def test_only_a_second_ctrl_c_after_a_while_ends_a_job_at_once(
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
             os.kill(os.getpid(), number)
             attendance.answer()
-        standing = standing_stop(run)
+        standing = pending_stop(run)
         assert standing is not None
         assert (standing["reason"], standing["now"]) == ("SIGTERM", False)
         clock[0] += 5
         os.kill(os.getpid(), signal.SIGTERM)
         attendance.answer()
-        assert (standing_stop(run) or {})["now"] is False
+        assert (pending_stop(run) or {})["now"] is False
         os.kill(os.getpid(), signal.SIGINT)
         attendance.answer()
-        assert (standing_stop(run) or {})["now"] is True
+        assert (pending_stop(run) or {})["now"] is True
         with pytest.raises(KeyboardInterrupt):  # nobody may be able to say that the job has ended
             os.kill(os.getpid(), signal.SIGINT)
 

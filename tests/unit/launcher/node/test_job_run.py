@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 
 from gpt.run import record
-from gpt.run.run_dir import RunDir, read_json, write_json
+from gpt.run.json_file import read_json, write_json
+from gpt.run.records import JobOutcome
+from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig
 from launcher.node.task import _Node
 from launcher.runs.store import explicit
-from launcher.scheduler.jobs import Outcome
 from tests.unit.launcher.support import make_run
 
 SCONTROL = """#!/bin/sh
@@ -35,7 +36,7 @@ def slurm_run(folder: Path, *, nodes: int = 1, worker: str = NEVER) -> RunDir:
     config = read_json(run.config) or {}
     write_json(run.config, {**config, "launch": {**config["launch"], "max_failures": 2}})
     write_json(run.cluster, explicit(ClusterConfig(kind="slurm", nodes=nodes)))
-    (run.submission / "0001").mkdir(parents=True)
+    run.submission(1).path.mkdir(parents=True)
     return run
 
 
@@ -71,16 +72,16 @@ def events(run: RunDir, name: str) -> list[dict[str, Any]]:
 
 def test_a_node_task_that_fails_is_a_failed_turn_and_a_loop_of_them_ends_with_93(tmp_path: Path) -> None:
     run = slurm_run(tmp_path / "run")
-    (run.submission / "0001" / "node-0.log").mkdir()  # a file system that does strange things
+    (run.submission(1).path / "node-0.log").mkdir()  # a file system that does strange things
     assert take_turn(run, turn=0).returncode == -9
     [requeued] = events(run, "requeued")
     assert requeued["failed"]
     assert requeued["cause"].startswith("the node task failed: IsADirectoryError(21, ")
-    assert read_json(run.submission / "0001" / "outcome.json") is None
+    assert read_json(run.submission(1).outcome) is None
     done = take_turn(run, turn=1)
     assert done.returncode == 0, done.stderr
     assert "Traceback (most recent call last)" in done.stderr
-    outcome = read_json(run.submission / "0001" / "outcome.json")
+    outcome = read_json(run.submission(1).outcome)
     assert outcome is not None
     assert outcome["exit_code"] == 93
     assert outcome["cause"].startswith(
@@ -90,7 +91,7 @@ def test_a_node_task_that_fails_is_a_failed_turn_and_a_loop_of_them_ends_with_93
 
 def test_another_node_that_fails_says_so_and_the_first_one_ends_the_turn(tmp_path: Path) -> None:
     run = slurm_run(tmp_path / "run", nodes=2)
-    meeting = run.submission / "0001" / "meeting-slurm-7-0.json"
+    meeting = run.submission(1).path / "meeting-slurm-7-0.json"
     meeting.write_text("{")
     done = take_turn(run, node=1, nodes=2)
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "{}"), (
@@ -111,15 +112,15 @@ def test_a_bad_node_that_slurm_gives_again_is_a_failure(
         monkeypatch.setenv(name, value)
     turn = _Node(run, "0001").turn
 
-    def outcome_of_check(attempt: int, bad: str) -> Outcome:
-        run.attempt(attempt).mkdir()
-        write_json(run.attempt(attempt) / "OWNER.json", {"job": "slurm-7", "turn": 0})
+    def outcome_of_check(attempt: int, bad: str) -> JobOutcome:
+        run.attempt(attempt).path.mkdir()
+        write_json(run.attempt(attempt).owner, {"job": "slurm-7", "turn": 0})
         record.append(run.bad_nodes, node=bad, reason="its clock", attempt=attempt)
         cause = f"bad nodes: {bad}: its clock"
-        write_json(run.attempt(attempt) / "result.json", {"exit_code": 75, "cause": cause})
+        write_json(run.attempt(attempt).result, {"exit_code": 75, "cause": cause})
         return turn.outcome(0, stopped_now=False, was_signalled=False)
 
-    assert outcome_of_check(1, "node2") == Outcome(75, "bad nodes: node2: its clock", 1)
-    assert outcome_of_check(2, "node3") == Outcome(75, "bad nodes: node3: its clock", 2)
+    assert outcome_of_check(1, "node2") == JobOutcome(75, "bad nodes: node2: its clock", 1)
+    assert outcome_of_check(2, "node3") == JobOutcome(75, "bad nodes: node3: its clock", 2)
     again = "bad nodes: node2: its clock; Slurm has given the job node2 again, which it was to keep away from"
-    assert outcome_of_check(3, "node2") == Outcome(1, again, 3)
+    assert outcome_of_check(3, "node2") == JobOutcome(1, again, 3)

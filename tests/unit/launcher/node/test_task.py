@@ -15,15 +15,18 @@ import pytest
 from data_pipeline.errors import LaunchError
 from gpt.checkpoint.format import verify
 from gpt.run import record
-from gpt.run.run_dir import RunDir, read_json, write_json
+from gpt.run.json_file import read_json, write_json
+from gpt.run.records import Job, JobOutcome
+from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig
 from launcher.commands.progress import outcome_of
 from launcher.node.rendezvous import Place, find_place
 from launcher.node.torchrun import worker_environment
 from launcher.process_tree import identity
+from launcher.runs.job_record import read_job
 from launcher.runs.stop_request import request_stop
 from launcher.runs.store import read_config
-from launcher.scheduler.jobs import Job, Outcome, read_job, refuse_while_alive, state
+from launcher.scheduler.jobs import refuse_while_alive, state
 from tests.unit.gpt.checkpoint.support import write_checkpoint
 from tests.unit.launcher.support import (
     is_alive,
@@ -77,7 +80,7 @@ def temporary_files(run: Path) -> Path:
     return run.with_name("tmp")
 
 
-def end_of(run: RunDir, job: Job) -> Outcome:
+def end_of(run: RunDir, job: Job) -> JobOutcome:
     """How the job ends; nothing of it may be left."""
     wait_for(lambda: job.pid is not None and not is_alive(job.pid))
     assert list(temporary_files(run.path).iterdir()) == []
@@ -88,12 +91,12 @@ def end_of(run: RunDir, job: Job) -> Outcome:
 
 def test_the_outcome_is_what_the_workers_wrote(folder: Path) -> None:
     run = make_run(folder, 'finish(claim(), 0, "all 10 steps are done")')
-    assert end_of(run, start(run)) == Outcome(0, "all 10 steps are done", 1)
+    assert end_of(run, start(run)) == JobOutcome(0, "all 10 steps are done", 1)
 
 
 def test_the_outcome_is_the_result_and_not_torchruns_code(folder: Path) -> None:
     run = make_run(folder, 'finish(claim(), 93, "no intact checkpoint")')
-    assert end_of(run, start(run)) == Outcome(93, "no intact checkpoint", 1)
+    assert end_of(run, start(run)) == JobOutcome(93, "no intact checkpoint", 1)
 
 
 def test_a_killed_worker_is_restarted_with_the_others(folder: Path) -> None:
@@ -118,7 +121,7 @@ if rank == 0:
 """,
         processes=2,
     )
-    assert end_of(run, start(run)) == Outcome(0, "generation 1", 2)
+    assert end_of(run, start(run)) == JobOutcome(0, "generation 1", 2)
 
 
 @pytest.mark.chaos  # half a minute: torchrun's own wait between SIGTERM and SIGKILL
@@ -137,7 +140,7 @@ if rank == 0:
         processes=2,
     )
     started = time.monotonic()
-    assert end_of(run, start(run)) == Outcome(0, "generation 1", 1)
+    assert end_of(run, start(run)) == JobOutcome(0, "generation 1", 1)
     assert time.monotonic() - started < 60  # launch.collective_timeout_s is 1200
 
 
@@ -178,15 +181,15 @@ def test_workers_that_end_without_a_result_are_a_failure_with_their_last_words(f
 def test_an_attempt_without_a_result_gets_the_failure_as_its_result(folder: Path) -> None:
     run = make_run(folder, "claim()")
     assert end_of(run, start(run)).attempt == 1
-    result = read_json(run.attempt(1) / "result.json")
+    result = read_json(run.attempt(1).result)
     assert result is not None
     assert result["exit_code"] == 1
 
 
 def test_the_result_of_an_earlier_submission_does_not_count(folder: Path) -> None:
     run = make_run(folder, "pass")
-    run.attempt(1).mkdir()
-    write_json(run.attempt(1) / "result.json", {"exit_code": 0, "cause": "done long ago"})
+    run.attempt(1).path.mkdir()
+    write_json(run.attempt(1).result, {"exit_code": 0, "cause": "done long ago"})
     assert end_of(run, start(run)).exit_code == 1
 
 
@@ -197,7 +200,7 @@ def test_a_signal_to_the_node_task_becomes_a_stop_request(folder: Path, number: 
     wait_for(lambda: run.attempt_numbers())
     [task] = [pid for pid in tree(job) if "submitit.core._submit" in command_line(pid)]
     os.kill(task, number)
-    assert end_of(run, job) == Outcome(75, f"stopped: {number.name}", 1)
+    assert end_of(run, job) == JobOutcome(75, f"stopped: {number.name}", 1)
 
 
 def test_sigterm_to_the_controller_saves_and_stops(folder: Path) -> None:
@@ -206,7 +209,7 @@ def test_sigterm_to_the_controller_saves_and_stops(folder: Path) -> None:
     wait_for(lambda: run.attempt_numbers())
     assert job.pid is not None
     os.kill(job.pid, signal.SIGTERM)
-    assert end_of(run, job) == Outcome(75, "stopped: SIGTERM", 1)
+    assert end_of(run, job) == JobOutcome(75, "stopped: SIGTERM", 1)
 
 
 def test_a_stop_request_reaches_the_workers(folder: Path) -> None:
@@ -214,7 +217,7 @@ def test_a_stop_request_reaches_the_workers(folder: Path) -> None:
     job = start(run)
     wait_for(lambda: run.attempt_numbers())
     request_stop(run, "outlast stop")
-    assert end_of(run, job) == Outcome(75, "stopped: outlast stop", 1)
+    assert end_of(run, job) == JobOutcome(75, "stopped: outlast stop", 1)
 
 
 def test_stop_now_ends_the_workers_without_asking_them(folder: Path) -> None:
@@ -222,7 +225,7 @@ def test_stop_now_ends_the_workers_without_asking_them(folder: Path) -> None:
     job = start(run)
     wait_for(lambda: run.attempt_numbers())
     request_stop(run, "outlast stop --now", now=True)
-    assert end_of(run, job) == Outcome(1, "stopped at once, without saving, as asked", 1)
+    assert end_of(run, job) == JobOutcome(1, "stopped at once, without saving, as asked", 1)
 
 
 def test_a_later_request_can_only_make_a_stop_more_urgent(tmp_path: Path) -> None:
@@ -245,7 +248,7 @@ def test_a_later_request_can_only_make_a_stop_more_urgent(tmp_path: Path) -> Non
 def test_submitting_removes_a_standing_stop_request(folder: Path) -> None:
     run = make_run(folder, 'finish(claim(), 0, "stop stands: " + str(run.stop.exists()))')
     request_stop(run, "of yesterday", now=True)
-    assert end_of(run, start(run)) == Outcome(0, "stop stands: False", 1)
+    assert end_of(run, start(run)) == JobOutcome(0, "stop stands: False", 1)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +283,7 @@ stray = subprocess.Popen(command, start_new_session=True)
 finish(claim(), 0, "done")
 """,
     )
-    assert end_of(run, start(run)) == Outcome(0, "done", 1)
+    assert end_of(run, start(run)) == JobOutcome(0, "done", 1)
     assert not is_alive(int((run.path / "stray").read_text()))
 
 
@@ -293,13 +296,13 @@ while not (run.path / "tracking-pid").exists():
 finish(claim(), 0, "done")
 """
     run = make_run(folder, worker, tracking=tracking)
-    assert end_of(run, start(run)) == Outcome(0, "done", 1)
+    assert end_of(run, start(run)) == JobOutcome(0, "done", 1)
     assert (run.path / "drained").read_text() == "yes"
 
 
 def test_a_mirror_that_fails_does_not_matter(folder: Path) -> None:
     run = make_run(folder, 'time.sleep(1); finish(claim(), 0, "done")', tracking="raise SystemExit(3)")
-    assert end_of(run, start(run)) == Outcome(0, "done", 1)
+    assert end_of(run, start(run)) == JobOutcome(0, "done", 1)
 
 
 def test_the_last_checkpoint_is_at_the_second_place_when_the_job_has_ended(
@@ -316,7 +319,7 @@ finish(claim(), 0, "done")
     config = read_config(run)
     checkpoint = config.checkpoint.model_copy(update={"mirror": str(tmp_path / "second")})
     write_json(run.config, config.model_copy(update={"checkpoint": checkpoint}).model_dump(mode="json"))
-    assert end_of(run, start(run)) == Outcome(0, "done", 1)
+    assert end_of(run, start(run)) == JobOutcome(0, "done", 1)
     assert list(verify(tmp_path / "second" / "run" / "checkpoints" / "step-00000005")) == []
 
 
@@ -328,7 +331,7 @@ def test_the_job_runs_the_code_as_submitted_and_not_the_current_folders(
     (decoy / "__init__.py").write_text("raise SystemExit('the current folder was imported')")
     monkeypatch.chdir(decoy.parent)
     run = make_run(folder, "import gpt.config.run; finish(claim(), 0, gpt.config.run.__file__)")
-    assert end_of(run, start(run)) == Outcome(0, str(run.code / "gpt" / "config" / "run.py"), 1)
+    assert end_of(run, start(run)) == JobOutcome(0, str(run.code / "gpt" / "config" / "run.py"), 1)
 
 
 def test_the_job_survives_its_submitters_terminal(folder: Path) -> None:

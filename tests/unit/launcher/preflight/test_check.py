@@ -11,11 +11,12 @@ from data_pipeline.config_file import with_overrides
 from data_pipeline.dataset.manifest import read_manifest
 from data_pipeline.errors import ConfigError
 from gpt.config.run import RunConfig
-from gpt.run.run_dir import read_json
+from gpt.run.json_file import read_json
 from launcher.cluster import ClusterConfig
-from launcher.preflight.check import Request, check_disk, check_machine, examine
+from launcher.preflight.check import check_disk, check_machine, examine
 from launcher.preflight.findings import Findings
 from launcher.preflight.plan import host_memory_warning, plan
+from launcher.request import Request
 from launcher.runs.recipes import recipe_names, run_tables
 from launcher.runs.store import create_run, next_run_folder, read_cluster, read_config
 from tests.paths import ROOT

@@ -17,7 +17,9 @@ import pytest
 from data_pipeline.config_file import validate
 from data_pipeline.errors import LaunchError
 from gpt.config.run import RunConfig
-from gpt.run.run_dir import RunDir, read_json, write_json
+from gpt.run.json_file import read_json, write_json
+from gpt.run.records import Job
+from gpt.run.run_dir import RunDir
 from launcher.commands import launch
 from launcher.commands.logs import lines
 from launcher.commands.progress import Follower, watch
@@ -25,7 +27,7 @@ from launcher.commands.status import statuses
 from launcher.runs.recipes import run_tables
 from launcher.runs.stop_request import request_stop
 from launcher.scheduler import slurm
-from launcher.scheduler.jobs import Job, refuse_while_alive
+from launcher.scheduler.jobs import refuse_while_alive
 
 
 class Scheduler:
@@ -74,7 +76,7 @@ def run(tmp_path: Path) -> RunDir:
 def give_job(run: RunDir, executor: str, host: str) -> Job:
     job = Job(1, executor, "7", host, None, None, run.path.stat().st_ino, 0.0)
     write_json(run.job, asdict(job))
-    (run.submission / "0001").mkdir(parents=True, exist_ok=True)
+    run.submission(1).path.mkdir(parents=True, exist_ok=True)
     return job
 
 
@@ -84,7 +86,7 @@ def test_a_job_that_comes_back_into_the_queue_while_it_is_stopped_is_taken_out(
     scheduler = Scheduler(monkeypatch, {0: "RUNNING", 8: "COMPLETING", 12: "PENDING"})
     assert launch.stop(str(run.path), now=False) == 0
     assert capsys.readouterr().err == "saving, then stopping\ntaken out of the queue; it had not begun\n"
-    outcome = read_json(run.submission / "0001" / "outcome.json")
+    outcome = read_json(run.submission(1).outcome)
     assert outcome is not None
     assert outcome["exit_code"] == 75
     assert len(scheduler.times_of("scancel")) == 1
@@ -102,7 +104,7 @@ def test_a_job_that_starts_just_then_is_left_to_see_the_request_itself(
 
     monkeypatch.setattr(slurm, "cancel_waiting", start_just_before)
     assert launch.stop(str(run.path), now=False) == 1  # this stand-in wrote no outcome
-    assert not (run.submission / "0001" / "outcome.json").exists()
+    assert not (run.submission(1).outcome).exists()
 
 
 def test_stop_does_not_wait_for_ever_for_a_scheduler_that_is_silent(
@@ -148,12 +150,12 @@ def test_logs_of_two_nodes_are_followed_together_and_the_scheduler_is_asked_ever
     request_stop(run, "outlast stop")  # who only reads ends nothing
     scheduler = Scheduler(monkeypatch, {0: "PENDING", 30: "RUNNING", 60: "COMPLETED"})
     for node in (0, 1):
-        (run.submission / "0001" / f"node-{node}.log").write_text(f"node {node} speaks\n")
+        (run.submission(1).path / f"node-{node}.log").write_text(f"node {node} speaks\n")
     seen = []
     for line in lines(run, follow=True, attempt=None, node=None):
         seen.append((scheduler.now < 60, line))
         if len(seen) == 2:
-            (run.submission / "0001" / "node-0.log").open("a").write("and again\nand is cut o")
+            (run.submission(1).path / "node-0.log").open("a").write("and again\nand is cut o")
     assert seen == [
         (True, "[job 0001 node-0] node 0 speaks"),
         (True, "[job 0001 node-1] node 1 speaks"),

@@ -1,0 +1,79 @@
+"""What follows a failure: one table from trigger to action, with the limit after which the run ends.
+
+Workers and node tasks both decide with `action_on`. Adding a policy is adding a `Trigger` and its row.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from gpt.run.exit_codes import ExitCode
+
+
+class Trigger(StrEnum):
+    """What happened, in the words of the README's table."""
+
+    ATTEMPT_FAILED = "the workers of an attempt end without a new checkpoint"
+    RANK_HUNG = "a rank makes no progress for launch.hang_timeout_s"
+    HUNG_AT_START = "the workers hang before they belong to an attempt"
+    NODE_FAILED_CHECK = "a node fails the check before training"
+    JOB_RUN_FAILED = "a job run ends with a failure"
+    STOPPED_BY_SCHEDULER = "the scheduler preempts the job, or its time limit is near"
+    STOPPED_BY_PERSON = "Ctrl-C, `outlast stop` or `scancel`"
+    FINISHED = "the last step is done"
+    CANNOT_CONTINUE = "no intact checkpoint, or the input is wrong"
+
+
+class Action(StrEnum):
+    """What Outlast does about it."""
+
+    RESTART_WORKERS = "restart the workers"
+    REQUEUE = "requeue the job"
+    REQUEUE_ELSEWHERE = "requeue the job, excluding the node"
+    END_JOB_RUN = "end this job run as failed"
+    END = "end the job"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The action on a trigger; once it has happened `limit` times in a row, `beyond` instead."""
+
+    action: Action
+    limit: str | None = None  # a field of [launch]
+    beyond: Action = Action.END
+
+
+POLICIES: Mapping[Trigger, Policy] = {
+    Trigger.ATTEMPT_FAILED: Policy(Action.RESTART_WORKERS, limit="max_failures"),
+    Trigger.RANK_HUNG: Policy(Action.RESTART_WORKERS),
+    Trigger.HUNG_AT_START: Policy(Action.RESTART_WORKERS, limit="max_failures", beyond=Action.END_JOB_RUN),
+    Trigger.NODE_FAILED_CHECK: Policy(Action.REQUEUE_ELSEWHERE),
+    Trigger.JOB_RUN_FAILED: Policy(Action.REQUEUE, limit="max_failures"),
+    Trigger.STOPPED_BY_SCHEDULER: Policy(Action.REQUEUE),
+    Trigger.STOPPED_BY_PERSON: Policy(Action.END),
+    Trigger.FINISHED: Policy(Action.END),
+    Trigger.CANNOT_CONTINUE: Policy(Action.END),
+}
+
+# Which trigger the exit code of a job run is, when no person has asked for a stop.
+TRIGGERS: Mapping[ExitCode, Trigger] = {
+    ExitCode.FINISHED: Trigger.FINISHED,
+    ExitCode.FAILED: Trigger.JOB_RUN_FAILED,
+    ExitCode.BAD_INPUT: Trigger.CANNOT_CONTINUE,
+    ExitCode.STOPPED: Trigger.STOPPED_BY_SCHEDULER,
+    ExitCode.DO_NOT_RESTART: Trigger.CANNOT_CONTINUE,
+}
+
+
+def action_on(trigger: Trigger, *, count: int = 1, limits: object = None, can_requeue: bool = True) -> Action:
+    """The action when `trigger` has happened `count` times in a row.
+
+    `limits` is the [launch] table of the run config. Where the scheduler cannot requeue, END replaces
+    REQUEUE.
+    """
+    policy = POLICIES[trigger]
+    if policy.limit is not None and count >= getattr(limits, policy.limit):
+        return policy.beyond
+    if policy.action in (Action.REQUEUE, Action.REQUEUE_ELSEWHERE) and not can_requeue:
+        return Action.END
+    return policy.action

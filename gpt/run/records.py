@@ -1,0 +1,144 @@
+"""The JSON records through which a run's processes talk to each other: one class for each file.
+
+The launcher, the node tasks and the workers read and write these files through the classes here. Field names
+are the keys on disk, with one exception: a *job run* is called `turn` there.
+"""
+
+from pathlib import Path
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from data_pipeline.errors import ConfigError
+from gpt.run.exit_codes import ExitCode
+from gpt.run.json_file import read_json, write_json
+
+
+class Record(BaseModel):
+    """The content of one JSON file; unknown keys are ignored, so that a newer version can add some."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", validate_by_name=True, validate_by_alias=True)
+
+    @classmethod
+    def read(cls, path: Path) -> Self | None:
+        """The record at `path`, or None when the file is missing.
+
+        Raises ConfigError when the file is garbled or a key is missing or of the wrong type.
+        """
+        content = read_json(path)
+        if content is None:
+            return None
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            wrong = ", ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+            raise ConfigError(
+                f"{path} is not as this version of Outlast writes it ({wrong}). If the run's job is over, "
+                "remove the file."
+            ) from None
+
+    @classmethod
+    def read_or_none(cls, path: Path) -> Self | None:
+        """The record at `path`, or None when it is missing, garbled or unreadable at this moment."""
+        try:
+            return cls.read(path)
+        except (OSError, ConfigError):
+            return None
+
+    def write(self, path: Path) -> None:
+        """Write the record so that a reader finds the old file or the new one, never a part."""
+        write_json(path, self.model_dump(mode="json", by_alias=True))
+
+
+class Worker(Record):
+    """One worker process of an attempt."""
+
+    rank: int
+    node: int
+    host: str
+    pid: int
+
+
+class Owner(Record):
+    """attempts/N/OWNER.json: which job run made the attempt, written as soon as its number is claimed."""
+
+    attempt: int = 0
+    time: float = 0.0
+    host: str = ""
+    job: str | None = None
+    job_run: int = Field(default=0, alias="turn")
+    world_size: int = 0
+    checkpoint_step: int | None = None
+    workers: tuple[Worker, ...] = ()
+
+
+class Result(Record):
+    """attempts/N/result.json: how the attempt ended. A superseded attempt leaves none."""
+
+    exit_code: ExitCode
+    cause: str
+
+
+class Job(Record):
+    """job.json: the newest submission. `process` identifies a local job beyond its reusable process id."""
+
+    submission: int
+    executor: str
+    job_id: str
+    host: str
+    pid: int | None
+    process: str | None
+    run_inode: int
+    submitted_at: float
+
+
+class JobOutcome(Record):
+    """submission/N/outcome.json: how the job ended, as its first node task wrote it."""
+
+    exit_code: ExitCode
+    cause: str
+    attempt: int | None
+    is_cancelled: bool = False  # a person cancelled it in the scheduler
+
+
+class StopRequest(Record):
+    """RUN/stop: a request to save and stop. The file may also be empty: then all defaults hold.
+
+    A person's request ends the run until it is resumed; with `requeue` it ends this job run only. `now` kills
+    the workers without saving.
+    """
+
+    reason: str = "stop file"
+    time: float = 0.0
+    now: bool = False
+    requeue: bool = False
+
+
+class MeetingPoint(Record):
+    """submission/N/meeting-JOB-RUN.json: where the nodes of a job run find the first one."""
+
+    address: str
+    port: int
+
+
+class NodeFailure(Record):
+    """submission/N/failure-JOB-RUN-NODE.json: why one node of a job run failed."""
+
+    cause: str
+
+
+class BadNode(Record):
+    """A line of bad_nodes.jsonl: a node that failed its check."""
+
+    node: str
+    reason: str = ""
+    attempt: int | None = None
+
+
+class TrackingState(Record):
+    """tracking.json: how much of the record MLflow has received, and for which run directory (its inode)."""
+
+    run_id: str
+    inode: int
+    sent_step: int
+    has_sent_scores: bool = True
