@@ -1,8 +1,8 @@
 """The worker: from torchrun's environment to an attempt's result. `python -m gpt.train RUN_DIR`
 
 It joins the process group, claims the attempt, checks the nodes, trains (gpt.training.trainer) and records
-how the attempt ended. It never retries and never falls back: a crash ends the process, torchrun starts the next
-attempt, and that one continues from the newest checkpoint.
+how the attempt ended. It never retries and never falls back: a crash ends the process, torchrun starts the
+next attempt, and that one continues from the newest checkpoint.
 """
 
 # ruff: noqa: E402 - the handlers must stand before torch's import, which takes seconds

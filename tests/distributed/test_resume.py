@@ -20,7 +20,7 @@ from data_pipeline.dataset.manifest import read_manifest
 from data_pipeline.sampling.batches import BatchReader
 from gpt.checkpoint.format import INDEX_NAME, committed, read_index
 from gpt.config.run import CheckpointConfig
-from gpt.run import record
+from gpt.run.events import Event, record_event
 from gpt.run.json_file import read_json
 from gpt.run.run_dir import RunDir
 from gpt.sidecars.checkpoint_mirror import Copier
@@ -152,7 +152,7 @@ def test_the_state_is_the_same_through_stages_and_worlds(
     last = 8 + len(way) + 1
     moved.configure(precision="fp16", optimizer__peak_lr=1e-9, schedule__total_steps=last)
     # As a resume allows it.
-    record.event(moved.dir.events, "config_changed", config_fingerprint=index.config_fingerprint)
+    record_event(moved.dir.events, Event("config_changed"), config_fingerprint=index.config_fingerprint)
     original = finished.state(8)
     for step, (stage, processes) in enumerate(way, start=9):
         moved.configure(zero__stage=stage)
@@ -367,7 +367,8 @@ def test_a_copy_that_was_cut_off_and_comes_back_ends_and_leaves_the_run_to_the_n
     results = [read_json(run.dir.attempt(number).result) for number in (1, 2)]
     assert [result and result["exit_code"] for result in results] == [None, 0]
     assert (
-        "attempt 2 has started since" in (run.dir.attempt(1).path / "node-0" / "rank-00000.log").read_text()
+        "Attempt 2 has taken the run over"
+        in (run.dir.attempt(1).path / "node-0" / "rank-00000.log").read_text()
     )
     assert run.events("failed") == []  # not a word of the older one stands in the run
     assert run.losses() == whole.losses()

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from gpt.run.attempts import is_superseded
 from gpt.run.json_file import is_listed
 from gpt.run.run_dir import RunDir
 from gpt.run.stop import StopFlag
-from gpt.training.attempt import is_superseded
 
 
 @pytest.fixture

@@ -18,8 +18,9 @@ from data_pipeline.config_file import validate
 from data_pipeline.prepare.pipeline import DataPrepConfig, prepare
 from data_pipeline.tokenizer.encoding import train_tokenizer
 from gpt.config.run import RunConfig
+from gpt.run.exit_codes import ExitCode
 from gpt.run.json_file import write_json
-from gpt.run.records import Job
+from gpt.run.records import Job, JobOutcome
 from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig
 from launcher.commands.submit import submit
@@ -32,8 +33,8 @@ import json, os, signal, sys, tempfile, time
 from pathlib import Path
 from gpt.run.run_dir import RunDir
 from gpt.run.json_file import write_json
-from launcher.process_tree import end_self_with_parent
-end_self_with_parent(signal.SIGKILL)
+from gpt.run.process_control import die_with_parent
+die_with_parent(signal.SIGKILL)
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
     signal.signal(number, signal.SIG_IGN)
 run = RunDir(Path(sys.argv[1]))
@@ -73,6 +74,34 @@ def make_run(folder: Path, worker: str, *, processes: int = 1, tracking: str | N
     if tracking is not None:
         (run.code / "gpt" / "sidecars" / "mlflow.py").write_text(tracking)
     return run
+
+
+def job_record(
+    submission: int,
+    executor: str,
+    job_id: str,
+    host: str,
+    pid: int | None,
+    process: str | None,
+    run_inode: int,
+    submitted_at: float,
+) -> Job:
+    """A job.json's content."""
+    return Job(
+        submission=submission,
+        executor=executor,
+        job_id=job_id,
+        host=host,
+        pid=pid,
+        process=process,
+        run_inode=run_inode,
+        submitted_at=submitted_at,
+    )
+
+
+def job_outcome(exit_code: int, cause: str, attempt: int | None) -> JobOutcome:
+    """An outcome.json's content."""
+    return JobOutcome(exit_code=ExitCode(exit_code), cause=cause, attempt=attempt)
 
 
 def start(run: RunDir) -> Job:
@@ -156,8 +185,8 @@ def kill_tree(folder: Path) -> None:
 def give_job(run: RunDir, *, alive: bool, submission: int = 1) -> Job:
     process = identity(os.getpid()) if alive else "an-earlier-boot/1"
     pid, inode = os.getpid(), run.path.stat().st_ino
-    job = Job(submission, "local", str(pid), socket.gethostname(), pid, process, inode, time.time())
-    write_json(run.job, job.__dict__)
+    job = job_record(submission, "local", str(pid), socket.gethostname(), pid, process, inode, time.time())
+    job.write(run.job)
     run.submission(submission).path.mkdir(parents=True, exist_ok=True)
     return job
 

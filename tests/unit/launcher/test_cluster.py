@@ -10,6 +10,7 @@ import pytest
 from data_pipeline.config_file import validate
 from data_pipeline.errors import ConfigError
 from gpt.config.run import RunConfig
+from gpt.run.exit_codes import exit_code_of
 from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig, cluster_names, load_cluster
 from launcher.node.rendezvous import Meeting, Place
@@ -21,7 +22,7 @@ from launcher.scheduler.sbatch import slurm_parameters, submission_text
 def problems(**tables: Any) -> list[str]:
     with pytest.raises(ConfigError) as error:
         validate(ClusterConfig, tables, "mine.toml")
-    assert error.value.exit_code == 2
+    assert exit_code_of(error.value) == 2
     return error.value.problems
 
 

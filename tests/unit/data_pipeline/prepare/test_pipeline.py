@@ -27,6 +27,7 @@ from data_pipeline.prepare.worker_pool import encode_all
 from data_pipeline.sources.documents import is_held_out
 from data_pipeline.sources.files import find_files
 from data_pipeline.tokenizer.encoding import Encoding, load_encoding
+from gpt.run.exit_codes import exit_code_of
 from tests.paths import ROOT
 from tests.unit.data_pipeline.support import (
     config,
@@ -344,7 +345,7 @@ def test_broken_documents_are_counted_by_reason_and_listed_with_file_and_line(
         f"{source}:2000: 'text' is null",
         'Repair them and run again, or leave them out with on_bad = "skip"',
     ]
-    assert error.value.exit_code == 2
+    assert exit_code_of(error.value) == 2
     assert not (out / "manifest.json").exists()
     manifest = prepare(config(out, source, shard_tokens=1000, workers=workers, on_bad="skip"))
     assert manifest.skipped == {"'text' is int, not a string": 1, "'text' is null": 2}

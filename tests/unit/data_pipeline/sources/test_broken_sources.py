@@ -14,6 +14,7 @@ from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.prepare.pipeline import prepare
 from data_pipeline.sources.hub import HubDataset
 from data_pipeline.tokenizer.encoding import load_encoding
+from gpt.run.exit_codes import exit_code_of
 from tests.unit.data_pipeline.support import config, documents_of
 
 # Long enough and so little alike that a compressed file is still being read when it ends too early.
@@ -120,7 +121,7 @@ def test_each_kind_of_file_is_listed_by_place_and_skipped_when_asked(
     settings = config(tmp_path / "data", broken, good, val_fraction=0)
     with pytest.raises(DataError) as error:
         prepare(settings)
-    assert error.value.exit_code == 2
+    assert exit_code_of(error.value) == 2
     first, *listed, last = str(error.value).split("\n")
     assert first.startswith("broken documents: ")
     assert last == 'Repair them and run again, or leave them out with on_bad = "skip"'
@@ -170,5 +171,5 @@ def test_files_that_datasets_cannot_read_end_the_preparation_with_its_reason(
         (ConfigError, DataError), match=r"cannot be loaded: |reading shards 0 to 1 failed: "
     ) as error:
         prepare(settings)
-    assert error.value.exit_code == 2
+    assert exit_code_of(error.value) == 2
     assert not list(tmp_path.glob("data/[!.]*"))

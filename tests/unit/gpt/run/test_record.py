@@ -7,6 +7,7 @@ import pytest
 
 from data_pipeline.errors import ConfigError
 from gpt.run import record
+from gpt.run.events import Event, record_event
 from gpt.run.json_file import read_json
 
 
@@ -26,7 +27,7 @@ def test_a_torn_line_is_ended_before_the_next_one(tmp_path: Path) -> None:
 def test_a_full_disk_is_an_error_for_a_line_and_none_for_an_event() -> None:
     with pytest.raises(OSError, match="No space left"):
         record.append(Path("/dev/full"), step=1)
-    record.event(Path("/dev/full"), "phase", name="x")  # an event never ends training
+    record_event(Path("/dev/full"), Event("phase"), name="x")  # an event never ends training
 
 
 def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from gpt.checkpoint.mirror import Mirror
 from gpt.config.resume_rules import config_fingerprint
 from gpt.distributed.world import World
 from gpt.run import record
+from gpt.run.events import Event, record_event
 from gpt.run.run_dir import RunDir
 from gpt.saving.restore import has_begun, load_newest
 from gpt.sidecars.checkpoint_mirror import Copier
@@ -101,7 +102,9 @@ def test_a_config_that_was_edited_behind_the_runs_back_is_refused(run: RunDir, a
     with pytest.raises(ConfigError, match=r"saved under another config \(\w+\) .* config\.json was edited"):
         load(run, alone, seed=7)
     came_from = config_fingerprint(SmallEngine(0, 1).run)
-    record.event(run.events, "config_changed", changes={"seed": [1234, 7]}, config_fingerprint=came_from)
+    record_event(
+        run.events, Event("config_changed"), changes={"seed": [1234, 7]}, config_fingerprint=came_from
+    )
     assert load(run, alone, seed=7)[0] == 1
 
 
@@ -110,6 +113,6 @@ def test_a_run_that_has_lost_its_first_state_does_not_start_from_new_weights(
     run: RunDir, alone: World, event: str
 ) -> None:
     assert load(run, alone)[0] is None
-    record.event(run.events, event, step=0)
+    record_event(run.events, Event(event), step=0)
     with pytest.raises(CheckpointError, match="has had checkpoints and none is intact"):
         load(run, alone)

@@ -18,11 +18,11 @@ from gpt.checkpoint.reader import CheckpointReader
 from gpt.checkpoint.writer import remove_leftovers
 from gpt.distributed.world import World, total
 from gpt.run import record
+from gpt.run.attempts import Superseded
 from gpt.run.host_memory import available_bytes
 from gpt.run.run_dir import RunDir
 from gpt.saving import saver as saver_module
 from gpt.saving.saver import Saver
-from gpt.training.attempt import Superseded
 from tests.unit.gpt.saving.support import (
     STATES,
     alone,
@@ -224,7 +224,7 @@ def test_an_older_copy_commits_nothing_more(run_dir: RunDir, alone: World) -> No
     engine.take_step()
     saver.save(1, ())
     run_dir.attempt(2).path.mkdir()
-    with pytest.raises(Superseded, match="attempt 2 has started since"):
+    with pytest.raises(Superseded, match="Attempt 2 has taken the run over"):
         drain(saver, alone)
     assert committed(run_dir.checkpoints) == []
 
@@ -252,7 +252,7 @@ def test_an_older_copy_deletes_nothing_more(
         boundary(saver, alone)
     run_dir.attempt(2).path.mkdir()  # a copy with a larger keep_last goes on from here
     may_go_on.set()
-    with pytest.raises(Superseded, match="attempt 2 has started since"):
+    with pytest.raises(Superseded, match="Attempt 2 has taken the run over"):
         drain(saver, alone)
     steps = [step for step, _ in committed(run_dir.checkpoints)]
     assert steps == ([1, 2, 3, 4] if place == "committed" else [2, 3, 4])

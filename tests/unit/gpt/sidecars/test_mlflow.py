@@ -15,6 +15,7 @@ from mlflow.tracking import MlflowClient
 
 from gpt.config.run import RunConfig
 from gpt.run import record
+from gpt.run.events import Event, record_event
 from gpt.run.json_file import read_json, write_json
 from gpt.run.run_dir import RunDir
 from gpt.sidecars.mlflow import Mirror, follow
@@ -46,7 +47,7 @@ def history(uri: str, run_id: str, name: str = "train/loss") -> list[tuple[int, 
 def test_a_restart_continues_the_same_mlflow_run_and_repeats_no_point(run_dir: RunDir) -> None:
     uri = f"sqlite:///{run_dir.mlflow_database}"
     add_steps(run_dir, 1, 6)
-    record.event(run_dir.events, "network_built", attention="sdpa")
+    record_event(run_dir.events, Event("network_built"), attention="sdpa")
     first = Mirror(run_dir, config())
     first.send()
     assert MlflowClient(uri).get_run(first.run_id).data.tags["outlast.attention"] == "sdpa"

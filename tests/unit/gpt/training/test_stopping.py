@@ -14,11 +14,13 @@ from data_pipeline.errors import CheckpointError
 from gpt.checkpoint.format import committed
 from gpt.checkpoint.writer import remove_leftovers
 from gpt.run import record
+from gpt.run.attempts import Superseded
+from gpt.run.exit_codes import ExitCode
 from gpt.run.run_dir import RunDir
 from gpt.run.stop import StopFlag
 from gpt.saving import saver as saver_module
-from gpt.training.attempt import Superseded
-from gpt.training.trainer import Outcome, Trainer
+from gpt.training.attempt import AttemptOutcome
+from gpt.training.trainer import Trainer
 from tests.unit.gpt.saving.support import arm, join, make_saver
 
 
@@ -42,7 +44,7 @@ def trainer(tmp_path: Path) -> Iterator[Trainer]:
 
 def test_a_stop_that_saves_ends_with_75(trainer: Trainer) -> None:
     cause = "stopped at step 7 (SIGTERM); everything is saved"
-    assert trainer._end(7, is_stopping=True) == Outcome(75, cause, 7)
+    assert trainer._end(7, is_stopping=True) == AttemptOutcome(ExitCode(75), cause, 7)
 
 
 def test_a_stop_that_cannot_save_is_a_failure_after_which_the_run_may_go_on(trainer: Trainer) -> None:
@@ -56,7 +58,7 @@ def test_a_stop_that_cannot_save_is_a_failure_after_which_the_run_may_go_on(trai
 
 def test_a_stop_of_an_older_copy_is_none(trainer: Trainer) -> None:
     trainer.run_dir.attempt(2).path.mkdir()
-    with pytest.raises(Superseded, match="attempt 2 has started since"):
+    with pytest.raises(Superseded, match="Attempt 2 has taken the run over"):
         trainer._end(7, is_stopping=True)
 
 
@@ -139,7 +141,9 @@ def test_without_a_stop_a_slow_disk_is_waited_for(trainer: Trainer, monkeypatch:
     monkeypatch.setattr(saver_module, "SILENCE_S", 0.2)
     arm(monkeypatch, "file_written:sleep=1")
     trainer.stop.reason, last = None, trainer.run.total_steps
-    assert trainer._end(last, is_stopping=False) == Outcome(0, f"all {last} steps are done", last)
+    assert trainer._end(last, is_stopping=False) == AttemptOutcome(
+        ExitCode(0), f"all {last} steps are done", last
+    )
     assert [step for step, _ in committed(trainer.run_dir.checkpoints)] == [last]
 
 

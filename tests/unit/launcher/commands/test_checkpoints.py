@@ -10,6 +10,7 @@ from data_pipeline.errors import LaunchError
 from gpt.checkpoint.format import PIN_NAME, committed, is_pinned
 from gpt.checkpoint.writer import set_aside
 from gpt.run import record
+from gpt.run.events import Event, record_event
 from gpt.run.run_dir import RunDir
 from launcher.commands.checkpoints import checkpoints
 from tests.unit.gpt.checkpoint.support import write_checkpoint
@@ -23,7 +24,7 @@ def run(tmp_path: Path) -> RunDir:
         write_checkpoint(run.checkpoints, step=step)
         record.append(run.metrics, step=step, **({"val/loss": 2.5} if step == 10 else {}))
     for step in (10, 15):
-        record.event(run.events, "checkpoint_saved", step=step)
+        record_event(run.events, Event("checkpoint_saved"), step=step)
     return run
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import socket
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from launcher.commands.sweep import sweep as take_up
 from launcher.process_tree import identity
 from launcher.runs.store import sweep_runs
 from launcher.scheduler.jobs import claim_start
-from tests.unit.launcher.support import make_data
+from tests.unit.launcher.support import job_record, make_data
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +76,8 @@ def home(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
 
     def submit(run: RunDir, _reason: str) -> Job:
-        job = Job(1, "local", "1", socket.gethostname(), None, None, run.path.stat().st_ino, 0.0)
-        write_json(run.job, asdict(job))
+        job = job_record(1, "local", "1", socket.gethostname(), None, None, run.path.stat().st_ino, 0.0)
+        job.write(run.job)
         folder = run.submission(1).path
         folder.mkdir(parents=True)
         write_json(folder / "outcome.json", {"exit_code": 0, "cause": "done", "attempt": 1})
@@ -135,8 +134,10 @@ def test_a_run_whose_job_may_live_is_not_started_by_its_sweep(
 ) -> None:
     alive, elsewhere, _ = sweep_runs(home) or []
     for run, host in ((alive, socket.gethostname()), (elsewhere, "not-here")):
-        job = Job(1, "local", "1", host, os.getpid(), identity(os.getpid()), run.path.stat().st_ino, 0.0)
-        write_json(run.job, asdict(job))
+        job = job_record(
+            1, "local", "1", host, os.getpid(), identity(os.getpid()), run.path.stat().st_ino, 0.0
+        )
+        job.write(run.job)
     before = [run.job.read_bytes() for run in (alive, elsewhere)]
     assert take_up(home, None, None, attend=None) == 1
     assert [run.job.read_bytes() for run in (alive, elsewhere)] == before

@@ -4,7 +4,6 @@ import io
 import os
 import signal
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,10 @@ from data_pipeline.errors import ConfigError, LaunchError
 from data_pipeline.sampling.skip_list import Ranges
 from gpt.checkpoint.format import committed, rank_name, step_name
 from gpt.run import record
+from gpt.run.events import Event, record_event
+from gpt.run.exit_codes import exit_code_of
 from gpt.run.json_file import read_json, write_json
+from gpt.run.records import StopRequest
 from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig
 from launcher.commands import launch
@@ -75,7 +77,7 @@ def test_a_follower_starts_where_the_record_stands(run: RunDir) -> None:
     step(run, 1)
     follower = Follower(run)
     step(run, 2)
-    record.event(run.events, "resumed", step=1)
+    record_event(run.events, Event("resumed"), step=1)
     [update] = follower.updates(give_job(run, alive=False))
     assert [line["step"] for line in update.metrics] == [2]
     assert [event["event"] for event in update.events] == ["resumed"]
@@ -102,14 +104,14 @@ def test_the_display_tells_restarts_saves_and_scores_in_plain_lines(run: RunDir)
     output = io.StringIO()
     display.console = Console(file=output, width=200)
     follower = Follower(run)
-    record.event(run.events, "attempt_started", attempt=3, world_size=2)
-    record.event(run.events, "checkpoint_saved", step=4, seconds=1.25, bytes=3 << 20)
-    record.event(run.events, "checkpoint_rejected", path="step-8", reason="missing")
-    record.event(run.events, "attempt_started", attempt=4, world_size=2)
-    record.event(run.events, "resumed", step=4)
-    record.event(run.events, "stop_requested", reason="SIGTERM")
-    record.event(run.events, "update_skipped", step=5, reason="non-finite gradient")
-    record.event(run.events, "phase", name="data", seconds=1.0)
+    record_event(run.events, Event("attempt_started"), attempt=3, world_size=2)
+    record_event(run.events, Event("checkpoint_saved"), step=4, seconds=1.25, bytes=3 << 20)
+    record_event(run.events, Event("checkpoint_rejected"), path="step-8", reason="missing")
+    record_event(run.events, Event("attempt_started"), attempt=4, world_size=2)
+    record_event(run.events, Event("resumed"), step=4)
+    record_event(run.events, Event("stop_requested"), reason="SIGTERM")
+    record_event(run.events, Event("update_skipped"), step=5, reason="non-finite gradient")
+    record_event(run.events, Event("phase"), name="data", seconds=1.0)
     step(run, 5)
     step(run, 6, **{"val/loss": 1.5, "val/bits_per_byte": 0.75})
     [update] = follower.updates(give_job(run, alive=False))
@@ -152,7 +154,7 @@ def test_a_running_run_shows_speed_and_what_is_left(run: RunDir) -> None:
     step(run, 5, **{"train/mfu": 0.4})
     commit(run, 4)
     for kernel in ("sdpa", "flash-2"):
-        record.event(run.events, "network_built", attention=kernel)
+        record_event(run.events, Event("network_built"), attention=kernel)
     found = status(run)
     assert found.state == "running"
     assert (found.mfu, found.attention) == (0.4, "flash-2")
@@ -162,18 +164,18 @@ def test_a_running_run_shows_speed_and_what_is_left(run: RunDir) -> None:
 
 def test_a_save_that_failed_shows_until_a_later_one_is_there(run: RunDir) -> None:
     give_job(run, alive=True)
-    record.event(run.events, "checkpoint_saved", step=4, bytes=1, seconds=1.0)
-    record.event(run.events, "checkpoint_failed", step=8, reason="No space left on device")
+    record_event(run.events, Event("checkpoint_saved"), step=4, bytes=1, seconds=1.0)
+    record_event(run.events, Event("checkpoint_failed"), step=8, reason="No space left on device")
     assert status(run).save_problem == "step 8 is not saved: No space left on device"
     console = Console(file=io.StringIO(), width=300)
     console.print(table([run]))
     assert isinstance(console.file, io.StringIO)
     assert f"{run.path.name}: step 8 is not saved: No space left" in console.file.getvalue()
-    record.event(run.events, "checkpoint_saved", step=12, bytes=1, seconds=1.0)
+    record_event(run.events, Event("checkpoint_saved"), step=12, bytes=1, seconds=1.0)
     assert status(run).save_problem is None
-    record.event(run.events, "mirror_failed", reason="no route to host")
+    record_event(run.events, Event("mirror_failed"), reason="no route to host")
     assert status(run).save_problem == "not mirrored: no route to host"
-    record.event(run.events, "mirrored", step=12)
+    record_event(run.events, Event("mirrored"), step=12)
     assert status(run).save_problem is None
 
 
@@ -241,9 +243,9 @@ def test_a_hundred_long_runs_take_less_than_a_second(run: RunDir) -> None:
     step(run, 1, **{"val/loss": 7.0})
     run.metrics.write_bytes(run.metrics.read_bytes() * 5000)
     for name in ("requeued", "continued", "network_built"):
-        record.event(run.events, name, lost_s=1.5, attention="sdpa")
+        record_event(run.events, Event(name), lost_s=1.5, attention="sdpa")
     run.events.write_bytes(run.events.read_bytes() * 30)
-    record.event(run.events, "checkpoint_saved", step=1, seconds=1.0, bytes=1 << 30)
+    record_event(run.events, Event("checkpoint_saved"), step=1, seconds=1.0, bytes=1 << 30)
     run.events.write_bytes(run.events.read_bytes() + run.events.read_bytes().splitlines(True)[-1] * 4000)
     found = status(run)
     assert (found.requeues, found.lost_s, found.attention) == (30, 45.0, "sdpa")
@@ -331,7 +333,7 @@ def test_what_makes_another_run_cannot_change_on_resume(run: RunDir, setting: st
     with pytest.raises(ConfigError) as error:
         resume(run, setting)
     assert error.value.problems[0].startswith(words)
-    assert error.value.exit_code == 2
+    assert exit_code_of(error.value) == 2
     assert run.config.read_bytes() == before
 
 
@@ -486,14 +488,14 @@ def test_only_a_second_ctrl_c_after_a_while_ends_a_job_at_once(
         clock[0] += 5
         os.kill(os.getpid(), signal.SIGTERM)
         attendance.answer()
-        assert (pending_stop(run) or {})["now"] is False
+        assert (pending_stop(run) or StopRequest()).now is False
         os.kill(os.getpid(), signal.SIGINT)
         attendance.answer()
-        assert (pending_stop(run) or {})["now"] is True
+        assert (pending_stop(run) or StopRequest()).now is True
         with pytest.raises(KeyboardInterrupt):  # nobody may be able to say that the job has ended
             os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_job_whose_process_was_never_seen_has_ended(run: RunDir) -> None:
     job = give_job(run, alive=False)
-    assert state(run, replace(job, process=None, pid=2**22 - 1)) == "ended"
+    assert state(run, job.model_copy(update={"process": None, "pid": 2**22 - 1})) == "ended"

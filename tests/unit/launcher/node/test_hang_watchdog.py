@@ -7,13 +7,14 @@ import time
 
 import pytest
 
-from gpt.run.heartbeat import VARIABLE, WAITING, Heartbeat
+from gpt.run.environment import Variable
+from gpt.run.heartbeat import WAITING, Heartbeat
 from launcher.node.hang_watchdog import Suspect, Watch, culprits
 
 
 def test_a_worker_that_was_heard_and_is_silent_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     watch = Watch(timeout_s=0.0, start_timeout_s=100.0)
-    monkeypatch.setenv(VARIABLE, watch.name)
+    monkeypatch.setenv(Variable.HEARTBEAT, watch.name)
     assert not watch.silent([os.getpid()])
     Heartbeat().beat(3, "a step")
     assert watch.silent([os.getpid()])
@@ -38,7 +39,7 @@ def test_a_phase_of_the_start_has_a_limit_of_its_own(monkeypatch: pytest.MonkeyP
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     watch = Watch(timeout_s=10.0, start_timeout_s=100.0)
-    monkeypatch.setenv(VARIABLE, watch.name)
+    monkeypatch.setenv(Variable.HEARTBEAT, watch.name)
     heartbeat, me = Heartbeat(), [os.getpid()]
     heartbeat.beat(0, "importing", is_starting=True)
     assert not watch.silent(me)

@@ -19,7 +19,7 @@ from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig
 from launcher.node.task import _Node
 from launcher.runs.store import explicit
-from tests.unit.launcher.support import make_run
+from tests.unit.launcher.support import job_outcome, make_run
 
 SCONTROL = """#!/bin/sh
 case "$*" in
@@ -120,7 +120,7 @@ def test_a_bad_node_that_slurm_gives_again_is_a_failure(
         write_json(run.attempt(attempt).result, {"exit_code": 75, "cause": cause})
         return turn.outcome(0, stopped_now=False, was_signalled=False)
 
-    assert outcome_of_check(1, "node2") == JobOutcome(75, "bad nodes: node2: its clock", 1)
-    assert outcome_of_check(2, "node3") == JobOutcome(75, "bad nodes: node3: its clock", 2)
+    assert outcome_of_check(1, "node2") == job_outcome(75, "bad nodes: node2: its clock", 1)
+    assert outcome_of_check(2, "node3") == job_outcome(75, "bad nodes: node3: its clock", 2)
     again = "bad nodes: node2: its clock; Slurm has given the job node2 again, which it was to keep away from"
-    assert outcome_of_check(3, "node2") == JobOutcome(1, again, 3)
+    assert outcome_of_check(3, "node2") == job_outcome(1, again, 3)

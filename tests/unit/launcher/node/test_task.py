@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -30,6 +29,8 @@ from launcher.scheduler.jobs import refuse_while_alive, state
 from tests.unit.gpt.checkpoint.support import write_checkpoint
 from tests.unit.launcher.support import (
     is_alive,
+    job_outcome,
+    job_record,
     kill_tree,
     make_run,
     processes_naming,
@@ -91,12 +92,12 @@ def end_of(run: RunDir, job: Job) -> JobOutcome:
 
 def test_the_outcome_is_what_the_workers_wrote(folder: Path) -> None:
     run = make_run(folder, 'finish(claim(), 0, "all 10 steps are done")')
-    assert end_of(run, start(run)) == JobOutcome(0, "all 10 steps are done", 1)
+    assert end_of(run, start(run)) == job_outcome(0, "all 10 steps are done", 1)
 
 
 def test_the_outcome_is_the_result_and_not_torchruns_code(folder: Path) -> None:
     run = make_run(folder, 'finish(claim(), 93, "no intact checkpoint")')
-    assert end_of(run, start(run)) == JobOutcome(93, "no intact checkpoint", 1)
+    assert end_of(run, start(run)) == job_outcome(93, "no intact checkpoint", 1)
 
 
 def test_a_killed_worker_is_restarted_with_the_others(folder: Path) -> None:
@@ -121,7 +122,7 @@ if rank == 0:
 """,
         processes=2,
     )
-    assert end_of(run, start(run)) == JobOutcome(0, "generation 1", 2)
+    assert end_of(run, start(run)) == job_outcome(0, "generation 1", 2)
 
 
 @pytest.mark.chaos  # half a minute: torchrun's own wait between SIGTERM and SIGKILL
@@ -140,7 +141,7 @@ if rank == 0:
         processes=2,
     )
     started = time.monotonic()
-    assert end_of(run, start(run)) == JobOutcome(0, "generation 1", 1)
+    assert end_of(run, start(run)) == job_outcome(0, "generation 1", 1)
     assert time.monotonic() - started < 60  # launch.collective_timeout_s is 1200
 
 
@@ -200,7 +201,7 @@ def test_a_signal_to_the_node_task_becomes_a_stop_request(folder: Path, number: 
     wait_for(lambda: run.attempt_numbers())
     [task] = [pid for pid in tree(job) if "submitit.core._submit" in command_line(pid)]
     os.kill(task, number)
-    assert end_of(run, job) == JobOutcome(75, f"stopped: {number.name}", 1)
+    assert end_of(run, job) == job_outcome(75, f"stopped: {number.name}", 1)
 
 
 def test_sigterm_to_the_controller_saves_and_stops(folder: Path) -> None:
@@ -209,7 +210,7 @@ def test_sigterm_to_the_controller_saves_and_stops(folder: Path) -> None:
     wait_for(lambda: run.attempt_numbers())
     assert job.pid is not None
     os.kill(job.pid, signal.SIGTERM)
-    assert end_of(run, job) == JobOutcome(75, "stopped: SIGTERM", 1)
+    assert end_of(run, job) == job_outcome(75, "stopped: SIGTERM", 1)
 
 
 def test_a_stop_request_reaches_the_workers(folder: Path) -> None:
@@ -217,7 +218,7 @@ def test_a_stop_request_reaches_the_workers(folder: Path) -> None:
     job = start(run)
     wait_for(lambda: run.attempt_numbers())
     request_stop(run, "outlast stop")
-    assert end_of(run, job) == JobOutcome(75, "stopped: outlast stop", 1)
+    assert end_of(run, job) == job_outcome(75, "stopped: outlast stop", 1)
 
 
 def test_stop_now_ends_the_workers_without_asking_them(folder: Path) -> None:
@@ -225,7 +226,7 @@ def test_stop_now_ends_the_workers_without_asking_them(folder: Path) -> None:
     job = start(run)
     wait_for(lambda: run.attempt_numbers())
     request_stop(run, "outlast stop --now", now=True)
-    assert end_of(run, job) == JobOutcome(1, "stopped at once, without saving, as asked", 1)
+    assert end_of(run, job) == job_outcome(1, "stopped at once, without saving, as asked", 1)
 
 
 def test_a_later_request_can_only_make_a_stop_more_urgent(tmp_path: Path) -> None:
@@ -248,7 +249,7 @@ def test_a_later_request_can_only_make_a_stop_more_urgent(tmp_path: Path) -> Non
 def test_submitting_removes_a_standing_stop_request(folder: Path) -> None:
     run = make_run(folder, 'finish(claim(), 0, "stop stands: " + str(run.stop.exists()))')
     request_stop(run, "of yesterday", now=True)
-    assert end_of(run, start(run)) == JobOutcome(0, "stop stands: False", 1)
+    assert end_of(run, start(run)) == job_outcome(0, "stop stands: False", 1)
 
 
 @pytest.mark.parametrize(
@@ -283,7 +284,7 @@ stray = subprocess.Popen(command, start_new_session=True)
 finish(claim(), 0, "done")
 """,
     )
-    assert end_of(run, start(run)) == JobOutcome(0, "done", 1)
+    assert end_of(run, start(run)) == job_outcome(0, "done", 1)
     assert not is_alive(int((run.path / "stray").read_text()))
 
 
@@ -296,13 +297,13 @@ while not (run.path / "tracking-pid").exists():
 finish(claim(), 0, "done")
 """
     run = make_run(folder, worker, tracking=tracking)
-    assert end_of(run, start(run)) == JobOutcome(0, "done", 1)
+    assert end_of(run, start(run)) == job_outcome(0, "done", 1)
     assert (run.path / "drained").read_text() == "yes"
 
 
 def test_a_mirror_that_fails_does_not_matter(folder: Path) -> None:
     run = make_run(folder, 'time.sleep(1); finish(claim(), 0, "done")', tracking="raise SystemExit(3)")
-    assert end_of(run, start(run)) == JobOutcome(0, "done", 1)
+    assert end_of(run, start(run)) == job_outcome(0, "done", 1)
 
 
 def test_the_last_checkpoint_is_at_the_second_place_when_the_job_has_ended(
@@ -319,7 +320,7 @@ finish(claim(), 0, "done")
     config = read_config(run)
     checkpoint = config.checkpoint.model_copy(update={"mirror": str(tmp_path / "second")})
     write_json(run.config, config.model_copy(update={"checkpoint": checkpoint}).model_dump(mode="json"))
-    assert end_of(run, start(run)) == JobOutcome(0, "done", 1)
+    assert end_of(run, start(run)) == job_outcome(0, "done", 1)
     assert list(verify(tmp_path / "second" / "run" / "checkpoints" / "step-00000005")) == []
 
 
@@ -331,7 +332,7 @@ def test_the_job_runs_the_code_as_submitted_and_not_the_current_folders(
     (decoy / "__init__.py").write_text("raise SystemExit('the current folder was imported')")
     monkeypatch.chdir(decoy.parent)
     run = make_run(folder, "import gpt.config.run; finish(claim(), 0, gpt.config.run.__file__)")
-    assert end_of(run, start(run)) == JobOutcome(0, str(run.code / "gpt" / "config" / "run.py"), 1)
+    assert end_of(run, start(run)) == job_outcome(0, str(run.code / "gpt" / "config" / "run.py"), 1)
 
 
 def test_the_job_survives_its_submitters_terminal(folder: Path) -> None:
@@ -369,8 +370,8 @@ def test_a_copy_of_a_run_is_not_held_by_the_originals_job_and_a_moved_one_is(tmp
     original.path.mkdir()
     process = identity(os.getpid())
     inode = original.path.stat().st_ino
-    job = Job(1, "local", str(os.getpid()), os.uname().nodename, os.getpid(), process, inode, 0.0)
-    write_json(original.job, asdict(job))
+    job = job_record(1, "local", str(os.getpid()), os.uname().nodename, os.getpid(), process, inode, 0.0)
+    job.write(original.job)
     shutil.copytree(original.path, copy.path)
     assert read_job(copy) is None
     refuse_while_alive(copy)
@@ -381,12 +382,15 @@ def test_a_copy_of_a_run_is_not_held_by_the_originals_job_and_a_moved_one_is(tmp
 
 
 def test_a_process_id_used_again_is_not_the_job(tmp_path: Path) -> None:
-    mine = Job(1, "local", "1", os.uname().nodename, os.getpid(), "another-boot/17", 0, 0.0)
+    mine = job_record(1, "local", "1", os.uname().nodename, os.getpid(), "another-boot/17", 0, 0.0)
     assert state(RunDir(tmp_path), mine) == "ended"
 
 
 def test_a_local_job_of_another_host_is_unknown_here(tmp_path: Path) -> None:
-    assert state(RunDir(tmp_path), Job(1, "local", "1", "elsewhere", os.getpid(), "x", 0, 0.0)) == "unknown"
+    assert (
+        state(RunDir(tmp_path), job_record(1, "local", "1", "elsewhere", os.getpid(), "x", 0, 0.0))
+        == "unknown"
+    )
 
 
 def test_workers_on_a_cpu_share_its_cores() -> None:

@@ -11,6 +11,7 @@ from data_pipeline.config_file import with_overrides
 from data_pipeline.dataset.manifest import read_manifest
 from data_pipeline.errors import ConfigError
 from gpt.config.run import RunConfig
+from gpt.run.exit_codes import exit_code_of
 from gpt.run.json_file import read_json
 from launcher.cluster import ClusterConfig
 from launcher.preflight.check import check_disk, check_machine, examine
@@ -38,7 +39,7 @@ def ask(data: Path, folder: Path | None, *overrides: str, cluster: str | Cluster
 def refused(ask: Callable[[], object]) -> Sequence[str]:
     with pytest.raises(ConfigError) as error:
         ask()
-    assert error.value.exit_code == 2
+    assert exit_code_of(error.value) == 2
     return error.value.problems
 
 

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import time
-from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import pytest
 from data_pipeline.config_file import validate
 from data_pipeline.errors import LaunchError
 from gpt.config.run import RunConfig
+from gpt.run.exit_codes import exit_code_of
 from gpt.run.json_file import read_json, write_json
 from gpt.run.records import Job
 from gpt.run.run_dir import RunDir
@@ -28,6 +28,7 @@ from launcher.runs.recipes import run_tables
 from launcher.runs.stop_request import request_stop
 from launcher.scheduler import slurm
 from launcher.scheduler.jobs import refuse_while_alive
+from tests.unit.launcher.support import job_record
 
 
 class Scheduler:
@@ -74,8 +75,8 @@ def run(tmp_path: Path) -> RunDir:
 
 
 def give_job(run: RunDir, executor: str, host: str) -> Job:
-    job = Job(1, executor, "7", host, None, None, run.path.stat().st_ino, 0.0)
-    write_json(run.job, asdict(job))
+    job = job_record(1, executor, "7", host, None, None, run.path.stat().st_ino, 0.0)
+    job.write(run.job)
     run.submission(1).path.mkdir(parents=True, exist_ok=True)
     return job
 
@@ -174,7 +175,7 @@ def test_a_run_whose_job_may_live_for_all_that_slurm_says_is_not_started_again(
     Scheduler(monkeypatch, {0: "SILENT"})
     with pytest.raises(LaunchError) as error:
         launch.resume(str(run.path), None, [], None, attend=None)
-    assert error.value.exit_code == 2
+    assert exit_code_of(error.value) == 2
     assert str(error.value) == (
         f"whether Slurm job 7 of {run.path} has ended cannot be known here: squeue and scontrol do not "
         "answer. Try again once they do, or on a login node of that cluster; if you know that the job is "
@@ -204,8 +205,8 @@ def test_a_hundred_runs_that_slurm_has_forgotten_are_three_questions(
         runs[-1].path.mkdir()
         tables = {"name": "x", "data": {"path": "/data"}, "schedule": {"total_steps": 1}}
         write_json(runs[-1].config, validate(RunConfig, tables, "x").resolve(64).model_dump(mode="json"))
-        job = Job(1, "slurm", str(number), "login1", None, None, runs[-1].path.stat().st_ino, 0.0)
-        write_json(runs[-1].job, asdict(job))
+        job = job_record(1, "slurm", str(number), "login1", None, None, runs[-1].path.stat().st_ino, 0.0)
+        job.write(runs[-1].job)
     answers = iter(
         [
             "0|RUNNING|None|node1\n1|CANCELLED|None|\n",
