@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 from gpt.checkpoint.format import CheckpointIndex, ParameterEntry
 from gpt.config.model import ModelConfig
 from gpt.config.optimizer import OptimizerConfig
-from gpt.model.flops import parameter_table
+from gpt.config.parameter_table import parameter_table
 
 T = TypeVar("T")
 _NAMED = 5  # of parameters that do not fit

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from math import prod
 
 from gpt.config.model import ModelConfig
+from gpt.config.parameter_table import parameter_count, parameter_table
 from gpt.config.run import RunConfig
-from gpt.model.flops import parameter_count, parameter_table
 
 # Of gpt.model.loss: logits that there are at a time, and those of them that are in fp32.
 LOSS_CHUNK_ELEMENTS = {"bf16": 2**27, "else": 2**24}

@@ -11,8 +11,9 @@ from typing import Any
 from data_pipeline.sampling.batches import windows_in
 from data_pipeline.sampling.mixture import Mixture
 from data_pipeline.sampling.skip_list import SkipList
+from gpt.config.parameter_table import parameter_count
 from gpt.config.run import RunConfig
-from gpt.model.flops import PEAK_FLOPS_PER_SECOND, flops_per_token, parameter_count
+from gpt.model.flops import PEAK_FLOPS_PER_SECOND, flops_per_token
 from gpt.run.host_memory import LARGEST_SHARE, available_bytes
 from launcher.cluster import ACCELERATOR_MEMORY_GIB, ClusterConfig
 from launcher.preflight.memory import Memory, largest_micro_batch, memory, state_bytes

@@ -18,6 +18,7 @@ TORCH_FREE_IN_GPT = (
     "gpt.config.data",
     "gpt.config.model",
     "gpt.config.optimizer",
+    "gpt.config.parameter_table",
     "gpt.config.parallel",
     "gpt.optimizer.parameter_groups",
     "gpt.huggingface.architectures",

@@ -28,9 +28,9 @@ from torch import Tensor
 from gpt.checkpoint.format import GroupEntry, ParameterEntry
 from gpt.checkpoint.layout import GroupLayout, Kind
 from gpt.config.model import ModelConfig
+from gpt.config.parameter_table import parameter_table
 from gpt.config.run import RunConfig
 from gpt.distributed.world import World
-from gpt.model.flops import parameter_table
 from gpt.model.gpt import GPT
 from gpt.model.initialization import initialize
 from gpt.optimizer.adamw import AdamW

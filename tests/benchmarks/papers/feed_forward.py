@@ -11,7 +11,7 @@ from statistics import mean, stdev
 
 from gpt.config.model import ModelConfig
 from gpt.config.optimizer import OptimizerConfig, ScheduleConfig
-from gpt.model.flops import parameter_count
+from gpt.config.parameter_table import parameter_count
 from tests.benchmarks.papers.small import CONTEXT, VOCABULARY, train
 from tests.distributed.data import small_data_set
 

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from gpt.config.model import ModelConfig
+from gpt.config.parameter_table import parameter_count, parameter_table
 from gpt.model.attention import Documents
-from gpt.model.flops import flops_per_token, parameter_count, parameter_table
+from gpt.model.flops import flops_per_token
 from gpt.model.layers import ACTIVATIONS, FeedForward, Linear
 from gpt.model.positions import positions
 from gpt.training.peak_flops import of_gpu
