@@ -39,6 +39,11 @@ def parameter_count(model: ModelConfig) -> int:
     return sum(prod(shape) for _, shape in parameter_table(model))
 
 
+def block_numel(model: ModelConfig) -> int:
+    """Parameters of one block."""
+    return sum(prod(shape) for name, shape in parameter_table(model) if name.startswith("blocks.0."))
+
+
 def _linear(model: ModelConfig, name: str, rows: int, columns: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield f"{name}.weight", (rows, columns)
     if model.bias:

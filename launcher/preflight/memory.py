@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from math import prod
 
 from gpt.config.model import ModelConfig
-from gpt.config.parameter_table import parameter_count, parameter_table
+from gpt.config.parameter_table import block_numel, parameter_count, parameter_table
 from gpt.config.run import RunConfig
+from gpt.config.zero_sizes import zero_sizes
 
 # Of gpt.model.loss: logits that there are at a time, and those of them that are in fp32.
 LOSS_CHUNK_ELEMENTS = {"bf16": 2**27, "else": 2**24}
 LOSS_BLOCK_ELEMENTS = {"cpu": 2**20, "else": 2**25}
-_BUCKET_NUMEL = 2**24  # gpt.distributed.zero.engine's least bucket
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def memory(config: RunConfig, world_size: int, *, on_cpu: bool = False) -> Memor
     optimizer = state_bytes(config) // world_size if on_device else 0
     gradients = width * parameters
     if zero.stage >= 2:
-        gradients = gradients // world_size + width * max(block_numel(model), _BUCKET_NUMEL)
+        gradients = gradients // world_size + width * zero_sizes(config).bucket_numel
     accumulated = 0
     if config.micro_batches(world_size) > 1 and config.precision != "fp32":
         accumulated = 4 * parameters // (world_size if zero.stage >= 2 else 1)
@@ -74,11 +74,6 @@ def memory(config: RunConfig, world_size: int, *, on_cpu: bool = False) -> Memor
         workspace=loss + gathered + update,
         peak=fixed + max(forward, gradients + update),
     )
-
-
-def block_numel(model: ModelConfig) -> int:
-    """Parameters of one block."""
-    return sum(prod(shape) for name, shape in parameter_table(model) if name.startswith("blocks.0."))
 
 
 def largest_micro_batch(config: RunConfig, world_size: int, available: float) -> int | None:

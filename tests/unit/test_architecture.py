@@ -19,6 +19,7 @@ TORCH_FREE_IN_GPT = (
     "gpt.config.model",
     "gpt.config.optimizer",
     "gpt.config.parameter_table",
+    "gpt.config.zero_sizes",
     "gpt.config.parallel",
     "gpt.optimizer.parameter_groups",
     "gpt.huggingface.architectures",

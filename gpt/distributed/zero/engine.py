@@ -17,7 +17,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 from unittest.mock import patch
 
@@ -28,8 +27,8 @@ from torch import Tensor
 from gpt.checkpoint.format import GroupEntry, ParameterEntry
 from gpt.checkpoint.layout import GroupLayout, Kind
 from gpt.config.model import ModelConfig
-from gpt.config.parameter_table import parameter_table
 from gpt.config.run import RunConfig
+from gpt.config.zero_sizes import zero_sizes
 from gpt.distributed.world import World
 from gpt.model.gpt import GPT
 from gpt.model.initialization import initialize
@@ -40,8 +39,6 @@ from gpt.optimizer.parameter_groups import hyperparameters, parameter_entries, s
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-# Smaller messages do not fill a link: 32 MiB in bf16, near the 25 MB of torch's DDP.
-_BUCKET_NUMEL = 2**24
 
 
 def deepspeed_config(run: RunConfig, world_size: int, *, has_gpu: bool) -> dict[str, Any]:
@@ -70,21 +67,20 @@ def deepspeed_config(run: RunConfig, world_size: int, *, has_gpu: bool) -> dict[
 
 def _zero_optimization(run: RunConfig, *, has_gpu: bool) -> dict[str, Any]:
     """The sizes follow the model: a block's gradients are reduced while the one before it computes."""
-    zero, block = run.zero, _block_numel(run.model)
+    zero, sizes = run.zero, zero_sizes(run)
     config: dict[str, Any] = {
         "stage": zero.stage,
         "contiguous_gradients": True,
         "overlap_comm": has_gpu,
-        "reduce_bucket_size": zero.bucket_numel or max(block, _BUCKET_NUMEL),
+        "reduce_bucket_size": sizes.bucket_numel,
     }
     if zero.offload_optimizer == "cpu":
         config["offload_optimizer"] = {"device": "cpu", "pin_memory": has_gpu}
     if zero.stage < 3:
         return config
-    vectors = [prod(shape) for _, shape in parameter_table(run.model) if len(shape) == 1]
     config |= {
-        "stage3_prefetch_bucket_size": zero.prefetch_numel or block,
-        "stage3_param_persistence_threshold": zero.whole_below_numel or max(vectors, default=0),
+        "stage3_prefetch_bucket_size": sizes.prefetch_numel,
+        "stage3_param_persistence_threshold": sizes.whole_below_numel,
         "zero_quantized_weights": zero.quantized_weights,
         "zero_quantized_gradients": zero.quantized_gradients,
         "zero_hpz_partition_size": zero.secondary_shards,
@@ -92,10 +88,6 @@ def _zero_optimization(run: RunConfig, *, has_gpu: bool) -> dict[str, Any]:
     if zero.offload_parameters == "cpu":
         config["offload_param"] = {"device": "cpu", "pin_memory": has_gpu}
     return config
-
-
-def _block_numel(model: ModelConfig) -> int:
-    return sum(prod(shape) for name, shape in parameter_table(model) if name.startswith("blocks.0."))
 
 
 def build_model(run: RunConfig, world: World, *, is_resumed: bool = False) -> GPT:
