@@ -150,13 +150,12 @@ def _loss_bytes(config: RunConfig, *, on_cpu: bool) -> int:
 
 
 def state_bytes(config: RunConfig) -> int:
-    """Master weights and moments of the whole model."""
-    moment = 2 if config.optimizer.moments == "bf16" else 4
-    total = 0
-    for name, shape in parameter_table(config.model):
-        is_muons = config.optimizer.name == "muon" and len(shape) >= 2 and name.startswith("blocks.")
-        total += prod(shape) * (4 + moment * (1 if is_muons else 2))
-    return total
+    """Master weights and optimizer states of the whole model."""
+    spec, moment_bytes = config.optimizer.spec, config.optimizer.moment_bytes
+    return sum(
+        prod(shape) * spec.group(spec.group_of(name, shape, config.model)).bytes_per_parameter(moment_bytes)
+        for name, shape in parameter_table(config.model)
+    )
 
 
 def _tokens(config: RunConfig) -> int:

@@ -35,7 +35,9 @@ def test_ours_is_as_fast_as_memory_allows_any_to_be(monkeypatch: pytest.MonkeyPa
     torch.set_num_threads(1)
     rates = {"lr": 1e-3, "weight_decay": 0.1}
     optimizers = {
-        "ours": AdamW([{"params": [parameter()], "weight_decay": 0.1}], OptimizerConfig(peak_lr=1e-3)),
+        "ours": AdamW(
+            [{"params": [parameter()], "weight_decay": 0.1}], OptimizerConfig(peak_lr=1e-3), torch.float32
+        ),
         "torch, foreach": torch.optim.AdamW([parameter()], foreach=True, **rates),
         "DeepSpeedCPUAdam": DeepSpeedCPUAdam([parameter()], adamw_mode=True, **rates),
     }

@@ -18,6 +18,7 @@ TORCH_FREE_IN_GPT = (
     "gpt.config.data",
     "gpt.config.model",
     "gpt.config.optimizer",
+    "gpt.config.optimizer_spec",
     "gpt.config.parameter_table",
     "gpt.config.zero_sizes",
     "gpt.config.parallel",

@@ -90,7 +90,7 @@ def test_a_warmup_from_an_initial_rate_saves_its_part_of_the_steps() -> None:
         ({"name": "inverse_sqrt"}, "needs schedule.warmup_steps"),
         (
             {"name": "cosine", "decay_steps": 5},
-            "decay_steps = 5 has no effect where schedule.name = 'cosine'",
+            "decay_steps = 5 has no effect with schedule.name = 'cosine'",
         ),
     ],
 )

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from gpt.config.optimizer import OptimizerConfig
 from gpt.optimizer.adamw import AdamW
-from gpt.optimizer.muon import Exchange, MuonAdamW, Whole, rate_factor
+from gpt.optimizer.muon import MuonAdamW, rate_factor, scaled_update
+from gpt.optimizer.whole_matrices import Fragment, MatrixExchange, ShardedMatrices
 
 STEPS = 50
 SHAPES = {"tall": (24, 8), "wide": (6, 40), "square": (16, 16)}
@@ -37,7 +38,7 @@ def train(optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor]) -> di
 
 def ours(parameters: dict[str, Tensor], **fields: Any) -> AdamW:
     config = OptimizerConfig.model_validate({"peak_lr": 1e-2, "weight_decay": 0.1, **fields})
-    return AdamW([{"params": list(parameters.values()), "weight_decay": 0.1}], config)
+    return AdamW([{"params": list(parameters.values()), "weight_decay": 0.1}], config, torch.float32)
 
 
 def test_adamw_is_torchs() -> None:
@@ -127,14 +128,15 @@ def flat_muon(parameters: dict[str, Tensor], dtype: torch.dtype) -> MuonAdamW:
     optimizer = MuonAdamW([group], config, dtype)
     for name, parameter in parameters.items():
         rows, columns = SHAPES[name]
-        whole = Whole((rows,), columns, ((0, 0, parameter.numel()),))
-        optimizer.exchanges[parameter] = Exchange([whole], rank=0, world_size=1)
+        matrices = ShardedMatrices((rows,), columns, (Fragment(0, 0, parameter.numel()),))
+        optimizer.use_exchange(parameter, MatrixExchange([matrices], rank=0, world_size=1))
     return optimizer
 
 
 def test_stacked_matrices_are_orthogonalised_one_by_one() -> None:
     stacked = torch.randn(20, 8)
-    update = Whole((12, 8), 8, ((0, 0, 160),)).update(stacked.reshape(-1)).view(20, 8)
+    matrices = ShardedMatrices((12, 8), 8, (Fragment(0, 0, 160),))
+    update = matrices.apply(scaled_update, stacked.reshape(-1)).view(20, 8)
     for part in update.split((12, 8)):
         singular = torch.linalg.svdvals(part) / rate_factor(*part.shape)
         assert singular.min() > 0.5 and singular.max() < 1.3
