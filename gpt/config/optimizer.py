@@ -32,7 +32,7 @@ class OptimizerConfig(Section):
     )
     moments: Literal["fp32", "bf16"] = Field(
         default="fp32",
-        description="Dtype of the moments. bf16 halves their size: AdamW then needs 4 bytes a parameter less.",
+        description="Dtype of the moments. bf16 saves AdamW 4 bytes a parameter, Muon 2.",
     )
     eps: float = Field(default=1e-8, gt=0, description="AdamW: added to the root of the second moment.")
     weight_decay: float = Field(
@@ -82,8 +82,8 @@ class ScheduleConfig(Section):
     warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warmup to the peak.")
     warmup: Literal["linear", "auto"] = Field(
         default="linear",
-        description="linear starts the warmup at rate 0. auto starts it at the largest rate at which the first "
-        "update does not raise the loss, so it ends earlier (arXiv:2406.09405); the first start searches it.",
+        description="linear starts the warmup at rate 0. auto starts it at the largest rate whose first update "
+        "does not raise the loss, so it ends earlier (arXiv:2406.09405). The first attempt finds that rate.",
     )
     decay_steps: int = Field(default=0, ge=0, description="wsd: steps of the decay at the end of the run.")
     decay: Literal["sqrt", "linear"] = Field(

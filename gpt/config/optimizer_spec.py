@@ -37,7 +37,7 @@ class GroupSpec:
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """One optimizer: its groups in the order of a checkpoint, and the rule that assigns parameters to them."""
+    """One optimizer: its groups, in a checkpoint's order, and the rule that assigns parameters to them."""
 
     groups: tuple[GroupSpec, ...]
     group_of: Callable[[str, Shape, ModelConfig], str]  # (name, shape, model) of a parameter → group

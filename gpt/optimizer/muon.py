@@ -1,8 +1,8 @@
 """Muon for the matrices inside the blocks, AdamW for everything else, under any ZeRO stage.
 
 Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) replaces the momentum of a matrix by the nearest
-orthogonal matrix. DeepSpeed's own Muon orthogonalises before it clips the gradient at some stages and after it
-at others; this one always follows torch.optim.Muon.
+orthogonal matrix. DeepSpeed's own Muon orthogonalises before gradient clipping at some stages and after it at
+others; this one always follows torch.optim.Muon.
 """
 
 import math
