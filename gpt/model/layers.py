@@ -10,21 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt.config.model import ModelConfig
-
-# Without AVX-512 torch multiplies 16-bit matrices by a reference loop: measured 1 GFLOP/s a core in bf16 on
-# an AVX2 machine where fp32 reaches 45 to 90. Constants: torch.compile begins a new graph at a question.
-_HAS_MATMUL = {
-    torch.bfloat16: bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
-    torch.float16: bool(torch.ops.mkldnn._is_mkldnn_fp16_supported()),
-}
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype to multiply `x` in: its own, or fp32 on a CPU whose 16-bit kernels are not real.
-
-    The result is rounded to `x.dtype` again: what a kernel with fp32 accumulation gives.
-    """
-    return torch.float32 if x.device.type == "cpu" and not _HAS_MATMUL.get(x.dtype, True) else x.dtype
+from gpt.model.hardware import compute_dtype
 
 
 class Embedding(nn.Embedding):

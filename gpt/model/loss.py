@@ -12,20 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt.model.layers import compute_dtype
+from gpt.model.hardware import compute_dtype, is_cpu
+from gpt.model.loss_chunks import block_elements, chunk_elements, rows_within
 
 IGNORED = -100
 
 BlockLoss = Callable[[Tensor, Tensor, float | None, float, bool], tuple[Tensor, Tensor]]
-
-# Logits of a chunk. In bf16 256 MiB: every chunk costs a pass over the weight's gradient in fp32, which one
-# chunk alone does without. Elsewhere 64 MiB in fp32, where that sum is part of the product, and few terms
-# for fp16.
-_CHUNK_ELEMENTS = {torch.bfloat16: 2**27}
-_CHUNK_ELEMENTS_ELSE = 2**24
-# A block of them is in fp32 at a time: on a CPU as much as stays in the caches, on a GPU what fills it.
-_BLOCK_ELEMENTS = {"cpu": 2**20}
-_BLOCK_ELEMENTS_ELSE = 2**25
 
 
 def cross_entropy_sum(
@@ -46,16 +38,11 @@ def cross_entropy_sum(
     in the dtype of the products, and none is computed twice. `compiled` is `block_loss`, compiled.
     """
     dtype, vocabulary = compute_dtype(hidden_xd), len(weight_vd)
-    rows = chunk_rows or _rows(_CHUNK_ELEMENTS.get(dtype, _CHUNK_ELEMENTS_ELSE), vocabulary)
-    block_rows = _rows(_BLOCK_ELEMENTS.get(hidden_xd.device.type, _BLOCK_ELEMENTS_ELSE), vocabulary)
+    rows = chunk_rows or rows_within(chunk_elements(is_bf16=dtype == torch.bfloat16), vocabulary)
+    block_rows = rows_within(block_elements(is_cpu=is_cpu(hidden_xd.device)), vocabulary)
     options = (softcap, z_loss, rows, block_rows, torch.is_grad_enabled(), compiled or block_loss)
     loss: Tensor = _CrossEntropySum.apply(hidden_xd, weight_vd, targets_x, *options)  # type: ignore[no-untyped-call]
     return loss
-
-
-def _rows(elements: int, vocabulary: int) -> int:
-    """Rows of at most `elements`: a power of two, so that batches are cut evenly, into one shape."""
-    return 1 << max(1, elements // vocabulary).bit_length() - 1
 
 
 def capped(logits: Tensor, softcap: float | None) -> Tensor:

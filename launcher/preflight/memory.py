@@ -12,10 +12,7 @@ from gpt.config.model import ModelConfig
 from gpt.config.parameter_table import block_numel, parameter_count, parameter_table
 from gpt.config.run import RunConfig
 from gpt.config.zero_sizes import zero_sizes
-
-# Of gpt.model.loss: logits that there are at a time, and those of them that are in fp32.
-LOSS_CHUNK_ELEMENTS = {"bf16": 2**27, "else": 2**24}
-LOSS_BLOCK_ELEMENTS = {"cpu": 2**20, "else": 2**25}
+from gpt.model.loss_chunks import block_elements, chunk_elements, rows_within
 
 
 @dataclass(frozen=True)
@@ -136,13 +133,12 @@ def _loss_bytes(config: RunConfig, *, on_cpu: bool) -> int:
     """The logits of a chunk; of a block of it the logits and log p in fp32, and the gradient; the head's."""
     model, tokens, width = config.model, _tokens(config), _bytes(config)
     head = model.vocabulary * model.d_model
-    wide = (
-        4 if on_cpu else width
-    )  # most CPUs compute 16-bit products in fp32 (gpt.model.layers.compute_dtype)
-    kind = "bf16" if config.precision == "bf16" and wide == width else "else"
-    rows = min(tokens, 1 << max(1, LOSS_CHUNK_ELEMENTS[kind] // model.vocabulary).bit_length() - 1)
+    # Most CPUs compute 16-bit products in fp32 (gpt.model.hardware.compute_dtype).
+    wide = 4 if on_cpu else width
+    elements = chunk_elements(is_bf16=config.precision == "bf16" and wide == width)
+    rows = min(tokens, rows_within(elements, model.vocabulary))
     chunk = rows * model.vocabulary
-    block = min(chunk, LOSS_BLOCK_ELEMENTS["cpu" if on_cpu else "else"])
+    block = min(chunk, block_elements(is_cpu=on_cpu))
     is_summed = rows < tokens or wide != width  # the head's gradient, in fp32
     gradient = (4 if is_summed else 0) + width
     weight = wide if wide != width else 0

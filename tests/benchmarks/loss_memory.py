@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt.model.layers import compute_dtype
+from gpt.model.hardware import compute_dtype
 from gpt.model.loss import cross_entropy_sum
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from data_pipeline.errors import ConfigError
 from gpt.config.model import ModelConfig
-from gpt.model.attention import Documents, Scores, _is_installed, choose, flash_2, flash_3, flash_4, reference
+from gpt.model.attention import Documents, Scores, choose, flash_2, flash_3, flash_4, is_installed, reference
 from tests.unit.gpt.model.support import build, random_tokens
 
 
@@ -335,11 +335,11 @@ def test_the_early_flash_4_inside_flash_2_is_not_taken_for_it(monkeypatch: pytes
     module = types.ModuleType("flash_attn.cute")
     monkeypatch.setitem(sys.modules, "flash_attn.cute", module)
     module.flash_attn_varlen_func = _flash_4_function
-    assert _is_installed("flash_attn.cute")
+    assert is_installed("flash_attn.cute")
     # flash-attn 2.8.3.post2, flash_attn/cute/interface.py
     module.flash_attn_varlen_func = lambda q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, causal=False: None
-    assert not _is_installed("flash_attn.cute")
-    assert not _is_installed("flash_attn_3.flash_attn_interface")
+    assert not is_installed("flash_attn.cute")
+    assert not is_installed("flash_attn_3.flash_attn_interface")
 
 
 @pytest.mark.parametrize(
@@ -364,8 +364,8 @@ def test_auto_picks_by_hardware_package_and_shape(
     chosen: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: capability)
-    monkeypatch.setattr("gpt.model.attention._is_installed", lambda module: module in installed)
+    monkeypatch.setattr("gpt.model.hardware.compute_capability", lambda _: capability)
+    monkeypatch.setattr("gpt.model.attention.is_installed", lambda module: module in installed)
     model = ModelConfig.model_validate(fields)
     assert choose(model, torch.device("cuda"), torch.bfloat16)[0] == chosen
 
@@ -391,7 +391,7 @@ def test_auto_picks_by_hardware_package_and_shape(
             torch.bfloat16,
             "it needs Hopper or Blackwell, this GPU has compute capability 8.9",
         ),
-        ("flash-2", (9, 0), torch.float32, "it computes in bf16 or fp16, not torch.float32"),
+        ("flash-2", (9, 0), torch.float32, "it computes in bf16 or fp16, not fp32"),
         ("flash-3", (9, 0), torch.bfloat16, "the package flash-attn's hopper/ is not installed"),
         ("flash-4", (9, 0), torch.bfloat16, "the package flash-attn-4 is not installed"),
     ],
@@ -399,7 +399,7 @@ def test_auto_picks_by_hardware_package_and_shape(
 def test_a_flash_kernel_that_cannot_run_says_why(
     name: str, capability: tuple[int, int], dtype: torch.dtype, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: capability)
+    monkeypatch.setattr("gpt.model.hardware.compute_capability", lambda _: capability)
     with pytest.raises(ConfigError) as error:
         choose(ModelConfig.model_validate({"attention": name}), torch.device("cuda"), dtype)
     assert str(error.value) == f"model.attention = {name!r} cannot run here: {reason}. Use 'auto'."

@@ -227,10 +227,19 @@ def test_dropout_keeps_the_expected_share_of_embeddings_and_attention_weights() 
             "rope_scaling has no effect with model.position = 'none'",
         ),
         ({"window": 1024}, "window = 1024 has no effect: the context has 1024 tokens"),
-        ({"attention": "sdpa", "attention_softcap": 50.0}, "'sdpa', has no soft-cap"),
-        ({"attention_softcap": 50.0, "dropout": 0.1}, "no kernel has both"),
-        ({"attention": "flash-3", "dropout": 0.1}, "'flash-3' has no dropout, and model.dropout = 0.1"),
-        ({"attention": "flash-2", "d_head": 260}, "multiple of 8 up to 256; it is 260"),
+        (
+            {"attention": "sdpa", "attention_softcap": 50.0},
+            "'sdpa' cannot compute this model: it has no soft-cap, and model.attention_softcap = 50",
+        ),
+        ({"attention_softcap": 50.0, "dropout": 0.1}, "no kernel combines them"),
+        (
+            {"attention": "flash-3", "dropout": 0.1},
+            "it has no dropout, and model.dropout = 0.1. Use one of: auto, flash-2, sdpa, reference.",
+        ),
+        (
+            {"attention": "flash-2", "d_head": 260},
+            "multiple of 8 up to 256, and it is 260. Use one of: auto, sdpa, reference.",
+        ),
         (
             {"rope_scaling": {"kind": "yarn", "factor": 2.0, "beta_slow": 40.0}},
             "beta_slow = 40 must be below beta_fast = 32",
