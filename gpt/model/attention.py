@@ -5,11 +5,12 @@
 All compute softmax(Q Kᵀ / √E) V (Vaswani et al. 2017, equation 1; muP replaces 1/√E) with the causal mask,
 inside each document only. With a window (Longformer, arXiv:2004.05150; Mistral 7B, arXiv:2310.06825) a token
 attends to the last W tokens, itself included. With a soft-cap (Gemma 2, arXiv:2408.00118, section 2) the
-scores are c · tanh(x / c). `flash-2` is FlashAttention-2 (Dao 2023,
-arXiv:2307.08691; the tiling and the online softmax are those of FlashAttention, Dao et al. 2022,
-arXiv:2205.14135) through flash-attn's varlen kernel; `flash-3` (Shah et al. 2024, arXiv:2407.08608) and
-`flash-4` are their successors for Hopper and Blackwell; `sdpa` is torch's own flash kernel; `reference` is
-the formula.
+scores are c · tanh(x / c).
+
+`flash-2` is FlashAttention-2 (Dao 2023, arXiv:2307.08691), with the tiling and the online softmax of
+FlashAttention (Dao et al. 2022, arXiv:2205.14135), through flash-attn's kernel for sequences of variable
+length. `flash-3` (Shah et al. 2024, arXiv:2407.08608) and `flash-4` are its successors for Hopper and
+Blackwell. `sdpa` is torch's own flash kernel. `reference` is the formula.
 """
 
 import math
@@ -41,7 +42,7 @@ class Documents:
 
     @classmethod
     def from_ends(cls, ends_n: NDArray[np.int32], device: torch.device | str = "cpu") -> "Documents":
-        """`ends_n`: exclusive ends, strictly increasing, the last one B·T."""
+        """`ends_n` are exclusive ends, strictly increasing, the last one B·T."""
         bounds = np.concatenate(([0], ends_n)).astype(np.int32)
         lengths = np.diff(bounds)
         cumulative = torch.from_numpy(bounds).to(device)
@@ -71,7 +72,7 @@ _DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "f
 
 
 def flash_2(q_xhe: Tensor, k_xke: Tensor, v_xke: Tensor, documents: Documents, scores: Scores) -> Tensor:
-    """FlashAttention-2, documents as variable-length sequences: O(B·T) memory, no mask.
+    """FlashAttention-2 over documents as sequences of variable length: O(B·T) memory, no mask.
 
     Its backward pass sums dQ with atomics, so in any order, unless torch.use_deterministic_algorithms is on.
     """
@@ -182,7 +183,7 @@ def reference(q_xhe: Tensor, k_xke: Tensor, v_xke: Tensor, documents: Documents,
 
 
 def formula(q_the: Tensor, k_ske: Tensor, v_ske: Tensor, scores: Scores) -> Tensor:
-    """Attention of the last T of S positions of one document to all of them, fp32 [T, H, E]."""
+    """Attention of the last T of a document's S positions to all S, fp32 [T, H, E]."""
     t, s, repeats = len(q_the), len(k_ske), q_the.shape[1] // k_ske.shape[1]
     q_hte, k_hse, v_hse = (x.float().transpose(0, 1) for x in (q_the, k_ske, v_ske))
     k_hse, v_hse = k_hse.repeat_interleave(repeats, 0), v_hse.repeat_interleave(repeats, 0)
@@ -195,7 +196,7 @@ def formula(q_the: Tensor, k_ske: Tensor, v_ske: Tensor, scores: Scores) -> Tens
 
 
 def _is_seen(start: int, end: int, first: int, window: int | None, device: torch.device) -> Tensor:
-    """Whether queries `start` to `end` see keys `first` to `end`: the causal band, bool [T, S]."""
+    """Whether queries `start` to `end` attend to keys `first` to `end`: the causal band, bool [T, S]."""
     distance = (
         torch.arange(start, end, device=device)[:, None] - torch.arange(first, end, device=device)[None, :]
     )

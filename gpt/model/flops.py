@@ -1,6 +1,6 @@
-"""Parameters and FLOPs as closed forms of the model config, without torch.
+"""FLOPs per token as a closed form of the model config, and the peak FLOPs of GPUs. Torch-free.
 
-`outlast plan`, `outlast status` and MFU stand on these; tests hold them against the built network.
+`outlast plan`, `outlast status` and MFU use these; a test compares them with torch's FLOP counter.
 """
 
 from math import prod
@@ -8,8 +8,8 @@ from math import prod
 from gpt.config.model import ModelConfig
 from gpt.config.parameter_table import parameter_table
 
-# Dense peaks of one GPU, without sparsity and TF32, by the words of its name (NVIDIA's data sheets of A100
-# SXM, H100 SXM and PCIe, H200 SXM, HGX B200).
+# Peak of one GPU without sparsity and TF32, by the words of its name. From NVIDIA's data sheets of A100 SXM,
+# H100 SXM and PCIe, H200 SXM, and HGX B200.
 PEAK_FLOPS_PER_SECOND = {
     "A100": {"bf16": 312e12, "fp16": 312e12, "fp32": 19.5e12},
     "H100": {"bf16": 989e12, "fp16": 989e12, "fp32": 67e12},
@@ -20,11 +20,11 @@ PEAK_FLOPS_PER_SECOND = {
 
 
 def flops_per_token(model: ModelConfig) -> int:
-    """FLOPs of forward and backward for one token.
+    """FLOPs of the forward and the backward pass for one token.
 
-    6N + 12·L·H·E·T (PaLM, arXiv:2204.02311, appendix B): N is every parameter that multiplies an
-    activation, so the output head counts (also where it is tied) and the embedding look-ups do not; the
-    attention term is that of the full T × T matrix, as is usual for MFU, or of W keys a token in a window.
+    6N + 12·L·H·E·T (PaLM, arXiv:2204.02311, appendix B). N counts every parameter that multiplies an
+    activation: the output head counts, tied or not, and embedding look-ups do not. The attention term is that
+    of the full T × T matrix, as is usual for MFU, or of W keys per token with a window.
     """
     matrices = sum(
         prod(shape)

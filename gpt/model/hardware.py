@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-# Whether the CPU multiplies matrices of a 16-bit dtype at speed. Without AVX-512 torch uses a reference loop:
-# measured 1 GFLOP/s a core in bf16 on an AVX2 machine where fp32 reaches 45 to 90. Constants, because a call
-# would make torch.compile begin a new graph.
+# Whether the CPU multiplies 16-bit matrices fast. Without AVX-512 torch uses a reference loop, which reached
+# 1 GFLOP/s per core in bf16 on an AVX2 machine where fp32 reached 45 to 90. Asked once, because a call of
+# torch.ops in compute_dtype would break the graph of torch.compile.
 CPU_MULTIPLIES = {
     torch.bfloat16: bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
     torch.float16: bool(torch.ops.mkldnn._is_mkldnn_fp16_supported()),
@@ -23,7 +23,7 @@ def compute_capability(device: torch.device) -> tuple[int, int] | None:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype to multiply `x` in: its own, or fp32 on a CPU that multiplies 16-bit matrices slowly.
+    """The dtype in which to multiply `x`: its own, or fp32 on a CPU that multiplies 16-bit matrices slowly.
 
     The caller rounds the result to `x.dtype`, which gives what a kernel with fp32 accumulation gives.
     """
