@@ -37,10 +37,14 @@ class RopeScaling(Section):
         default=4.0, gt=0, description="llama3: keeps wavelengths below original_context / this."
     )
     beta_slow: float = Field(
-        default=1.0, gt=0, description="yarn: stretches dimensions with fewer turns in the context."
+        default=1.0,
+        gt=0,
+        description="yarn: stretches dimensions with fewer turns than this in the original context.",
     )
     beta_fast: float = Field(
-        default=32.0, gt=0, description="yarn: keeps dimensions with more turns in the context."
+        default=32.0,
+        gt=0,
+        description="yarn: keeps dimensions with more turns than this in the original context.",
     )
 
     def context_before(self, context: int) -> int:

@@ -1,4 +1,4 @@
-"""The table of optimizers, which config, parameter groups, memory plan and ZeRO all read. Torch-free.
+"""The table of optimizers. Config, parameter groups, memory plan and ZeRO all read it. Torch-free.
 
 To add an optimizer, add its row to OPTIMIZERS here and its class to gpt.optimizer.build.OPTIMIZER_CLASSES.
 """
@@ -19,15 +19,15 @@ class GroupSpec:
 
     name: str
     rule: str  # how the log names the update
-    states: tuple[str, ...]  # kept for every element beside its master weight, in the dtype of `moments`
-    fields: tuple[str, ...]  # the fields of [optimizer] that the update reads beside rate and decay
+    states: tuple[str, ...]  # kept for every element, in the dtype of optimizer.moments
+    fields: tuple[str, ...]  # fields of [optimizer] that the update reads, besides rate and decay
     has_weight_decay: bool = True
-    is_scaled_by_width: bool = False  # muP's rates and decays
-    needs_whole_matrices: bool = False
+    is_scaled_by_width: bool = False  # muP scales its rate and decay
+    needs_whole_matrices: bool = False  # else ZeRO may cut a parameter anywhere
 
     @property
     def checkpointed_states(self) -> tuple[str, ...]:
-        """Everything kept for an element, in the order of a checkpoint."""
+        """The states in the order of a checkpoint, which begins with the master weights."""
         return (MASTER, *self.states)
 
     def bytes_per_parameter(self, moment_bytes: int) -> int:
@@ -43,26 +43,26 @@ class OptimizerSpec:
     group_of: Callable[[str, Shape, ModelConfig], str]  # (name, shape, model) of a parameter → group
 
     def group(self, name: str) -> GroupSpec:
-        """The group `name`; KeyError where the optimizer has no such group."""
+        """The group `name`. Raises KeyError if the optimizer has no such group."""
         return {group.name: group for group in self.groups}[name]
 
     @property
     def needs_whole_matrices(self) -> bool:
-        """Whether an update sees whole matrices, which ZeRO otherwise cuts."""
+        """Whether one of its groups needs whole matrices, which ZeRO otherwise cuts."""
         return any(group.needs_whole_matrices for group in self.groups)
 
     @property
     def fields(self) -> frozenset[str]:
-        """The fields of [optimizer] that one of its groups reads beside rate and decay."""
+        """The fields of [optimizer] that its groups read, besides rate and decay."""
         return frozenset(field for group in self.groups for field in group.fields)
 
     @property
     def supports_mup(self) -> bool:
-        """Whether it has a group for muP's rates."""
+        """Whether one of its groups follows muP's rates."""
         return any(group.is_scaled_by_width for group in self.groups)
 
 
-def is_block_matrix(name: str, shape: Shape) -> bool:
+def _is_block_matrix(name: str, shape: Shape) -> bool:
     """Whether a parameter is a matrix inside a block: neither embedding, head, norm nor bias."""
     return len(shape) >= 2 and name.startswith("blocks.")
 
@@ -70,13 +70,13 @@ def is_block_matrix(name: str, shape: Shape) -> bool:
 def _adamw_group(name: str, shape: Shape, model: ModelConfig) -> str:
     if len(shape) < 2:
         return "no_decay"
-    return "hidden" if is_block_matrix(name, shape) and model.initialization == "mup" else "decay"
+    return "hidden" if _is_block_matrix(name, shape) and model.initialization == "mup" else "decay"
 
 
 def _muon_group(name: str, shape: Shape, model: ModelConfig) -> str:  # noqa: ARG001
     if len(shape) < 2:
         return "no_decay"
-    return "muon" if is_block_matrix(name, shape) else "decay"
+    return "muon" if _is_block_matrix(name, shape) else "decay"
 
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")

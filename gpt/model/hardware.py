@@ -1,4 +1,7 @@
-"""What a device can do. Only this file of gpt/model asks which kind of device it has."""
+"""What a device can do.
+
+No other file of gpt/model asks for the kind of its device, so that a test can substitute another one here.
+"""
 
 import torch
 from torch import Tensor

@@ -22,8 +22,18 @@ from torch import Tensor
 
 from data_pipeline.errors import ConfigError
 from gpt.config.model import ModelConfig
-from gpt.model.attention import Documents, Scores, choose, flash_2, flash_3, flash_4, is_installed, reference
-from tests.unit.gpt.model.support import build, random_tokens
+from gpt.model.attention import (
+    KERNELS,
+    Documents,
+    Scores,
+    choose,
+    flash_2,
+    flash_3,
+    flash_4,
+    is_installed,
+    reference,
+)
+from tests.unit.gpt.model.support import CPU, build, random_tokens
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -188,9 +198,11 @@ def test_flash_2_gets_the_dropout_probability() -> None:
 
 
 @pytest.mark.parametrize("fields", [{}, {"window": 6, "n_kv_heads": 2}, {"attention_softcap": 2.0}])
-def test_documents_do_not_attend_to_each_other_in_flash_2(fields: dict[str, object]) -> None:
-    gpt = build("reference", **fields).to(torch.bfloat16)
-    gpt._attend = flash_2
+def test_documents_do_not_attend_to_each_other_in_flash_2(
+    fields: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(KERNELS, "reference", flash_2)  # flash-2 itself is refused on a CPU
+    gpt = build("reference", **fields).place(CPU, torch.bfloat16)
     ends = (3, 5, 24, 25, 48)
     documents = Documents.from_ends(np.array(ends, dtype=np.int32))
     tokens = random_tokens(2, 24)
