@@ -106,7 +106,7 @@ def test_the_memory_plan_and_checkpoints_count_an_added_optimizer() -> None:
 
 
 @pytest.mark.usefixtures("sgd")
-def test_muP_is_refused_for_an_optimizer_without_a_group_for_its_rates() -> None:
+def test_mup_is_refused_for_an_optimizer_without_a_group_for_its_rates() -> None:
     tables = run_config("sgd").model_dump()
     mup = {**tables["model"], "initialization": "mup", "mup_base_width": 16}
     with pytest.raises(ValidationError, match=r"optimizer.name = 'sgd' has no such rates. Use one of them"):
