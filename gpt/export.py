@@ -24,10 +24,10 @@ from data_pipeline.tokenizer.encoding import load_encoding
 from gpt.checkpoint.format import Corrupt
 from gpt.checkpoint.reader import CheckpointReader, intact_candidates
 from gpt.config.model import ModelConfig
+from gpt.config.parameter_table import parameter_count, parameter_table
 from gpt.config.run import RunConfig
 from gpt.huggingface.architectures import TensorPlace, tensor_places, twin_config, twin_obstacle
 from gpt.huggingface.tokenizer import write_tokenizer
-from gpt.model.flops import parameter_count, parameter_table
 from gpt.run.exit_codes import exit_code_of
 from gpt.run.run_dir import RunDir
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from data_pipeline.errors import ConfigError, OutlastError
 from gpt.huggingface.load_model import from_folder, from_run
-from gpt.model.generate import Choice, generate, stream
+from gpt.model.generate import Sampler, generate, stream
 from gpt.run.exit_codes import exit_code_of
 from gpt.run.run_dir import RunDir, is_exported
 
@@ -40,7 +40,7 @@ def main() -> None:
         trained.gpt,
         prompt,
         max_tokens=arguments.max_tokens,
-        choice=Choice(arguments.temperature, arguments.top_k, arguments.top_p),
+        sampler=Sampler(arguments.temperature, arguments.top_k, arguments.top_p),
         seed=arguments.seed,
         ends=trained.ends,
     )

@@ -270,14 +270,15 @@ class RunConfig(Section):
             raise ValueError(
                 "zero.quantized_weights gathers 16-bit weights in 8 bits; precision is 'fp32'. Use 'bf16'."
             )
-        if self.optimizer.name == "muon" and self.model.initialization == "mup":
+        optimizer = self.optimizer
+        if not optimizer.spec.supports_mup and self.model.initialization == "mup":
             raise ValueError(
-                "model.initialization = 'mup' sets the rates of AdamW by the width; optimizer.name = 'muon' "
-                "has its own rule for that. Use one of them."
+                "model.initialization = 'mup' sets the rates of AdamW by the width; optimizer.name = "
+                f"{optimizer.name!r} has no such rates. Use one of them."
             )
-        if self.optimizer.name == "muon" and self.zero.offload_optimizer == "cpu":
+        if optimizer.spec.needs_whole_matrices and self.zero.offload_optimizer == "cpu":
             raise ValueError(
-                "optimizer.name = 'muon' needs whole matrices where the collectives are; with "
+                f"optimizer.name = {optimizer.name!r} needs whole matrices where the collectives are; with "
                 "zero.offload_optimizer = 'cpu' they are on the host. Use 'adamw', or no offload."
             )
         return self

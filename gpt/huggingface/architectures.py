@@ -11,7 +11,7 @@ from typing import Any
 from data_pipeline.config_file import validate
 from data_pipeline.errors import ConfigError
 from gpt.config.model import ModelConfig
-from gpt.model.flops import parameter_table
+from gpt.config.parameter_table import parameter_table
 
 # Their names of Shazeer's activations (transformers.activations.ACT2FN); GPT-2's GELU is the tanh form.
 _GATES = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu", "glu": "sigmoid", "bilinear": "linear"}

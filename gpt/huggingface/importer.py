@@ -110,7 +110,7 @@ def write_first_checkpoint(
             name=name,
             numel=len(flat),
             partition_numel=len(flat),
-            states=states(name),
+            states=states(name, run.optimizer),
             hyperparameters=hyperparameters(name, run.optimizer, run.model),
         )
         for name, flat in flats.items()

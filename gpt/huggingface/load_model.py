@@ -18,11 +18,11 @@ from data_pipeline.tokenizer.encoding import load_encoding
 from gpt.checkpoint.format import Corrupt
 from gpt.checkpoint.reader import intact_candidates
 from gpt.config.model import ModelConfig
+from gpt.config.parameter_table import parameter_table
 from gpt.config.run import RunConfig
 from gpt.huggingface.architectures import model_fields
 from gpt.huggingface.importer import PretrainedFolder
 from gpt.huggingface.tokenizer import FolderTokenizer
-from gpt.model.flops import parameter_table
 from gpt.model.gpt import GPT
 from gpt.run.json_file import read_json
 from gpt.run.run_dir import RunDir

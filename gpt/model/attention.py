@@ -1,15 +1,16 @@
-"""Causal attention inside documents, by one of the kernels, chosen once.
+"""Causal attention inside documents, by one of several kernels.
 
     # B batch, T tokens, H query heads, K key/value heads, E head width, N documents
 
-All compute softmax(Q Kᵀ / √E) V (Vaswani et al. 2017, equation 1; muP has another factor than 1/√E) with
-the causal mask, inside each document only; with a window (Longformer, arXiv:2004.05150; Mistral 7B,
-arXiv:2310.06825) a token sees the last W tokens, itself included; with a soft-cap (Gemma 2,
-arXiv:2408.00118, section 2) the scores are c · tanh(x / c). `flash-2` is FlashAttention-2 (Dao 2023,
-arXiv:2307.08691; the tiling and the online softmax are those of FlashAttention, Dao et al. 2022,
-arXiv:2205.14135) through flash-attn's varlen kernel; `flash-3` (Shah et al. 2024, arXiv:2407.08608) and
-`flash-4` are their successors for Hopper and Blackwell; `sdpa` is torch's own flash kernel; `reference` is
-the formula.
+All compute softmax(Q Kᵀ / √E) V (Vaswani et al. 2017, equation 1; muP replaces 1/√E) with the causal mask,
+inside each document only. With a window (Longformer, arXiv:2004.05150; Mistral 7B, arXiv:2310.06825) a token
+attends to the last W tokens, itself included. With a soft-cap (Gemma 2, arXiv:2408.00118, section 2) the
+scores are c · tanh(x / c).
+
+`flash-2` is FlashAttention-2 (Dao 2023, arXiv:2307.08691), with the tiling and the online softmax of
+FlashAttention (Dao et al. 2022, arXiv:2205.14135), through flash-attn's kernel for sequences of variable
+length. `flash-3` (Shah et al. 2024, arXiv:2407.08608) and `flash-4` are its successors for Hopper and
+Blackwell. `sdpa` is torch's own flash kernel. `reference` is the formula.
 """
 
 import math
@@ -26,13 +27,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data_pipeline.errors import ConfigError
+from gpt.config.attention_kernels import ATTENTION_KERNELS, KernelSpec, kernel_spec
 from gpt.config.model import ModelConfig
-from gpt.model.layers import compute_dtype
+from gpt.model import hardware
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Where the documents of a batch end, in the flattened B·T tokens; every row's end is one."""
+    """Where the documents of a batch end in the flattened B·T tokens. One ends at the end of every row."""
 
     lengths: tuple[int, ...]
     cumulative_n1: Tensor
@@ -40,7 +42,7 @@ class Documents:
 
     @classmethod
     def from_ends(cls, ends_n: NDArray[np.int32], device: torch.device | str = "cpu") -> "Documents":
-        """`ends_n`: exclusive ends, strictly increasing, the last one B·T."""
+        """`ends_n` are exclusive ends, strictly increasing, the last one B·T."""
         bounds = np.concatenate(([0], ends_n)).astype(np.int32)
         lengths = np.diff(bounds)
         cumulative = torch.from_numpy(bounds).to(device)
@@ -49,16 +51,16 @@ class Documents:
 
 @dataclass(frozen=True)
 class Scores:
-    """What is done to the scores beside the causal mask."""
+    """What changes the attention scores, in addition to the causal mask."""
 
     window: int | None = None
     softcap: float | None = None
     dropout: float = 0.0
-    scale: float | None = None  # instead of 1/√E
+    scale: float | None = None  # replaces 1/√E
 
     @classmethod
     def of(cls, model: ModelConfig, *, is_training: bool) -> "Scores":
-        """Those of the config; dropout only where the network trains."""
+        """The scores of the config, with dropout in training only."""
         dropout = model.dropout if is_training else 0.0
         return cls(model.window, model.attention_softcap, dropout, model.attention_scale)
 
@@ -66,84 +68,68 @@ class Scores:
 Attention = Callable[[Tensor, Tensor, Tensor, Documents, Scores], Tensor]
 """(q [B·T, H, E], k [B·T, K, E], v [B·T, K, E], documents, scores) → [B·T, H, E]"""
 
-
-def choose(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> tuple[str, Attention]:
-    """The kernel that `model.attention` means here. Raises ConfigError when a named one cannot run."""
-    kernels: dict[str, Attention] = {
-        "flash-4": flash_4,
-        "flash-3": flash_3,
-        "flash-2": flash_2,
-        "sdpa": sdpa,
-        "reference": reference,
-    }
-    name: str = model.attention
-    if name == "auto":
-        name = next(kernel for kernel in kernels if obstacle(kernel, model, device, dtype) is None)
-    problem = obstacle(name, model, device, dtype)
-    if problem is not None:
-        raise ConfigError(f"model.attention = {name!r} cannot run here: {problem}. Use 'auto'.")
-    return name, kernels[name]
+_DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def flash_2(q_xhe: Tensor, k_xke: Tensor, v_xke: Tensor, documents: Documents, scores: Scores) -> Tensor:
-    """FlashAttention-2, documents as variable-length sequences: O(B·T) memory, no mask.
+    """FlashAttention-2 over documents as sequences of variable length: O(B·T) memory, no mask.
 
-    Its backward adds up dQ with atomics, in any order, unless torch.use_deterministic_algorithms is on.
+    Its backward pass sums dQ with atomics, so in any order, unless torch.use_deterministic_algorithms is on.
     """
     from flash_attn import flash_attn_varlen_func
 
-    arguments = _flash_arguments(documents, scores, no_limit=-1)
+    arguments = _flash_arguments(documents, scores, open_end=-1)
     out: Tensor = flash_attn_varlen_func(q=q_xhe, k=k_xke, v=v_xke, dropout_p=scores.dropout, **arguments)
     return out
 
 
 def flash_3(q_xhe: Tensor, k_xke: Tensor, v_xke: Tensor, documents: Documents, scores: Scores) -> Tensor:
-    """FlashAttention-3: as flash_2, without dropout."""
+    """FlashAttention-3, called like flash_2, without dropout."""
     from flash_attn_3.flash_attn_interface import flash_attn_varlen_func
 
     assert scores.dropout == 0.0
-    arguments = _flash_arguments(documents, scores, no_limit=-1)
+    arguments = _flash_arguments(documents, scores, open_end=-1)
     out: Tensor = flash_attn_varlen_func(q=q_xhe, k=k_xke, v=v_xke, **arguments)
     return out
 
 
 def flash_4(q_xhe: Tensor, k_xke: Tensor, v_xke: Tensor, documents: Documents, scores: Scores) -> Tensor:
-    """FlashAttention-4: as flash_3; no limit is None, and the log-sum-exp always comes along."""
+    """FlashAttention-4, called like flash_3; an open window is None, and it also returns the log-sum-exp."""
     from flash_attn.cute import flash_attn_varlen_func
 
     assert scores.dropout == 0.0
     out: Tensor
-    arguments = _flash_arguments(documents, scores, no_limit=None)
+    arguments = _flash_arguments(documents, scores, open_end=None)
     out, _ = flash_attn_varlen_func(q=q_xhe, k=k_xke, v=v_xke, **arguments)
     return out
 
 
-def _flash_arguments(documents: Documents, scores: Scores, *, no_limit: int | None) -> dict[str, Any]:
-    """What the three take in the same words."""
+def _flash_arguments(documents: Documents, scores: Scores, *, open_end: int | None) -> dict[str, Any]:
+    """The arguments that all three FlashAttention functions take."""
     bounds = documents.cumulative_n1
     return {
         "cu_seqlens_q": bounds,
-        # one tensor for both breaks torch.compile(fullgraph=True)
+        # The same tensor twice breaks torch.compile(fullgraph=True).
         "cu_seqlens_k": bounds.clone(),
         "max_seqlen_q": documents.longest,
         "max_seqlen_k": documents.longest,
         "softmax_scale": scores.scale,
         "causal": True,
-        # they count the tokens before a query, we the query too
-        "window_size": (no_limit, no_limit) if scores.window is None else (scores.window - 1, 0),
+        # They count the tokens before the query; `window` includes the query.
+        "window_size": (open_end, open_end) if scores.window is None else (scores.window - 1, 0),
         "softcap": scores.softcap or 0.0,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
 
 
 def sdpa(q_xhe: Tensor, k_xke: Tensor, v_xke: Tensor, documents: Documents, scores: Scores) -> Tensor:
-    """torch's scaled_dot_product_attention, once a document, or once in all where they are equally long.
+    """torch's scaled_dot_product_attention, called once per document, or once if all are equally long.
 
-    There is no T × T mask. Documents are views of the flattened tokens. To gather those of one length into
-    a batch costs more: the backward pass of a gather adds up row by row.
+    It builds no T × T mask. Documents are views of the flattened tokens. Gathering documents of one length
+    into a batch costs more, because the backward pass of a gather adds row by row.
     """
     assert scores.softcap is None
-    dtype, lengths = compute_dtype(q_xhe), documents.lengths
+    dtype, lengths = hardware.compute_dtype(q_xhe), documents.lengths
     q, k, v = q_xhe.to(dtype), k_xke.to(dtype), v_xke.to(dtype)
     if len(set(lengths)) == 1:
         parts = [tuple(x.view(-1, lengths[0], *x.shape[1:]) for x in (q, k, v))]
@@ -172,7 +158,7 @@ def _sdpa_of_one_length(q_nhte: Tensor, k_nkte: Tensor, v_nkte: Tensor, scores: 
             enable_gqa=is_grouped,
         )
     outs = []
-    for start in range(0, length, window):  # W queries see fewer than 2W keys: O(T·W), never T × T
+    for start in range(0, length, window):  # W queries attend to fewer than 2W keys: O(T·W)
         end, first = min(start + window, length), max(0, start - window + 1)
         out = F.scaled_dot_product_attention(
             q_nhte[:, :, start:end],
@@ -197,7 +183,7 @@ def reference(q_xhe: Tensor, k_xke: Tensor, v_xke: Tensor, documents: Documents,
 
 
 def formula(q_the: Tensor, k_ske: Tensor, v_ske: Tensor, scores: Scores) -> Tensor:
-    """Attention of the last T of S positions of one document to all of them, fp32 [T, H, E]."""
+    """Attention of the last T of a document's S positions to all S, fp32 [T, H, E]."""
     t, s, repeats = len(q_the), len(k_ske), q_the.shape[1] // k_ske.shape[1]
     q_hte, k_hse, v_hse = (x.float().transpose(0, 1) for x in (q_the, k_ske, v_ske))
     k_hse, v_hse = k_hse.repeat_interleave(repeats, 0), v_hse.repeat_interleave(repeats, 0)
@@ -210,7 +196,7 @@ def formula(q_the: Tensor, k_ske: Tensor, v_ske: Tensor, scores: Scores) -> Tens
 
 
 def _is_seen(start: int, end: int, first: int, window: int | None, device: torch.device) -> Tensor:
-    """Whether queries `start` to `end` see keys `first` to `end`: the causal band, bool [T, S]."""
+    """Whether queries `start` to `end` attend to keys `first` to `end`: the causal band, bool [T, S]."""
     distance = (
         torch.arange(start, end, device=device)[:, None] - torch.arange(first, end, device=device)[None, :]
     )
@@ -218,54 +204,58 @@ def _is_seen(start: int, end: int, first: int, window: int | None, device: torch
     return seen if window is None else seen & (distance < window)
 
 
-@dataclass(frozen=True)
-class _Flash:
-    """What a flash kernel needs of a GPU."""
-
-    module: str
-    package: str
-    capabilities: tuple[int, ...]
-    hardware: str
-    has_dropout: bool
-
-
-# Their READMEs: 2 runs from Ampere on; 3 is for Hopper; 4 has a backward on Hopper and Blackwell only.
-_FLASH = {
-    "flash-2": _Flash("flash_attn", "flash-attn", (8, 9, 10, 12), "Ampere (A100) or newer", True),
-    "flash-3": _Flash(
-        "flash_attn_3.flash_attn_interface", "flash-attn's hopper/", (9,), "Hopper (H100, H200)", False
-    ),
-    "flash-4": _Flash("flash_attn.cute", "flash-attn-4", (9, 10, 12), "Hopper or Blackwell", False),
+# The function of each row of gpt.config.attention_kernels.ATTENTION_KERNELS
+KERNELS: dict[str, Attention] = {
+    "flash-4": flash_4,
+    "flash-3": flash_3,
+    "flash-2": flash_2,
+    "sdpa": sdpa,
+    "reference": reference,
 }
 
 
-def obstacle(name: str, model: ModelConfig, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the kernel `name` cannot compute this attention on `device`, or None."""
-    if name == "sdpa" and model.attention_softcap:
-        return "torch's kernel has no soft-cap"
-    if name not in _FLASH:
-        return None
-    kernel, width = _FLASH[name], model.head_width
-    if device.type != "cuda":
-        return f"it needs a CUDA device, this is {device.type}"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major not in kernel.capabilities:
-        return f"it needs {kernel.hardware}, this GPU has compute capability {major}.{minor}"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"it computes in bf16 or fp16, not {dtype}"
-    if width > 256 or width % 8 or (name == "flash-4" and major >= 10 and 128 < width < 256):
-        return f"it has no head width of {width}"
-    if model.dropout and not kernel.has_dropout:
-        return f"it has no dropout, and model.dropout = {model.dropout:g}"
-    if not _is_installed(kernel.module):
-        return f"the package {kernel.package} is not installed"
+def choose(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> tuple[str, Attention]:
+    """The kernel that `model.attention` names, or for auto the first one that can run here.
+
+    Raises ConfigError when a named kernel cannot run.
+    """
+    if model.attention == "auto":
+        name = next(
+            kernel.name for kernel in ATTENTION_KERNELS if obstacle(kernel, model, device, dtype) is None
+        )
+        return name, KERNELS[name]
+    spec = kernel_spec(model.attention)
+    assert spec is not None, "the config knows its kernels"
+    if (problem := obstacle(spec, model, device, dtype)) is not None:
+        raise ConfigError(f"model.attention = {spec.name!r} cannot run here: {problem}. Use 'auto'.")
+    return spec.name, KERNELS[spec.name]
+
+
+def obstacle(kernel: KernelSpec, model: ModelConfig, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why `kernel` cannot compute this attention on `device`, or None."""
+    if kernel.gpu is not None:
+        capability = hardware.compute_capability(device)
+        if capability is None:
+            return f"it needs a CUDA device, this is {device.type}"
+        major, minor = capability
+        if major not in kernel.gpu.capabilities:
+            return f"it needs {kernel.gpu.hardware}, this GPU has compute capability {major}.{minor}"
+        if model.head_width in kernel.gpu.missing_head_widths.get(major, ()):
+            return f"on compute capability {major}.{minor} it has no head width of {model.head_width}"
+    dtype_name = _DTYPE_NAMES.get(dtype, str(dtype))
+    if kernel.dtypes is not None and dtype_name not in kernel.dtypes:
+        return f"it computes in {' or '.join(kernel.dtypes)}, not {dtype_name}"
+    if (problem := model.unsupported_by(kernel)) is not None:
+        return problem
+    if kernel.gpu is not None and not is_installed(kernel.gpu.module):
+        return f"the package {kernel.gpu.package} is not installed"
     return None
 
 
-def _is_installed(module: str) -> bool:
-    """Whether `module` has the kernel, as it is called here.
+def is_installed(module: str) -> bool:
+    """Whether `module` has a kernel that takes the arguments of `_flash_arguments`.
 
-    flash-attn 2 brings a flash_attn.cute of its own: an early flash-attn-4 that takes other arguments.
+    flash-attn 2 contains a flash_attn.cute too, an early flash-attn-4 that takes other arguments.
     """
     try:
         function = import_module(module).flash_attn_varlen_func

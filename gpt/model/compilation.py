@@ -1,4 +1,4 @@
-"""torch.compile, where the loop has to know of it: what it needs, and what it took."""
+"""What torch.compile needs on a node, and the time it takes."""
 
 import torch
 
@@ -6,7 +6,7 @@ from data_pipeline.errors import ConfigError
 
 
 def require_compiler() -> None:
-    """Raise ConfigError where there is no C++ compiler, which torch.compile calls in the first step."""
+    """Raise ConfigError if no C++ compiler is found, which torch.compile calls in the first step."""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 

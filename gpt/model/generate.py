@@ -1,4 +1,4 @@
-"""Text from a network: one token at a time, with a cache of keys and values.
+"""Text generation: one token at a time, with a cache of keys and values.
 
 # V vocabulary
 """
@@ -16,11 +16,11 @@ from gpt.model.gpt import GPT, Cache
 
 
 @dataclass(frozen=True)
-class Choice:
-    """How the next token is drawn: softmax(scores / temperature), cut to the likeliest, renormalised.
+class Sampler:
+    """Draws the next token from softmax(scores / temperature), limited to the likeliest tokens.
 
-    temperature 0 takes the likeliest token. top_k keeps that many; top_p (nucleus sampling, Holtzman et al.
-    2020, arXiv:1904.09751) the fewest whose probabilities reach it, after top_k.
+    Temperature 0 takes the likeliest token. top_k keeps that many of them. Then top_p (nucleus sampling,
+    Holtzman et al. 2020, arXiv:1904.09751) keeps the fewest tokens that reach this probability together.
     """
 
     temperature: float = 0.8
@@ -35,22 +35,22 @@ class Choice:
         if self.top_k is not None:
             p_v = p_v[: self.top_k] / p_v[: self.top_k].sum()
         if self.top_p is not None:
-            before_v = p_v.cumsum(-1) - p_v  # the token that crosses the border stays
+            before_v = p_v.cumsum(-1) - p_v  # the token that crosses top_p stays
             p_v = p_v.where(before_v < self.top_p, 0.0)
         return int(ids_v[torch.multinomial(p_v, 1, generator=generator)])
 
 
 @torch.no_grad()
 def generate(
-    gpt: GPT, prompt: list[int], *, max_tokens: int, choice: Choice, seed: int, ends: Collection[int] = ()
+    gpt: GPT, prompt: list[int], *, max_tokens: int, sampler: Sampler, seed: int, ends: Collection[int] = ()
 ) -> Iterator[int]:
-    """Ids drawn one by one after `prompt`, at most `max_tokens`, until one of `ends` is drawn.
+    """Yield at most `max_tokens` ids after `prompt`, one by one, until one of `ends` is drawn.
 
-    Where the context is full the last half of it is read again, and what lies before is forgotten. Raises
-    ConfigError for an empty prompt: the first token must follow one.
+    When the context is full, generation continues from the last half of it alone. Raises ConfigError for an
+    empty prompt, because the first token must follow one.
     """
     if not prompt:
-        raise ConfigError("the prompt is empty; begin with end-of-text, as documents do.")
+        raise ConfigError("the prompt is empty; give at least one token to continue from.")
     context = gpt.model.context
     generator = torch.Generator().manual_seed(seed)
     tokens, cache = list(prompt), Cache(gpt)
@@ -58,7 +58,7 @@ def generate(
     for _ in range(max_tokens):
         if cache.length + len(unread) > context:
             cache, unread = Cache(gpt), tokens[-max(1, context // 2) :]
-        token = choice.draw(_last_scores(gpt, unread, cache), generator)
+        token = sampler.draw(_last_scores(gpt, unread, cache), generator)
         if token in ends:
             return
         tokens.append(token)
@@ -67,8 +67,9 @@ def generate(
 
 
 def stream(ids: Iterator[int], decode: Callable[[list[int]], str]) -> Iterator[str]:
-    """The text of `ids`, piece by piece, as soon as the bytes of a character are all there."""
-    before: list[int] = []  # decoded along: some tokenizers leave out the space before a text's first word
+    """Yield the text of `ids` in parts, each as soon as the bytes of its characters are complete."""
+    # The ids before are decoded too, because some tokenizers drop the space before a text's first word.
+    before: list[int] = []
     held: list[int] = []
     for id in ids:
         held.append(id)

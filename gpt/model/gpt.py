@@ -1,8 +1,8 @@
 """The GPT: a decoder-only Transformer.
 
-Attention Is All You Need (Vaswani et al. 2017, arXiv:1706.03762) with GPT-2's changes (Radford et al.
-2019: norm before each part, a last norm, residual weights scaled by 1/√(2L)) and, by default, Llama's:
-RMSNorm, rotary positions, SwiGLU, no biases.
+Attention Is All You Need (Vaswani et al. 2017, arXiv:1706.03762) with the changes of GPT-2 (Radford et al.
+2019: a norm before each sublayer, a final norm, residual weights scaled by 1/√(2L)) and, by default, of
+Llama: RMSNorm, rotary positions, SwiGLU, no biases.
 
     # B batch, T tokens, D model width, H query heads, K key/value heads, E head width, V vocabulary
 """
@@ -60,8 +60,8 @@ class SelfAttention(nn.Module):
 class Block(nn.Module):
     """Attention, then feed-forward, each added to the residual stream.
 
-    pre: x + f(norm(x)) (GPT-2); post: norm(x + f(x)) (Vaswani et al. 2017, section 3.1). What is added
-    goes through dropout (section 5.4).
+    pre: x + f(norm(x)) (GPT-2); post: norm(x + f(x)) (Vaswani et al. 2017, section 3.1). Dropout applies to
+    f's output (section 5.4).
     """
 
     def __init__(self, model: ModelConfig) -> None:
@@ -96,7 +96,7 @@ class Head(Linear):
         self._compiled_loss: BlockLoss | None = None
 
     def compile_loss(self) -> None:
-        """Compile what is done to each block of the logits."""
+        """Compile the loss of a block of logits."""
         self._compiled_loss = torch.compile(block_loss)
 
     def forward(self, input: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -116,7 +116,7 @@ class Head(Linear):
 
 
 class Cache:
-    """Keys and values of the tokens so far of one sequence, a layer each: [context, K, E]."""
+    """The keys and values of one sequence so far, [context, K, E] for each layer."""
 
     def __init__(self, gpt: "GPT") -> None:
         model, weight = gpt.model, gpt.embedding.weight
@@ -127,7 +127,7 @@ class Cache:
     def attend(
         self, layer: int, prefill: Attend, scores: Scores, q_the: Tensor, k_tke: Tensor, v_tke: Tensor
     ) -> Tensor:
-        """Remember `k` and `v` at positions `length` and on; attention of `q` to all that is known."""
+        """Store `k` and `v` from position `length` on, and let `q` attend to everything stored."""
         end = self.length + len(q_the)
         keys, values = self._kv[layer, 0], self._kv[layer, 1]
         keys[self.length : end], values[self.length : end] = k_tke, v_tke
@@ -137,9 +137,9 @@ class Cache:
 
 
 class GPT(nn.Module):
-    """The network. `forward` gives the summed loss, `logits` the scores of the next token.
+    """The network. `forward` returns the summed loss, `logits` the scores of the next token.
 
-    Its weights are without values before `initialize`, or before they are loaded.
+    The weights have no values until `initialize` or a load sets them.
     """
 
     def __init__(self, model: ModelConfig) -> None:
@@ -156,20 +156,21 @@ class GPT(nn.Module):
         self.attention_name = ""
         self._attend: Attention | None = None
         self._over_documents = _over_documents
-        # Plain attributes, not buffers: a cast to bf16 must leave the angles in fp32.
+        # Plain attributes, not buffers: casting the network to bf16 must leave the angles in fp32.
         self._rope: Rope | None = None
         self._sinusoid_td: Tensor | None = None
 
     def initialize(self, seed: int) -> None:
-        """Initial weights by model.initialization, a pure function of `seed`."""
+        """Draw the initial weights of model.initialization, a pure function of `seed`."""
         initialize(self.named_parameters(), self.model, seed)
 
     def place(
         self, device: torch.device, dtype: torch.dtype, sequence: SequenceGroup = WHOLE_SEQUENCES
     ) -> "GPT":
-        """Move to `device` and `dtype` and choose the attention kernel there; `sequence` shares sequences.
+        """Move to `device` and `dtype`, and choose the attention kernel. Returns self.
 
-        Weights that are on the meta device stay there: somebody else makes them.
+        `sequence` is the group of ranks that share sequences. Weights on the meta device stay there: at ZeRO
+        stage 3 gpt.distributed.zero creates them one by one.
         """
         model = self.model
         self.sequence = sequence
@@ -182,27 +183,28 @@ class GPT(nn.Module):
         return self if self.embedding.weight.is_meta else self.to(device=device, dtype=dtype)
 
     def compile_parts(self, *, whole_rows: bool = False) -> None:
-        """Compile the blocks and the loss with torch.compile, in place: names and weights stay.
+        """Compile the blocks and the loss with torch.compile, in place; names and weights stay the same.
 
-        What is compiled for one block serves all. Attention stays outside where its documents differ from
-        step to step, and is part of it where every row is one (`whole_rows`). Raises ConfigError where no
-        compiler is found.
+        All blocks share one compilation. With `whole_rows` every row is one document, and attention is
+        compiled too; otherwise documents differ from step to step, and attention stays outside. Raises
+        ConfigError if no compiler is found.
         """
         require_compiler()
         if not whole_rows or self.sequence.size > 1:
-            # Documents that differ from step to step would each be compiled again. Not said at import: that
-            # alone would load the compiler, a second of every start.
+            # Every new set of documents would be compiled again. As a decorator at import this would load
+            # the compiler, which costs a second of every start.
             self._over_documents = torch.compiler.disable(_over_documents)  # type: ignore[no-untyped-call]
         for block in self.blocks:
             block.compile()
         self.head.compile_loss()
 
     def hidden(self, tokens_bt: Tensor, documents: Documents, cache: Cache | None = None) -> Tensor:
-        """The last block's output, normalised, [B, T, D] for ids int64 [B, T]; of this rank's tokens alone.
+        """The last block's output, normalised, [B, T, D] for ids int64 [B, T].
 
-        With a cache the one row continues what the cache holds, as one document, and is added to it.
+        Ranks that share sequences each return their own tokens only. With a cache, the one row continues the
+        cached document and is added to the cache.
         """
-        assert self._attend is not None, "place() comes first"
+        assert self._attend is not None, "call place() first"
         start = 0 if cache is None else cache.length
         end = start + tokens_bt.shape[1]
         scores = Scores.of(self.model, is_training=self.training)
@@ -229,7 +231,7 @@ class GPT(nn.Module):
         return F.dropout(x_btd, self.model.dropout, self.training) if self.model.dropout else x_btd
 
     def _run(self, block: nn.Module, x_btd: Tensor, rope: Rope | None, attend: Attend) -> Tensor:
-        """One block; what the backward pass needs of it is kept or computed again (model.recompute)."""
+        """The output of one block; model.recompute says what the backward pass recomputes."""
         if self.model.recompute == "none" or not torch.is_grad_enabled():
             return cast(Tensor, block(x_btd, rope, attend))
         if self.model.recompute == "full":
@@ -243,9 +245,9 @@ class GPT(nn.Module):
         return scores
 
     def forward(self, tokens_bt: Tensor, targets_bt: Tensor, documents: Documents) -> Tensor:
-        """Summed cross-entropy in nats of `targets_bt`, int64 [B, T], IGNORED where not scored.
+        """Summed cross-entropy in nats of `targets_bt`, int64 [B, T], with IGNORED for unscored positions.
 
-        Ranks that share sequences get the same rows, whole, and each gives the sum over its own tokens.
+        Ranks that share sequences all take the same whole rows, and each returns the sum over its own tokens.
         """
         mine = self.sequence.columns(tokens_bt.shape[1])
         loss: Tensor = self.head(self.hidden(tokens_bt, documents), targets_bt[:, mine])
@@ -269,9 +271,9 @@ def _over_documents(
 
 
 def _keep_products() -> Any:
-    """Keeps the results of matrix products, which are dear to compute again, and of nothing else.
+    """Keep the results of matrix products, which are expensive to recompute, and nothing else.
 
-    Korthikanti et al. 2022 (arXiv:2205.05198, section 5): the same trade, there by hand.
+    Korthikanti et al. 2022 (arXiv:2205.05198, section 5) choose by hand on the same grounds.
     """
     aten = torch.ops.aten
     products = [aten.mm.default, aten.addmm.default]
@@ -279,6 +281,6 @@ def _keep_products() -> Any:
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:
-    """Make what dropout draws on this rank from here on a function of the three alone."""
+    """Seed torch's generator, so that dropout depends on these three alone."""
     digest = blake2b(f"dropout {seed} {step} {rank}".encode(), digest_size=8).digest()
     torch.manual_seed(int.from_bytes(digest) >> 1)

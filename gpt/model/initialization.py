@@ -1,9 +1,9 @@
-"""Initial weights: GPT-2's, Llama's, or muP's.
+"""Initial weights as in GPT-2, Llama or muP.
 
-# L blocks, D model width, m = D over the width at which the learning rate was tuned
+    # L blocks, D model width, m = D over the width at which the learning rate was tuned
 
-Every scheme is a pure function of (config, seed): parameters draw in the order in which the network
-registers them, from one generator on the CPU. Biases begin at 0, norms at 1.
+Every scheme is a pure function of (config, seed): one generator on the CPU draws the parameters in the order
+in which the network registers them. Biases start at 0, norms at 1.
 """
 
 import math
@@ -20,7 +20,7 @@ _RESIDUAL = ("attention.output.weight", "ffn.down.weight")  # what writes to the
 
 @torch.no_grad()
 def initialize(parameters: Iterable[tuple[str, nn.Parameter]], model: ModelConfig, seed: int) -> None:
-    """Fill the named `parameters` of the network in place."""
+    """Fill the network's named `parameters` in place."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in parameters:
         if parameter.ndim < 2:
@@ -32,22 +32,23 @@ def initialize(parameters: Iterable[tuple[str, nn.Parameter]], model: ModelConfi
 
 
 def _std(name: str, model: ModelConfig) -> float:
-    """GPT-2 (Radford et al. 2019, section 2.3, and its published code), or muP with that at m = 1.
+    """The standard deviation of GPT-2's weights, or of muP's, which equals GPT-2's at m = 1.
 
-    N(0, 0.02²), what writes to the residual stream scaled by 1/√(2L). muP (Yang et al. 2022,
-    arXiv:2203.03466, table 8): the variance of matrices inside the blocks falls as 1/m, that of embeddings
-    and of the head stays, and the head's output is divided by m (gpt.model.gpt.Head).
+    GPT-2 (Radford et al. 2019, section 2.3, and its published code) draws from N(0, 0.02²) and scales what
+    writes to the residual stream by 1/√(2L). In muP (Yang et al. 2022, arXiv:2203.03466, table 8) the
+    variance of matrices inside the blocks falls as 1/m, that of embeddings and head stays, and the head
+    divides its output by m (gpt.model.gpt.Head).
     """
     std = _STD / math.sqrt(2 * model.n_layers) if name.endswith(_RESIDUAL) else _STD
     return std / math.sqrt(model.width_ratio) if name.startswith("blocks.") else std
 
 
 def _draw_llama(name: str, parameter: nn.Parameter, model: ModelConfig, generator: torch.Generator) -> None:
-    """As torchtitan (Liang et al. 2024, arXiv:2410.06511) trains Llama 3; Meta published no other code.
+    """Draw as torchtitan (Liang et al. 2024, arXiv:2410.06511) does for Llama 3; Meta's code is not public.
 
-    N(0, 0.02²) inside the blocks, where what writes to the residual stream and the value half of a gate are
-    scaled by 1/√(2(l + 1)) in block l = 0, 1, …; embeddings N(0, 1); the head N(0, 1/D) cut at three
-    standard deviations, also where it is tied.
+    Blocks: N(0, 0.02²); in block l = 0, 1, … what writes to the residual stream and the value half of a gate
+    are scaled by 1/√(2(l + 1)). Embeddings: N(0, 1). Head, tied or not: N(0, 1/D), truncated at three
+    standard deviations.
     """
     if name == "head.weight" or (name == "embedding.weight" and model.tie_embeddings):
         std = model.d_model**-0.5

@@ -1,4 +1,4 @@
-"""The parts of a block: linear layers, norms, feed-forward variants.
+"""Linear layers, norms and feed-forward variants.
 
 # B batch, T tokens, D model width, F feed-forward width, H heads, E head width
 """
@@ -10,35 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt.config.model import ModelConfig
-
-# Without AVX-512 torch multiplies 16-bit matrices by a reference loop: measured 1 GFLOP/s a core in bf16 on
-# an AVX2 machine where fp32 reaches 45 to 90. Constants: torch.compile begins a new graph at a question.
-_HAS_MATMUL = {
-    torch.bfloat16: bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
-    torch.float16: bool(torch.ops.mkldnn._is_mkldnn_fp16_supported()),
-}
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype to multiply `x` in: its own, or fp32 on a CPU whose 16-bit kernels are not real.
-
-    The result is rounded to `x.dtype` again: what a kernel with fp32 accumulation gives.
-    """
-    return torch.float32 if x.device.type == "cpu" and not _HAS_MATMUL.get(x.dtype, True) else x.dtype
+from gpt.model.hardware import compute_dtype
 
 
 class Embedding(nn.Embedding):
-    """A row for each id; without values, as is Linear, until the network is initialized or loaded."""
+    """A row per id. Like Linear, it has no values until the network is initialised or loaded."""
 
     def reset_parameters(self) -> None:
-        """Draw nothing: what torch draws, and nobody uses, takes as long as the initial weights."""
+        """Skip torch's own draw, which would be overwritten and takes as long as the initial weights."""
 
 
 class Linear(nn.Linear):
     """x W^T + b."""
 
     def reset_parameters(self) -> None:
-        """Draw nothing, as Embedding."""
+        """Skip torch's own draw, as Embedding does."""
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] → [..., out], in the dtype of `input`."""
@@ -65,7 +51,7 @@ class RMSNorm(nn.Module):
 
 
 def build_norm(model: ModelConfig) -> nn.Module:
-    """The configured norm over the model width."""
+    """The norm over the model width that the config names."""
     if model.norm == "rmsnorm":
         return RMSNorm(model.d_model, model.norm_eps)
     return nn.LayerNorm(model.d_model, eps=model.norm_eps, bias=model.bias)
@@ -89,7 +75,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class FeedForward(nn.Module):
     """The position-wise network of a block (Vaswani et al. 2017, section 3.3), plain or gated.
 
-    Where gated, `up` holds W above V in one matrix, so that one multiplication computes both.
+    In a gated variant `up` stacks W on V, so one multiplication computes both.
     """
 
     def __init__(self, model: ModelConfig) -> None:

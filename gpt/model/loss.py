@@ -1,9 +1,9 @@
-"""Cross-entropy of the next token, summed over what is scored, without the logits of the whole batch.
+"""Cross-entropy of the next token, summed over scored targets, without the logits of the whole batch.
 
-# X = B·T positions, C positions of one chunk, R of one block of it, D model width, V vocabulary
+    # X = B·T positions, C positions of one chunk, R of one block of it, D model width, V vocabulary
 
-The loss is a sum, not a mean: the divisor is the count of scored targets over all ranks and
-micro-batches, so that the gradient does not depend on how a batch is cut.
+The loss is a sum, not a mean. The divisor is the number of scored targets over all ranks and micro-batches,
+so the gradient does not depend on how a batch is cut.
 """
 
 from collections.abc import Callable
@@ -12,20 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt.model.layers import compute_dtype
+from gpt.model.hardware import compute_dtype, is_cpu
+from gpt.model.loss_chunks import block_elements, chunk_elements, rows_within
 
 IGNORED = -100
 
 BlockLoss = Callable[[Tensor, Tensor, float | None, float, bool], tuple[Tensor, Tensor]]
-
-# Logits of a chunk. In bf16 256 MiB: every chunk costs a pass over the weight's gradient in fp32, which one
-# chunk alone does without. Elsewhere 64 MiB in fp32, where that sum is part of the product, and few terms
-# for fp16.
-_CHUNK_ELEMENTS = {torch.bfloat16: 2**27}
-_CHUNK_ELEMENTS_ELSE = 2**24
-# A block of them is in fp32 at a time: on a CPU as much as stays in the caches, on a GPU what fills it.
-_BLOCK_ELEMENTS = {"cpu": 2**20}
-_BLOCK_ELEMENTS_ELSE = 2**25
 
 
 def cross_entropy_sum(
@@ -40,22 +32,17 @@ def cross_entropy_sum(
 ) -> Tensor:
     """Sum in nats, fp32, of -log p(target) over the targets that are not IGNORED.
 
-    p is the softmax of hidden · weightᵀ, capped to c · tanh(x / c) where `softcap` is given. `z_loss` adds
-    that times (log Z)² (PaLM, arXiv:2204.02311, section 5). The gradient is computed in the forward pass,
-    chunk by chunk, and takes the place of the logits: no more than `chunk_rows` × V of them exist at a time,
-    in the dtype of the products, and none is computed twice. `compiled` is `block_loss`, compiled.
+    p is the softmax of hidden · weightᵀ, with `softcap` capped to c · tanh(x / c). `z_loss` is the weight of
+    (log Z)² (PaLM, arXiv:2204.02311, section 5). The forward pass also computes the gradient, chunk by chunk,
+    and writes it over the logits: at most `chunk_rows` × V logits exist at a time, in the dtype of the
+    products, and none is computed twice. `compiled` is `block_loss`, compiled.
     """
     dtype, vocabulary = compute_dtype(hidden_xd), len(weight_vd)
-    rows = chunk_rows or _rows(_CHUNK_ELEMENTS.get(dtype, _CHUNK_ELEMENTS_ELSE), vocabulary)
-    block_rows = _rows(_BLOCK_ELEMENTS.get(hidden_xd.device.type, _BLOCK_ELEMENTS_ELSE), vocabulary)
+    rows = chunk_rows or rows_within(chunk_elements(is_bf16=dtype == torch.bfloat16), vocabulary)
+    block_rows = rows_within(block_elements(is_cpu=is_cpu(hidden_xd.device)), vocabulary)
     options = (softcap, z_loss, rows, block_rows, torch.is_grad_enabled(), compiled or block_loss)
     loss: Tensor = _CrossEntropySum.apply(hidden_xd, weight_vd, targets_x, *options)  # type: ignore[no-untyped-call]
     return loss
-
-
-def _rows(elements: int, vocabulary: int) -> int:
-    """Rows of at most `elements`: a power of two, so that batches are cut evenly, into one shape."""
-    return 1 << max(1, elements // vocabulary).bit_length() - 1
 
 
 def capped(logits: Tensor, softcap: float | None) -> Tensor:
@@ -66,13 +53,13 @@ def capped(logits: Tensor, softcap: float | None) -> Tensor:
 def block_loss(
     logits_rv: Tensor, index_r: Tensor, softcap: float | None, z_loss: float, is_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """The loss [R] of a block for the ids `index_r`, and its gradient by the logits in two parts.
+    """The loss [R] of a block for the ids `index_r`, and the gradient at the targets [R, 1].
 
-    d(log Z)/dx = softmax(x), so that d loss/dx = (1 + 2 z log Z) softmax(x) − onehot(target), times 1 − tanh²
-    where capped: the first term takes the place of the logits, and the whole at the target [R, 1] is given
-    back. They are put together by the caller: on one thread inductor (torch 2.13) changes the order of an
-    indexed write and another pass. Without `is_gradient` there is neither. Passes over [R, V] cost as much
-    as the products, so that none is made which changes nothing.
+    d(log Z)/dx = softmax(x), so d loss/dx = (1 + 2 z log Z) softmax(x) − onehot(target), times 1 − tanh² with
+    a cap. The first term overwrites the logits; the second result is the whole gradient at the targets. The
+    caller writes it there, because inductor (torch 2.13) on one thread reorders an indexed write and another
+    pass. Without `is_gradient` neither is computed. A pass over [R, V] costs as much as the products, so
+    passes that change nothing are skipped.
     """
     x_rv = capped(logits_rv.float(), softcap)
     log_p_rv = x_rv.log_softmax(-1)
@@ -119,7 +106,7 @@ class _CrossEntropySum(torch.autograd.Function):
             rows = slice(start, start + chunk_rows)
             is_scored_c = targets_x[rows] != IGNORED
             index_c = targets_x[rows].where(is_scored_c, 0)
-            # rows that are not scored are left out here, where they are D wide and not V
+            # Mask rows that are not scored here, where they are D wide and not V.
             chunk_cd = hidden[rows] * is_scored_c[:, None]
             logits_cv = chunk_cd @ weight.t()
             for first in range(0, len(logits_cv), block_rows):
@@ -143,7 +130,7 @@ class _CrossEntropySum(torch.autograd.Function):
                 torch.addmm(d_weight, d_logits_cv.t(), chunk_cd, out=d_weight)
             else:
                 d_weight += d_logits_cv.t() @ chunk_cd
-        # A sum over many tokens may pass the largest fp16 number before backward divides it.
+        # A sum over many tokens may exceed the largest fp16 number before the backward pass divides it.
         if d_weight is not None and weight_vd.dtype != torch.float16:
             d_weight = d_weight.to(weight_vd.dtype)
         ctx.gradients, ctx.dtype = (d_hidden, d_weight), weight_vd.dtype
@@ -153,6 +140,6 @@ class _CrossEntropySum(torch.autograd.Function):
     def backward(ctx: Any, *d_losses: Tensor) -> tuple[Tensor | None, ...]:
         (d_loss,) = d_losses
         gradients, ctx.gradients = ctx.gradients, None
-        assert gradients is not None, "the gradient is scaled in place, so that backward runs once"
+        assert gradients is not None, "backward scales the gradient in place, so it runs only once"
         d_hidden, d_weight = (None if g is None else g.mul_(d_loss) for g in gradients)
         return d_hidden, None if d_weight is None else d_weight.to(ctx.dtype), *[None] * 7

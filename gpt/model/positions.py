@@ -1,4 +1,4 @@
-"""Positions: rotary (with scaling for longer contexts), sinusoidal, and numbering inside documents.
+"""Position encodings (rotary, scaled rotary, sinusoidal) and the positions of tokens in their documents.
 
 # B batch, T tokens, D model width, H heads, E head width
 """
@@ -16,8 +16,8 @@ from gpt.model.attention import Documents
 def rope_table(model: ModelConfig) -> tuple[Tensor, Tensor]:
     """cos and sin, fp32 [context, E]: RoFormer (Su et al. 2021, arXiv:2104.09864), equation 15.
 
-    Pairs are (i, i + E/2) as in Llama's published weights, not (2i, 2i + 1) as in the paper: the same
-    map up to a fixed permutation of the head's dimensions.
+    The pairs are (i, i + E/2) as in Llama's published weights, not (2i, 2i + 1) as in the paper: the two are
+    the same map up to a fixed permutation of the head's dimensions.
     """
     e, theta = model.head_width, model.rope_theta
     frequency = theta ** (-torch.arange(0, e, 2, dtype=torch.float32) / e)
@@ -30,19 +30,19 @@ def rope_table(model: ModelConfig) -> tuple[Tensor, Tensor]:
 
 
 def _scaled(frequency: Tensor, model: ModelConfig, scaling: RopeScaling) -> tuple[Tensor, float]:
-    """The frequencies of the longer context, and the factor of queries and keys alike."""
+    """The frequencies for the longer context, and the factor of both queries and keys."""
     original = scaling.context_before(model.context)
     stretched = frequency / scaling.factor
     if scaling.kind == "linear":  # Chen et al. 2023, arXiv:2306.15595, equation 4
         return stretched, 1.0
     if scaling.kind == "llama3":
-        # How far a frequency is kept, by its turns in the original context (Llama 3.1's published code).
+        # The turns in the original context decide how much of a frequency stays (Llama 3.1's published code).
         turns = original * frequency / (2 * math.pi)
         low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         return stretched * (1 - kept) + frequency * kept, 1.0
-    # YaRN (Peng et al. 2023, arXiv:2309.00071), section 3.2; the ramp runs over the dimension's number, as
-    # in its published code, not over the turns, as in the paper.
+    # YaRN (Peng et al. 2023, arXiv:2309.00071), section 3.2. The ramp runs over the index of the dimension as
+    # in the published code, not over the turns as in the paper.
     half = len(frequency)
 
     def dimension_with(turns: float) -> float:
@@ -52,12 +52,12 @@ def _scaled(frequency: Tensor, model: ModelConfig, scaling: RopeScaling) -> tupl
     last = min(math.ceil(dimension_with(scaling.beta_slow)), 2 * half - 1)
     ramp = (torch.arange(half, dtype=torch.float32) - first) / ((last - first) or 1e-3)
     kept = 1 - ramp.clamp(0, 1)
-    # equation 22: a temperature on the scores, as a factor of q and k
+    # equation 22: a temperature of the scores, applied to q and k
     return stretched * (1 - kept) + frequency * kept, 0.1 * math.log(scaling.factor) + 1.0
 
 
 class _Rotation(torch.autograd.Function):
-    """Its gradient by the formula, too: turned back. Half the passes of what autograd makes of it."""
+    """The rotation, with its gradient by formula: the rotation back, in half the passes of autograd's."""
 
     @staticmethod
     def forward(ctx: Any, x_bthe: Tensor, cos_te: Tensor, sin_te: Tensor) -> Tensor:
@@ -81,23 +81,23 @@ def _turned(x_bthe: Tensor, cos_te: Tensor, sin_te: Tensor, sign: int) -> Tensor
 
 
 def rotate(x_bthe: Tensor, cos_te: Tensor, sin_te: Tensor) -> Tensor:
-    """Queries or keys [B, T, H, E] turned by their positions, in fp32."""
+    """Queries or keys [B, T, H, E] rotated by their positions; computed in fp32."""
     turned: Tensor = _Rotation.apply(x_bthe, cos_te, sin_te)  # type: ignore[no-untyped-call]
     return turned
 
 
 def sinusoid_table(context: int, d_model: int) -> Tensor:
-    """Fixed positions, fp32 [context, D]: sin in even columns, cos in odd ones (Vaswani et al. 2017, 3.5)."""
+    """Fixed positions, fp32 [context, D]: sin in even columns, cos in odd (Vaswani et al. 2017, 3.5)."""
     frequency = 10_000.0 ** (-torch.arange(0, d_model, 2, dtype=torch.float32) / d_model)
     angle = torch.outer(torch.arange(context, dtype=torch.float32), frequency)
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)
 
 
 def positions(documents: Documents, tokens_bt: Tensor) -> Tensor:
-    """Distance of each token from the start of its document, int64 [B, T]."""
+    """The position of each token in its document, from 0, int64 [B, T]."""
     starts = documents.cumulative_n1[:-1].long()
     lengths = documents.cumulative_n1.diff().long()
-    place = torch.arange(tokens_bt.numel(), device=tokens_bt.device)
-    # the output's size is known here; without it a GPU would have to be asked
-    spread = starts.repeat_interleave(lengths, output_size=tokens_bt.numel())
-    return (place - spread).view_as(tokens_bt)
+    index = torch.arange(tokens_bt.numel(), device=tokens_bt.device)
+    # Without output_size the host would wait for the GPU to know it.
+    starts_of_tokens = starts.repeat_interleave(lengths, output_size=tokens_bt.numel())
+    return (index - starts_of_tokens).view_as(tokens_bt)

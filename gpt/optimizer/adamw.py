@@ -1,8 +1,8 @@
-"""AdamW with two choices that torch's lacks: where the second moment starts, and the moments' dtype.
+"""AdamW with two options that torch's lacks: the initial second moment, and the moments' dtype.
 
 Adam (Kingma & Ba 2014, arXiv:1412.6980, algorithm 1) with decoupled weight decay (Loshchilov & Hutter
 2019, arXiv:1711.05101, algorithm 2); the arithmetic in fp32 is torch's own. Every update is elementwise, so
-that ZeRO may cut parameters anywhere and the numbers stay the same.
+ZeRO may cut parameters anywhere without changing a number.
 """
 
 from typing import Any
@@ -11,19 +11,24 @@ import torch
 from torch import Tensor
 
 from gpt.config.optimizer import OptimizerConfig
+from gpt.optimizer.base import RunOptimizer
 
-# Elements updated at a time where moments are in bf16: their fp32 copies then take 128 MiB at most.
+# Elements updated at a time when moments are in bf16: their fp32 copies then take 128 MiB at most.
 _CHUNK_ELEMENTS = 2**24
 
 
-class AdamW(torch.optim.AdamW):
-    """torch's AdamW, fused, over groups of which each carries its name and weight decay."""
+class AdamW(RunOptimizer, torch.optim.AdamW):
+    """torch's fused AdamW, over groups that each carry a name and a weight decay."""
 
-    # torch keeps its compiler out of these two with decorators that load it: a second of every start.
-    add_param_group = torch.optim.Optimizer.add_param_group.__wrapped__  # type: ignore[attr-defined]
+    # Without the decorator, which loads torch's compiler, as in RunOptimizer
     _step_in_fp32 = torch.optim.AdamW.step.__wrapped__  # type: ignore[attr-defined]
 
-    def __init__(self, groups: list[dict[str, Any]], optimizer: OptimizerConfig) -> None:
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        optimizer: OptimizerConfig,
+        dtype: torch.dtype,  # noqa: ARG002 - the update is in fp32 whatever the network computes in
+    ) -> None:
         self._starts_at_gradient = optimizer.second_moment_init == "gradient"
         self._dtype = torch.bfloat16 if optimizer.moments == "bf16" else torch.float32
         super().__init__(
@@ -52,9 +57,9 @@ class AdamW(torch.optim.AdamW):
     def new_state(self, parameter: Tensor) -> dict[str, Tensor]:
         """The state before the first update of `parameter`.
 
-        GI-Adam (Kalra & Barkeshli 2024, arXiv:2406.09405) starts v at the squared first gradient
-        and, as the authors' published code does, keeps the bias correction: v̂_1 = g² / (1 - β2), so that the
-        first rates are lower by √(1 - β2^t), an automatic warmup.
+        GI-Adam (Kalra & Barkeshli 2024, arXiv:2406.09405) starts v at the squared first gradient. As in the
+        authors' published code, the bias correction stays: v̂_1 = g² / (1 - β2), which lowers the first rates
+        by √(1 - β2^t), an automatic warmup.
         """
         second = torch.zeros_like(parameter, dtype=self._dtype)
         if self._starts_at_gradient and parameter.grad is not None:
@@ -67,10 +72,10 @@ class AdamW(torch.optim.AdamW):
 
 
 def _step_in_bf16(parameter: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-    """One AdamW update in fp32 with moments that are kept in bf16, as in DeepSeek-V3.
+    """One AdamW update, computed in fp32, with moments that are kept in bf16 as in DeepSeek-V3.
 
-    arXiv:2412.19437, section 3.3.2: no observable loss. The config limits β2, so that what a step adds
-    to v does not vanish beside it.
+    arXiv:2412.19437, section 3.3.2, reports no observable effect on the loss. The config limits β2, so that
+    bf16 does not round away what a step adds to v.
     """
     (beta1, beta2), lr = group["betas"], group["lr"]
     state["step"] += 1

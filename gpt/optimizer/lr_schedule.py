@@ -11,9 +11,9 @@ def learning_rate(
 ) -> float:
     """The rate of optimizer step `step` (1 is the first, `total_steps` the last).
 
-    Linear warmup, which lets the run pass from the sharp region at initialisation to flat ones before
-    the peak (Kalra & Barkeshli 2024, arXiv:2406.09405), climbs by peak / `warmup_steps` a step
-    from `initial_lr`, so that a start at `initial_lr` saves that part of it; then the schedule's own shape.
+    Linear warmup lets the run leave the sharp region at initialisation for flatter ones before the peak
+    (Kalra & Barkeshli 2024, arXiv:2406.09405). It climbs from `initial_lr` by peak / `warmup_steps` a step,
+    so a higher `initial_lr` shortens it. The schedule's own shape follows.
     """
     warmup = schedule.warmup_steps
     if warmup and initial_lr + peak_lr * step / warmup < peak_lr:
@@ -27,7 +27,7 @@ def _constant(schedule: ScheduleConfig, step: int, steps: int) -> float:  # noqa
 
 
 def _cosine(schedule: ScheduleConfig, step: int, steps: int) -> float:
-    # Loshchilov & Hutter 2017, arXiv:1608.03983, equation 5
+    # SGDR (Loshchilov & Hutter 2017, arXiv:1608.03983), equation 5
     return _towards(schedule, 0.5 * (1 + math.cos(math.pi * step / max(1, steps))))
 
 
@@ -36,13 +36,13 @@ def _linear(schedule: ScheduleConfig, step: int, steps: int) -> float:
 
 
 def _inverse_sqrt(schedule: ScheduleConfig, step: int, steps: int) -> float:  # noqa: ARG001
-    # Vaswani et al. 2017, arXiv:1706.03762, equation 3; there the peak is (d_model · warmup_steps)^-0.5
+    # Vaswani et al. 2017, arXiv:1706.03762, equation 3, where the peak is (d_model · warmup_steps)^-0.5
     return math.sqrt(schedule.warmup_steps / (schedule.warmup_steps + step))
 
 
 def _wsd(schedule: ScheduleConfig, step: int, steps: int) -> float:
-    # Warmup, stable, decay (MiniCPM, arXiv:2404.06395, section 4); the shape of the decay after Hägele et
-    # al. 2024, arXiv:2405.18392, equation 1: 1 - √t did best there, the line nearly as well.
+    # Warmup, stable, decay (MiniCPM, arXiv:2404.06395, section 4). The decay follows Hägele et al. 2024
+    # (arXiv:2405.18392, equation 1): 1 - √t did best there, and a line nearly as well.
     progress = (step - (steps - schedule.decay_steps)) / max(1, schedule.decay_steps)
     if progress <= 0:
         return 1.0

@@ -1,4 +1,4 @@
-"""The optimizer's parameter groups by rule, and whether a checkpoint has the same. Torch-free."""
+"""The parameter groups of a run, and whether a checkpoint has the same ones. Torch-free."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -6,50 +6,44 @@ from typing import Any, TypeVar
 from gpt.checkpoint.format import CheckpointIndex, ParameterEntry
 from gpt.config.model import ModelConfig
 from gpt.config.optimizer import OptimizerConfig
-from gpt.model.flops import parameter_table
+from gpt.config.parameter_table import parameter_table
 
 T = TypeVar("T")
-_NAMED = 5  # of parameters that do not fit
+_LISTED = 5  # parameters that an error names one by one
 
 
 def by_group(
     parameters: Iterable[tuple[str, tuple[int, ...], T]], model: ModelConfig, optimizer: OptimizerConfig
 ) -> dict[str, list[tuple[str, T]]]:
-    """(name, shape, anything) by group, in the groups' order; empty groups are left out.
-
-    decay: matrices and embeddings. hidden: with muP the matrices inside the blocks, whose rate is another;
-    muon: those same ones where Muon updates them. no_decay: norms and biases.
-    """
-    groups: dict[str, list[tuple[str, T]]] = {"decay": [], "hidden": [], "muon": [], "no_decay": []}
-    of_blocks = "muon" if optimizer.name == "muon" else "hidden" if model.initialization == "mup" else "decay"
+    """(name, shape, anything) by group, in the order of the optimizer's groups, without empty groups."""
+    spec = optimizer.spec
+    groups: dict[str, list[tuple[str, T]]] = {group.name: [] for group in spec.groups}
     for name, shape, value in parameters:
-        group = "no_decay" if len(shape) < 2 else of_blocks if name.startswith("blocks.") else "decay"
-        groups[group].append((name, value))
+        groups[spec.group_of(name, shape, model)].append((name, value))
     return {group: members for group, members in groups.items() if members}
 
 
-def states(group: str) -> tuple[str, ...]:
-    """What is kept of the parameters of a group, in the order of a checkpoint."""
-    return ("master", "momentum_buffer") if group == "muon" else ("master", "exp_avg", "exp_avg_sq")
+def states(group: str, optimizer: OptimizerConfig) -> tuple[str, ...]:
+    """What is kept for each element of a group, in the order of a checkpoint."""
+    return optimizer.spec.group(group).checkpointed_states
 
 
 def hyperparameters(group: str, optimizer: OptimizerConfig, model: ModelConfig) -> dict[str, Any]:
-    """How a group is updated: its weight decay, the factor of its learning rate, what its rule needs.
+    """The weight decay of a group, the multiplier of its learning rate, and the fields its update reads.
 
     muP (Yang et al. 2022, arXiv:2203.03466, table 8, Adam): the rate of hidden matrices falls with the
-    width. Their decay, which torch multiplies by the rate, rises by as much, so that weights shrink at one
-    pace whatever the width, without which rates do not carry over (Kosson et al. 2025, arXiv:2510.19093).
+    width. torch multiplies the decay by the rate, so the decay rises by the same factor: weights then shrink
+    at one pace at every width, without which rates do not transfer (Kosson et al. 2025, arXiv:2510.19093).
     """
-    decay = 0.0 if group == "no_decay" else optimizer.weight_decay
-    ratio = model.width_ratio if group == "hidden" else 1.0
-    shared = {"weight_decay": decay * ratio, "lr_multiplier": 1 / ratio}
-    if group == "muon":
-        return {"momentum": optimizer.momentum, **shared}
-    return {"betas": optimizer.betas, "eps": optimizer.eps, **shared}
+    spec = optimizer.spec.group(group)
+    decay = optimizer.weight_decay if spec.has_weight_decay else 0.0
+    ratio = model.width_ratio if spec.is_scaled_by_width else 1.0
+    fields = {field: getattr(optimizer, field) for field in spec.fields}
+    return {**fields, "weight_decay": decay * ratio, "lr_multiplier": 1 / ratio}
 
 
 def parameter_entries(model: ModelConfig, optimizer: OptimizerConfig) -> tuple[ParameterEntry, ...]:
-    """Where each parameter stands in the state of its group, group after group."""
+    """Each parameter with its offset in the state of its group, group after group."""
     entries: list[ParameterEntry] = []
     table = ((name, shape, shape) for name, shape in parameter_table(model))
     for group, members in by_group(table, model, optimizer).items():
@@ -61,7 +55,7 @@ def parameter_entries(model: ModelConfig, optimizer: OptimizerConfig) -> tuple[P
 
 
 def sizes_by_group(entries: Iterable[ParameterEntry]) -> dict[str, list[int]]:
-    """The elements of each group's parameters, in order."""
+    """The numbers of elements of each group's parameters, in order."""
     sizes: dict[str, list[int]] = {}
     for entry in entries:
         sizes.setdefault(entry.group, []).append(entry.numel)
@@ -71,7 +65,7 @@ def sizes_by_group(entries: Iterable[ParameterEntry]) -> dict[str, list[int]]:
 def misfits(
     index: CheckpointIndex, parameters: Sequence[ParameterEntry], states_of: Mapping[str, Sequence[str]]
 ) -> list[str]:
-    """Why the state of a checkpoint is not that of `parameters` and the states of their groups, in words."""
+    """Why a checkpoint's state does not fit `parameters` with the states of their groups, in sentences."""
     here, there = ({entry.name: entry for entry in entries} for entries in (parameters, index.parameters))
     kept = {group.name: group.states for group in index.groups}
     problems = []
@@ -81,8 +75,8 @@ def misfits(
             problems.append(f"parameter {name} is {_shape(theirs)} there and {_shape(ours)} in the config")
         elif (before := _place(theirs, kept)) != (now := _place(ours, states_of)):
             problems.append(f"its optimizer keeps {name} {before}; this config wants it {now}")
-    more = len(problems) - _NAMED
-    return problems[:_NAMED] + ([f"{more} more parameters do not fit"] if more > 0 else [])
+    more = len(problems) - _LISTED
+    return problems[:_LISTED] + ([f"{more} more parameters do not fit"] if more > 0 else [])
 
 
 def _place(entry: ParameterEntry, states_of: Mapping[str, Sequence[str]]) -> str:

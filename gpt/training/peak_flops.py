@@ -6,7 +6,7 @@ import torch
 
 from gpt.distributed.world import World, total
 from gpt.model.flops import PEAK_FLOPS_PER_SECOND
-from gpt.model.layers import compute_dtype
+from gpt.model.hardware import compute_dtype
 
 
 def peak_flops_per_second(world: World, precision: str, dtype: torch.dtype) -> float | None:

@@ -70,7 +70,7 @@ def find_origin(text: str, config: RunConfig) -> Origin:
 def state_misfits(index: CheckpointIndex, config: RunConfig) -> list[str]:
     """Why a run of `config` cannot go on from the state of a checkpoint, in words."""
     entries = parameter_entries(config.model, config.optimizer)
-    return misfits(index, entries, {entry.group: states(entry.group) for entry in entries})
+    return misfits(index, entries, {entry.group: states(entry.group, config.optimizer) for entry in entries})
 
 
 def plant(origin: Origin, run: RunDir, config: RunConfig, data_fingerprint: str) -> None:

@@ -1,26 +1,23 @@
-"""Memory of one rank, as a closed form of config and world size: what `outlast plan` and preflight say.
+"""The memory plan: what one rank holds, as a closed form of config and world size.
 
-What is counted is what the training loop itself holds: weights, gradients, optimizer state, what one
-micro-batch keeps for its backward pass, and working buffers. What the process has before that (Python, torch,
-the CUDA context and NCCL's buffers, one to two GiB on a GPU) is not.
+It counts weights, gradients, optimizer state, what one micro-batch keeps for its backward pass, and working
+buffers. It does not count what the process holds before training: Python, torch, the CUDA context and NCCL's
+buffers, one to two GiB on a GPU.
 """
 
 from dataclasses import dataclass
 from math import prod
 
 from gpt.config.model import ModelConfig
+from gpt.config.parameter_table import block_numel, parameter_count, parameter_table
 from gpt.config.run import RunConfig
-from gpt.model.flops import parameter_count, parameter_table
-
-# Of gpt.model.loss: logits that there are at a time, and those of them that are in fp32.
-LOSS_CHUNK_ELEMENTS = {"bf16": 2**27, "else": 2**24}
-LOSS_BLOCK_ELEMENTS = {"cpu": 2**20, "else": 2**25}
-_BUCKET_NUMEL = 2**24  # gpt.distributed.zero.engine's least bucket
+from gpt.config.zero_sizes import zero_sizes
+from gpt.model.loss_chunks import block_elements, chunk_elements, rows_within
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank."""
+    """Bytes that one rank holds, by kind, and at its peak."""
 
     weights: int
     optimizer: int
@@ -31,17 +28,17 @@ class Memory:
 
     @property
     def state(self) -> int:
-        """The training state: weights, gradients and what the optimizer keeps."""
+        """Bytes of weights, gradients and optimizer state."""
         return self.weights + self.gradients + self.optimizer
 
 
 def memory(config: RunConfig, world_size: int, *, on_cpu: bool = False) -> Memory:
-    """What one of `world_size` ranks, GPUs or CPU processes, holds, at its peak and by kind.
+    """The memory of each of `world_size` ranks, which are GPUs or CPU processes.
 
     ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054, section 3): stage 1 cuts the optimizer's state into
-    `world_size` parts, stage 2 the gradients too, stage 3 the weights too. The peak is the larger of the end
-    of the forward pass, when all activations are there, and of the update, when all gradients are; stage 3
-    keeps room for the gradients of its shard all along.
+    `world_size` parts, stage 2 the gradients too, stage 3 the weights too. The peak is either the end of the
+    forward pass, when all activations exist, or the update, when all gradients exist; stage 3 reserves room
+    for the gradients of its shard throughout.
     """
     zero, model = config.zero, config.model
     parameters, width = parameter_count(model), _bytes(config)
@@ -52,16 +49,16 @@ def memory(config: RunConfig, world_size: int, *, on_cpu: bool = False) -> Memor
         weights //= world_size
         if zero.offload_parameters == "cpu":
             weights = 0
-        # In use or on their way: two blocks, the embedding and the head.
+        # Gathered at a time: two blocks (one computes, the next arrives), the embedding and the head.
         gathered = width * (2 * block_numel(model) + 2 * model.vocabulary * model.d_model)
     optimizer = state_bytes(config) // world_size if on_device else 0
     gradients = width * parameters
     if zero.stage >= 2:
-        gradients = gradients // world_size + width * max(block_numel(model), _BUCKET_NUMEL)
+        gradients = gradients // world_size + width * zero_sizes(config).bucket_numel
     accumulated = 0
     if config.micro_batches(world_size) > 1 and config.precision != "fp32":
         accumulated = 4 * parameters // (world_size if zero.stage >= 2 else 1)
-    update = 4 * parameters // world_size if on_device else 0  # the fp32 gradient that the optimizer reads
+    update = 4 * parameters // world_size if on_device else 0  # the fp32 copy of the gradient
     activations = activation_bytes(config)
     loss = _loss_bytes(config, on_cpu=on_cpu)
     fixed = weights + optimizer + accumulated + gathered
@@ -76,13 +73,8 @@ def memory(config: RunConfig, world_size: int, *, on_cpu: bool = False) -> Memor
     )
 
 
-def block_numel(model: ModelConfig) -> int:
-    """Parameters of one block."""
-    return sum(prod(shape) for name, shape in parameter_table(model) if name.startswith("blocks.0."))
-
-
 def largest_micro_batch(config: RunConfig, world_size: int, available: float) -> int | None:
-    """The largest micro-batch that cuts the global batch evenly and fits into `available` bytes."""
+    """The largest micro-batch that divides the global batch and whose peak fits into `available` bytes."""
     for micro_batch in range(config.global_batch * config.parallel.sequence // world_size, 0, -1):
         batch = config.batch.model_copy(update={"micro_batch": micro_batch})
         smaller = config.model_copy(update={"batch": batch})
@@ -92,14 +84,14 @@ def largest_micro_batch(config: RunConfig, world_size: int, available: float) ->
 
 
 def activation_bytes(config: RunConfig) -> int:
-    """Bytes that one micro-batch keeps for the backward pass; what a kernel keeps for itself left out.
+    """Bytes that one micro-batch keeps for the backward pass, without the buffers inside kernels.
 
-    Counted as Korthikanti et al. do (arXiv:2205.05198, section 4), for this network's own operations:
-    tests hold it against the tensors that autograd saves.
+    Counted as in Korthikanti et al. (arXiv:2205.05198, section 4), for this network's own operations. A test
+    compares it with the tensors that autograd saves.
     """
     model, tokens, width = config.model, _tokens(config), _bytes(config)
     last_norm = _norm(model, width) if model.norm_placement == "pre" else 0
-    at_head = width * model.d_model  # the gradient that the loss leaves, computed in the forward pass
+    at_head = width * model.d_model  # the loss computes its input's gradient in the forward pass
     block = _block(model, width)
     if model.recompute == "none":
         kept = model.n_layers * block
@@ -107,67 +99,75 @@ def activation_bytes(config: RunConfig) -> int:
         inside = width * model.d_model
         if model.recompute == "selective":
             inside += _products(model, width)
-        kept = model.n_layers * inside + block  # one block is computed again at a time
+        kept = model.n_layers * inside + block  # one block is recomputed at a time
     return tokens * (kept + last_norm + at_head)
 
 
 def _block(model: ModelConfig, width: int) -> int:
-    """Bytes a token of one block."""
-    attention = width * (model.n_heads + 2 * model.kv_heads) * model.head_width  # of which v is a part
+    """Bytes per token of one block."""
+    attention = width * (model.n_heads + 2 * model.kv_heads) * model.head_width  # q, k and v in one tensor
     if model.position == "rope" or model.qk_norm:
-        attention += width * (model.n_heads + model.kv_heads) * model.head_width  # q and k apart from it
+        # rotated or normalised copies of q and k
+        attention += width * (model.n_heads + model.kv_heads) * model.head_width
     if model.qk_norm:
         attention += (4 + width) * (model.n_heads + model.kv_heads) * model.head_width
-    attention += width * model.n_heads * model.head_width + 4 * model.n_heads  # result, log of the sum
+    attention += width * model.n_heads * model.head_width + 4 * model.n_heads  # result and log-sum-exp
+    # tensors of the feed-forward's width that its activation keeps
     kept = {"relu": 1, "bilinear": 3, "gelu": 2, "swish": 2, "relu2": 2}.get(model.ffn, 4)
-    dropped = 2 * model.d_model if model.dropout else 0  # a byte an element
+    dropped = 2 * model.d_model if model.dropout else 0  # masks of a byte an element
     return 2 * _norm(model, width) + attention + kept * width * model.ffn_width + dropped
 
 
 def _norm(model: ModelConfig, width: int) -> int:
-    """Bytes a token of a norm over the model's width, its result included."""
+    """Bytes per token of a norm over the model's width, including its result."""
     if model.norm == "layernorm":
         return 2 * width * model.d_model + 8
-    return (4 + 2 * width) * model.d_model + 4  # its input in fp32, normalised, and scaled
+    return (4 + 2 * width) * model.d_model + 4  # its input in fp32, normalised, scaled
 
 
 def _products(model: ModelConfig, width: int) -> int:
-    """Bytes a token of the results of a block's matrix products."""
+    """Bytes per token of the results of a block's matrix products."""
     rows = (model.n_heads + 2 * model.kv_heads) * model.head_width + 2 * model.d_model
     return width * (rows + (2 if model.is_gated else 1) * model.ffn_width)
 
 
 def _loss_bytes(config: RunConfig, *, on_cpu: bool) -> int:
-    """The logits of a chunk; of a block of it the logits and log p in fp32, and the gradient; the head's."""
+    """Working memory of the loss.
+
+    The logits of a chunk; for a block of it the logits and log p in fp32 and the gradient; the gradient of
+    the head.
+    """
     model, tokens, width = config.model, _tokens(config), _bytes(config)
     head = model.vocabulary * model.d_model
-    wide = (
-        4 if on_cpu else width
-    )  # most CPUs compute 16-bit products in fp32 (gpt.model.layers.compute_dtype)
-    kind = "bf16" if config.precision == "bf16" and wide == width else "else"
-    rows = min(tokens, 1 << max(1, LOSS_CHUNK_ELEMENTS[kind] // model.vocabulary).bit_length() - 1)
+    # Most CPUs compute 16-bit products in fp32 (gpt.model.hardware.compute_dtype).
+    wide = 4 if on_cpu else width
+    elements = chunk_elements(is_bf16=config.precision == "bf16" and wide == width)
+    rows = min(tokens, rows_within(elements, model.vocabulary))
     chunk = rows * model.vocabulary
-    block = min(chunk, LOSS_BLOCK_ELEMENTS["cpu" if on_cpu else "else"])
-    is_summed = rows < tokens or wide != width  # the head's gradient, in fp32
+    block = min(chunk, block_elements(is_cpu=on_cpu))
+    is_summed = rows < tokens or wide != width  # the head's gradient is summed in fp32
     gradient = (4 if is_summed else 0) + width
     weight = wide if wide != width else 0
     return chunk * wide + block * (8 + wide) + head * (gradient + weight)
 
 
-def state_bytes(config: RunConfig) -> int:
-    """Master weights and moments of the whole model."""
-    moment = 2 if config.optimizer.moments == "bf16" else 4
-    total = 0
-    for name, shape in parameter_table(config.model):
-        is_muons = config.optimizer.name == "muon" and len(shape) >= 2 and name.startswith("blocks.")
-        total += prod(shape) * (4 + moment * (1 if is_muons else 2))
-    return total
+def state_bytes(config: RunConfig, *, moment_bytes: int | None = None) -> int:
+    """Bytes of the master weights and optimizer states of the whole model.
+
+    `moment_bytes` replaces the bytes of a moment's element that the config implies.
+    """
+    spec, moment_bytes = config.optimizer.spec, moment_bytes or config.optimizer.moment_bytes
+    return sum(
+        prod(shape) * spec.group(spec.group_of(name, shape, config.model)).bytes_per_parameter(moment_bytes)
+        for name, shape in parameter_table(config.model)
+    )
 
 
 def _tokens(config: RunConfig) -> int:
-    """Of a micro-batch, those that are this rank's."""
+    """Tokens of a micro-batch on one rank."""
     return config.batch.micro_batch * config.model.context // config.parallel.sequence
 
 
 def _bytes(config: RunConfig) -> int:
+    """Bytes of a weight or an activation."""
     return 4 if config.precision == "fp32" else 2

@@ -11,8 +11,9 @@ from typing import Any
 from data_pipeline.sampling.batches import windows_in
 from data_pipeline.sampling.mixture import Mixture
 from data_pipeline.sampling.skip_list import SkipList
+from gpt.config.parameter_table import parameter_count
 from gpt.config.run import RunConfig
-from gpt.model.flops import PEAK_FLOPS_PER_SECOND, flops_per_token, parameter_count
+from gpt.model.flops import PEAK_FLOPS_PER_SECOND, flops_per_token
 from gpt.run.host_memory import LARGEST_SHARE, available_bytes
 from launcher.cluster import ACCELERATOR_MEMORY_GIB, ClusterConfig
 from launcher.preflight.memory import Memory, largest_micro_batch, memory, state_bytes
@@ -124,8 +125,7 @@ def _shares(config: RunConfig, train_tokens: Sequence[int]) -> tuple[Share, ...]
 
 def checkpoint_bytes(config: RunConfig) -> int:
     """Bytes of one checkpoint: master weights and moments, all in fp32."""
-    moments = config.optimizer.model_copy(update={"moments": "fp32"})
-    return state_bytes(config.model_copy(update={"optimizer": moments}))
+    return state_bytes(config, moment_bytes=4)
 
 
 def checkpoint_counts(config: RunConfig) -> dict[str, int]:

@@ -1,7 +1,7 @@
-"""Networks to measure beside ours: two written by hand as such programs usually are, and transformers' Llama.
+"""Networks to compare ours with: two typical hand-written ones, and transformers' Llama.
 
-Each takes ids and targets [B, T] and gives the mean loss. All have one shape; where a part is another kind of
-part (GELU for SwiGLU) its width makes the matrix products as large.
+Each takes ids and targets [B, T] and returns the mean loss. All have one shape. A feed-forward with GELU
+instead of SwiGLU is wider, so that its matrix products are as large.
 """
 
 from typing import Any
@@ -91,7 +91,7 @@ class HandWritten(nn.Module):
 
 
 class TransformersLlama(nn.Module):
-    """LlamaForCausalLM with torch's attention, as its Trainer would call it."""
+    """LlamaForCausalLM with torch's attention, called as transformers' Trainer calls it."""
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()

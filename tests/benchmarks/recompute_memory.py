@@ -1,7 +1,7 @@
-"""Peak memory and time of forward and backward with one way of recomputation, in a process of its own.
+"""Peak memory and time of forward and backward with one kind of recomputation, in a process of its own.
 
-`python -m tests.benchmarks.recompute_memory none|selective|full`: JSON, bytes above the weights and their
-gradients, and seconds, of 4 × 512 tokens through 8 layers of width 512 in bf16.
+`python -m tests.benchmarks.recompute_memory none|selective|full` prints JSON: the bytes beyond the weights
+and their gradients, and the seconds, for 4 × 512 tokens through 8 layers of width 512 in bf16.
 """
 
 import json
@@ -13,12 +13,12 @@ import torch
 
 from gpt.model.attention import Documents
 from gpt.model.gpt import GPT
-from tests.benchmarks.loss_memory import forget_peak, peak_bytes
+from tests.benchmarks.loss_memory import peak_bytes, reset_peak
 from tests.benchmarks.step_speed import BATCH, MODEL
 
 
 def main() -> None:
-    """Measure what the command line says."""
+    """Measure what the command line asks for."""
     torch.set_num_threads(2)
     gpt = GPT(MODEL.model_copy(update={"recompute": sys.argv[1]}))
     gpt.initialize(0)
@@ -28,8 +28,8 @@ def main() -> None:
     documents = Documents.from_ends(np.arange(1, BATCH + 1, dtype=np.int32) * MODEL.context)
     tokens = torch.randint(0, MODEL.vocabulary, (BATCH, MODEL.context))
     few = Documents.from_ends(np.array([8], dtype=np.int32))
-    gpt(tokens[:1, :8], tokens[:1, :8], few).backward()  # the libraries' own memory
-    before = forget_peak()
+    gpt(tokens[:1, :8], tokens[:1, :8], few).backward()  # allocates the libraries' own memory
+    before = reset_peak()
     started = time.perf_counter()
     gpt(tokens, tokens, documents).backward()
     print(json.dumps({"bytes": peak_bytes() - before, "seconds": time.perf_counter() - started}))

@@ -1,8 +1,9 @@
-"""Seconds of a training step of networks of one shape, taken in turns in one process with two threads.
+"""Seconds of a training step of several networks of one shape, in one process with two threads.
 
-`python -m tests.benchmarks.step_speed DTYPE TURNS [NAME…]`: forward, backward and AdamW over 4 × 512 tokens
-(8 layers, width 512, SwiGLU 1408, vocabulary 8,192); in bf16 with fp32 master weights. JSON: the median
-seconds of each, and the FLOPs a second of a large matrix product in the same process.
+`python -m tests.benchmarks.step_speed DTYPE TURNS [NAME…]` measures forward, backward and AdamW over 4 × 512
+tokens (8 layers, width 512, SwiGLU 1408, vocabulary 8,192), in bf16 with fp32 master weights. The networks
+take turns. It prints JSON: the median seconds of each, and the FLOPs per second of a large matrix product in
+the same process.
 """
 
 import json
@@ -41,7 +42,7 @@ def peer(network: nn.Module, dtype: torch.dtype, *, is_compiled: bool) -> tuple[
 
 
 def build(name: str, dtype: torch.dtype) -> tuple[nn.Module, Loss]:
-    """The network `name`, and how to get its mean loss."""
+    """The network `name`, and a function that returns its mean loss."""
     kind, _, how = name.partition(" ")
     is_compiled = how == "compiled"
     if kind == "ours":
@@ -60,7 +61,7 @@ NAMES = [
 
 
 class Step:
-    """One network with its optimizer: fp32 masters where its weights are bf16."""
+    """One network with its optimizer, and fp32 master weights if its weights are in bf16."""
 
     def __init__(self, name: str, dtype: torch.dtype) -> None:
         network, self.loss = build(name, dtype)
@@ -86,7 +87,7 @@ class Step:
 
 
 def matmul_flops_per_second(dtype: torch.dtype) -> float:
-    """Of the product of two 2048 × 2048 matrices, the best of ten."""
+    """FLOPs per second of the product of two 2048 × 2048 matrices, the best of ten."""
     a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
 
     def seconds() -> float:
@@ -98,7 +99,7 @@ def matmul_flops_per_second(dtype: torch.dtype) -> float:
 
 
 def main() -> None:
-    """Measure what the command line says."""
+    """Measure what the command line asks for."""
     dtype, turns = getattr(torch, sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(2)
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The chunked loss beside the usual one: 2,048 positions, 50,304 ids, width 768."""
+"""The chunked loss compared with the usual one: 2,048 positions, 50,304 ids, width 768."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ def measure(name: str, dtype: str) -> Any:
 
 @pytest.mark.benchmark
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_third_of_the_memory_at_no_more_than_a_tenth_more_time(dtype: str) -> None:
+def test_chunked_loss_needs_a_third_of_the_memory_and_at_most_a_tenth_more_time(dtype: str) -> None:
     peak = {name: measure(name, dtype) for name in ("plain", "ours")}
     seconds = measure("both", dtype)
     memory_ratio, time_ratio = peak["ours"] / peak["plain"], seconds["ours"] / seconds["plain"]

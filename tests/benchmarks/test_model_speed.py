@@ -1,4 +1,4 @@
-"""The network's speed and memory beside its peers: a step, attention inside documents, recomputation."""
+"""The network's speed and memory compared with peers: a step, attention inside documents, recomputation."""
 
 import json
 import subprocess
@@ -26,7 +26,7 @@ def measured(module: str, *arguments: str) -> Any:
 
 @pytest.mark.benchmark
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_a_step_beside_transformers_and_networks_written_by_hand(dtype: str) -> None:
+def test_a_step_is_no_slower_than_transformers_and_hand_written_networks(dtype: str) -> None:
     found = measured("step_speed", dtype, "7")
     tokens = BATCH * MODEL.context
     floor_s = flops_per_token(MODEL) * tokens / found["matmul"]
@@ -42,8 +42,8 @@ def test_a_step_beside_transformers_and_networks_written_by_hand(dtype: str) -> 
 
 @pytest.mark.benchmark
 @pytest.mark.parametrize("length", [32, 128, 512])
-def test_attention_inside_documents_beside_a_dense_mask(length: int) -> None:
-    """4,096 tokens in rows of 1,024, documents of uneven lengths with this mean."""
+def test_attention_inside_documents_is_faster_than_a_dense_mask(length: int) -> None:
+    """4,096 tokens in rows of 1,024, with documents of uneven lengths and this mean length."""
     torch.set_num_threads(2)
     generator = np.random.default_rng(1)
     cuts = generator.choice(np.arange(1, 4096), 4096 // length, replace=False)
@@ -74,7 +74,7 @@ def test_attention_inside_documents_beside_a_dense_mask(length: int) -> None:
 
 
 @pytest.mark.benchmark
-def test_recomputation_trades_memory_for_time() -> None:
+def test_recomputation_saves_memory() -> None:
     found = {how: measured("recompute_memory", how) for how in ("none", "selective", "full")}
     for how, at in found.items():
         print(f"\n{how}: {at['bytes'] / 2**20:.0f} MiB, {at['seconds']:.2f} s")

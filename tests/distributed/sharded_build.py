@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
+from gpt.config.parameter_table import parameter_count
 from gpt.config.run import RunConfig
 from gpt.distributed.world import join
 from gpt.distributed.zero.engine import _import_deepspeed, build_model
-from gpt.model.flops import parameter_count
 
 run = RunConfig.model_validate(json.loads(sys.argv[1]))
 world = join(60)

@@ -17,7 +17,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 from unittest.mock import patch
 
@@ -29,19 +28,17 @@ from gpt.checkpoint.format import GroupEntry, ParameterEntry
 from gpt.checkpoint.layout import GroupLayout, Kind
 from gpt.config.model import ModelConfig
 from gpt.config.run import RunConfig
+from gpt.config.zero_sizes import zero_sizes
 from gpt.distributed.world import World
-from gpt.model.flops import parameter_table
 from gpt.model.gpt import GPT
 from gpt.model.initialization import initialize
-from gpt.optimizer.adamw import AdamW
-from gpt.optimizer.build import build_optimizer, set_rate
-from gpt.optimizer.muon import Exchange, MuonAdamW, Whole
+from gpt.optimizer.base import RunOptimizer
+from gpt.optimizer.build import OPTIMIZER_CLASSES, build_optimizer, set_rate
 from gpt.optimizer.parameter_groups import hyperparameters, parameter_entries, sizes_by_group, states
+from gpt.optimizer.whole_matrices import Fragment, MatrixExchange, ShardedMatrices
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-# Smaller messages do not fill a link: 32 MiB in bf16, near the 25 MB of torch's DDP.
-_BUCKET_NUMEL = 2**24
 
 
 def deepspeed_config(run: RunConfig, world_size: int, *, has_gpu: bool) -> dict[str, Any]:
@@ -70,21 +67,20 @@ def deepspeed_config(run: RunConfig, world_size: int, *, has_gpu: bool) -> dict[
 
 def _zero_optimization(run: RunConfig, *, has_gpu: bool) -> dict[str, Any]:
     """The sizes follow the model: a block's gradients are reduced while the one before it computes."""
-    zero, block = run.zero, _block_numel(run.model)
+    zero, sizes = run.zero, zero_sizes(run)
     config: dict[str, Any] = {
         "stage": zero.stage,
         "contiguous_gradients": True,
         "overlap_comm": has_gpu,
-        "reduce_bucket_size": zero.bucket_numel or max(block, _BUCKET_NUMEL),
+        "reduce_bucket_size": sizes.bucket_numel,
     }
     if zero.offload_optimizer == "cpu":
         config["offload_optimizer"] = {"device": "cpu", "pin_memory": has_gpu}
     if zero.stage < 3:
         return config
-    vectors = [prod(shape) for _, shape in parameter_table(run.model) if len(shape) == 1]
     config |= {
-        "stage3_prefetch_bucket_size": zero.prefetch_numel or block,
-        "stage3_param_persistence_threshold": zero.whole_below_numel or max(vectors, default=0),
+        "stage3_prefetch_bucket_size": sizes.prefetch_numel,
+        "stage3_param_persistence_threshold": sizes.whole_below_numel,
         "zero_quantized_weights": zero.quantized_weights,
         "zero_quantized_gradients": zero.quantized_gradients,
         "zero_hpz_partition_size": zero.secondary_shards,
@@ -92,10 +88,6 @@ def _zero_optimization(run: RunConfig, *, has_gpu: bool) -> dict[str, Any]:
     if zero.offload_parameters == "cpu":
         config["offload_param"] = {"device": "cpu", "pin_memory": has_gpu}
     return config
-
-
-def _block_numel(model: ModelConfig) -> int:
-    return sum(prod(shape) for name, shape in parameter_table(model) if name.startswith("blocks.0."))
 
 
 def build_model(run: RunConfig, world: World, *, is_resumed: bool = False) -> GPT:
@@ -164,7 +156,7 @@ class Engine:
             config=deepspeed_config(run, world.size, has_gpu=world.device.type == "cuda"),
             dist_init_required=False,
         )
-        self._inner: AdamW = self._zero.optimizer
+        self._inner: RunOptimizer = self._zero.optimizer
         if run.zero.stage < 3 and run.zero.offload_optimizer == "none":
             _look_once(self._zero)
         if run.precision == "fp16":
@@ -173,9 +165,9 @@ class Engine:
         self._ends_step = False
         kind = _ShardedState if run.zero.stage == 3 else _FlatState
         self._state = kind(self._zero, model, run, world)
-        if isinstance(self._inner, MuonAdamW):
-            for partition, wholes in self._state.wholes("muon"):
-                self._inner.exchanges[partition] = Exchange(wholes, world.rank, world.size)
+        for group in (group for group in run.optimizer.spec.groups if group.needs_whole_matrices):
+            for partition, wholes in self._state.wholes(group.name):
+                self._inner.use_exchange(partition, MatrixExchange(wholes, world.rank, world.size))
 
     def forward_backward(self, loss_scale: float, *inputs: Any, is_last: bool) -> Tensor:
         """The model's loss for one micro-batch, its gradient times `loss_scale` accumulated.
@@ -348,7 +340,7 @@ class _FlatState:
                 flat = _state_of(self._zero.optimizer, partition, state)
                 yield StatePart(group.name, state, start, end, flat[: end - start])
 
-    def wholes(self, group: str) -> Iterator[tuple[Tensor, list[Whole]]]:
+    def wholes(self, group: str) -> Iterator[tuple[Tensor, list[ShardedMatrices]]]:
         """Each partition of `group` with the parameters that are cut in it."""
         layout = self._layouts[group]
         wholes = []
@@ -393,10 +385,10 @@ class _ShardedState:
                 yield self._names[id(parameter)], partition, at
                 at += -(-parameter.ds_numel // self._world.size)
 
-    def wholes(self, group: str) -> Iterator[tuple[Tensor, list[Whole]]]:
+    def wholes(self, group: str) -> Iterator[tuple[Tensor, list[ShardedMatrices]]]:
         """Each partition of `group` with the parameters that are cut in it."""
         entries = {entry.name: entry for entry in self.parameters if entry.group == group}
-        wholes: dict[Tensor, list[Whole]] = {}
+        wholes: dict[Tensor, list[ShardedMatrices]] = {}
         for name, partition, at in self._places():
             if name not in entries:
                 continue
@@ -431,7 +423,7 @@ def _state_of(optimizer: torch.optim.Optimizer, partition: Tensor, state: str) -
 
 def _whole(
     name: str, model: ModelConfig, shape: tuple[int, ...], places: Sequence[tuple[int, int, int]]
-) -> Whole:
+) -> ShardedMatrices:
     """A parameter for Muon; queries, keys and values, and gate and value, are matrices of their own."""
     rows: tuple[int, ...] = (shape[0],)
     if name.endswith("attention.qkv.weight"):
@@ -439,7 +431,7 @@ def _whole(
     elif name.endswith("ffn.up.weight") and model.is_gated:
         rows = (model.ffn_width, model.ffn_width)
     assert sum(rows) == shape[0], name
-    return Whole(rows, shape[1], tuple(place for place in places if place[2]))
+    return ShardedMatrices(rows, shape[1], tuple(Fragment(*place) for place in places if place[2]))
 
 
 def _tables(
@@ -457,7 +449,7 @@ def _tables(
                 name=name,
                 numel=sum(sizes),
                 partition_numel=partition_numel,
-                states=states(name),
+                states=states(name, run.optimizer),
                 hyperparameters=hyperparameters(name, run.optimizer, run.model),
             )
         )
@@ -483,7 +475,7 @@ def _import_deepspeed(device: torch.device) -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # It warns of optimizers that it has not tested; ours are tested here, at every stage.
     known = deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS
-    known.extend(kind for kind in (AdamW, MuonAdamW) if kind not in known)
+    known.extend(kind for kind in OPTIMIZER_CLASSES.values() if kind not in known)
     if device.type == "cpu":
         # torch computes in fp16 on every CPU, if slowly; DeepSpeed asks for a fast one.
         deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True

@@ -1,8 +1,8 @@
-"""The eight feed-forward layers of GLU Variants Improve Transformer (Shazeer 2020, arXiv:2002.05202), small.
+"""The eight feed-forward layers of GLU Variants Improve Transformer (Shazeer 2020, arXiv:2002.05202).
 
 python -m tests.benchmarks.papers.feed_forward
 
-All with as many parameters: those with a gate have three matrices of 2/3 of the width (its section 2).
+All have equally many parameters: gated layers have three matrices of 2/3 of the width (section 2 there).
 """
 
 import tempfile
@@ -11,18 +11,18 @@ from statistics import mean, stdev
 
 from gpt.config.model import ModelConfig
 from gpt.config.optimizer import OptimizerConfig, ScheduleConfig
-from gpt.model.flops import parameter_count
+from gpt.config.parameter_table import parameter_count
 from tests.benchmarks.papers.small import CONTEXT, VOCABULARY, train
 from tests.distributed.data import small_data_set
 
 STEPS, WARMUP, PEAK = 240, 40, 8e-3
 SEEDS = (1, 2, 3)
-WIDTH = 96  # 4 · 96 and 2/3 of it are both whole
+WIDTH = 96  # 4 · 96 and 2/3 of it are both integers
 VARIANTS = ("relu", "gelu", "swish", "glu", "bilinear", "geglu", "swiglu", "reglu")
 
 
 def main() -> None:
-    """Train all, print a table."""
+    """Train every variant and print a table."""
     print(f"{'feed-forward':<14}{'parameters':>12}{'val. loss':>11}{'± seeds':>9}")
     with tempfile.TemporaryDirectory() as folder:
         data = small_data_set(Path(folder) / "kjv")

@@ -1,4 +1,4 @@
-"""A network small enough to train many of, on the packaged corpus, by one process and torch alone."""
+"""Training of a network so small that many can be trained, by one process without DeepSpeed."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ from gpt.training.step import model_inputs
 
 CPU = torch.device("cpu")
 CONTEXT, SEQUENCES, VOCABULARY = 64, 16, 4096
-DIVERGED = 20.0  # nats: more than twice those of a uniform guess
+DIVERGED = 20.0  # nats, more than twice the loss of a uniform guess
 
 
 def train(
@@ -29,35 +29,35 @@ def train(
     seed: int = 1,
     factor: Callable[[int], float] = lambda _: 1.0,
 ) -> float:
-    """Validation loss, in nats a token, after `schedule.total_steps`; DIVERGED where the loss went away.
+    """Validation loss, in nats per token, after `schedule.total_steps`, or DIVERGED.
 
-    `factor` changes the rate of a step.
+    `factor` of the step multiplies its learning rate.
     """
     torch.manual_seed(seed)
     model = GPT(ModelConfig.model_validate({"context": CONTEXT, "vocab_size": VOCABULARY, **model_fields}))
     model.initialize(seed)
     model.place(CPU, torch.float32)
-    adamw = build_optimizer(model, optimizer, torch.float32)
+    built = build_optimizer(model, optimizer, torch.float32)
     reader = BatchReader([(data, 1.0)], context=CONTEXT, global_batch=BatchSizes(SEQUENCES), seed=seed)
     steps = schedule.total_steps
     assert steps is not None
     for step in range(1, steps + 1):
         batch = reader.batch(step, rank=0, world_size=1)
         loss = model(*model_inputs(batch, CPU)) / int(batch.scored.sum())
-        if not loss.item() < DIVERGED:  # nor a number
+        if not loss.item() < DIVERGED:  # also true of NaN
             return DIVERGED
         model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), optimizer.grad_clip)
-        for group in adamw.param_groups:
+        for group in built.param_groups:
             group["lr"] = learning_rate(schedule, optimizer.peak_lr, steps, step) * factor(step)
-        adamw.step()
+        built.step()
     return min(DIVERGED, validation_loss(model, data))
 
 
 @torch.no_grad()
 def validation_loss(model: GPT, data: Path) -> float:
-    """Nats a token on the beginning of the validation split."""
+    """Nats per token on the first tokens of the validation split."""
     windows = EvaluationReader(data, context=CONTEXT, tokens=16_384, document_mask=True)
     nats, scored = 0.0, 0
     for start in range(0, len(windows), SEQUENCES):

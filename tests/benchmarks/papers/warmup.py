@@ -1,4 +1,4 @@
-"""Loss against peak learning rate: without warmup, with it, with GI-Adam (arXiv:2406.09405, figures 2 and 9).
+"""Loss against peak rate without warmup, with warmup, and with GI-Adam (arXiv:2406.09405, figures 2 and 9).
 
 python -m tests.benchmarks.papers.warmup OUT.svg
 """
@@ -20,7 +20,7 @@ MODEL = {"n_layers": 2, "d_model": 64, "n_heads": 4}
 
 
 def uncorrected(step: int) -> float:
-    """What a GI-Adam without the second moment's bias correction takes larger steps by."""
+    """The factor by which steps of GI-Adam grow without the second moment's bias correction."""
     return 1 / math.sqrt(1 - BETA2**step)
 
 
@@ -33,7 +33,7 @@ WAYS: dict[str, tuple[str, int, Callable[[int], float]]] = {
 
 
 def main(out: Path) -> None:
-    """Train all, print a table, draw a plot."""
+    """Train all, print a table and draw a plot."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -56,7 +56,7 @@ def main(out: Path) -> None:
         }
     print(f"{'peak rate':<34}" + "".join(f"{peak:>8.3f}" for peak in PEAKS))
     for name, row in losses.items():
-        print(f"{name:<34}" + "".join(f"{loss:>8.3f}" if loss < DIVERGED else "    away" for loss in row))
+        print(f"{name:<34}" + "".join(f"{loss:>8.3f}" if loss < DIVERGED else "diverged" for loss in row))
         pyplot.plot(PEAKS, [loss if loss < DIVERGED else math.nan for loss in row], marker="o", label=name)
     pyplot.xscale("log")
     pyplot.xlabel("peak learning rate")

@@ -5,8 +5,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipeline.config_file import validate
+from gpt.config.parameter_table import parameter_count, parameter_table
 from gpt.config.run import RunConfig
-from gpt.model.flops import flops_per_token, parameter_count, parameter_table
+from gpt.model.flops import flops_per_token
 from gpt.model.gpt import GPT
 from launcher.runs.recipes import recipe_names, recipe_path, run_tables
 from tests.unit.gpt.model.support import CPU, rows

@@ -8,6 +8,7 @@ import numpy as np
 from gpt.checkpoint.format import CheckpointIndex, GroupEntry, ParameterEntry, rank_tensors
 from gpt.checkpoint.layout import Kind
 from gpt.checkpoint.writer import commit, temporary_folder, write_rank_file
+from gpt.config.optimizer import OptimizerConfig
 from gpt.config.resume_rules import config_fingerprint
 from gpt.config.run import RunConfig
 from gpt.optimizer.parameter_groups import parameter_entries, sizes_by_group, states
@@ -48,7 +49,7 @@ def write_checkpoint(
             name=name,
             numel=sum(sizes),
             partition_numel=-(-sum(sizes) // world_size),
-            states=states(name),
+            states=states(name, OptimizerConfig() if config is None else config.optimizer),
             hyperparameters={"weight_decay": 0.1, "betas": (0.9, 0.95)},
         )
         for name, sizes in sizes_by_group(parameters).items()

@@ -1,4 +1,4 @@
-"""Small networks for the tests, and the same weights in transformers."""
+"""Small networks for the tests, and transformers' networks with the same weights."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from gpt.huggingface.architectures import tensor_places, twin_config, twin_obsta
 from gpt.model.attention import Documents
 from gpt.model.gpt import GPT
 
-# What these networks compute takes microseconds; handing it to threads takes longer on a busy machine.
+# The networks compute for microseconds; on a busy machine handing that to threads takes longer.
 torch.set_num_threads(1)
 
 CPU = torch.device("cpu")
@@ -27,7 +27,7 @@ MUP: dict[str, object] = {"initialization": "mup", "mup_base_width": 16}
 
 
 def build(attention: str = "sdpa", **fields: object) -> GPT:
-    """A network of two layers, in training mode, with weights that have no zeros, ones or symmetries."""
+    """A network of two layers in training mode, with weights that are neither zero, one nor symmetric."""
     shape = {"n_layers": 2, "d_model": 48, "n_heads": 4, "context": 24, "vocab_size": VOCABULARY}
     gpt = GPT(ModelConfig.model_validate({**shape, **fields, "attention": attention}))
     gpt.initialize(seed=3)
@@ -64,7 +64,7 @@ def in_their_layout(gpt: GPT, *, gradients: bool) -> dict[str, torch.Tensor]:
 
 
 def rows(tokens: torch.Tensor) -> Documents:
-    """Each row one document."""
+    """Documents that are the rows of `tokens`."""
     b, t = tokens.shape
     return Documents.from_ends(np.arange(t, b * t + 1, t, dtype=np.int32))
 

@@ -1,4 +1,4 @@
-"""torch.compile: the numbers of eager blocks, one compilation for all blocks and all documents."""
+"""torch.compile gives the numbers of eager blocks, with one compilation for all blocks and documents."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from tests.unit.gpt.model.support import build, random_tokens
 DOCUMENTS = [(24, 48), (3, 5, 24, 25, 48), (10, 24, 31, 48), (24, 48)]
 
 
-def test_compiled_parts_give_the_numbers_of_eager_ones_whatever_the_documents() -> None:
+def test_compiled_network_equals_the_eager_one_and_new_documents_do_not_recompile() -> None:
     eager, compiled = (build("auto", n_kv_heads=2, logit_softcap=9.0, z_loss=0.01) for _ in range(2))
     names = list(compiled.state_dict())
     before = compile_seconds()
@@ -41,7 +41,7 @@ def test_compiled_parts_give_the_numbers_of_eager_ones_whatever_the_documents() 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_where_every_row_is_a_document_attention_is_compiled_too_without_a_break(dtype: torch.dtype) -> None:
+def test_attention_over_whole_rows_is_compiled_without_a_graph_break(dtype: torch.dtype) -> None:
     eager, compiled = (build("auto", n_kv_heads=2).to(dtype) for _ in range(2))
     compiled.compile_parts(whole_rows=True)
     counters.clear()
@@ -53,7 +53,7 @@ def test_where_every_row_is_a_document_attention_is_compiled_too_without_a_break
     assert counters["graph_break"] == {}
 
 
-def test_a_node_without_a_compiler_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_compiler_is_an_error_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch._inductor.config as inductor
 
     monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
@@ -61,7 +61,7 @@ def test_a_node_without_a_compiler_is_told_what_to_do(monkeypatch: pytest.Monkey
         build().compile_parts()
 
 
-def test_what_is_compiled_cannot_be_recomputed_selectively() -> None:
+def test_compile_with_selective_recomputation_is_refused() -> None:
     tables = {"name": "t", "data": {"path": "x"}, "schedule": {"total_steps": 1}, "compile": True}
     RunConfig.model_validate({**tables, "model": {"recompute": "full"}})
     with pytest.raises(ValidationError, match=r"compile = true with model.recompute = 'selective'"):

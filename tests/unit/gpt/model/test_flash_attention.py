@@ -1,8 +1,8 @@
-"""The flash-attn path through the package's real Python layer, with reference kernels under its custom ops.
+"""FlashAttention through flash-attn's real Python layer, with reference kernels for its custom ops.
 
-The package installs without its CUDA extension (see the Makefile); a stand-in for that module lets the
-Python layer import, and torch.library takes CPU kernels for the two ops that it calls. So the true call,
-its arguments and its autograd run here; only the GPU kernel itself is not tested.
+The package installs without its CUDA extension (see the Makefile). A stand-in for that module lets the Python
+layer import, and torch.library registers CPU kernels for the two ops that it calls. So these tests run the
+real call, its arguments and its autograd; only the GPU kernel itself is not tested.
 """
 
 import ast
@@ -22,8 +22,18 @@ from torch import Tensor
 
 from data_pipeline.errors import ConfigError
 from gpt.config.model import ModelConfig
-from gpt.model.attention import Documents, Scores, _is_installed, choose, flash_2, flash_3, flash_4, reference
-from tests.unit.gpt.model.support import build, random_tokens
+from gpt.model.attention import (
+    KERNELS,
+    Documents,
+    Scores,
+    choose,
+    flash_2,
+    flash_3,
+    flash_4,
+    is_installed,
+    reference,
+)
+from tests.unit.gpt.model.support import CPU, build, random_tokens
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -54,7 +64,7 @@ def _scores(q: Tensor, k: Tensor, scale: float, left: int, softcap: float) -> Te
     return scores.masked_fill(is_hidden, -math.inf)
 
 
-# What the two kernels were called with last, where a test asks for it.
+# Arguments of the latest call of the two kernels, for the tests that check them
 CALLS: dict[str, Any] = {}
 
 
@@ -167,12 +177,12 @@ def test_flash_2_equals_the_formula_forward_and_backward(kv_heads: int, ends: tu
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("ends", ENDS)
 @pytest.mark.parametrize("scores", [Scores(window=1), Scores(window=5), Scores(softcap=1.0), Scores(7, 0.8)])
-def test_flash_2_has_windows_and_soft_caps(kv_heads: int, ends: tuple[int, ...], scores: Scores) -> None:
+def test_flash_2_supports_windows_and_soft_caps(kv_heads: int, ends: tuple[int, ...], scores: Scores) -> None:
     _compare(kv_heads, ends, scores)
 
 
 @pytest.mark.parametrize("is_deterministic", [True, False])
-def test_flash_2_is_deterministic_where_torch_is_asked_to_be(is_deterministic: bool) -> None:
+def test_flash_2_follows_torchs_deterministic_setting(is_deterministic: bool) -> None:
     torch.use_deterministic_algorithms(is_deterministic)
     try:
         _compare(4, (24,), Scores())
@@ -181,16 +191,18 @@ def test_flash_2_is_deterministic_where_torch_is_asked_to_be(is_deterministic: b
     assert CALLS["deterministic"] is is_deterministic
 
 
-def test_flash_2_is_told_the_dropout() -> None:
+def test_flash_2_gets_the_dropout_probability() -> None:
     q = torch.randn(4, 2, 8).bfloat16()
     flash_2(q, q, q, Documents.from_ends(np.array([4], dtype=np.int32)), Scores(dropout=0.25))
     assert CALLS["dropout_p"] == 0.25
 
 
 @pytest.mark.parametrize("fields", [{}, {"window": 6, "n_kv_heads": 2}, {"attention_softcap": 2.0}])
-def test_no_document_sees_another_through_flash_2(fields: dict[str, object]) -> None:
-    gpt = build("reference", **fields).to(torch.bfloat16)
-    gpt._attend = flash_2
+def test_documents_do_not_attend_to_each_other_in_flash_2(
+    fields: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(KERNELS, "reference", flash_2)  # flash-2 itself is refused on a CPU
+    gpt = build("reference", **fields).place(CPU, torch.bfloat16)
     ends = (3, 5, 24, 25, 48)
     documents = Documents.from_ends(np.array(ends, dtype=np.int32))
     tokens = random_tokens(2, 24)
@@ -203,7 +215,7 @@ def test_no_document_sees_another_through_flash_2(fields: dict[str, object]) -> 
         assert same[:start].all() and same[end:].all() and not same[start:end].any()
 
 
-def test_auto_is_sdpa_on_a_cpu_and_a_flash_kernel_says_why_it_cannot_run() -> None:
+def test_auto_is_sdpa_on_a_cpu_and_flash_kernels_are_refused_with_the_reason() -> None:
     assert choose(ModelConfig(), torch.device("cpu"), torch.bfloat16)[0] == "sdpa"
     for name in ("flash-2", "flash-3", "flash-4"):
         model = ModelConfig.model_validate({"attention": name})
@@ -213,8 +225,8 @@ def test_auto_is_sdpa_on_a_cpu_and_a_flash_kernel_says_why_it_cannot_run() -> No
             choose(model, torch.device("cpu"), torch.bfloat16)
 
 
-# The signatures of the real functions: hopper/flash_attn_interface.py of flash-attention's repository, and
-# flash_attn/cute/interface.py of flash-attn-4 4.0.0b36. A wrong keyword is a TypeError.
+# The signatures of the real functions, so that a wrong keyword is a TypeError: hopper/flash_attn_interface.py
+# of flash-attention's repository, and flash_attn/cute/interface.py of flash-attn-4 4.0.0b36.
 def _flash_3_function(
     q,
     k,
@@ -280,7 +292,7 @@ def _flash_4_function(
 
 
 @pytest.mark.parametrize("scores", [Scores(), Scores(window=5), Scores(softcap=1.0)])
-def test_flash_3_and_4_are_called_as_their_signatures_say(
+def test_flash_3_and_4_are_called_with_their_signatures(
     scores: Scores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     modules = {name: types.ModuleType(name) for name in ("flash_attn_3", "flash_attn_3.flash_attn_interface")}
@@ -296,7 +308,7 @@ def test_flash_3_and_4_are_called_as_their_signatures_say(
 
 
 def _parameters_in_source(distribution: str, path: str) -> set[str]:
-    """Those of flash_attn_varlen_func in an installed package, which cannot be imported without CUDA."""
+    """Parameters of flash_attn_varlen_func in an installed package, which needs CUDA to be imported."""
     source = Path(str(importlib.metadata.distribution(distribution).locate_file(path))).read_text()
     [function] = [
         node
@@ -313,7 +325,7 @@ def _parameters_in_source(distribution: str, path: str) -> set[str]:
         (flash_4, "flash_attn.cute", "flash-attn-4", "flash_attn/cute/interface.py"),
     ],
 )
-def test_flash_3_and_4_take_what_they_are_called_with(
+def test_flash_3_and_4_accept_every_argument_that_they_are_called_with(
     attend: Any, module: str, distribution: str, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: dict[str, Any] = {}
@@ -331,15 +343,17 @@ def test_flash_3_and_4_take_what_they_are_called_with(
     assert given.keys() <= _parameters_in_source(distribution, path)
 
 
-def test_the_early_flash_4_inside_flash_2_is_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_early_flash_4_inside_flash_2_does_not_count_as_installed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     module = types.ModuleType("flash_attn.cute")
     monkeypatch.setitem(sys.modules, "flash_attn.cute", module)
     module.flash_attn_varlen_func = _flash_4_function
-    assert _is_installed("flash_attn.cute")
+    assert is_installed("flash_attn.cute")
     # flash-attn 2.8.3.post2, flash_attn/cute/interface.py
     module.flash_attn_varlen_func = lambda q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, causal=False: None
-    assert not _is_installed("flash_attn.cute")
-    assert not _is_installed("flash_attn_3.flash_attn_interface")
+    assert not is_installed("flash_attn.cute")
+    assert not is_installed("flash_attn_3.flash_attn_interface")
 
 
 @pytest.mark.parametrize(
@@ -357,15 +371,15 @@ def test_the_early_flash_4_inside_flash_2_is_not_taken_for_it(monkeypatch: pytes
         ((9, 0), {"flash_attn"}, {"d_head": 20, "attention_softcap": 9.0}, "reference"),
     ],
 )
-def test_auto_picks_by_hardware_package_and_shape(
+def test_auto_chooses_by_hardware_package_and_shape(
     capability: tuple[int, int],
     installed: set[str],
     fields: dict[str, object],
     chosen: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: capability)
-    monkeypatch.setattr("gpt.model.attention._is_installed", lambda module: module in installed)
+    monkeypatch.setattr("gpt.model.hardware.compute_capability", lambda _: capability)
+    monkeypatch.setattr("gpt.model.attention.is_installed", lambda module: module in installed)
     model = ModelConfig.model_validate(fields)
     assert choose(model, torch.device("cuda"), torch.bfloat16)[0] == chosen
 
@@ -391,15 +405,15 @@ def test_auto_picks_by_hardware_package_and_shape(
             torch.bfloat16,
             "it needs Hopper or Blackwell, this GPU has compute capability 8.9",
         ),
-        ("flash-2", (9, 0), torch.float32, "it computes in bf16 or fp16, not torch.float32"),
+        ("flash-2", (9, 0), torch.float32, "it computes in bf16 or fp16, not fp32"),
         ("flash-3", (9, 0), torch.bfloat16, "the package flash-attn's hopper/ is not installed"),
         ("flash-4", (9, 0), torch.bfloat16, "the package flash-attn-4 is not installed"),
     ],
 )
-def test_a_flash_kernel_that_cannot_run_says_why(
+def test_a_named_flash_kernel_that_cannot_run_is_refused_with_the_reason(
     name: str, capability: tuple[int, int], dtype: torch.dtype, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: capability)
+    monkeypatch.setattr("gpt.model.hardware.compute_capability", lambda _: capability)
     with pytest.raises(ConfigError) as error:
         choose(ModelConfig.model_validate({"attention": name}), torch.device("cuda"), dtype)
     assert str(error.value) == f"model.attention = {name!r} cannot run here: {reason}. Use 'auto'."

@@ -1,4 +1,4 @@
-"""Drawing tokens: against transformers' generate and its logits processors, and a plain loop."""
+"""Text generation, against transformers' generate, its logits processors, and a plain loop."""
 
 from collections import Counter
 
@@ -9,21 +9,21 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.tokenizer.encoding import load_encoding
-from gpt.model.generate import Choice, generate, stream
+from gpt.model.generate import Sampler, generate, stream
 from tests.unit.gpt.model.support import GPT2, build, random_tokens, rows, twin_of
 
-GREEDY = Choice(temperature=0.0)
+GREEDY = Sampler(temperature=0.0)
 
 
 @pytest.mark.parametrize(
     "fields", [{"n_kv_heads": 2}, {"window": 5}, {"qk_norm": True, "d_head": 20}, {"bias": True}, GPT2]
 )
-def test_greedy_text_is_that_of_transformers_generate(fields: dict[str, object]) -> None:
+def test_greedy_generation_equals_transformers_generate(fields: dict[str, object]) -> None:
     gpt = build(context=40, **fields).eval()
     theirs = twin_of(gpt)
     for seed in range(2):
         prompt = random_tokens(1, 7, seed=seed)
-        ours = list(generate(gpt, prompt[0].tolist(), max_tokens=30, choice=GREEDY, seed=0))
+        ours = list(generate(gpt, prompt[0].tolist(), max_tokens=30, sampler=GREEDY, seed=0))
         expected = theirs.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
@@ -34,10 +34,10 @@ def test_greedy_text_is_that_of_transformers_generate(fields: dict[str, object])
         assert ours == expected[0, 7:].tolist()
 
 
-def test_past_the_context_the_last_half_is_read_again() -> None:
+def test_a_full_context_continues_from_its_last_half() -> None:
     gpt = build(context=8, **GPT2).eval()
     prompt = random_tokens(1, 5)[0].tolist()
-    drawn = list(generate(gpt, prompt, max_tokens=12, choice=GREEDY, seed=0))
+    drawn = list(generate(gpt, prompt, max_tokens=12, sampler=GREEDY, seed=0))
     tokens, start = list(prompt), 0
     for _ in range(12):
         if len(tokens) - start > 8:
@@ -47,20 +47,22 @@ def test_past_the_context_the_last_half_is_read_again() -> None:
     assert drawn == tokens[5:]
 
 
-def test_text_ends_with_end_of_text_and_a_long_prompt_keeps_its_end() -> None:
+def test_generation_stops_at_end_of_text_and_a_long_prompt_keeps_its_last_tokens() -> None:
     gpt = build(context=8).eval()
     prompt = random_tokens(1, 30)[0].tolist()
-    drawn = list(generate(gpt, prompt, max_tokens=6, choice=GREEDY, seed=0))
-    assert drawn == list(generate(gpt, prompt[-8:], max_tokens=6, choice=GREEDY, seed=0))
+    drawn = list(generate(gpt, prompt, max_tokens=6, sampler=GREEDY, seed=0))
+    assert drawn == list(generate(gpt, prompt[-8:], max_tokens=6, sampler=GREEDY, seed=0))
     first = drawn.index(drawn[3])
-    assert list(generate(gpt, prompt, max_tokens=6, choice=GREEDY, seed=0, ends={drawn[3]})) == drawn[:first]
+    assert list(generate(gpt, prompt, max_tokens=6, sampler=GREEDY, seed=0, ends={drawn[3]})) == drawn[:first]
     with pytest.raises(ConfigError, match="the prompt is empty"):
-        next(generate(gpt, [], max_tokens=6, choice=GREEDY, seed=0))
+        next(generate(gpt, [], max_tokens=6, sampler=GREEDY, seed=0))
 
 
-def test_a_seed_gives_one_text_and_another_seed_another() -> None:
+def test_the_seed_determines_the_text() -> None:
     gpt = build().eval()
-    texts = [list(generate(gpt, [1, 2], max_tokens=20, choice=Choice(1.0), seed=seed)) for seed in (0, 0, 1)]
+    texts = [
+        list(generate(gpt, [1, 2], max_tokens=20, sampler=Sampler(1.0), seed=seed)) for seed in (0, 0, 1)
+    ]
     assert texts[0] == texts[1] != texts[2]
 
 
@@ -78,24 +80,24 @@ def test_tokens_are_drawn_with_the_probabilities_of_transformers_warpers(
         warped = TopPLogitsWarper(top_p)(None, warped)
     expected = warped[0].softmax(-1)
     generator = torch.Generator().manual_seed(1)
-    choice = Choice(0.7, top_k, top_p)
-    counts = Counter(choice.draw(scores, generator) for _ in range(4000))
+    sampler = Sampler(0.7, top_k, top_p)
+    counts = Counter(sampler.draw(scores, generator) for _ in range(4000))
     assert set(counts) <= set(expected.nonzero().flatten().tolist())
     found = torch.tensor([counts[i] / 4000 for i in range(30)])
     assert (found - expected).abs().max() < 0.035  # 4 standard deviations of the likeliest
 
 
-def test_streamed_pieces_are_whole_characters_and_add_up_to_the_text() -> None:
+def test_streamed_parts_are_whole_characters_and_add_up_to_the_text() -> None:
     encoding = load_encoding("outlast-4k")
     text = "naïve 日本 👩‍👩‍👧 end"
     ids = encoding.encode(text).tolist()
-    pieces = list(stream(iter(ids), encoding.decode))
-    assert "".join(pieces) == text
-    assert len(pieces) > 5 and not any("\ufffd" in piece for piece in pieces)
-    assert list(stream(iter(ids[:-4]), encoding.decode))  # what is cut in a character is shown at last
+    parts = list(stream(iter(ids), encoding.decode))
+    assert "".join(parts) == text
+    assert len(parts) > 5 and not any("\ufffd" in part for part in parts)
+    assert list(stream(iter(ids[:-4]), encoding.decode))  # an incomplete last character is shown, too
 
 
-def test_spaces_between_the_words_of_a_sentencepiece_tokenizer_are_streamed() -> None:
+def test_streaming_keeps_the_spaces_between_words_of_a_sentencepiece_tokenizer() -> None:
     words = ["▁In", "▁the", "▁begin", "ning", ",", "▁God"]
     tokenizer = Tokenizer(models.WordLevel({word: id for id, word in enumerate(words)}))
     tokenizer.decoder = decoders.Metaspace()

@@ -1,4 +1,4 @@
-"""The network against independent references: the formulas and the closed forms."""
+"""The network against the formulas of the papers and against closed forms."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from gpt.config.model import ModelConfig
+from gpt.config.parameter_table import parameter_count, parameter_table
 from gpt.model.attention import Documents
-from gpt.model.flops import flops_per_token, parameter_count, parameter_table
+from gpt.model.flops import flops_per_token
 from gpt.model.layers import ACTIVATIONS, FeedForward, Linear
 from gpt.model.positions import positions
 from gpt.training.peak_flops import of_gpu
@@ -16,7 +17,7 @@ from tests.unit.gpt.model.support import VOCABULARY, build, random_tokens, rows
 
 @pytest.mark.parametrize("attention", ["sdpa", "reference"])
 @pytest.mark.parametrize("position", ["rope", "learned", "sinusoidal", "none"])
-def test_a_token_leaves_the_logits_before_it_unchanged(attention: str, position: str) -> None:
+def test_a_token_does_not_change_the_logits_before_it(attention: str, position: str) -> None:
     gpt = build(attention, position=position)
     tokens = random_tokens(2, 24)
     changed = tokens.clone()
@@ -29,7 +30,7 @@ def test_a_token_leaves_the_logits_before_it_unchanged(attention: str, position:
 @pytest.mark.parametrize("attention", ["sdpa", "reference"])
 @pytest.mark.parametrize("position", ["rope", "learned", "sinusoidal", "none"])
 @pytest.mark.parametrize("ends", [(10, 24, 48), (24, 31, 48), (3, 5, 24, 25, 48)])
-def test_no_document_sees_another(attention: str, position: str, ends: tuple[int, ...]) -> None:
+def test_documents_do_not_attend_to_each_other(attention: str, position: str, ends: tuple[int, ...]) -> None:
     gpt = build(attention, position=position)
     documents = Documents.from_ends(np.array(ends, dtype=np.int32))
     tokens = random_tokens(2, 24)
@@ -44,7 +45,7 @@ def test_no_document_sees_another(attention: str, position: str, ends: tuple[int
         assert not torch.equal(base[start:end], other[start:end])
 
 
-def test_a_document_reads_the_same_wherever_it_stands() -> None:
+def test_logits_of_a_document_do_not_depend_on_its_place_in_the_row() -> None:
     for position in ("rope", "learned", "sinusoidal", "none"):
         gpt = build(position=position)
         document = random_tokens(1, 9)
@@ -67,7 +68,7 @@ def test_sdpa_equals_the_formula_forward_and_backward(n_kv_heads: int) -> None:
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-4)
 
 
-def test_positions_count_from_the_start_of_each_document() -> None:
+def test_positions_start_at_zero_in_each_document() -> None:
     documents = Documents.from_ends(np.array([2, 5, 8], dtype=np.int32))
     assert positions(documents, torch.zeros(2, 4)).tolist() == [[0, 1, 0, 1], [2, 0, 1, 2]]
 
@@ -99,7 +100,7 @@ def test_feed_forward_follows_the_equations_of_shazeer(ffn: str) -> None:
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_gated_variants_have_the_parameters_of_plain_ones() -> None:
+def test_gated_and_plain_variants_have_equally_many_parameters() -> None:
     counts = {
         ffn: parameter_count(ModelConfig.model_validate({"d_model": 768, "ffn": ffn, "vocab_size": 128}))
         for ffn in ACTIVATIONS
@@ -117,14 +118,14 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize("fields", VARIANTS)
-def test_the_closed_form_lists_the_parameters_of_the_network(fields: dict[str, object]) -> None:
+def test_parameter_table_lists_the_parameters_of_the_network(fields: dict[str, object]) -> None:
     gpt = build(**fields)
     assert list(parameter_table(gpt.model)) == [(n, tuple(p.shape)) for n, p in gpt.named_parameters()]
     assert parameter_count(gpt.model) == sum(p.numel() for p in gpt.parameters())
 
 
 @pytest.mark.parametrize("fields", VARIANTS)
-def test_flops_agree_with_torchs_counter(fields: dict[str, object]) -> None:
+def test_flops_per_token_agree_with_torchs_counter(fields: dict[str, object]) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     gpt = build("reference", **fields)
@@ -145,7 +146,7 @@ def test_flops_agree_with_torchs_counter(fields: dict[str, object]) -> None:
         ("NVIDIA GB2000 Super", None),
     ],
 )
-def test_a_gpu_is_found_by_its_name(name: str, tflops: float | None) -> None:
+def test_peak_flops_are_found_by_the_name_of_the_gpu(name: str, tflops: float | None) -> None:
     assert of_gpu(name, "bf16") == (None if tflops is None else tflops * 1e12)
 
 
@@ -154,7 +155,7 @@ def test_gpt2_124m_has_the_published_number_of_parameters() -> None:
     assert parameter_count(ModelConfig.model_validate({**gpt2, "vocab_size": 50257})) == 124_439_808
 
 
-def test_bf16_on_a_cpu_rounds_the_fp32_product() -> None:
+def test_bf16_linear_on_a_cpu_rounds_the_fp32_product() -> None:
     linear = Linear(64, 32, bias=True).to(torch.bfloat16)
     for parameter in linear.parameters():
         nn.init.normal_(parameter, std=0.1)

@@ -1,4 +1,4 @@
-"""Initial weights, and muP: what stays the same as the network grows wider."""
+"""Initial weights, and what muP keeps constant as the network grows wider."""
 
 import math
 
@@ -33,7 +33,7 @@ def deviations(gpt: GPT) -> dict[str, float]:
     return {name: p.std().item() for name, p in gpt.named_parameters() if p.ndim == 2}
 
 
-def test_gpt2_draws_with_two_hundredths_and_scales_what_writes_to_the_stream() -> None:
+def test_gpt2_weights_have_std_002_and_residual_ones_are_scaled_down() -> None:
     gpt = fresh(**GPT2)
     for name, deviation in deviations(gpt).items():
         is_residual = name.endswith(("attention.output.weight", "ffn.down.weight"))
@@ -42,10 +42,10 @@ def test_gpt2_draws_with_two_hundredths_and_scales_what_writes_to_the_stream() -
 
 
 @pytest.mark.parametrize("is_tied", [True, False])
-def test_llama_draws_as_torchtitan_does(is_tied: bool) -> None:
+def test_llama_weights_are_drawn_as_in_torchtitan(is_tied: bool) -> None:
     gpt = fresh(initialization="llama", tie_embeddings=is_tied)
     found = deviations(gpt)
-    # trunc_normal at three standard deviations keeps 98.7% of one
+    # Truncated at three standard deviations, a normal keeps 98.7% of its standard deviation.
     assert found.pop("embedding.weight") == pytest.approx(0.0987 / 0.9798 if is_tied else 1.0, rel=0.04)
     head = gpt.head.weight
     assert head.std().item() == pytest.approx(0.987 * 96**-0.5, rel=0.05)
@@ -61,7 +61,7 @@ def test_llama_draws_as_torchtitan_does(is_tied: bool) -> None:
             assert found[f"blocks.{layer}.{name}.weight"] == pytest.approx(scaled, rel=0.05)
 
 
-def test_mup_at_the_base_width_is_the_usual_network() -> None:
+def test_mup_at_the_base_width_trains_like_the_default() -> None:
     usual, mup = fresh(), fresh(initialization="mup", mup_base_width=96)
     tokens = random_tokens(2, 24)
     losses = []
@@ -77,7 +77,7 @@ def test_mup_at_the_base_width_is_the_usual_network() -> None:
     assert losses[:3] == losses[3:]
 
 
-def test_rates_and_decays_of_the_groups_follow_the_table_of_mup() -> None:
+def test_mup_scales_rate_and_decay_of_hidden_matrices_only() -> None:
     gpt = build(**MUP, d_model=64, position="learned", bias=True, norm="layernorm")
     optimizer = build_optimizer(gpt, OptimizerConfig(weight_decay=0.2), torch.float32)
     set_rate(optimizer, 8e-3)
@@ -98,7 +98,7 @@ WIDER_HEADS: dict[str, object] = {"n_heads": 4, "mup_base_head_width": 16}
 
 
 def coordinates(width: int, **fields: object) -> dict[str, float]:
-    """Mean |x| of what each part computes, and of its change, after steps of Adam at one rate."""
+    """Mean |x| of each part's output, and of its change, after four steps of Adam at one rate."""
     shape = {"n_layers": 2, "d_model": width, "n_heads": width // 16, "d_ff": 2 * width}
     gpt = fresh(**{**shape, **fields})
     optimizer = build_optimizer(gpt, OptimizerConfig(weight_decay=0.0), torch.float32)
@@ -131,7 +131,7 @@ def coordinates(width: int, **fields: object) -> dict[str, float]:
 
 
 def slopes(**fields: object) -> dict[str, float]:
-    """The power of the width with which each coordinate grows, by least squares."""
+    """The exponent of the width with which each coordinate grows, by least squares."""
     found = [coordinates(width, **fields) for width in WIDTHS]
     x = torch.tensor(WIDTHS).log()
     x = x - x.mean()
@@ -140,10 +140,10 @@ def slopes(**fields: object) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("fields", [MORE_HEADS, WIDER_HEADS, {**MORE_HEADS, "tie_embeddings": True}])
-def test_activations_and_their_changes_are_independent_of_the_width_with_mup(
+def test_activations_and_their_changes_do_not_grow_with_the_width_in_mup(
     fields: dict[str, object],
 ) -> None:
-    # the coordinate check of Tensor Programs V (arXiv:2203.03466), appendix D.1
+    # The coordinate check of Tensor Programs V (arXiv:2203.03466), appendix D.1
     found = slopes(initialization="mup", mup_base_width=64, **fields)
     print(found)
     assert all(abs(slope) < 0.25 for slope in found.values()), found
@@ -166,7 +166,7 @@ def test_activations_and_their_changes_grow_with_the_width_without_mup() -> None
         ),
     ],
 )
-def test_mup_is_asked_for_whole(fields: dict[str, object], message: str) -> None:
+def test_incomplete_mup_settings_are_refused(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError) as error:
         ModelConfig.model_validate(fields)
     assert message in str(error.value)

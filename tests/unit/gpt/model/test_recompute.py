@@ -1,4 +1,4 @@
-"""Activation checkpointing: the same numbers, fewer bytes kept, and what is computed again."""
+"""Activation checkpointing gives the same numbers with fewer bytes kept, and recomputes what it should."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from tests.unit.gpt.model.support import build, random_tokens, rows
 
 
 def run(recompute: str, **fields: object) -> tuple[list[torch.Tensor], int, int]:
-    """Loss and gradients; bytes that the forward pass kept beside parameters; FLOPs of both passes."""
+    """Loss and gradients, bytes that the forward pass kept without the parameters, FLOPs of both passes."""
     gpt = build(recompute=recompute, n_layers=3, **fields)
     tokens = random_tokens(4, 24)
     own = {p.untyped_storage().data_ptr() for p in gpt.parameters()}
@@ -32,18 +32,18 @@ def run(recompute: str, **fields: object) -> tuple[list[torch.Tensor], int, int]
 
 
 @pytest.mark.parametrize("fields", [{}, {"dropout": 0.2}, {"window": 5, "n_kv_heads": 2}])
-def test_losses_and_gradients_are_those_without_recomputation(fields: dict[str, object]) -> None:
+def test_recomputation_does_not_change_loss_and_gradients(fields: dict[str, object]) -> None:
     expected, _, _ = run("none", **fields)
     for recompute in ("selective", "full"):
         found, _, _ = run(recompute, **fields)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_a_block_is_computed_once_more_in_full_and_its_products_never_when_selective() -> None:
+def test_full_recomputes_blocks_and_selective_recomputes_no_matrix_products() -> None:
     _, kept, flops = run("none")
     _, _, flops_selective = run("selective")
     _, kept_full, flops_full = run("full")
     assert kept_full < kept / 3
     assert flops < flops_full
-    # attention is computed again, matrix products are not
+    # Attention is recomputed, matrix products are not.
     assert flops <= flops_selective < (flops + flops_full) / 2

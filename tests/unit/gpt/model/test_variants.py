@@ -1,4 +1,4 @@
-"""Each variant against its formula, torch's own layers, or transformers' functions."""
+"""Each variant of the network against its formula, torch's layers, or transformers' functions."""
 
 import math
 from types import SimpleNamespace
@@ -92,7 +92,7 @@ def test_embeddings_with_sinusoids_are_scaled_by_the_root_of_the_width() -> None
     torch.testing.assert_close(seen[0][0], expected)
 
 
-def test_without_positions_one_layer_sees_what_precedes_as_a_set() -> None:
+def test_one_layer_without_positions_ignores_the_order_of_tokens() -> None:
     gpt = build(position="none", n_layers=1)
     tokens = random_tokens(1, 24)
     shuffled = torch.cat((tokens[:, :-1].flip(1), tokens[:, -1:]), dim=1)
@@ -135,7 +135,7 @@ def test_sdpa_in_a_window_equals_the_formula_forward_and_backward(
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
 
 
-def test_a_window_forgets_what_lies_before_it() -> None:
+def test_tokens_before_the_window_have_no_effect() -> None:
     gpt = build(window=4, n_layers=1)
     tokens = random_tokens(1, 24)
     changed = tokens.clone()
@@ -147,7 +147,7 @@ def test_a_window_forgets_what_lies_before_it() -> None:
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])
 @pytest.mark.parametrize("chunk_rows", [1, 7, 100])
-def test_the_chunked_loss_equals_the_plain_one_with_its_gradient(
+def test_the_chunked_loss_and_its_gradient_equal_the_plain_ones(
     softcap: float | None, z_loss: float, chunk_rows: int
 ) -> None:
     generator = torch.Generator().manual_seed(8)
@@ -169,14 +169,14 @@ def test_the_chunked_loss_equals_the_plain_one_with_its_gradient(
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
 
 
-def test_the_loss_of_a_batch_without_gradient_or_scored_targets() -> None:
+def test_loss_without_gradient_and_loss_without_scored_targets() -> None:
     gpt = build(z_loss=0.1, logit_softcap=3.0).eval()
     tokens, none = random_tokens(2, 24), torch.full((2, 24), -100)
     with torch.no_grad():
         logits = gpt.logits(tokens, rows(tokens))
         assert logits.abs().max() <= 3.0
         expected = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="sum")
-        torch.testing.assert_close(gpt(tokens, tokens, rows(tokens)), expected)  # z-loss is for training
+        torch.testing.assert_close(gpt(tokens, tokens, rows(tokens)), expected)  # no z-loss in evaluation
     loss = gpt.train()(tokens, none, rows(tokens))
     loss.backward()
     assert loss.item() == 0.0
@@ -196,7 +196,7 @@ def test_dropout_is_a_function_of_seed_step_and_rank() -> None:
     assert len({first, loss(2, 10, 0), loss(1, 11, 0), loss(1, 10, 1), loss(1, 0, 10)}) == 5
 
 
-def test_dropout_keeps_the_expected_share_of_embeddings_and_attention_weights() -> None:
+def test_dropout_drops_the_configured_share_of_embeddings_and_attention_weights() -> None:
     gpt = build(dropout=0.25, n_layers=1)
     seen = []
     gpt.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -227,10 +227,19 @@ def test_dropout_keeps_the_expected_share_of_embeddings_and_attention_weights() 
             "rope_scaling has no effect with model.position = 'none'",
         ),
         ({"window": 1024}, "window = 1024 has no effect: the context has 1024 tokens"),
-        ({"attention": "sdpa", "attention_softcap": 50.0}, "'sdpa', has no soft-cap"),
-        ({"attention_softcap": 50.0, "dropout": 0.1}, "no kernel has both"),
-        ({"attention": "flash-3", "dropout": 0.1}, "'flash-3' has no dropout, and model.dropout = 0.1"),
-        ({"attention": "flash-2", "d_head": 260}, "multiple of 8 up to 256; it is 260"),
+        (
+            {"attention": "sdpa", "attention_softcap": 50.0},
+            "'sdpa' cannot compute this model: it has no soft-cap, and model.attention_softcap = 50",
+        ),
+        ({"attention_softcap": 50.0, "dropout": 0.1}, "no kernel combines them"),
+        (
+            {"attention": "flash-3", "dropout": 0.1},
+            "it has no dropout, and model.dropout = 0.1. Use one of: auto, flash-2, sdpa, reference.",
+        ),
+        (
+            {"attention": "flash-2", "d_head": 260},
+            "multiple of 8 up to 256, and it is 260. Use one of: auto, sdpa, reference.",
+        ),
         (
             {"rope_scaling": {"kind": "yarn", "factor": 2.0, "beta_slow": 40.0}},
             "beta_slow = 40 must be below beta_fast = 32",
@@ -241,18 +250,18 @@ def test_dropout_keeps_the_expected_share_of_embeddings_and_attention_weights() 
         ),
     ],
 )
-def test_combinations_without_a_meaning_are_refused(fields: dict[str, object], message: str) -> None:
+def test_meaningless_combinations_are_refused(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError) as error:
         ModelConfig.model_validate(fields)
     assert message in str(error.value)
 
 
-def test_auto_takes_the_formula_where_no_kernel_has_a_soft_cap() -> None:
+def test_auto_chooses_the_formula_if_no_other_kernel_has_a_soft_cap() -> None:
     assert choose(ModelConfig(attention_softcap=50.0), CPU, torch.float32)[0] == "reference"
 
 
 @torch.no_grad()
-def test_every_variant_reads_a_token_at_a_time_as_it_reads_all_at_once() -> None:
+def test_every_variant_computes_with_a_cache_what_it_computes_at_once() -> None:
 
     variants: list[dict[str, object]] = [
         {"n_kv_heads": 1, "qk_norm": True, "d_head": 20},

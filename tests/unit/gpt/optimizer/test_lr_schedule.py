@@ -1,4 +1,4 @@
-"""Schedules against torch's own, and against the papers' formulas."""
+"""Learning rate schedules, against torch's schedulers and the papers' formulas."""
 
 import math
 from typing import Any
@@ -20,7 +20,7 @@ def rates(initial_lr: float = 0.0, **fields: Any) -> list[float]:
 
 
 def torch_rates(*phases: tuple[int, Any]) -> list[float]:
-    """What torch's schedulers give after 1, 2, … calls of step(); each phase begins at its step."""
+    """The rates of torch's schedulers after 1, 2, … calls of step(); each phase starts at its step."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=PEAK)
     schedulers = [build(optimizer) for _, build in phases]
     chain = lr_scheduler.SequentialLR(optimizer, schedulers, [start for start, _ in phases[1:]])
@@ -33,13 +33,13 @@ def torch_rates(*phases: tuple[int, Any]) -> list[float]:
 
 
 def warmup(steps: int) -> Any:
-    # torch refuses a start at 0; the factor of step n is n / steps all the same from step 1 on
+    # torch refuses to start at 0; from step 1 on the factor of step n is n / steps anyway.
     return lambda o: lr_scheduler.LinearLR(o, start_factor=1e-12, total_iters=steps)
 
 
 @pytest.mark.filterwarnings("ignore:The epoch parameter")
 @pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
-def test_shapes_are_those_of_torch(name: str) -> None:
+def test_schedules_equal_torchs(name: str) -> None:
     after = TOTAL - 20
     shapes: dict[str, Any] = {
         "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, after, eta_min=0.1 * PEAK),
@@ -67,8 +67,8 @@ def test_wsd_stays_at_the_peak_and_decays_at_the_end(decay: str) -> None:
     assert found[80:] == pytest.approx(fall, abs=1e-15)
 
 
-def test_the_decay_of_wsd_can_be_launched_from_any_step() -> None:
-    """What `launch --from RUN@60` needs: up to there both runs had the same rates."""
+def test_wsd_decay_can_start_from_a_checkpoint_of_a_longer_run() -> None:
+    """`launch --from RUN@60` needs the same rates in both runs up to step 60."""
     stable = rates(name="wsd", warmup_steps=10)
     branch = ScheduleConfig(name="wsd", warmup_steps=10, decay_steps=15, total_steps=75)
     branched = [learning_rate(branch, PEAK, 75, step) for step in range(1, 76)]
@@ -76,7 +76,7 @@ def test_the_decay_of_wsd_can_be_launched_from_any_step() -> None:
     assert branched[60] < PEAK and branched[-1] == pytest.approx(0.1 * PEAK)
 
 
-def test_a_warmup_from_an_initial_rate_saves_its_part_of_the_steps() -> None:
+def test_warmup_from_a_higher_initial_rate_is_shorter() -> None:
     whole = rates(name="constant", warmup_steps=40)
     saved = rates(name="constant", warmup_steps=40, initial_lr=0.25 * PEAK)
     assert saved[:30] == pytest.approx(whole[10:40])  # T·η_init/η_peak = 10 steps fewer
@@ -90,10 +90,10 @@ def test_a_warmup_from_an_initial_rate_saves_its_part_of_the_steps() -> None:
         ({"name": "inverse_sqrt"}, "needs schedule.warmup_steps"),
         (
             {"name": "cosine", "decay_steps": 5},
-            "decay_steps = 5 has no effect where schedule.name = 'cosine'",
+            "decay_steps = 5 has no effect with schedule.name = 'cosine'",
         ),
     ],
 )
-def test_what_has_no_meaning_is_refused(fields: dict[str, Any], message: str) -> None:
+def test_meaningless_schedules_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         ScheduleConfig.model_validate({"total_steps": TOTAL, **fields})

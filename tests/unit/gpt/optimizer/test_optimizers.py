@@ -1,4 +1,4 @@
-"""The optimizers, 50 steps each, against torch's own or a loop written from the paper."""
+"""The optimizers over 50 steps, against torch's or a loop written from the paper."""
 
 from typing import Any
 
@@ -9,7 +9,8 @@ from torch import Tensor
 
 from gpt.config.optimizer import OptimizerConfig
 from gpt.optimizer.adamw import AdamW
-from gpt.optimizer.muon import Exchange, MuonAdamW, Whole, rate_factor
+from gpt.optimizer.muon import MuonAdamW, rate_factor, scaled_update
+from gpt.optimizer.whole_matrices import Fragment, MatrixExchange, ShardedMatrices
 
 STEPS = 50
 SHAPES = {"tall": (24, 8), "wide": (6, 40), "square": (16, 16)}
@@ -37,16 +38,16 @@ def train(optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor]) -> di
 
 def ours(parameters: dict[str, Tensor], **fields: Any) -> AdamW:
     config = OptimizerConfig.model_validate({"peak_lr": 1e-2, "weight_decay": 0.1, **fields})
-    return AdamW([{"params": list(parameters.values()), "weight_decay": 0.1}], config)
+    return AdamW([{"params": list(parameters.values()), "weight_decay": 0.1}], config, torch.float32)
 
 
-def test_adamw_is_torchs() -> None:
+def test_adamw_equals_torchs() -> None:
     mine, theirs = weights(), weights()
     reference = torch.optim.AdamW(list(theirs.values()), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
     assert_equal(train(ours(mine), mine), train(reference, theirs), rtol=1e-5)
 
 
-def test_gi_adam_is_the_published_update() -> None:
+def test_gi_adam_equals_the_published_update() -> None:
     """Written from the authors' code: v_0 = g_1², then Adam's update with its bias correction."""
     mine = weights()
     found = train(ours(mine, second_moment_init="gradient"), mine)
@@ -62,7 +63,7 @@ def test_gi_adam_is_the_published_update() -> None:
         torch.testing.assert_close(found[name].double(), weight, rtol=1e-5, atol=1e-6)
 
 
-def test_gi_adams_first_steps_are_those_of_a_warmup() -> None:
+def test_gi_adam_starts_with_smaller_steps_like_a_warmup() -> None:
     mine = weights()
     before = {name: p.detach().clone() for name, p in mine.items()}
     optimizer = ours(mine, second_moment_init="gradient", weight_decay=0.0)
@@ -76,7 +77,7 @@ def test_gi_adams_first_steps_are_those_of_a_warmup() -> None:
 
 
 @pytest.mark.parametrize("init", ["zero", "gradient"])
-def test_moments_in_bf16_stay_near_those_in_fp32(init: str) -> None:
+def test_bf16_moments_train_close_to_fp32_moments(init: str) -> None:
     exact, rounded = weights(), weights()
     optimizer = ours(rounded, moments="bf16", second_moment_init=init)
     expected = train(ours(exact, second_moment_init=init), exact)
@@ -88,7 +89,7 @@ def test_moments_in_bf16_stay_near_those_in_fp32(init: str) -> None:
     assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.bfloat16
 
 
-def test_bf16_moments_that_would_not_move_are_refused() -> None:
+def test_bf16_moments_with_a_large_beta2_are_refused() -> None:
     with pytest.raises(ValidationError, match=r"betas\[1\] of at most 0.99"):
         OptimizerConfig(moments="bf16", betas=(0.9, 0.999))
 
@@ -100,8 +101,8 @@ def flat(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("dtype", "size"), [(torch.float32, 1.0), (torch.bfloat16, 1.0), (torch.float16, 1e-8)]
 )
-def test_muon_is_torchs(dtype: torch.dtype, size: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    if dtype == torch.float32:  # torch's iterates in bf16 always; so it does in fp32
+def test_muon_equals_torchs(dtype: torch.dtype, size: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    if dtype == torch.float32:  # torch always iterates in bf16; this makes it iterate in fp32
         monkeypatch.setattr(Tensor, "bfloat16", Tensor.float)
     mine, theirs = flat(weights()), weights()
     for step in range(STEPS):
@@ -127,14 +128,15 @@ def flat_muon(parameters: dict[str, Tensor], dtype: torch.dtype) -> MuonAdamW:
     optimizer = MuonAdamW([group], config, dtype)
     for name, parameter in parameters.items():
         rows, columns = SHAPES[name]
-        whole = Whole((rows,), columns, ((0, 0, parameter.numel()),))
-        optimizer.exchanges[parameter] = Exchange([whole], rank=0, world_size=1)
+        matrices = ShardedMatrices((rows,), columns, (Fragment(0, 0, parameter.numel()),))
+        optimizer.use_exchange(parameter, MatrixExchange([matrices], rank=0, world_size=1))
     return optimizer
 
 
 def test_stacked_matrices_are_orthogonalised_one_by_one() -> None:
     stacked = torch.randn(20, 8)
-    update = Whole((12, 8), 8, ((0, 0, 160),)).update(stacked.reshape(-1)).view(20, 8)
+    matrices = ShardedMatrices((12, 8), 8, (Fragment(0, 0, 160),))
+    update = matrices.apply(scaled_update, stacked.reshape(-1)).view(20, 8)
     for part in update.split((12, 8)):
         singular = torch.linalg.svdvals(part) / rate_factor(*part.shape)
         assert singular.min() > 0.5 and singular.max() < 1.3
