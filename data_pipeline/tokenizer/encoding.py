@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
@@ -22,8 +22,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.sources.documents import BadDocument, DocumentReader, Span, is_held_out
-from data_pipeline.sources.files import find_files
 
 if TYPE_CHECKING:
     import tiktoken
@@ -237,77 +235,3 @@ def _read(path: Path) -> Encoding:
             f"tokens ({encoding.fingerprint[:12]}…): the file is damaged or was changed"
         )
     return encoding
-
-
-def train_tokenizer(
-    sources: Sequence[str | Path],
-    vocab_size: int,
-    out: Path,
-    *,
-    text_field: str = "text",
-    val_fraction: float = 0.0,
-    seed: int = 0,
-) -> Encoding:
-    """A byte-level BPE of `vocab_size` ids, end-of-text included, trained on `sources` and written to `out`.
-
-    `val_fraction` and `seed` leave out the documents that `prepare` holds out with the same two. The name is
-    `out`'s without suffix. Raises ConfigError where the sources cannot fill the vocabulary, DataError at the
-    first broken document.
-    """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    if vocab_size <= 257:
-        raise ConfigError(f"vocab_size = {vocab_size}: 256 bytes and end-of-text alone make 257")
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1,
-        min_frequency=2,
-        show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-    )
-    bpe.train_from_iterator(_training_text(sources, text_field, val_fraction, seed), trainer)
-    ranks = _ranks(json.loads(bpe.to_str())["model"]["merges"])
-    if len(ranks) != vocab_size - 1:
-        raise ConfigError(
-            f"vocab_size = {vocab_size}: the sources repeat too little and give {len(ranks) + 1} ids at most"
-        )
-    encoding = Encoding(out.stem, PATTERN, ranks, {END_OF_TEXT: vocab_size - 1})
-    out.write_bytes(encoding.to_json())
-    return encoding
-
-
-def _training_text(
-    sources: Sequence[str | Path], text_field: str, val_fraction: float, seed: int
-) -> Iterator[str]:
-    for file in find_files(sources)[0]:
-        for document in DocumentReader(Span(file, 0, file.size_bytes), text_field):
-            if isinstance(document, BadDocument):
-                raise DataError(f"{file.location}:{document.line}: {document.reason}")
-            if not is_held_out(document, val_fraction, seed):
-                yield document.decode()
-
-
-def _ranks(merges: Iterable[Sequence[str]]) -> dict[bytes, int]:
-    """Ids by byte string: the 256 bytes in order, then each merge in the order it was learned."""
-    byte_of = _byte_of_character()
-    ranks = {bytes([value]): value for value in range(256)}
-    for merge in merges:
-        token = bytes(byte_of[character] for character in "".join(merge))
-        ranks.setdefault(token, len(ranks))
-    return ranks
-
-
-def _byte_of_character() -> dict[str, int]:
-    # GPT-2's stand-ins: printable Latin-1 bytes stand for themselves, the others follow from U+0100 on.
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [value for value in range(256) if value not in printable]
-    return {chr(value): value for value in printable} | {
-        chr(0x100 + index): value for index, value in enumerate(others)
-    }

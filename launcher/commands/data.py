@@ -158,7 +158,7 @@ def prepare_with_progress(config: DataPrepConfig, encode: EncodeAll = encode_all
 
 def train_encoding(sources: Sequence[str], vocab_size: int, out: Path) -> int:
     """Learn a byte-level BPE of `vocab_size` ids from `sources`; its file is the last line."""
-    from data_pipeline.tokenizer.encoding import train_tokenizer
+    from data_pipeline.tokenizer.train import train_tokenizer
 
     if not out.absolute().parent.is_dir():
         raise ConfigError(f"--out {out}: there is no folder {out.absolute().parent}")

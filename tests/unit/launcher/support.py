@@ -16,7 +16,7 @@ from pathlib import Path
 
 from data_pipeline.config_file import validate
 from data_pipeline.prepare.pipeline import DataPrepConfig, prepare
-from data_pipeline.tokenizer.encoding import train_tokenizer
+from data_pipeline.tokenizer.train import train_tokenizer
 from gpt.config.run import RunConfig
 from gpt.run.run_dir import RunDir, write_json
 from launcher.cluster import ClusterConfig

@@ -10,7 +10,8 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.sources.documents import is_held_out, packaged_corpus
-from data_pipeline.tokenizer.encoding import PATTERN, Encoding, load_encoding, train_tokenizer
+from data_pipeline.tokenizer.encoding import PATTERN, Encoding, load_encoding
+from data_pipeline.tokenizer.train import train_tokenizer
 from tests.unit.data_pipeline.support import packaged_texts, write_jsonl
 
 # o200k's pattern (tiktoken, openai_public.py), which panics on a million spaces
