@@ -26,7 +26,9 @@ from data_pipeline.dataset.shards import ShardWriter
 from data_pipeline.durable import fsync_folder, write_durably
 from data_pipeline.errors import DataError
 from data_pipeline.prepare.dedup import copies
-from data_pipeline.sources.documents import BadDocument, DocumentReader, Span, is_held_out
+from data_pipeline.sources.documents import BadDocument, DocumentReader
+from data_pipeline.sources.held_out import is_held_out
+from data_pipeline.sources.spans import Span
 from data_pipeline.tokenizer.encoding import Encoding
 from data_pipeline.tokenizer.fast_encoder import Choice, Disagreement, Encoder, Flat, TiktokenEncoder
 

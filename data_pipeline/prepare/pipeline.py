@@ -40,9 +40,9 @@ from data_pipeline.prepare.finalize import publish, take_back
 from data_pipeline.prepare.resume_check import require_identical, require_same_settings
 from data_pipeline.prepare.split import cut_into_pieces
 from data_pipeline.prepare.worker_pool import EncodeAll, encode_all, start_ahead
-from data_pipeline.sources.documents import place
 from data_pipeline.sources.files import SourceFile, find_files
 from data_pipeline.sources.hub import HubDataset, RowSource, open_dataset
+from data_pipeline.sources.spans import place
 from data_pipeline.tokenizer.encoding import Encoding, load_encoding
 from data_pipeline.tokenizer.fast_encoder import Choice
 

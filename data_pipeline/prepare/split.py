@@ -5,9 +5,9 @@ from pathlib import Path, PurePath
 
 from data_pipeline.prepare.chunk import Piece
 from data_pipeline.sources.compression import text_per_byte
-from data_pipeline.sources.documents import Span
 from data_pipeline.sources.files import SourceFile
 from data_pipeline.sources.hub import RowSource
+from data_pipeline.sources.spans import Span
 
 # How many bytes of text a byte of the file holds, roughly, so that pieces take about equal time.
 _EXPANSION = {".gz": 4, ".zst": 4, ".parquet": 3}

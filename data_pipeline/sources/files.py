@@ -5,15 +5,17 @@ Refused: a file of a kind that is not read here when it is named itself, and the
 
 import glob
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from data_pipeline.errors import ConfigError
-from data_pipeline.remote import is_remote, list_remote, open_remote
+from data_pipeline.remote import is_remote, list_remote, open_remote, unreadable
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".txt.gz", ".txt.zst", ".parquet")
+
+_READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,21 @@ class SourceFile:
         if self.is_remote:
             return open_remote(self.location, str(self.version))
         return Path(self.location).open("rb")
+
+    def read_blocks(self, start: int = 0) -> Iterator[bytes]:
+        """The file's bytes from byte `start` on. Raises DataError where an object store fails."""
+        with self.open() as file:
+            file.seek(start)
+            while block := self._read(file):
+                yield block
+
+    def _read(self, file: BinaryIO) -> bytes:
+        try:
+            return file.read(_READ_BYTES)
+        except Exception as error:
+            if self.is_remote:
+                raise unreadable(self.location, error) from error
+            raise
 
     @property
     def is_divisible(self) -> bool:

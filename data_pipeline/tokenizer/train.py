@@ -5,8 +5,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.sources.documents import BadDocument, DocumentReader, Span, is_held_out
+from data_pipeline.sources.documents import BadDocument, DocumentReader
 from data_pipeline.sources.files import find_files
+from data_pipeline.sources.held_out import is_held_out
+from data_pipeline.sources.spans import Span
 from data_pipeline.tokenizer.encoding import END_OF_TEXT, PATTERN, Encoding
 
 

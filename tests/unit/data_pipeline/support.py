@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.corpus import packaged_corpus
 from data_pipeline.dataset.manifest import Manifest
 from data_pipeline.prepare.pipeline import DataPrepConfig, prepare
-from data_pipeline.sources.documents import packaged_corpus
 
 
 def packaged_texts() -> list[str]:

@@ -17,8 +17,9 @@ import zstandard
 from data_pipeline import remote
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.prepare.pipeline import prepare
-from data_pipeline.sources.documents import DocumentReader, Span
+from data_pipeline.sources.documents import DocumentReader
 from data_pipeline.sources.files import find_files
+from data_pipeline.sources.spans import Span
 from tests.unit.data_pipeline.support import config, files_of, packaged_texts
 from tests.unit.s3_support import s3_bucket
 from tests.unit.store_support import google_storage, hub

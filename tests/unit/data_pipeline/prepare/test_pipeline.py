@@ -24,8 +24,8 @@ from data_pipeline.prepare.chunk import Settings
 from data_pipeline.prepare.pipeline import Progress, prepare
 from data_pipeline.prepare.split import cut_into_pieces
 from data_pipeline.prepare.worker_pool import encode_all
-from data_pipeline.sources.documents import is_held_out
 from data_pipeline.sources.files import find_files
+from data_pipeline.sources.held_out import is_held_out
 from data_pipeline.tokenizer.encoding import Encoding, load_encoding
 from tests.paths import ROOT
 from tests.unit.data_pipeline.support import (

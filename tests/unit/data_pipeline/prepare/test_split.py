@@ -13,8 +13,9 @@ import zstandard
 from data_pipeline.prepare.chunk import Piece
 from data_pipeline.prepare.pipeline import prepare
 from data_pipeline.prepare.split import cut_into_pieces
-from data_pipeline.sources.documents import BadDocument, DocumentReader, place
+from data_pipeline.sources.documents import BadDocument, DocumentReader
 from data_pipeline.sources.files import find_files
+from data_pipeline.sources.spans import place
 from tests.unit.data_pipeline.support import config, documents_of, files_of
 
 

@@ -11,17 +11,13 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipeline.corpus import packaged_corpus
 from data_pipeline.errors import ConfigError
 from data_pipeline.sources import documents
-from data_pipeline.sources.documents import (
-    BadDocument,
-    DocumentReader,
-    Span,
-    is_held_out,
-    packaged_corpus,
-    place,
-)
+from data_pipeline.sources.documents import BadDocument, DocumentReader
 from data_pipeline.sources.files import find_files
+from data_pipeline.sources.held_out import is_held_out
+from data_pipeline.sources.spans import Span, place
 
 
 def _read(path: Path, text_field: str = "text") -> list[bytes | BadDocument]:

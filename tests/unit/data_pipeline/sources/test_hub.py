@@ -143,7 +143,8 @@ def test_a_stream_that_breaks_says_where_and_that_it_can_go_on(folder: Path, tmp
     )
     assert (source.units, source.unit) == (3, "shards")
     (tmp_path / "stream" / "train-1.parquet").unlink()
-    from data_pipeline.sources.documents import DocumentReader, Span
+    from data_pipeline.sources.documents import DocumentReader
+    from data_pipeline.sources.spans import Span
 
     assert len(list(DocumentReader(Span(source, 0, 1), "text"))) == 30
     with pytest.raises(DataError, match=r"reading shards 1 to 2 failed: .* run again to continue"):

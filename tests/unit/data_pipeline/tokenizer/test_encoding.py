@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
+from data_pipeline.corpus import packaged_corpus
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.sources.documents import is_held_out, packaged_corpus
+from data_pipeline.sources.held_out import is_held_out
 from data_pipeline.tokenizer.encoding import PATTERN, Encoding, load_encoding
 from data_pipeline.tokenizer.train import train_tokenizer
 from tests.unit.data_pipeline.support import packaged_texts, write_jsonl

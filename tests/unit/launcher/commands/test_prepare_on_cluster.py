@@ -14,8 +14,8 @@ import pytest
 from data_pipeline.errors import DataError
 from data_pipeline.prepare.chunk import Piece
 from data_pipeline.prepare.pipeline import DataPrepConfig, Progress, prepare
-from data_pipeline.sources.documents import Span
 from data_pipeline.sources.files import SourceFile
+from data_pipeline.sources.spans import Span
 from launcher.cluster import ClusterConfig
 from launcher.commands.prepare_on_cluster import Spread, _Share
 from launcher.scheduler import slurm
