@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.dataset.manifest import Manifest, Shard, Split, check_shard
+from data_pipeline.dataset.integrity import check_shard
+from data_pipeline.dataset.manifest import Manifest, Shard, Split
 from data_pipeline.dataset.megatron_index import ITEM_BYTES
 from data_pipeline.dataset.shards import IndexArrays
 from data_pipeline.errors import DataError

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.dataset.manifest import CHUNK_BYTES, FileRecord, Shard, check_shard
+from data_pipeline.dataset.integrity import check_shard
+from data_pipeline.dataset.manifest import CHUNK_BYTES, FileRecord, Shard
 from data_pipeline.dataset.megatron_index import HEADER, ITEM_BYTES, Header, read_header
 from data_pipeline.errors import DataError
 

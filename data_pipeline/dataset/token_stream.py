@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.dataset.manifest import Manifest, Split, check_shard
+from data_pipeline.dataset.integrity import check_shard
+from data_pipeline.dataset.manifest import Manifest, Split
 from data_pipeline.dataset.shards import MappedShard
 from data_pipeline.errors import DataError
 

@@ -7,17 +7,14 @@ number of workers nor a kill can be seen in what is left. Memory: a byte a docum
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
 from data_pipeline.durable import write_durably
+from data_pipeline.prepare.chunk import Piece
 from data_pipeline.sources.documents import BadDocument, DocumentReader
-
-if TYPE_CHECKING:
-    from data_pipeline.prepare.chunk import Piece
 
 FOLDER = "hashes"
 # Hashes that are compared at a time, 16 bytes each.
@@ -25,12 +22,12 @@ _BUCKET_BYTES = 64 << 20
 _HASH = np.dtype([("high", ">u8"), ("low", ">u8")])
 
 
-def is_hashed(work: Path, piece: "Piece") -> bool:
+def is_hashed(work: Path, piece: Piece) -> bool:
     """Whether the documents of `piece` have been hashed."""
     return _hash_file(work, piece).exists()
 
 
-def hash_piece(work: Path, piece: "Piece", text_field: str) -> Iterator[None]:
+def hash_piece(work: Path, piece: Piece, text_field: str) -> Iterator[None]:
     """Leave the xxh3_128 of each document that is neither broken nor empty, in order; durable at the end."""
     hashes = bytearray()
     for span in piece.spans:
@@ -41,7 +38,7 @@ def hash_piece(work: Path, piece: "Piece", text_field: str) -> Iterator[None]:
     write_durably(_hash_file(work, piece), bytes(hashes))
 
 
-def mark_copies(work: Path, pieces: Sequence["Piece"]) -> dict["Piece", str]:
+def mark_copies(work: Path, pieces: Sequence[Piece]) -> dict[Piece, str]:
     """Note for each piece which of its documents are copies: each note's checksum, "" where none is."""
     sizes = [_hash_file(work, piece).stat().st_size // _HASH.itemsize for piece in pieces]
     starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
@@ -71,14 +68,14 @@ def _mark(values: NDArray[np.void], places: NDArray[np.int64], is_copy: NDArray[
     is_copy[places[order][1:][is_same]] = True
 
 
-def copies(work: Path, piece: "Piece") -> bytes:
+def copies(work: Path, piece: Piece) -> bytes:
     """A byte for each document of `piece` that was hashed, 1 for a copy; nothing where there is no copy."""
     return _note_file(work, piece).read_bytes()
 
 
-def _hash_file(work: Path, piece: "Piece") -> Path:
+def _hash_file(work: Path, piece: Piece) -> Path:
     return work / FOLDER / f"{piece.name}.xxh3"
 
 
-def _note_file(work: Path, piece: "Piece") -> Path:
+def _note_file(work: Path, piece: Piece) -> Path:
     return work / FOLDER / f"{piece.name}.copies"

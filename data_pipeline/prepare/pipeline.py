@@ -6,19 +6,14 @@ Refused: to write into a folder that holds another data set, and to leave out br
 """
 
 import fcntl
-import os
 import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any
 
-from pydantic import Field, model_validator
-
-from data_pipeline.config_file import Section
 from data_pipeline.dataset.manifest import (
     ENCODING_FILE,
     FILE_NAME,
@@ -28,101 +23,22 @@ from data_pipeline.dataset.megatron_index import dtype_for
 from data_pipeline.durable import write_durably
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.prepare import dedup as duplicates
-from data_pipeline.prepare.chunk import (
-    MOST_LISTED,
-    Advance,
-    Piece,
-    PieceRecord,
-    Settings,
-    committed,
-)
+from data_pipeline.prepare.chunk import MOST_LISTED, Piece, PieceRecord, committed
+from data_pipeline.prepare.config import DataPrepConfig
+from data_pipeline.prepare.encode import Settings
 from data_pipeline.prepare.finalize import publish, take_back
+from data_pipeline.prepare.progress import Advance, Progress, Tally
 from data_pipeline.prepare.resume_check import require_identical, require_same_settings
 from data_pipeline.prepare.split import cut_into_pieces
 from data_pipeline.prepare.worker_pool import EncodeAll, encode_all, start_ahead
 from data_pipeline.sources.files import SourceFile, find_files
-from data_pipeline.sources.hub import HubDataset, RowSource, open_dataset
+from data_pipeline.sources.hub import RowSource, open_dataset
 from data_pipeline.sources.spans import place
 from data_pipeline.tokenizer.encoding import Encoding, load_encoding
-from data_pipeline.tokenizer.fast_encoder import Choice
 
 # Raised when the same settings and sources would give other bytes than before.
 _PIPELINE = 1
 _SHARD_FILE = re.compile(r"(train|val)-\d{5,}\.(bin|idx|sum)")
-
-
-class DataPrepConfig(Section):
-    """What DATA.toml holds: which text becomes which token shards."""
-
-    sources: tuple[str, ...] = Field(
-        default=(),
-        description="Files, folders and globs, here or at s3://, gs://, hf://: .jsonl, .txt, each also .gz "
-        "and .zst, and .parquet.",
-    )
-    datasets: tuple[HubDataset, ...] = Field(
-        default=(), description="Hugging Face data sets, by name on the hub or from a local folder."
-    )
-    tokenizer: str = Field(
-        description="A packaged encoding (outlast-4k), a tiktoken name (gpt2, cl100k_base, o200k_base), an "
-        "encoding.json, a data directory that has one, or a .tiktoken file of ranks."
-    )
-    tokenizer_pattern: str | None = Field(
-        default=None,
-        description="How a .tiktoken file's encoding splits text: a tiktoken name or a regular expression. "
-        "Needed where the file is not one of tiktoken's own by name.",
-    )
-    encoder: Choice = Field(
-        default="auto",
-        description="auto uses gigatoken or fastokens, where installed, as long as it gives tiktoken's ids; "
-        "tiktoken forces that.",
-    )
-    out: Path = Field(description="The data directory to make.")
-    text_field: str = Field(
-        default="text", min_length=1, description="Field of a JSON line, or column of a table, with the text."
-    )
-    val_fraction: float = Field(
-        default=0.005,
-        ge=0,
-        lt=1,
-        description="Share of the documents that is held out for validation, chosen by each one's own hash.",
-    )
-    seed: int = Field(default=0, ge=0, lt=2**64, description="Of the choice of the held-out documents.")
-    on_bad: Literal["fail", "skip"] = Field(
-        default="fail",
-        description="Whether broken documents end the preparation or are counted and left out.",
-    )
-    deduplicate: bool = Field(
-        default=False,
-        description="Leave out documents whose text is exactly an earlier one's. Reads the sources twice.",
-    )
-    shard_tokens: int = Field(
-        default=100_000_000, ge=1, description="A shard is closed at this many tokens; most are smaller."
-    )
-    workers: int | None = Field(
-        default=None, ge=1, description="Processes that encode. Default: one for each usable core."
-    )
-
-    @property
-    def processes(self) -> int:
-        """`workers` after its default."""
-        return self.workers or len(os.sched_getaffinity(0))
-
-    @model_validator(mode="after")
-    def _has_sources(self) -> Self:
-        if not self.sources and not self.datasets:
-            raise ValueError("nothing to prepare: give sources (files, folders, globs) or [[datasets]].")
-        return self
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a preparation is; `message` is something that a user should read once."""
-
-    bytes_done: int
-    bytes_total: int
-    documents: int
-    tokens: int
-    message: str | None = None
 
 
 def prepare(
@@ -141,7 +57,7 @@ def prepare(
     if encode is encode_all and config.processes > 1 and not (config.out / FILE_NAME).exists():
         start_ahead()
     encoding, sources, ignored = _inputs(config)
-    tell = _Teller(progress, sum(source.size_bytes for source in sources))
+    tell = Tally(progress, sum(source.size_bytes for source in sources))
     if ignored:
         tell.message(f"{ignored} files in the folders are of other kinds and are ignored")
     out, work = config.out, config.out / ".prepare"
@@ -195,7 +111,7 @@ def _build(
     config: DataPrepConfig,
     encoding: Encoding,
     sources: Sequence[SourceFile | RowSource],
-    tell: "_Teller",
+    tell: Tally,
     encode: EncodeAll,
 ) -> Manifest:
     out, work = config.out, config.out / ".prepare"
@@ -223,7 +139,7 @@ def _encode(
     encoding: Encoding,
     pieces: Sequence[Piece],
     work: Path,
-    tell: "_Teller",
+    tell: Tally,
     encode: EncodeAll,
 ) -> dict[Piece, PieceRecord]:
     """Every piece's record; with on_bad = "fail" only those up to the hundredth broken document."""
@@ -267,7 +183,7 @@ def _find_copies(
     pieces: Sequence[Piece],
     settings: Settings,
     workers: int,
-    tell: "_Teller",
+    tell: Tally,
     encode: EncodeAll,
 ) -> dict[Piece, str]:
     """Which documents are copies of earlier ones, as `mark_copies` notes it."""
@@ -339,29 +255,3 @@ def _locked(work: Path) -> Iterator[None]:
         except BlockingIOError:
             raise ConfigError(f"{work.parent}: another preparation is writing here; wait for it") from None
         yield
-
-
-class _Teller:
-    """Adds up what the workers say and passes it on."""
-
-    def __init__(self, progress: Callable[[Progress], None] | None, bytes_total: int) -> None:
-        self._progress = progress or (lambda _: None)
-        self._state = Progress(0, bytes_total, 0, 0)
-        self._told: set[str] = set()
-
-    def advance(self, by: Advance) -> None:
-        now = self._state
-        self._state = replace(
-            now,
-            bytes_done=now.bytes_done + by.bytes,
-            documents=now.documents + by.documents,
-            tokens=now.tokens + by.tokens,
-        )
-        self._progress(self._state)
-        if by.message is not None:
-            self.message(by.message)
-
-    def message(self, text: str) -> None:
-        if text not in self._told:  # every worker may say the same
-            self._told.add(text)
-            self._progress(replace(self._state, message=text))

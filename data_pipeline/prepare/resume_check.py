@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.dataset.manifest import Manifest, check, read_manifest
+from data_pipeline.dataset.integrity import check
+from data_pipeline.dataset.manifest import Manifest, read_manifest
 from data_pipeline.durable import write_durably
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.sources.files import SourceFile

@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
 from data_pipeline.errors import DataError
-from data_pipeline.prepare.chunk import Advance, Piece, Settings, committed, encode_piece
+from data_pipeline.prepare.chunk import Piece, committed
 from data_pipeline.prepare.dedup import hash_piece, is_hashed
+from data_pipeline.prepare.encode import Settings, encode_piece
+from data_pipeline.prepare.progress import Advance
 from data_pipeline.tokenizer.encoding import load_encoding
 from data_pipeline.tokenizer.fast_encoder import open_encoder
 

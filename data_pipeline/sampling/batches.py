@@ -5,8 +5,7 @@ Nothing is carried from one batch to the next but open files and a memo, so any 
 time. Needs numpy alone.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from data_pipeline.dataset.manifest import read_manifest
 from data_pipeline.dataset.token_stream import TokenStream
 from data_pipeline.errors import DataError, DataExhausted
+from data_pipeline.sampling.batch import Batch, BatchBuilder
 from data_pipeline.sampling.batch_schedule import BatchSizes
 from data_pipeline.sampling.mixture import Mixture
 from data_pipeline.sampling.packing import PackedRows
@@ -31,36 +31,6 @@ Packing = Literal["stream", "best-fit"]
 def windows_in(tokens: int, context: int) -> int:
     """How many sequences of `context` inputs and one more target a stream of `tokens` makes."""
     return max(0, tokens - 1) // context
-
-
-@dataclass(frozen=True)
-class Batch:
-    """B sequences of T tokens.
-
-    tokens int64 [B, T + 1]; column T is a target only.
-    document_ends int32 [segments]: where attention segments end (exclusive) in the flattened [B·T] inputs;
-    every row's end is one; strictly increasing, the last is B·T.
-    scored bool [B, T]: the targets that count.
-    sequence_numbers int64 [B]: places in the global order.
-    """
-
-    tokens: NDArray[np.int64]
-    document_ends: NDArray[np.int32]
-    scored: NDArray[np.bool_]
-    sequence_numbers: NDArray[np.int64]
-
-    def micro_batches(self, size: int) -> Iterator["Batch"]:
-        """The same sequences in order, `size` at a time; the last batch has what is left."""
-        count, context = self.scored.shape
-        for first in range(0, count, size):
-            stop = min(first + size, count)
-            low, high = np.searchsorted(self.document_ends, [first * context, stop * context], side="right")
-            yield Batch(
-                tokens=self.tokens[first:stop],
-                document_ends=self.document_ends[low:high] - np.int32(first * context),
-                scored=self.scored[first:stop],
-                sequence_numbers=self.sequence_numbers[first:stop],
-            )
 
 
 class BatchReader:
@@ -136,7 +106,7 @@ class BatchReader:
         first = self._sizes.until(step - 1) + rank * count
         self._require(step)
         numbers, sources, windows = self._order(first, first + count)
-        batch = _BatchBuilder(count, self._context, self._document_mask)
+        batch = BatchBuilder(count, self._context, self._document_mask)
         for row, (source, window) in enumerate(zip(sources.tolist(), windows.tolist(), strict=True)):
             if self._packed:
                 batch.fill_parts(row, self._streams[source], self._packed[source].parts(window))
@@ -195,105 +165,3 @@ class BatchReader:
             parts.append([column[here] for column in self._memo[1:]])
             first = (block + 1) * _MEMO
         return tuple(np.concatenate(columns) for columns in zip(*parts, strict=True))
-
-
-class EvaluationReader:
-    """The beginning of the validation split in file order, for the evaluation of any number of ranks.
-
-    Windows of `context` inputs and one more target, one after the other, until `tokens` targets are covered
-    or the split ends; `tokens` says how many that is. Raises DataError where there is no validation split.
-    """
-
-    def __init__(self, path: Path, *, context: int, tokens: int, document_mask: bool) -> None:
-        self._stream = TokenStream(path, read_manifest(path), "val")
-        if self._stream.tokens < 2:
-            raise DataError(
-                f"{path} has no validation split; prepare it with a val_fraction above 0 "
-                f"(a small corpus needs a larger one)"
-            )
-        self.tokens = min(tokens, self._stream.tokens - 1)
-        self._context = context
-        self._document_mask = document_mask
-
-    def __len__(self) -> int:
-        """The number of windows."""
-        return -(-self.tokens // self._context)
-
-    def windows(self, first: int, count: int) -> Batch:
-        """The windows [first, first + count), each [T + 1].
-
-        What lies past the last token that is evaluated, whole windows included, is padding: id 0, not scored.
-        """
-        batch = _BatchBuilder(count, self._context, self._document_mask)
-        for row in range(count):
-            start = (first + row) * self._context
-            batch.fill(row, self._stream, start, targets=min(self._context, max(0, self.tokens - start)))
-        return batch.finish(np.arange(first, first + count, dtype=np.int64))
-
-
-class _BatchBuilder:
-    """Rows read into place, with the segments that attention and loss need."""
-
-    def __init__(self, count: int, context: int, document_mask: bool) -> None:
-        self._context = context
-        self._document_mask = document_mask
-        self._tokens = np.empty((count, context + 1), dtype=np.int64)
-        self._end_of_text: int | None = None
-        self._by_index: list[tuple[int, NDArray[np.int64]]] = []
-        self._short: list[tuple[int, int]] = []
-        self._cuts: list[tuple[int, int]] = []  # (row, input) after which another part of the stream comes
-
-    def fill(self, row: int, stream: TokenStream, start: int, targets: int | None = None) -> None:
-        """Row `row` from token `start` on; past its first `targets` targets it is padding."""
-        context = self._context
-        targets = context if targets is None else targets
-        real = targets + 1 if targets else 0
-        stream.read(start if real else 0, self._tokens[row, :real])
-        if targets < context:
-            self._tokens[row, real:] = 0
-            self._short.append((row, targets))
-        if not self._document_mask:
-            return
-        if stream.end_of_text is not None:
-            self._end_of_text = stream.end_of_text
-        elif real:
-            self._by_index.append((row, stream.document_starts(start + 1, start + real) - (start + 1)))
-
-    def fill_parts(self, row: int, stream: TokenStream, parts: Sequence[tuple[int, int]]) -> None:
-        """Row `row` from several parts [start, stop) of the stream; the last target is what follows them."""
-        place = 0
-        for start, stop in parts:
-            stream.read(start, self._tokens[row, place : place + stop - start])
-            place += stop - start
-            self._cuts.append((row, place - 1))
-        self._cuts.pop()
-        stream.read(parts[-1][1], self._tokens[row, place:])
-        if not self._document_mask:
-            return
-        if stream.end_of_text is not None:
-            self._end_of_text = stream.end_of_text
-            return
-        place = 0
-        for start, stop in parts:
-            self._by_index.append((row, stream.document_starts(start + 1, stop + 1) - (start + 1) + place))
-            place += stop - start
-
-    def finish(self, numbers: NDArray[np.int64]) -> Batch:
-        """The batch, whose rows are the sequences `numbers`."""
-        # Whether a document, or what is real of the row, ends with this input. Its target is another's first
-        # token and is not scored.
-        inputs = self._tokens[:, :-1]
-        is_end = inputs == (-1 if self._end_of_text is None else self._end_of_text)
-        for row, _ in self._by_index:
-            is_end[row] = False
-        for row, lasts in self._by_index:
-            is_end[row, lasts] = True
-        if self._cuts and self._document_mask:
-            is_end[tuple(np.array(self._cuts).T)] = True
-        scored = ~is_end
-        for row, targets in self._short:
-            scored[row, targets:] = is_end[row, targets:] = False
-            is_end[row, targets - 1 : targets] = True
-        is_end[:, -1] = True
-        ends = np.flatnonzero(is_end) + 1
-        return Batch(self._tokens, ends.astype(np.int32), scored, numbers)

@@ -12,10 +12,12 @@ from rich.progress import Progress as Bar
 
 from data_pipeline.config_file import read_toml, validate, with_overrides
 from data_pipeline.dataset import manifest as data_manifest
+from data_pipeline.dataset.integrity import verify as verify_data
 from data_pipeline.dataset.manifest import FILE_NAME, Manifest
 from data_pipeline.errors import ConfigError, LaunchError
-from data_pipeline.prepare.pipeline import DataPrepConfig, Progress
+from data_pipeline.prepare.config import DataPrepConfig
 from data_pipeline.prepare.pipeline import prepare as prepare_data
+from data_pipeline.prepare.progress import Progress
 from data_pipeline.prepare.worker_pool import EncodeAll, encode_all
 from gpt.checkpoint import format as checkpoint_format
 from gpt.run.run_dir import RunDir
@@ -175,7 +177,7 @@ def verify(folder: Path) -> int:
         bad = [found for _, path in checkpoints for found in checkpoint_format.verify(path)]
         checked = f"{len(checkpoints)} checkpoints"
     elif (folder / FILE_NAME).exists():
-        bad = [checkpoint_format.BadFile(*found) for found in data_manifest.verify(folder)]
+        bad = [checkpoint_format.BadFile(*found) for found in verify_data(folder)]
         checked = "data set"
     else:
         raise LaunchError(f"{folder} is neither a run (config.json) nor a data set ({FILE_NAME}).")

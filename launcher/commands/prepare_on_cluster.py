@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.errors import DataError, LaunchError, OutlastError
-from data_pipeline.prepare.chunk import Advance, Piece, Settings, committed
+from data_pipeline.prepare.chunk import Piece, committed
+from data_pipeline.prepare.encode import Settings
+from data_pipeline.prepare.progress import Advance
 from data_pipeline.prepare.worker_pool import Task, encode_all, is_done
 from launcher.cluster import ClusterConfig
 from launcher.scheduler import slurm

@@ -74,7 +74,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 _OURS = """
 import sys
 from pathlib import Path
-from data_pipeline.prepare.pipeline import DataPrepConfig, prepare
+from data_pipeline.prepare.config import DataPrepConfig
+from data_pipeline.prepare.pipeline import prepare
 if __name__ == "__main__":
     source, out, workers, tokenizer = sys.argv[1:]
     prepare(DataPrepConfig(sources=(source,), tokenizer=tokenizer, out=Path(out), workers=int(workers)))

@@ -14,7 +14,8 @@ from data_pipeline.dataset.megatron_index import read_header
 from data_pipeline.dataset.shards import MappedShard
 from data_pipeline.dataset.token_stream import TokenStream
 from data_pipeline.prepare.adopt import adopt
-from data_pipeline.prepare.pipeline import DataPrepConfig, prepare
+from data_pipeline.prepare.config import DataPrepConfig
+from data_pipeline.prepare.pipeline import prepare
 from data_pipeline.sampling.batches import BatchReader
 from data_pipeline.tokenizer.encoding import Encoding, load_encoding
 from tests.unit.data_pipeline.support import packaged_texts, write_jsonl

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from data_pipeline.corpus import packaged_corpus
 from data_pipeline.dataset.manifest import Manifest
-from data_pipeline.prepare.pipeline import DataPrepConfig, prepare
+from data_pipeline.prepare.config import DataPrepConfig
+from data_pipeline.prepare.pipeline import prepare
 
 
 def packaged_texts() -> list[str]:

@@ -13,10 +13,12 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.dataset.manifest import CHUNK_BYTES, check, read_manifest, verify
+from data_pipeline.dataset.integrity import check, verify
+from data_pipeline.dataset.manifest import CHUNK_BYTES, read_manifest
 from data_pipeline.dataset.megatron_index import HEADER, read_header
 from data_pipeline.errors import DataError
-from data_pipeline.sampling.batches import BatchReader, EvaluationReader
+from data_pipeline.sampling.batches import BatchReader
+from data_pipeline.sampling.evaluation import EvaluationReader
 from tests.unit.data_pipeline.support import packaged_texts, prepared
 
 DATA_FILES = ["encoding.json", "manifest.json"] + [
@@ -280,7 +282,8 @@ from pathlib import Path
 from data_pipeline.dataset.manifest import read_manifest
 read_manifest(Path({str(data)!r}))
 assert "numpy" not in sys.modules
-from data_pipeline.sampling.batches import BatchReader, EvaluationReader
+from data_pipeline.sampling.batches import BatchReader
+from data_pipeline.sampling.evaluation import EvaluationReader
 reader = BatchReader([(Path({str(data)!r}), 1.0)], context=16, global_batch=2, seed=0)
 reader.batch(1, 0, 1)
 EvaluationReader(Path({str(data)!r}), context=16, tokens=100, document_mask=True).windows(0, 1)

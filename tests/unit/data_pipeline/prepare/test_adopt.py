@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from data_pipeline.dataset.manifest import read_manifest, verify
+from data_pipeline.dataset.integrity import verify
+from data_pipeline.dataset.manifest import read_manifest
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.inspect import lengths, some_documents
 from data_pipeline.prepare.adopt import adopt

@@ -8,7 +8,8 @@ import pytest
 
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.prepare import dedup as duplicates
-from data_pipeline.prepare.pipeline import Progress, prepare
+from data_pipeline.prepare.pipeline import prepare
+from data_pipeline.prepare.progress import Progress
 from data_pipeline.tokenizer.encoding import load_encoding
 from tests.unit.data_pipeline.support import config, documents_of, files_of, packaged_texts, write_jsonl
 

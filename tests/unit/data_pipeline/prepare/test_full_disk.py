@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.dataset.manifest import verify
+from data_pipeline.dataset.integrity import verify
 from data_pipeline.errors import DataError
 from data_pipeline.prepare.pipeline import prepare
 from tests.unit.data_pipeline.support import config, files_of, packaged_texts, write_jsonl

@@ -17,11 +17,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from data_pipeline.dataset.manifest import check, read_manifest, verify
+from data_pipeline.dataset.integrity import check, verify
+from data_pipeline.dataset.manifest import read_manifest
 from data_pipeline.dataset.megatron_index import dtype_for
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.prepare.chunk import Settings
-from data_pipeline.prepare.pipeline import Progress, prepare
+from data_pipeline.prepare.encode import Settings
+from data_pipeline.prepare.pipeline import prepare
+from data_pipeline.prepare.progress import Progress
 from data_pipeline.prepare.split import cut_into_pieces
 from data_pipeline.prepare.worker_pool import encode_all
 from data_pipeline.sources.files import find_files
@@ -97,7 +99,8 @@ def test_the_number_of_workers_cannot_be_seen_in_the_result(
 _PREPARE = """
 import sys
 from pathlib import Path
-from data_pipeline.prepare.pipeline import DataPrepConfig, prepare
+from data_pipeline.prepare.config import DataPrepConfig
+from data_pipeline.prepare.pipeline import prepare
 if __name__ == "__main__":
     prepare(DataPrepConfig.model_validate_json(sys.argv[1]), lambda p: print(p.bytes_done, flush=True))
 """
@@ -514,7 +517,8 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     # not getrusage's: that one remembers the process that this one was forked from
     program = (
         "import sys\nfrom pathlib import Path\n"
-        "from data_pipeline.prepare.pipeline import DataPrepConfig, prepare\n"
+        "from data_pipeline.prepare.config import DataPrepConfig\n"
+        "from data_pipeline.prepare.pipeline import prepare\n"
         "prepare(DataPrepConfig.model_validate_json(sys.argv[1]))\n"
         "print(Path('/proc/self/status').read_text().partition('VmHWM:')[2].split()[0])"
     )

@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 from data_pipeline.dataset.manifest import FileRecord, read_manifest
 from data_pipeline.dataset.megatron_index import Header
 from data_pipeline.errors import ConfigError, DataError, DataExhausted
+from data_pipeline.sampling.batch import Batch
 from data_pipeline.sampling.batch_schedule import BatchSizes
-from data_pipeline.sampling.batches import Batch, BatchReader, EvaluationReader
+from data_pipeline.sampling.batches import BatchReader
+from data_pipeline.sampling.evaluation import EvaluationReader
 from data_pipeline.tokenizer.encoding import Encoding, load_encoding
 from tests.unit.data_pipeline.support import documents_of, packaged_texts, prepared
 

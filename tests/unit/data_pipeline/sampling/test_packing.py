@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from data_pipeline.dataset.manifest import read_manifest
 from data_pipeline.sampling import packing
-from data_pipeline.sampling.batches import Batch, BatchReader
+from data_pipeline.sampling.batch import Batch
+from data_pipeline.sampling.batches import BatchReader
 from data_pipeline.sampling.packing import pack, rows_of_block
 from tests.unit.data_pipeline.support import documents_of, packaged_texts, prepared
 

@@ -9,9 +9,11 @@ import pyarrow.parquet
 import pytest
 
 from data_pipeline.config_file import validate
-from data_pipeline.dataset.manifest import read_manifest, verify
+from data_pipeline.dataset.integrity import verify
+from data_pipeline.dataset.manifest import read_manifest
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.prepare.pipeline import DataPrepConfig, prepare
+from data_pipeline.prepare.config import DataPrepConfig
+from data_pipeline.prepare.pipeline import prepare
 from data_pipeline.sources.hub import HubDataset, open_dataset
 from data_pipeline.tokenizer.encoding import load_encoding
 from tests.unit.data_pipeline.support import documents_of, files_of, packaged_texts, write_jsonl

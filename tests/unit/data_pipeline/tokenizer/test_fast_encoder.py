@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.prepare.pipeline import Progress, prepare
+from data_pipeline.prepare.pipeline import prepare
+from data_pipeline.prepare.progress import Progress
 from data_pipeline.tokenizer import fast_encoder as encoder_module
 from data_pipeline.tokenizer.encoding import END_OF_TEXT, Encoding, load_encoding
 from data_pipeline.tokenizer.fast_encoder import (

@@ -13,7 +13,9 @@ import pytest
 
 from data_pipeline.errors import DataError
 from data_pipeline.prepare.chunk import Piece
-from data_pipeline.prepare.pipeline import DataPrepConfig, Progress, prepare
+from data_pipeline.prepare.config import DataPrepConfig
+from data_pipeline.prepare.pipeline import prepare
+from data_pipeline.prepare.progress import Progress
 from data_pipeline.sources.files import SourceFile
 from data_pipeline.sources.spans import Span
 from launcher.cluster import ClusterConfig
