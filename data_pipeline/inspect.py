@@ -17,7 +17,7 @@ from data_pipeline.tokenizer.encoding import Encoding
 
 
 @dataclass(frozen=True)
-class Lengths:
+class LengthHistogram:
     """Documents of a split by length: `counts[k]` have 2^k to 2^(k+1) - 1 tokens, end-of-text included.
 
     Documents without any token, which Megatron's files may hold, are in `empty`.
@@ -28,7 +28,7 @@ class Lengths:
     longest: int
 
 
-def lengths(folder: Path, manifest: Manifest, split: Split) -> Lengths:
+def length_histogram(folder: Path, manifest: Manifest, split: Split) -> LengthHistogram:
     """How long the documents of a split are; reads every index and no token. Raises DataError."""
     counts = np.zeros(64, dtype=np.int64)
     empty = longest = 0
@@ -41,10 +41,10 @@ def lengths(folder: Path, manifest: Manifest, split: Split) -> Lengths:
             # frexp gives the exact exponent, where log2 rounds.
             counts += np.bincount(np.frexp(full.astype(np.float64))[1] - 1, minlength=64)
     used = max((int(k) + 1 for k in np.flatnonzero(counts)), default=0)
-    return Lengths(tuple(int(count) for count in counts[:used]), empty, longest)
+    return LengthHistogram(tuple(int(count) for count in counts[:used]), empty, longest)
 
 
-def some_documents(
+def sample_documents(
     folder: Path, manifest: Manifest, split: Split, encoding: Encoding, count: int, seed: int = 0
 ) -> Iterator[tuple[str, int, str]]:
     """(`shard:number`, tokens, text) of `count` documents from all over the split; another `seed`, others."""

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 from data_pipeline.errors import ConfigError, DataError
 
-# Read at a time: large enough that a round trip does not decide, small beside a piece.
+# Read at a time: large enough that a round trip does not decide, small beside a chunk.
 _BLOCK_BYTES = 4 << 20
 _EXTRAS = {"s3": "s3", "gs": "gs", "gcs": "gs"}  # what `pip install outlast[…]` brings, by protocol
 # Where the stores say what changes with a file: S3, GCS, the Hugging Face hub, others.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_pipeline.dataset.manifest import (
-    CHUNK_BYTES,
+    BLOCK_BYTES,
     ENCODING_FILE,
     FILE_NAME,
     EncodingRecord,
@@ -20,7 +20,7 @@ from data_pipeline.dataset.megatron_index import read_header
 from data_pipeline.errors import DataError
 
 
-class BadFile(NamedTuple):
+class BadDataFile(NamedTuple):
     """A file of a data set that is not what the manifest says, from byte `offset` on."""
 
     path: Path
@@ -67,7 +67,7 @@ def check_shard(folder: Path, shard: Shard, dtype: str) -> list[str]:
     return []
 
 
-def verify(folder: Path) -> Iterator[BadFile]:
+def verify(folder: Path) -> Iterator[BadDataFile]:
     """Each file of a data directory that differs in any byte, with the first bad chunk's offset.
 
     Raises DataError where there is no manifest at all; a damaged manifest is the only thing reported, since
@@ -78,7 +78,7 @@ def verify(folder: Path) -> Iterator[BadFile]:
     except DataError as error:
         if not (folder / FILE_NAME).exists():
             raise
-        yield BadFile(folder / FILE_NAME, 0, str(error).removeprefix(f"{folder / FILE_NAME}: "))
+        yield BadDataFile(folder / FILE_NAME, 0, str(error).removeprefix(f"{folder / FILE_NAME}: "))
         return
     bad = _bad_record(folder / ENCODING_FILE, manifest.encoding)
     if bad is not None:
@@ -107,7 +107,7 @@ def _size_problem(path: Path | str, size_bytes: int) -> str | None:
 
 def _bad_record(
     path: Path, record: FileRecord | EncodingRecord, chunks: tuple[str, ...] = ()
-) -> BadFile | None:
+) -> BadDataFile | None:
     """The first thing wrong with the file at `path`, read whole where its size is right or too small."""
     import xxhash
 
@@ -116,19 +116,21 @@ def _bad_record(
     offset = 0
     try:
         with path.open("rb") as file:
-            while block := file.read(CHUNK_BYTES):
-                number = offset // CHUNK_BYTES
-                is_whole = len(block) == min(CHUNK_BYTES, record.size_bytes - offset)
+            while block := file.read(BLOCK_BYTES):
+                number = offset // BLOCK_BYTES
+                is_whole = len(block) == min(BLOCK_BYTES, record.size_bytes - offset)
                 if is_whole and number < len(chunks) and xxhash.xxh3_128_hexdigest(block) != chunks[number]:
-                    return BadFile(path, offset, problem or f"its bytes changed (within {len(block)} bytes)")
+                    return BadDataFile(
+                        path, offset, problem or f"its bytes changed (within {len(block)} bytes)"
+                    )
                 whole.update(block)
                 offset += len(block)
     except FileNotFoundError:
-        return BadFile(path, 0, "missing")
+        return BadDataFile(path, 0, "missing")
     except OSError as error:
-        return BadFile(path, offset, f"cannot be read: {error.strerror}")
+        return BadDataFile(path, offset, f"cannot be read: {error.strerror}")
     if problem:
-        return BadFile(path, min(offset, record.size_bytes), problem)
+        return BadDataFile(path, min(offset, record.size_bytes), problem)
     if whole.hexdigest() != record.xxh3_128:
-        return BadFile(path, 0, "its bytes changed")
+        return BadDataFile(path, 0, "its bytes changed")
     return None

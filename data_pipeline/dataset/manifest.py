@@ -20,7 +20,7 @@ from data_pipeline.errors import DataError
 FILE_NAME = "manifest.json"
 ENCODING_FILE = "encoding.json"
 FORMAT = 1
-CHUNK_BYTES = 1 << 22
+BLOCK_BYTES = 1 << 22
 
 _FIRST_LINE = re.compile(rb'\{"sha256": "([0-9a-f]{64})",\n')
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

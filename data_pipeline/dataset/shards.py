@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.dataset.integrity import check_shard
-from data_pipeline.dataset.manifest import CHUNK_BYTES, FileRecord, Shard
+from data_pipeline.dataset.manifest import BLOCK_BYTES, FileRecord, Shard
 from data_pipeline.dataset.megatron_index import HEADER, ITEM_BYTES, Header, read_header
 from data_pipeline.errors import DataError
 
@@ -61,7 +61,7 @@ class ShardWriter:
 
 def sums_content(bin_chunks: Sequence[str], idx_chunks: Sequence[str]) -> bytes:
     """The content of a .sum file."""
-    sums = {"algorithm": "xxh3_128", "chunk_bytes": CHUNK_BYTES, "bin": bin_chunks, "idx": idx_chunks}
+    sums = {"algorithm": "xxh3_128", "chunk_bytes": BLOCK_BYTES, "bin": bin_chunks, "idx": idx_chunks}
     return (json.dumps(sums, indent=0) + "\n").encode()
 
 
@@ -100,7 +100,7 @@ class IndexArrays:
 
 
 class _SummedFile:
-    """A new file that is checksummed as it is written, whole and by chunks of CHUNK_BYTES."""
+    """A new file that is checksummed as it is written, whole and by chunks of BLOCK_BYTES."""
 
     def __init__(self, path: Path) -> None:
         import xxhash
@@ -117,7 +117,7 @@ class _SummedFile:
         self._whole.update(data)
         rest = memoryview(data)
         while len(rest):
-            room = CHUNK_BYTES - self._size_bytes % CHUNK_BYTES
+            room = BLOCK_BYTES - self._size_bytes % BLOCK_BYTES
             part, rest = rest[:room], rest[room:]
             self._chunk.update(part)
             self._size_bytes += len(part)
@@ -129,7 +129,7 @@ class _SummedFile:
         self._chunk = self._new_sum()
 
     def finish(self) -> FileRecord:
-        if self._size_bytes % CHUNK_BYTES:
+        if self._size_bytes % BLOCK_BYTES:
             self._close_chunk()
         self._file.flush()
         os.fsync(self._file.fileno())

@@ -13,7 +13,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from data_pipeline.dataset.manifest import CHUNK_BYTES, ENCODING_FILE, FILE_NAME, FileRecord, Manifest, Shard
+from data_pipeline.dataset.manifest import BLOCK_BYTES, ENCODING_FILE, FILE_NAME, FileRecord, Manifest, Shard
 from data_pipeline.dataset.megatron_index import ITEM_BYTES, read_header
 from data_pipeline.dataset.shards import IndexArrays, sums_content
 from data_pipeline.durable import write_durably
@@ -135,8 +135,8 @@ def _look_through(ids: NDArray[np.integer], end_of_text: int) -> tuple[int, int]
     """The largest id, and how often `end_of_text` stands in `ids`."""
     largest = -1
     ended = 0
-    for first in range(0, len(ids), CHUNK_BYTES):
-        part = ids[first : first + CHUNK_BYTES]
+    for first in range(0, len(ids), BLOCK_BYTES):
+        part = ids[first : first + BLOCK_BYTES]
         # Negative ids, which int32 has room for, are as wrong as large ones.
         largest = max(largest, int(part.max()), int(part.min() < 0) * 2**31)
         ended += int((part == end_of_text).sum())
@@ -148,7 +148,7 @@ def _summed(path: Path) -> tuple[FileRecord, list[str]]:
     whole = xxhash.xxh3_128()
     chunks, size_bytes = [], 0
     with path.open("rb") as file:
-        while block := file.read(CHUNK_BYTES):
+        while block := file.read(BLOCK_BYTES):
             whole.update(block)
             chunks.append(xxhash.xxh3_128_hexdigest(block))
             size_bytes += len(block)

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from data_pipeline.config_file import Section
 from data_pipeline.sources.hub import HubDataset
-from data_pipeline.tokenizer.fast_encoder import Choice
+from data_pipeline.tokenizer.fast_encoder import EncoderChoice
 
 
 class DataPrepConfig(Section):
@@ -31,7 +31,7 @@ class DataPrepConfig(Section):
         description="How a .tiktoken file's encoding splits text: a tiktoken name or a regular expression. "
         "Needed where the file is not one of tiktoken's own by name.",
     )
-    encoder: Choice = Field(
+    encoder: EncoderChoice = Field(
         default="auto",
         description="auto uses gigatoken or fastokens, where installed, as long as it gives tiktoken's ids; "
         "tiktoken forces that.",

@@ -1,4 +1,4 @@
-"""A piece of the input → token shards of its own: the work that preparation does in parallel."""
+"""A chunk of the input → token shards of its own: the work that preparation does in parallel."""
 
 import json
 import os
@@ -18,24 +18,24 @@ from data_pipeline.dataset.manifest import Shard, Split
 from data_pipeline.dataset.shards import ShardWriter
 from data_pipeline.durable import fsync_folder, write_durably
 from data_pipeline.errors import DataError
-from data_pipeline.prepare.chunk import RECORD_FILE, Listed, Piece, PieceRecord, committed
+from data_pipeline.prepare.chunk import RECORD_FILE, Chunk, ChunkRecord, ListedDocument, read_chunk_record
 from data_pipeline.prepare.dedup import copies
 from data_pipeline.prepare.progress import Advance
 from data_pipeline.sources.documents import BadDocument, DocumentReader
 from data_pipeline.sources.held_out import is_held_out
 from data_pipeline.tokenizer.encoding import Encoding
-from data_pipeline.tokenizer.fast_encoder import Choice, Disagreement, Encoder, Flat, TiktokenEncoder
+from data_pipeline.tokenizer.fast_encoder import Disagreement, Encoder, EncoderChoice, Flat, TiktokenEncoder
 
 # Documents are gathered to this many bytes before they are encoded together.
 _BATCH_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class Settings:
-    """All that decides what a piece becomes, besides the piece."""
+class EncodeSettings:
+    """All that decides what a chunk becomes, besides the chunk."""
 
     encoding: Path
-    encoder: Choice
+    encoder: EncoderChoice
     dtype: str
     text_field: str
     val_fraction: float
@@ -44,46 +44,48 @@ class Settings:
     deduplicate: bool = False
 
 
-def encode_piece(
-    folder: Path, piece: Piece, settings: Settings, encoding: Encoding, encoder: Encoder
+def encode_chunk(
+    folder: Path, chunk: Chunk, settings: EncodeSettings, encoding: Encoding, encoder: Encoder
 ) -> Iterator[Advance]:
-    """Encode `piece`, saying how it goes, and at the end commit it as a folder of its name under `folder`.
+    """Encode `chunk`, saying how it goes, and at the end commit it as a folder of its name under `folder`.
 
-    Where a fast `encoder` turns out to be wrong its work on the piece is thrown away and tiktoken's taken.
+    Where a fast `encoder` turns out to be wrong its work on the chunk is thrown away and tiktoken's taken.
     """
     told: list[Advance] = []
     try:
-        for advance in _encode_piece(folder, piece, settings, encoder):
+        for advance in _encode_chunk(folder, chunk, settings, encoder):
             told.append(advance)
             yield advance
     except Disagreement as error:
-        shutil.rmtree(_temporary(folder, piece))
+        shutil.rmtree(_temporary(folder, chunk))
         behind = [-sum(column) for column in zip(*(advance[:3] for advance in told), strict=True)] or [0] * 3
         yield Advance(behind[0], behind[1], behind[2], f"tokenizing again with tiktoken: {error}")
-        yield from _encode_piece(folder, piece, settings, TiktokenEncoder(encoding))
+        yield from _encode_chunk(folder, chunk, settings, TiktokenEncoder(encoding))
 
 
-def _temporary(folder: Path, piece: Piece) -> Path:
-    return folder / f".{piece.name}.{socket.gethostname()}.{os.getpid()}"  # others may be at it elsewhere
+def _temporary(folder: Path, chunk: Chunk) -> Path:
+    return folder / f".{chunk.name}.{socket.gethostname()}.{os.getpid()}"  # others may be at it elsewhere
 
 
-def _encode_piece(folder: Path, piece: Piece, settings: Settings, encoder: Encoder) -> Iterator[Advance]:
-    temporary = _temporary(folder, piece)
+def _encode_chunk(
+    folder: Path, chunk: Chunk, settings: EncodeSettings, encoder: Encoder
+) -> Iterator[Advance]:
+    temporary = _temporary(folder, chunk)
     temporary.mkdir()
-    record = PieceRecord(encoder=encoder.name)
+    record = ChunkRecord(encoder=encoder.name)
     train, val = (_Batch(split, settings, encoder, record, temporary) for split in ("train", "val"))
-    note = copies(folder, piece) if settings.deduplicate else b""
+    note = copies(folder, chunk) if settings.deduplicate else b""
     record.copies_note = xxhash.xxh3_128_hexdigest(note) if note else ""
     is_copy = iter(note or repeat(False))
-    for number, span in enumerate(piece.spans):
+    for number, span in enumerate(chunk.spans):
         reader = DocumentReader(span, settings.text_field)
         told = 0
         for document in reader:
             if isinstance(document, BadDocument):
-                record.list_bad(Listed(number, document.line, document.reason))
+                record.list_bad(ListedDocument(number, document.line, document.reason))
             elif not document:
                 record.empty += 1
-            elif _next_note(is_copy, piece):
+            elif _next_note(is_copy, chunk):
                 record.copies += 1
             else:
                 batch = val if is_held_out(document, settings.val_fraction, settings.seed) else train
@@ -99,27 +101,27 @@ def _encode_piece(folder: Path, piece: Piece, settings: Settings, encoder: Encod
     record.listed.sort()  # what cannot be encoded is found out later than what cannot be read
     write_durably(temporary / RECORD_FILE, (json.dumps(asdict(record)) + "\n").encode())
     try:
-        temporary.rename(folder / piece.name)
+        temporary.rename(folder / chunk.name)
     except OSError:
-        if committed(folder, piece) is None:
+        if read_chunk_record(folder, chunk) is None:
             raise
         shutil.rmtree(temporary)  # somebody else was as quick, with the same bytes
     fsync_folder(folder)
 
 
-def _next_note(is_copy: Iterator[int], piece: Piece) -> int:
+def _next_note(is_copy: Iterator[int], chunk: Chunk) -> int:
     noted = next(is_copy, None)
     if noted is None:
-        name = piece.spans[0].source.name
+        name = chunk.spans[0].source.name
         raise DataError(f"{name}: it changed after its documents were hashed; run again to begin it anew")
     return noted
 
 
 class _Batch:
-    """Documents of one split of a piece that are encoded together, and where their ids go."""
+    """Documents of one split of a chunk that are encoded together, and where their ids go."""
 
     def __init__(
-        self, split: Split, settings: Settings, encoder: Encoder, record: PieceRecord, folder: Path
+        self, split: Split, settings: EncodeSettings, encoder: Encoder, record: ChunkRecord, folder: Path
     ) -> None:
         self._encoder = encoder
         self._record = record
@@ -158,7 +160,7 @@ class _Batch:
             try:
                 yield self._encoder.encode([document])
             except DataError as error:
-                self._record.list_bad(Listed(*place, str(error)))
+                self._record.list_bad(ListedDocument(*place, str(error)))
 
     def finish(self) -> list[Shard]:
         """The shards of the split, all of them on disk."""
@@ -166,9 +168,9 @@ class _Batch:
 
 
 class _Writer:
-    """The shards of one split of a piece: one is closed with the document that fills it."""
+    """The shards of one split of a chunk: one is closed with the document that fills it."""
 
-    def __init__(self, folder: Path, split: Split, settings: Settings) -> None:
+    def __init__(self, folder: Path, split: Split, settings: EncodeSettings) -> None:
         self._folder = folder
         self._split = split
         self._settings = settings

@@ -16,31 +16,31 @@ import xxhash
 from data_pipeline.dataset.manifest import ENCODING_FILE, FILE_NAME, EncodingRecord, Manifest, Shard, Split
 from data_pipeline.dataset.megatron_index import dtype_for
 from data_pipeline.durable import fsync_folder, write_durably
-from data_pipeline.prepare.chunk import Piece, PieceRecord
+from data_pipeline.prepare.chunk import Chunk, ChunkRecord
 from data_pipeline.sources.files import SourceFile
 from data_pipeline.sources.hub import RowSource
 from data_pipeline.tokenizer.encoding import Encoding
 
 
-def publish(
+def finalize(
     out: Path,
     work: Path,
     encoding: Encoding,
     preparation: Mapping[str, Any],
     sources: Sequence[SourceFile | RowSource],
-    pieces: Sequence[Piece],
-    records: Mapping[Piece, PieceRecord],
+    chunks: Sequence[Chunk],
+    records: Mapping[Chunk, ChunkRecord],
 ) -> Manifest:
-    """Move what `pieces` became from `work` to `out`, in order, and write the manifest."""
+    """Move what `chunks` became from `work` to `out`, in order, and write the manifest."""
     names = {ENCODING_FILE: ENCODING_FILE}
     shards: dict[Split, list[Shard]] = {"train": [], "val": []}
     for split, numbered in shards.items():
-        for piece in pieces:
-            for shard in records[piece].shards(split):
+        for chunk in chunks:
+            for shard in records[chunk].shards(split):
                 final = replace(shard, name=f"{split}-{len(numbered):05d}")
                 numbered.append(final)
                 for name, below in zip(final.files, shard.files, strict=True):
-                    names[name] = f"{piece.name}/{below}"
+                    names[name] = f"{chunk.name}/{below}"
     manifest = Manifest(
         dtype=dtype_for(encoding.vocab_size),
         encoding=encoding_record(encoding),
@@ -49,7 +49,7 @@ def publish(
         skipped=_skipped(records.values()),
         preparation=preparation,
         versions=_versions(records.values()),
-        sources=tuple(_sources(sources, pieces, records)),
+        sources=tuple(_sources(sources, chunks, records)),
     )
     # Written first, so that a preparation that is killed among the renames can take the names back.
     write_durably(work / "names.json", json.dumps(names).encode())
@@ -62,7 +62,7 @@ def publish(
     return manifest
 
 
-def take_back(out: Path, work: Path) -> None:
+def undo_renames(out: Path, work: Path) -> None:
     """Undo the renames of a preparation that ended among them."""
     names = work / "names.json"
     if not names.exists():
@@ -73,7 +73,7 @@ def take_back(out: Path, work: Path) -> None:
     names.unlink()
 
 
-def _skipped(records: Iterable[PieceRecord]) -> dict[str, int]:
+def _skipped(records: Iterable[ChunkRecord]) -> dict[str, int]:
     """How many documents were left out, by reason."""
     total: Counter[str] = Counter()
     for record in records:
@@ -84,19 +84,19 @@ def _skipped(records: Iterable[PieceRecord]) -> dict[str, int]:
 
 
 def _sources(
-    sources: Sequence[SourceFile | RowSource], pieces: Sequence[Piece], records: Mapping[Piece, PieceRecord]
+    sources: Sequence[SourceFile | RowSource], chunks: Sequence[Chunk], records: Mapping[Chunk, ChunkRecord]
 ) -> Iterator[dict[str, Any]]:
     ranges: list[list[dict[str, Any]]] = [[] for _ in sources]
     number = {source.identity: index for index, source in enumerate(sources)}
-    for piece in pieces:
-        for span, checksum in zip(piece.spans, records[piece].checksums, strict=True):
+    for chunk in chunks:
+        for span, checksum in zip(chunk.spans, records[chunk].checksums, strict=True):
             part = {"start": span.start, "stop": span.stop, "xxh3_128": checksum}
             ranges[number[span.source.identity]].append(part)
     for source, parts in zip(sources, ranges, strict=True):
         yield {"name": source.name, "size_bytes": source.size_bytes, "unit": source.unit, "ranges": parts}
 
 
-def _versions(records: Iterable[PieceRecord]) -> dict[str, str]:
+def _versions(records: Iterable[ChunkRecord]) -> dict[str, str]:
     """Of ours, of tiktoken, and of what else made ids."""
     packages = {"outlast", "tiktoken", *(record.encoder for record in records)}
     return {package: _version(package) for package in sorted(packages)}

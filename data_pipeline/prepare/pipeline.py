@@ -1,4 +1,4 @@
-"""Raw text → a data directory: plan, encode in pieces, name the shards, and the manifest last.
+"""Raw text → a data directory: plan, encode in chunks, name the shards, and the manifest last.
 
 Run again after any kind of end it continues, and the result is the same bytes. Work in progress lives in
 `out/.prepare`, under names that no reader looks at; a final name appears only when everything is whole.
@@ -22,18 +22,18 @@ from data_pipeline.dataset.manifest import (
 from data_pipeline.dataset.megatron_index import dtype_for
 from data_pipeline.durable import write_durably
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.prepare import dedup as duplicates
-from data_pipeline.prepare.chunk import MOST_LISTED, Piece, PieceRecord, committed
+from data_pipeline.prepare import dedup
+from data_pipeline.prepare.chunk import MOST_LISTED, Chunk, ChunkRecord, read_chunk_record
 from data_pipeline.prepare.config import DataPrepConfig
-from data_pipeline.prepare.encode import Settings
-from data_pipeline.prepare.finalize import publish, take_back
+from data_pipeline.prepare.encode import EncodeSettings
+from data_pipeline.prepare.finalize import finalize, undo_renames
 from data_pipeline.prepare.progress import Advance, Progress, Tally
 from data_pipeline.prepare.resume_check import require_identical, require_same_settings
-from data_pipeline.prepare.split import cut_into_pieces
+from data_pipeline.prepare.split import split_into_chunks
 from data_pipeline.prepare.worker_pool import EncodeAll, encode_all, start_ahead
 from data_pipeline.sources.files import SourceFile, find_files
 from data_pipeline.sources.hub import RowSource, open_dataset
-from data_pipeline.sources.spans import place
+from data_pipeline.sources.spans import locate_line
 from data_pipeline.tokenizer.encoding import Encoding, load_encoding
 
 # Raised when the same settings and sources would give other bytes than before.
@@ -115,15 +115,15 @@ def _build(
     encode: EncodeAll,
 ) -> Manifest:
     out, work = config.out, config.out / ".prepare"
-    take_back(out, work)
+    undo_renames(out, work)
     _require_free(out)
     require_same_settings(out, encoding, _preparation(config))
     write_durably(work / ENCODING_FILE, encoding.to_json())
-    pieces = cut_into_pieces(sources, config.shard_tokens)
-    records = _encode(config, encoding, pieces, work, tell, encode)
+    chunks = split_into_chunks(sources, config.shard_tokens)
+    records = _encode(config, encoding, chunks, work, tell, encode)
     bad = sum((Counter(record.bad) for record in records.values()), Counter())
     if bad and config.on_bad == "fail":
-        raise DataError(_broken(pieces, records, bad))
+        raise DataError(_broken(chunks, records, bad))
     if not any(record.train for record in records.values()):
         held_out = sum(record.documents for record in records.values())
         raise DataError(f"the sources hold no document for training ({held_out} were held out)")
@@ -131,19 +131,19 @@ def _build(
         tell.message(
             f"val_fraction = {config.val_fraction:g} held out no document: there is no validation split"
         )
-    return publish(out, work, encoding, _preparation(config), sources, pieces, records)
+    return finalize(out, work, encoding, _preparation(config), sources, chunks, records)
 
 
 def _encode(
     config: DataPrepConfig,
     encoding: Encoding,
-    pieces: Sequence[Piece],
+    chunks: Sequence[Chunk],
     work: Path,
     tell: Tally,
     encode: EncodeAll,
-) -> dict[Piece, PieceRecord]:
-    """Every piece's record; with on_bad = "fail" only those up to the hundredth broken document."""
-    settings = Settings(
+) -> dict[Chunk, ChunkRecord]:
+    """Every chunk's record; with on_bad = "fail" only those up to the hundredth broken document."""
+    settings = EncodeSettings(
         encoding=work / ENCODING_FILE,
         encoder=config.encoder,
         dtype=dtype_for(encoding.vocab_size),
@@ -153,24 +153,24 @@ def _encode(
         shard_tokens=config.shard_tokens,
         deduplicate=config.deduplicate,
     )
-    notes = _find_copies(work, pieces, settings, config.processes, tell, encode) if config.deduplicate else {}
+    notes = _find_copies(work, chunks, settings, config.processes, tell, encode) if config.deduplicate else {}
     records = {
-        piece: record
-        for piece in pieces
-        if (record := committed(work, piece)) and record.copies_note == notes.get(piece, "")
+        chunk: record
+        for chunk in chunks
+        if (record := read_chunk_record(work, chunk)) and record.copies_note == notes.get(chunk, "")
     }
-    _remove_stale(work, {duplicates.FOLDER, *(piece.name for piece in records)})
-    for piece, record in records.items():
-        tell.advance(Advance(piece.size_bytes, record.documents, record.tokens))
+    _remove_stale(work, {dedup.FOLDER, *(chunk.name for chunk in records)})
+    for chunk, record in records.items():
+        tell.advance(Advance(chunk.size_bytes, record.documents, record.tokens))
     if records:
-        tell.message(f"continuing: {len(records)} of {len(pieces)} pieces were finished before")
-    missing = [piece for piece in pieces if piece not in records]
+        tell.message(f"continuing: {len(records)} of {len(chunks)} chunks were finished before")
+    missing = [chunk for chunk in chunks if chunk not in records]
     with closing(encode(work, missing, settings, config.processes)) as encoded:
         for done in encoded:
             if isinstance(done, Advance):
                 tell.advance(done)
                 continue
-            record = committed(work, done)
+            record = read_chunk_record(work, done)
             assert record is not None
             records[done] = record
             if config.on_bad == "fail" and sum(len(r.listed) for r in records.values()) >= MOST_LISTED:
@@ -180,26 +180,26 @@ def _encode(
 
 def _find_copies(
     work: Path,
-    pieces: Sequence[Piece],
-    settings: Settings,
+    chunks: Sequence[Chunk],
+    settings: EncodeSettings,
     workers: int,
     tell: Tally,
     encode: EncodeAll,
-) -> dict[Piece, str]:
+) -> dict[Chunk, str]:
     """Which documents are copies of earlier ones, as `mark_copies` notes it."""
-    (work / duplicates.FOLDER).mkdir(exist_ok=True)
-    missing = [piece for piece in pieces if not duplicates.is_hashed(work, piece)]
+    (work / dedup.FOLDER).mkdir(exist_ok=True)
+    missing = [chunk for chunk in chunks if not dedup.is_hashed(work, chunk)]
     if missing:
         tell.message("looking for duplicates: one pass over the sources comes before tokenizing")
     with closing(encode(work, missing, settings, workers, task="hash")) as hashed:
         for done in hashed:
             if isinstance(done, Advance) and done.message is not None:
                 tell.message(done.message)
-    return duplicates.mark_copies(work, pieces)
+    return dedup.mark_copies(work, chunks)
 
 
 def _remove_stale(work: Path, keep: set[str]) -> None:
-    """Remove pieces that were torn or that the sources no longer give."""
+    """Remove chunks that were torn or that the sources no longer give."""
     for entry in work.iterdir():
         if entry.is_dir() and entry.name not in keep:
             shutil.rmtree(entry)
@@ -227,13 +227,13 @@ def _preparation(config: DataPrepConfig) -> dict[str, Any]:
     }
 
 
-def _broken(pieces: Sequence[Piece], records: Mapping[Piece, PieceRecord], bad: Counter[str]) -> str:
+def _broken(chunks: Sequence[Chunk], records: Mapping[Chunk, ChunkRecord], bad: Counter[str]) -> str:
     reasons = ", ".join(f"{count} × {reason}" for reason, count in bad.most_common())
     lines: list[str] = []
-    for piece in pieces:
-        for listed in records[piece].listed if piece in records else ():
+    for chunk in chunks:
+        for listed in records[chunk].listed if chunk in records else ():
             if len(lines) < MOST_LISTED:
-                lines.append(f"{place(piece.spans[listed.span], listed.line)}: {listed.reason}")
+                lines.append(f"{locate_line(chunk.spans[listed.span], listed.line)}: {listed.reason}")
     more = bad.total() - len(lines)
     return "\n".join(
         [

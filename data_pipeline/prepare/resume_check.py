@@ -23,7 +23,7 @@ def require_same_settings(out: Path, encoding: Encoding, preparation: Mapping[st
     work = out / ".prepare"
     path = work / "settings.json"
     wanted = {"tokenizer": encoding.name, "fingerprint": encoding.fingerprint, **preparation}
-    del wanted["on_bad"]  # it decides what happens to broken documents, not what a piece becomes
+    del wanted["on_bad"]  # it decides what happens to broken documents, not what a chunk becomes
     if path.exists():
         changes = _changes(json.loads(path.read_bytes()), wanted)
         if changes:

@@ -1,15 +1,15 @@
-"""Which pieces there are: decided by the sources alone, so that any number of workers makes the same ones."""
+"""Which chunks there are: decided by the sources alone, so that any number of workers makes the same ones."""
 
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 
-from data_pipeline.prepare.chunk import Piece
+from data_pipeline.prepare.chunk import Chunk
 from data_pipeline.sources.compression import text_per_byte
 from data_pipeline.sources.files import SourceFile
 from data_pipeline.sources.hub import RowSource
 from data_pipeline.sources.spans import Span
 
-# How many bytes of text a byte of the file holds, roughly, so that pieces take about equal time.
+# How many bytes of text a byte of the file holds, roughly, so that chunks take about equal time.
 _EXPANSION = {".gz": 4, ".zst": 4, ".parquet": 3}
 _LEAST_PIECES = 64
 _SMALLEST_BYTES = 4 << 20
@@ -18,40 +18,40 @@ _SMALLEST_BYTES = 4 << 20
 _MOST_PARTS = 8
 
 
-def cut_into_pieces(sources: Sequence[SourceFile | RowSource], shard_tokens: int) -> list[Piece]:
-    """The pieces of `sources`, in order: about 64 of them, but none smaller than is worth it.
+def split_into_chunks(sources: Sequence[SourceFile | RowSource], shard_tokens: int) -> list[Chunk]:
+    """The chunks of `sources`, in order: about 64 of them, but none smaller than is worth it.
 
     Lines and tables are cut anywhere, a compressed file that is a large share of all into a few parts. No
-    piece is larger than what makes a shard or so, where its source can be cut.
+    chunk is larger than what makes a shard or so, where its source can be cut.
     """
     total = sum(source.size_bytes * _expansion(source) for source in sources)
     share = max(total // _LEAST_PIECES, _SMALLEST_BYTES)
-    cutter = _Cutter(max(1, min(share, 4 * shard_tokens)))  # a token is about four bytes of text
+    splitter = _Splitter(max(1, min(share, 4 * shard_tokens)))  # a token is about four bytes of text
     for source in sources:
         if isinstance(source, RowSource):
-            cutter.cut_rows(source)
+            splitter.cut_rows(source)
         elif source.is_divisible:
-            cutter.cut_anywhere(source)
+            splitter.cut_anywhere(source)
         else:
-            cutter.cut_text(source, share)
-    return cutter.finish()
+            splitter.cut_text(source, share)
+    return splitter.finish()
 
 
 def _expansion(source: SourceFile | RowSource) -> int:
     return _EXPANSION.get(PurePath(source.location).suffix, 1) if isinstance(source, SourceFile) else 1
 
 
-class _Cutter:
-    """Gathers spans until they make a piece of `target` bytes of text."""
+class _Splitter:
+    """Gathers spans until they make a chunk of `target` bytes of text."""
 
     def __init__(self, target: int) -> None:
         self._target = target
-        self._pieces: list[Piece] = []
+        self._pieces: list[Chunk] = []
         self._spans: list[Span] = []
         self._filled = 0
 
     def cut_anywhere(self, source: SourceFile) -> None:
-        """Plain lines and tables: at the byte that fills the piece."""
+        """Plain lines and tables: at the byte that fills the chunk."""
         start = 0
         while True:
             room = (self._target - self._filled) // _expansion(source)
@@ -94,11 +94,11 @@ class _Cutter:
             self._close()
 
     def _close(self) -> None:
-        self._pieces.append(Piece(tuple(self._spans)))
+        self._pieces.append(Chunk(tuple(self._spans)))
         self._spans, self._filled = [], 0
 
-    def finish(self) -> list[Piece]:
-        """Every piece, the last one as full as it is."""
+    def finish(self) -> list[Chunk]:
+        """Every chunk, the last one as full as it is."""
         if self._spans:
             self._close()
         return self._pieces

@@ -1,6 +1,6 @@
-"""The processes that encode pieces: started, fed, listened to, ended.
+"""The processes that encode chunks: started, fed, listened to, ended.
 
-Nothing but pieces and counts goes through the parent. A worker that dies ends the preparation with an
+Nothing but chunks and counts goes through the parent. A worker that dies ends the preparation with an
 error; a worker whose parent died ends at its next word.
 """
 
@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
 from data_pipeline.errors import DataError
-from data_pipeline.prepare.chunk import Piece, committed
-from data_pipeline.prepare.dedup import hash_piece, is_hashed
-from data_pipeline.prepare.encode import Settings, encode_piece
+from data_pipeline.prepare.chunk import Chunk, read_chunk_record
+from data_pipeline.prepare.dedup import hash_chunk, is_hashed
+from data_pipeline.prepare.encode import EncodeSettings, encode_chunk
 from data_pipeline.prepare.progress import Advance
 from data_pipeline.tokenizer.encoding import load_encoding
 from data_pipeline.tokenizer.fast_encoder import open_encoder
@@ -30,58 +30,64 @@ Task = Literal["encode", "hash"]
 
 
 class EncodeAll(Protocol):
-    """Who encodes pieces: `encode_all` on this machine, or something that spreads them over several."""
+    """Who encodes chunks: `encode_all` on this machine, or something that spreads them over several."""
 
     def __call__(
-        self, folder: Path, pieces: Sequence[Piece], settings: Settings, workers: int, task: Task = "encode"
-    ) -> Generator[Advance | Piece, None, None]: ...
+        self,
+        folder: Path,
+        chunks: Sequence[Chunk],
+        settings: EncodeSettings,
+        workers: int,
+        /,
+        task: Task = "encode",
+    ) -> Generator[Advance | Chunk, None, None]: ...
 
 
-def is_done(folder: Path, piece: Piece, task: Task) -> bool:
-    """Whether `task` is done for `piece`, all of it on disk."""
-    return is_hashed(folder, piece) if task == "hash" else committed(folder, piece) is not None
+def is_done(folder: Path, chunk: Chunk, task: Task) -> bool:
+    """Whether `task` is done for `chunk`, all of it on disk."""
+    return is_hashed(folder, chunk) if task == "hash" else read_chunk_record(folder, chunk) is not None
 
 
 def encode_all(
-    folder: Path, pieces: Sequence[Piece], settings: Settings, workers: int, task: Task = "encode"
-) -> Generator[Advance | Piece, None, None]:
-    """Encode and commit `pieces` on `workers` processes: yields advances, and each piece when committed.
+    folder: Path, chunks: Sequence[Chunk], settings: EncodeSettings, workers: int, task: Task = "encode"
+) -> Generator[Advance | Chunk, None, None]:
+    """Encode and commit `chunks` on `workers` processes: yields advances, and each chunk when committed.
 
     The task "hash" hashes their documents instead. With one worker it all happens in this process. Raises
     DataError where a worker is killed or fails.
     """
-    if workers == 1 or len(pieces) < 2:
+    if workers == 1 or len(chunks) < 2:
         do, message = _skill(folder, settings, task)
         if message:
             yield Advance(0, 0, 0, message)
-        for piece in pieces:
-            yield from do(piece)
-            yield piece
+        for chunk in chunks:
+            yield from do(chunk)
+            yield chunk
         return
-    crew = _Crew(folder, settings, min(workers, len(pieces)), task)
+    pool = _WorkerPool(folder, settings, min(workers, len(chunks)), task)
     try:
-        yield from crew.work(pieces)
+        yield from pool.work(chunks)
     finally:
-        crew.end()
+        pool.end()
 
 
 def _skill(
-    folder: Path, settings: Settings, task: Task
-) -> tuple[Callable[[Piece], Iterator[Advance]], str | None]:
-    """What a worker does with a piece, and a sentence for the user."""
+    folder: Path, settings: EncodeSettings, task: Task
+) -> tuple[Callable[[Chunk], Iterator[Advance]], str | None]:
+    """What a worker does with a chunk, and a sentence for the user."""
     if task == "hash":
         return partial(_hash, folder, settings), None
     encoding = load_encoding(settings.encoding)
     encoder, message = open_encoder(encoding, settings.encoder)
 
-    def encode(piece: Piece) -> Iterator[Advance]:
-        return encode_piece(folder, piece, settings, encoding, encoder)
+    def encode(chunk: Chunk) -> Iterator[Advance]:
+        return encode_chunk(folder, chunk, settings, encoding, encoder)
 
     return encode, message
 
 
-def _hash(folder: Path, settings: Settings, piece: Piece) -> Iterator[Advance]:
-    for _ in hash_piece(folder, piece, settings.text_field):
+def _hash(folder: Path, settings: EncodeSettings, chunk: Chunk) -> Iterator[Advance]:
+    for _ in hash_chunk(folder, chunk, settings.text_field):
         yield Advance(0, 0, 0)
 
 
@@ -100,10 +106,10 @@ def _context() -> ForkServerContext:
     return context
 
 
-class _Crew:
+class _WorkerPool:
     """Worker processes, each on a pipe of its own: one that dies is noticed, and none outlives the pipe."""
 
-    def __init__(self, folder: Path, settings: Settings, size: int, task: Task) -> None:
+    def __init__(self, folder: Path, settings: EncodeSettings, size: int, task: Task) -> None:
         context = _context()
         self._processes: dict[Connection, BaseProcess] = {}
         for _ in range(size):
@@ -114,9 +120,9 @@ class _Crew:
             theirs.close()
             self._processes[ours] = process
 
-    def work(self, pieces: Sequence[Piece]) -> Iterator[Advance | Piece]:
-        waiting = deque(pieces)
-        busy: dict[Connection, Piece] = {}
+    def work(self, chunks: Sequence[Chunk]) -> Iterator[Advance | Chunk]:
+        waiting = deque(chunks)
+        busy: dict[Connection, Chunk] = {}
         for pipe in self._processes:
             busy[pipe] = waiting.popleft()
             self._tell(pipe, busy[pipe])
@@ -132,9 +138,9 @@ class _Crew:
                     busy[pipe] = waiting.popleft()
                     self._tell(pipe, busy[pipe])
 
-    def _tell(self, pipe: Connection, piece: Piece) -> None:
+    def _tell(self, pipe: Connection, chunk: Chunk) -> None:
         with suppress(BrokenPipeError):  # its death is heard of next
-            pipe.send(piece)
+            pipe.send(chunk)
 
     def _hear(self, pipe: Connection) -> Any:
         try:
@@ -158,9 +164,9 @@ class _Crew:
 
 
 def _serve(
-    pipe: Connection, environment: Mapping[str, str], folder: Path, settings: Settings, task: Task
+    pipe: Connection, environment: Mapping[str, str], folder: Path, settings: EncodeSettings, task: Task
 ) -> None:
-    """A worker's life: pieces in; advances, None for a committed piece, or an exception out."""
+    """A worker's life: chunks in; advances, None for a committed chunk, or an exception out."""
     os.environ.update(environment)  # the caller's may have changed since its first workers were forked
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
     with suppress(EOFError, ConnectionError):  # the parent is gone

@@ -46,7 +46,7 @@ def is_plain_lines(source: SourceFile) -> bool:
     return source.suffix == ".jsonl"
 
 
-def place(span: Span, line: int) -> str:
+def locate_line(span: Span, line: int) -> str:
     """`FILE:LINE` of line `line` of the span, lines and rows counted from 1."""
     source = span.source
     if isinstance(source, SourceFile):

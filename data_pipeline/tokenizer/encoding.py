@@ -31,7 +31,7 @@ END_OF_TEXT = "<|endoftext|>"
 # cl100k's split as it was first published, without the possessive quantifiers of today's (tiktoken,
 # openai_public.py), which the trainer's regular expressions do not have. Today's also keeps whitespace at the
 # end of a text in one; no token that is trained with this one can tell.
-PATTERN = (
+TRAINING_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )

@@ -20,10 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.errors import DataError
-from data_pipeline.tokenizer.encoding import END_OF_TEXT, PATTERN, Encoding
+from data_pipeline.tokenizer.encoding import END_OF_TEXT, TRAINING_PATTERN, Encoding
 from data_pipeline.tokenizer.rank_files import published_pattern
 
-Choice = Literal["auto", "tiktoken"]
+EncoderChoice = Literal["auto", "tiktoken"]
 
 # Of each batch, a mebibyte mostly, so many bytes of one document are encoded by both: under a tenth of the
 # fastest encoder's time.
@@ -123,7 +123,10 @@ def _gigatoken(encoding: Encoding, ranks: Path) -> _Encode:
 def _schemes() -> dict[str, str]:
     """Its name for each pattern that it knows."""
     published = {"r50k_base": "gpt2", "cl100k_base": "gpt4", "o200k_base": "o200k"}
-    return {PATTERN: "gpt4", **{published_pattern(name): scheme for name, scheme in published.items()}}
+    return {
+        TRAINING_PATTERN: "gpt4",
+        **{published_pattern(name): scheme for name, scheme in published.items()},
+    }
 
 
 def _fastokens(encoding: Encoding, ranks: Path) -> _Encode:
@@ -254,7 +257,7 @@ def _resident_bytes() -> int:
         return 0
 
 
-def open_encoder(encoding: Encoding, choice: Choice) -> tuple[Encoder, str | None]:
+def open_encoder(encoding: Encoding, choice: EncoderChoice) -> tuple[Encoder, str | None]:
     """The encoder to use, and a sentence for the user where a fast one was wanted and is passed over."""
     problems: list[str] = []
     for name in FAST if choice == "auto" else ():

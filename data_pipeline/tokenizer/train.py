@@ -9,7 +9,7 @@ from data_pipeline.sources.documents import BadDocument, DocumentReader
 from data_pipeline.sources.files import find_files
 from data_pipeline.sources.held_out import is_held_out
 from data_pipeline.sources.spans import Span
-from data_pipeline.tokenizer.encoding import END_OF_TEXT, PATTERN, Encoding
+from data_pipeline.tokenizer.encoding import END_OF_TEXT, TRAINING_PATTERN, Encoding
 
 
 def train_tokenizer(
@@ -34,7 +34,7 @@ def train_tokenizer(
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
+            pre_tokenizers.Split(Regex(TRAINING_PATTERN), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -51,7 +51,7 @@ def train_tokenizer(
         raise ConfigError(
             f"vocab_size = {vocab_size}: the sources repeat too little and give {len(ranks) + 1} ids at most"
         )
-    encoding = Encoding(out.stem, PATTERN, ranks, {END_OF_TEXT: vocab_size - 1})
+    encoding = Encoding(out.stem, TRAINING_PATTERN, ranks, {END_OF_TEXT: vocab_size - 1})
     out.write_bytes(encoding.to_json())
     return encoding
 

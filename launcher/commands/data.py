@@ -88,7 +88,7 @@ def inspect(folder: Path, documents: int, seed: int) -> int:
     """Print what a data set holds: counts, lengths of documents, and some of them decoded."""
     from rich.table import Table
 
-    from data_pipeline.inspect import lengths, some_documents
+    from data_pipeline.inspect import length_histogram, sample_documents
     from data_pipeline.tokenizer.encoding import load_encoding
 
     made = data_manifest.read_manifest(folder)
@@ -97,7 +97,7 @@ def inspect(folder: Path, documents: int, seed: int) -> int:
     if not console.is_terminal:
         console.width = 110
     splits: list[data_manifest.Split] = ["train", "val"]
-    found = {split: lengths(folder, made, split) for split in splits}
+    found = {split: length_histogram(folder, made, split) for split in splits}
     counts = Table("split", "tokens", "documents", "longest", "shards", "bytes")
     for split in splits:
         shards = made.shards(split)
@@ -122,7 +122,7 @@ def inspect(folder: Path, documents: int, seed: int) -> int:
         bar = "█" * round(40 * train / max(1, most))
         histogram.add_row(f"{2**power:,} – {2 ** (power + 1) - 1:,}", f"{train:,}", f"{val:,}", bar)
     console.print(histogram)
-    for name, tokens, text in some_documents(folder, made, "train", encoding, documents, seed):
+    for name, tokens, text in sample_documents(folder, made, "train", encoding, documents, seed):
         console.print(f"── {name}, {tokens:,} tokens", style="bold", markup=False)
         console.print(text[:_SHOWN_CHARACTERS] + ("…" if len(text) > _SHOWN_CHARACTERS else ""), markup=False)
     return 0

@@ -30,7 +30,7 @@ def write_jsonl(path: Path, texts: Sequence[object]) -> Path:
 
 
 def config(out: Path, *sources: Path, **settings: Any) -> DataPrepConfig:
-    """Settings for the packaged encoding on one process, unless said otherwise."""
+    """EncodeSettings for the packaged encoding on one process, unless said otherwise."""
     names = tuple(str(source) for source in sources)
     return DataPrepConfig(
         **{"sources": names, "tokenizer": "outlast-4k", "out": out, "workers": 1, **settings}

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.dataset.integrity import check, verify
-from data_pipeline.dataset.manifest import CHUNK_BYTES, read_manifest
+from data_pipeline.dataset.manifest import BLOCK_BYTES, read_manifest
 from data_pipeline.dataset.megatron_index import HEADER, read_header
 from data_pipeline.errors import DataError
 from data_pipeline.sampling.batches import BatchReader
@@ -118,12 +118,12 @@ def test_verify_names_the_first_bad_chunk_of_a_large_file(tmp_path: Path) -> Non
     prepared(data, ["word " * 4_500_000], val_fraction=0)
     path = data / "train-00000.bin"
     raw = bytearray(path.read_bytes())
-    assert len(raw) > 2 * CHUNK_BYTES
-    raw[CHUNK_BYTES + 5] ^= 1
-    raw[2 * CHUNK_BYTES + 5] ^= 1
+    assert len(raw) > 2 * BLOCK_BYTES
+    raw[BLOCK_BYTES + 5] ^= 1
+    raw[2 * BLOCK_BYTES + 5] ^= 1
     path.write_bytes(raw)
     (bad,) = verify(data)
-    assert bad == (path, CHUNK_BYTES, f"its bytes changed (within {CHUNK_BYTES} bytes)")
+    assert bad == (path, BLOCK_BYTES, f"its bytes changed (within {BLOCK_BYTES} bytes)")
     # without the chunks' checksums the file is still found, by the manifest's
     (data / "train-00000.sum").unlink()
     assert [(file.path.name, file.offset) for file in verify(data)] == [

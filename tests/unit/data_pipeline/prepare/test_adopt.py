@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from data_pipeline.dataset.integrity import verify
 from data_pipeline.dataset.manifest import read_manifest
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.inspect import lengths, some_documents
+from data_pipeline.inspect import length_histogram, sample_documents
 from data_pipeline.prepare.adopt import adopt
 from data_pipeline.sampling.batches import BatchReader
 from data_pipeline.tokenizer.encoding import Encoding, load_encoding
@@ -161,14 +161,14 @@ def test_offsets_that_leave_gaps_are_refused(files: Path) -> None:
 def test_lengths_and_documents_are_those_of_the_files(made: Path) -> None:
     manifest = read_manifest(made)
     documents = documents_of(made, "train")
-    found = lengths(made, manifest, "train")
+    found = length_histogram(made, manifest, "train")
     assert found.longest == max(map(len, documents))
     assert found.empty == 0
     for power, count in enumerate(found.counts):
         assert count == sum(2**power <= len(document) < 2 ** (power + 1) for document in documents)
     assert sum(found.counts) == len(documents)
     encoding = load_encoding(made)
-    shown = list(some_documents(made, manifest, "train", encoding, 10))
+    shown = list(sample_documents(made, manifest, "train", encoding, 10))
     assert len({name for name, _, _ in shown}) == 10
     before = {
         shard.name: sum(s.documents for s in manifest.train[:n]) for n, shard in enumerate(manifest.train)
@@ -178,9 +178,9 @@ def test_lengths_and_documents_are_those_of_the_files(made: Path) -> None:
         document = documents[before[shard] + int(number)]
         assert len(document) == tokens
         assert encoding.decode(document.tolist()) == text
-    everything = list(some_documents(made, manifest, "train", encoding, 10**6))
+    everything = list(sample_documents(made, manifest, "train", encoding, 10**6))
     assert len(everything) == len(documents)
-    assert list(some_documents(made, manifest, "val", encoding, 0)) == []
+    assert list(sample_documents(made, manifest, "val", encoding, 0)) == []
 
 
 def test_inspect_prints_counts_a_histogram_and_text(made: Path) -> None:

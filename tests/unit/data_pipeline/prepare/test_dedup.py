@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.prepare import dedup as duplicates
+from data_pipeline.prepare import dedup
 from data_pipeline.prepare.pipeline import prepare
 from data_pipeline.prepare.progress import Progress
 from data_pipeline.tokenizer.encoding import load_encoding
@@ -18,7 +18,7 @@ SMALL = {"shard_tokens": 2_000, "val_fraction": 0, "deduplicate": True}
 
 @pytest.fixture
 def texts() -> list[str]:
-    """Every document one to four times, all over the place, in pieces of their own."""
+    """Every document one to four times, all over the place, in chunks of their own."""
     choose = random.Random(3)
     verses = [verse for chapter in packaged_texts()[:20] for verse in chapter.split("\n") if verse]
     texts = [verse for verse in dict.fromkeys(verses) for _ in range(choose.randrange(1, 5))]
@@ -58,11 +58,11 @@ def test_the_number_of_workers_and_a_kill_cannot_be_seen(tmp_path: Path, texts: 
     class Killed(BaseException):
         pass
 
-    for pieces in (0, 1, 5):
+    for chunks in (0, 1, 5):
 
-        def stop(progress: Progress, pieces: int = pieces) -> None:
+        def stop(progress: Progress, chunks: int = chunks) -> None:
             done = len(list((tmp_path / "killed" / ".prepare").glob("[0-9a-f]*/piece.json")))
-            if done >= pieces and progress.message is None:
+            if done >= chunks and progress.message is None:
                 raise Killed
 
         with pytest.raises(Killed):
@@ -86,7 +86,7 @@ def test_a_piece_whose_copies_changed_meanwhile_is_encoded_again(tmp_path: Path,
 def test_a_source_that_grows_between_the_passes_is_named(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", ["twice and again"] * 2)
 
-    hashed = duplicates.mark_copies
+    hashed = dedup.mark_copies
 
     def mark_and_grow(*arguments: object) -> object:
         notes = hashed(*arguments)  # type: ignore[arg-type]
@@ -95,7 +95,7 @@ def test_a_source_that_grows_between_the_passes_is_named(tmp_path: Path) -> None
         return notes
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(duplicates, "mark_copies", mark_and_grow)
+        patch.setattr(dedup, "mark_copies", mark_and_grow)
         with pytest.raises(DataError, match=r"a\.jsonl: it changed after its documents were hashed"):
             prepare(config(tmp_path / "data", source, val_fraction=0, deduplicate=True))
 

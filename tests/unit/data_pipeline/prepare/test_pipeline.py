@@ -21,10 +21,10 @@ from data_pipeline.dataset.integrity import check, verify
 from data_pipeline.dataset.manifest import read_manifest
 from data_pipeline.dataset.megatron_index import dtype_for
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.prepare.encode import Settings
+from data_pipeline.prepare.encode import EncodeSettings
 from data_pipeline.prepare.pipeline import prepare
 from data_pipeline.prepare.progress import Progress
-from data_pipeline.prepare.split import cut_into_pieces
+from data_pipeline.prepare.split import split_into_chunks
 from data_pipeline.prepare.worker_pool import encode_all
 from data_pipeline.sources.files import find_files
 from data_pipeline.sources.held_out import is_held_out
@@ -39,7 +39,7 @@ from tests.unit.data_pipeline.support import (
     write_jsonl,
 )
 
-# Small shards make many pieces of a small corpus.
+# Small shards make many chunks of a small corpus.
 SMALL = {"shard_tokens": 10_000, "val_fraction": 0.1}
 
 
@@ -142,7 +142,7 @@ def test_killed_at_random_moments_and_run_again_it_gives_the_same_bytes(
     while kills < 4:
         process = _start(settings, tmp_path / "program.py")
         assert process.stdout is not None
-        process.stdout.readline()  # it works: the first piece is on its way
+        process.stdout.readline()  # it works: the first chunk is on its way
         time.sleep(choose.uniform(0, longest_s))
         if process.poll() is not None:  # quicker than the kill: once more from the start, and sooner
             shutil.rmtree(out)
@@ -459,9 +459,9 @@ def _small_encoding(folder: Path) -> str:
 def test_a_killed_worker_ends_the_preparation_with_its_cause(raw: Path, tmp_path: Path) -> None:
     encoding = tmp_path / "encoding.json"
     encoding.write_bytes(load_encoding("outlast-4k").to_json())
-    settings = Settings(encoding, "auto", "uint16", "text", 0.1, 0, 10_000)
+    settings = EncodeSettings(encoding, "auto", "uint16", "text", 0.1, 0, 10_000)
     (tmp_path / "work").mkdir()
-    work = encode_all(tmp_path / "work", cut_into_pieces(find_files([raw])[0], 10_000), settings, workers=2)
+    work = encode_all(tmp_path / "work", split_into_chunks(find_files([raw])[0], 10_000), settings, workers=2)
     next(work)
     victim, _ = (process.pid for process in multiprocessing.active_children())
     os.kill(victim or 0, signal.SIGKILL)
@@ -470,8 +470,8 @@ def test_a_killed_worker_ends_the_preparation_with_its_cause(raw: Path, tmp_path
 
 
 def test_a_mistake_in_a_worker_comes_out_with_its_traceback(raw: Path, tmp_path: Path) -> None:
-    settings = Settings(tmp_path / "no-encoding.json", "auto", "uint16", "text", 0.1, 0, 10_000)
-    found = cut_into_pieces(find_files([raw])[0], 10_000)
+    settings = EncodeSettings(tmp_path / "no-encoding.json", "auto", "uint16", "text", 0.1, 0, 10_000)
+    found = split_into_chunks(find_files([raw])[0], 10_000)
     with pytest.raises(ConfigError, match="neither a file nor an encoding") as error:
         list(encode_all(tmp_path, found, settings, workers=2))
     assert any("_serve" in note for note in error.value.__notes__)
@@ -495,24 +495,24 @@ def test_pieces_cover_every_byte_once_and_depend_on_the_sources_alone(raw: Path,
     files, _ = find_files([raw])
     for shard_tokens in (1000, 30_000, 10**8):
         covered: Counter[str] = Counter()
-        found = cut_into_pieces(files, shard_tokens)
+        found = split_into_chunks(files, shard_tokens)
         position: dict[str, int] = {}
-        for piece in found:
-            for span in piece.spans:
+        for chunk in found:
+            for span in chunk.spans:
                 assert position.get(span.source.name, 0) == span.start
                 position[span.source.name] = span.stop
                 covered[span.source.name] += span.size_bytes
         assert covered == Counter({file.name: file.size_bytes for file in files})
-        assert len({piece.name for piece in found}) == len(found)
-    assert len(cut_into_pieces(files, 10**8)) == 1, "not worth cutting"
+        assert len({chunk.name for chunk in found}) == len(found)
+    assert len(split_into_chunks(files, 10**8)) == 1, "not worth cutting"
     large = [files[0].__class__("x.jsonl", tmp_path / "x.jsonl", 10**12, 0)]
-    assert 2400 < len(cut_into_pieces(large, 100_000_000)) < 2600
+    assert 2400 < len(split_into_chunks(large, 100_000_000)) < 2600
     large = [files[0].__class__("x.jsonl", tmp_path / "x.jsonl", 10**9, 0)]
-    assert 60 < len(cut_into_pieces(large, 100_000_000)) < 70
+    assert 60 < len(split_into_chunks(large, 100_000_000)) < 70
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
-    """12.8 M tokens in one piece: as a list they take 100 MB, as an array of two bytes 25."""
+    """12.8 M tokens in one chunk: as a list they take 100 MB, as an array of two bytes 25."""
     line = (json.dumps({"text": "a b c d e f g h " * 100}) + "\n").encode()
     # not getrusage's: that one remembers the process that this one was forked from
     program = (

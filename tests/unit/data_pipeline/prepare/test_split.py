@@ -1,4 +1,4 @@
-"""Which pieces sources are cut into, and that every document of a cut file is read once."""
+"""Which chunks sources are cut into, and that every document of a cut file is read once."""
 
 import gzip
 import json
@@ -10,12 +10,12 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from data_pipeline.prepare.chunk import Piece
+from data_pipeline.prepare.chunk import Chunk
 from data_pipeline.prepare.pipeline import prepare
-from data_pipeline.prepare.split import cut_into_pieces
+from data_pipeline.prepare.split import split_into_chunks
 from data_pipeline.sources.documents import BadDocument, DocumentReader
 from data_pipeline.sources.files import find_files
-from data_pipeline.sources.spans import place
+from data_pipeline.sources.spans import locate_line
 from tests.unit.data_pipeline.support import config, documents_of, files_of
 
 
@@ -48,22 +48,22 @@ def _write(path: Path, texts: list[str]) -> Path:
     return path
 
 
-def _pieces(path: Path) -> list[Piece]:
-    # Small shards make small pieces, as a larger file would
-    return cut_into_pieces(find_files([path])[0], shard_tokens=100_000)
+def _pieces(path: Path) -> list[Chunk]:
+    # Small shards make small chunks, as a larger file would
+    return split_into_chunks(find_files([path])[0], shard_tokens=100_000)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"])
 def test_one_large_file_is_cut_for_several_workers_and_each_document_read_once(
     tmp_path: Path, texts: list[str], suffix: str
 ) -> None:
-    pieces = _pieces(_write(tmp_path / f"a{suffix}", texts))
-    assert len(pieces) >= (2 if "." in suffix[1:] else 5)
+    chunks = _pieces(_write(tmp_path / f"a{suffix}", texts))
+    assert len(chunks) >= (2 if "." in suffix[1:] else 5)
     found = [
-        document for piece in pieces for span in piece.spans for document in DocumentReader(span, "text")
+        document for chunk in chunks for span in chunk.spans for document in DocumentReader(span, "text")
     ]
     assert found == [text.encode() for text in texts]
-    assert sum(piece.size_bytes for piece in pieces) == (tmp_path / f"a{suffix}").stat().st_size
+    assert sum(chunk.size_bytes for chunk in chunks) == (tmp_path / f"a{suffix}").stat().st_size
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".parquet"])
@@ -84,13 +84,13 @@ def test_broken_documents_in_later_parts_have_the_file_s_line(
     path = tmp_path / f"a{suffix}"
     _write(path, texts)
     seen = 0
-    for piece in _pieces(path):
-        for span in piece.spans:
+    for chunk in _pieces(path):
+        for span in chunk.spans:
             reader = DocumentReader(span, "text")
             for _ in reader:
                 seen += 1
                 if reader.line == 1:  # the first of each span
-                    assert place(span, reader.line) == f"{path}:{seen}"
+                    assert locate_line(span, reader.line) == f"{path}:{seen}"
     assert seen == len(texts)
 
 
@@ -102,16 +102,16 @@ def test_a_cut_compressed_file_that_ends_too_early_is_told_once(
     path = _write(tmp_path / f"a{suffix}", texts)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(keep * len(whole))])
-    pieces = _pieces(path)
+    chunks = _pieces(path)
     if keep > 0.5:
-        assert len(pieces) >= 2
+        assert len(chunks) >= 2
     found: list[bytes] = []
     bad: list[str] = []
-    for piece in pieces:
-        for span in piece.spans:
+    for chunk in chunks:
+        for span in chunk.spans:
             for document in DocumentReader(span, "text"):
                 if isinstance(document, BadDocument):
-                    bad.append(f"{place(span, document.line)}: {document.reason}")
+                    bad.append(f"{locate_line(span, document.line)}: {document.reason}")
                 else:
                     found.append(document)
     assert found == [text.encode() for text in texts[: len(found)]]

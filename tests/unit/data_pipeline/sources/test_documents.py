@@ -17,7 +17,7 @@ from data_pipeline.sources import documents
 from data_pipeline.sources.documents import BadDocument, DocumentReader
 from data_pipeline.sources.files import find_files
 from data_pipeline.sources.held_out import is_held_out
-from data_pipeline.sources.spans import Span, place
+from data_pipeline.sources.spans import Span, locate_line
 
 
 def _read(path: Path, text_field: str = "text") -> list[bytes | BadDocument]:
@@ -152,7 +152,7 @@ def test_spans_of_a_file_give_each_line_once_and_know_its_number(
         reader = DocumentReader(span, "text")
         for document in reader:
             found.append(document)
-            assert place(span, reader.line) == f"{path}:{len(found)}"
+            assert locate_line(span, reader.line) == f"{path}:{len(found)}"
     assert found == [line.encode() for line in lines]
 
 

@@ -11,7 +11,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from data_pipeline.corpus import packaged_corpus
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.sources.held_out import is_held_out
-from data_pipeline.tokenizer.encoding import PATTERN, Encoding, load_encoding
+from data_pipeline.tokenizer.encoding import TRAINING_PATTERN, Encoding, load_encoding
 from data_pipeline.tokenizer.train import train_tokenizer
 from tests.unit.data_pipeline.support import packaged_texts, write_jsonl
 
@@ -49,7 +49,7 @@ def test_ids_equal_those_of_the_trainers_own_tokenizer(encoding: Encoding) -> No
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
+            pre_tokenizers.Split(Regex(TRAINING_PATTERN), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -129,7 +129,10 @@ def test_an_encoding_is_loaded_from_a_data_directory(tmp_path: Path, encoding: E
 
 def test_a_tiktoken_encoding_keeps_its_ids(encoding: Encoding, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = tiktoken.Encoding(
-        "gpt2", pat_str=PATTERN, mergeable_ranks=dict(encoding.ranks), special_tokens={"<|endoftext|>": 50256}
+        "gpt2",
+        pat_str=TRAINING_PATTERN,
+        mergeable_ranks=dict(encoding.ranks),
+        special_tokens={"<|endoftext|>": 50256},
     )
     monkeypatch.setattr(tiktoken, "get_encoding", lambda _: theirs)
     ours = load_encoding("gpt2")
@@ -141,7 +144,7 @@ def test_a_tiktoken_encoding_keeps_its_ids(encoding: Encoding, monkeypatch: pyte
 def test_a_tiktoken_encoding_without_end_of_text_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = tiktoken.Encoding(
         "gpt2",
-        pat_str=PATTERN,
+        pat_str=TRAINING_PATTERN,
         mergeable_ranks={bytes([b]): b for b in range(256)},
         special_tokens={"<eos>": 256},
     )
