@@ -1,8 +1,7 @@
-"""manifest.json, the commit record of a data directory: read, check cheaply, verify every byte.
+"""manifest.json, the commit record of a data directory: a folder without one is not a data set.
 
-Without it a folder is not a data set. It names files of its own folder only and never says where that
-folder is, so that a data set can be moved or copied. Its first line is a checksum of the rest. Reading it
-needs the standard library alone; it never repairs and never guesses.
+It names only files of its own folder and does not contain the folder's path, so a data set can be moved and
+copied. Its first line is a checksum of the rest. Reading it needs only the standard library.
 """
 
 import hashlib
@@ -20,6 +19,7 @@ from data_pipeline.errors import DataError
 FILE_NAME = "manifest.json"
 ENCODING_FILE = "encoding.json"
 FORMAT = 1
+# A .sum file lists a checksum for each block of this many bytes; its JSON key is `chunk_bytes`.
 BLOCK_BYTES = 1 << 22
 
 _FIRST_LINE = re.compile(rb'\{"sha256": "([0-9a-f]{64})",\n')
@@ -31,7 +31,7 @@ Split = Literal["train", "val"]
 
 @dataclass(frozen=True)
 class FileRecord:
-    """Size and xxh3_128 checksum of one file."""
+    """The size and the xxh3_128 checksum of one file."""
 
     size_bytes: int
     xxh3_128: str
@@ -39,7 +39,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Shard:
-    """One .bin/.idx pair, and .sum, which holds the checksums of their chunks."""
+    """A .bin/.idx pair, and the .sum file with the checksums of their blocks."""
 
     name: str
     tokens: int
@@ -50,13 +50,13 @@ class Shard:
 
     @property
     def files(self) -> dict[str, FileRecord]:
-        """Every file of the shard by name."""
+        """The record of each file of the shard, by file name."""
         return {f"{self.name}.{kind}": getattr(self, kind) for kind in ("bin", "idx", "sum")}
 
 
 @dataclass(frozen=True)
 class EncodingRecord:
-    """Which encoding made the ids, and the bytes of encoding.json that hold it."""
+    """The encoding that made the ids, and the size and checksum of encoding.json."""
 
     name: str
     fingerprint: str
@@ -68,11 +68,11 @@ class EncodingRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a data directory holds.
+    """The content of a data directory.
 
-    `sources` lists each input file with its size and the checksums of the ranges that were read;
-    `preparation` the settings that decided the ids; `skipped` how many documents were left out, by reason;
-    `versions` the software.
+    `sources` lists each input with its size and the checksums of the ranges that were read. `preparation`
+    contains the settings that determined the ids, `skipped` the number of documents left out by reason, and
+    `versions` the versions of the software.
     """
 
     dtype: str
@@ -90,34 +90,34 @@ class Manifest:
 
     @property
     def train_tokens(self) -> int:
-        """Tokens of the training split."""
+        """The number of tokens of the training split."""
         return sum(shard.tokens for shard in self.train)
 
     @property
     def val_tokens(self) -> int:
-        """Tokens of the validation split."""
+        """The number of tokens of the validation split."""
         return sum(shard.tokens for shard in self.val)
 
     @property
     def documents(self) -> int:
-        """Documents of both splits."""
+        """The number of documents of both splits."""
         return sum(shard.documents for shard in (*self.train, *self.val))
 
     @property
     def is_ended_by_token(self) -> bool:
-        """Whether end-of-text stands at the end of every document and nowhere else: `prepare`'s does."""
+        """Whether end-of-text ends every document and occurs nowhere else, as in what `prepare` writes."""
         return "pipeline" in self.preparation or bool(self.preparation.get("is_ended_by_token"))
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over what training reads: the encoding, the dtype, the shards and their order."""
+        """The sha256 of what training reads: the encoding, the dtype, the shards and their order."""
         content = [self.encoding.fingerprint, self.dtype]
         for split, shards in (("train", self.train), ("val", self.val)):
             content += [f"{split} {s.tokens} {s.bin.xxh3_128} {s.idx.xxh3_128}" for s in shards]
         return hashlib.sha256("\n".join(content).encode()).hexdigest()
 
     def to_bytes(self) -> bytes:
-        """The content of manifest.json: the same bytes for the same data."""
+        """The content of manifest.json. Equal manifests have equal bytes."""
         rest = (
             json.dumps({"format": FORMAT, **asdict(self)}, indent=1, ensure_ascii=False)[2:] + "\n"
         ).encode()
@@ -125,29 +125,29 @@ class Manifest:
 
 
 def joint_fingerprint(manifests: Iterable[Manifest]) -> str:
-    """What a run over these data sets, in this order, reads: their fingerprints together."""
+    """Identifies the data of a run that reads these data sets in this order."""
     return "+".join(manifest.fingerprint for manifest in manifests)
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of the data directory `folder`, itself verified.
+    """The manifest of the data directory `folder`, checked against its own checksum.
 
-    Raises DataError, naming the file, where it is missing, damaged, of another format, or names files outside
-    its folder. The shards are not touched.
+    Raises DataError if it is missing, damaged, of another format, or names files outside its folder. Does not
+    look at the shards.
     """
     path = folder / FILE_NAME
     try:
         raw = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        what = "there is no such folder" if not folder.exists() else f"it has no {FILE_NAME}"
-        raise DataError(f"{folder} is not a data set, or its preparation did not finish: {what}") from None
+        what = "no such folder" if not folder.exists() else f"it has no {FILE_NAME}"
+        raise DataError(f"{folder} is not a data set, or its preparation is unfinished: {what}") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
     first_line = _FIRST_LINE.match(raw)
     if first_line is None:
-        raise DataError(f"{path}: not a manifest: the first line must hold the checksum of the rest")
+        raise DataError(f"{path}: not a manifest: the first line must contain the checksum of the rest")
     if hashlib.sha256(raw[first_line.end() :]).hexdigest().encode() != first_line[1]:
-        raise DataError(f"{path}: its checksum does not match: it is damaged or was changed by hand")
+        raise DataError(f"{path}: its checksum does not match: it is damaged or was edited")
     try:
         content = json.loads(raw)
         if content["format"] != FORMAT:
@@ -179,15 +179,15 @@ def _from_json(content: Any) -> Manifest:
     shards = (*manifest.train, *manifest.val)
     for shard in shards:
         if shard.bin.size_bytes != shard.tokens * ITEM_BYTES[dtype]:
-            raise ValueError(f"{shard.name}: {shard.tokens} tokens do not make {shard.bin.size_bytes} bytes")
+            raise ValueError(f"{shard.name}: {shard.tokens} tokens do not take {shard.bin.size_bytes} bytes")
     names = [shard.name for shard in shards]
     if len(set(names)) != len(names):
-        raise ValueError("two shards of one name")
+        raise ValueError("two shards have the same name")
     return manifest
 
 
 def shard_from_json(content: Any) -> Shard:
-    """The shard that `asdict` made `content` of; ValueError, KeyError or TypeError for anything else."""
+    """The shard that `asdict` converted to `content`. Raises ValueError, KeyError or TypeError otherwise."""
     records = {kind: _record(content[kind]) for kind in ("bin", "idx", "sum")}
     shard = Shard(content["name"], content["tokens"], content["documents"], **records)
     _require_counts(shard.tokens, shard.documents)
