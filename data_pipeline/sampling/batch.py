@@ -1,4 +1,7 @@
-"""A batch of sequences, and how it is put together from the tokens of a stream."""
+"""A batch of sequences, and how it is assembled from the tokens of a stream.
+
+B sequences, T tokens of context.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,11 +16,11 @@ from data_pipeline.dataset.token_stream import TokenStream
 class Batch:
     """B sequences of T tokens.
 
-    tokens int64 [B, T + 1]; column T is a target only.
-    document_ends int32 [segments]: where attention segments end (exclusive) in the flattened [B·T] inputs;
-    every row's end is one; strictly increasing, the last is B·T.
-    scored bool [B, T]: the targets that count.
-    sequence_numbers int64 [B]: places in the global order.
+    tokens int64 [B, T + 1]: column T is only a target.
+    document_ends int32 [segments]: the ends (exclusive) of the attention segments in the flattened [B·T]
+    inputs. They increase strictly, every row ends with one, and the last is B·T.
+    scored bool [B, T]: the targets that count in the loss.
+    sequence_numbers int64 [B]: the positions in the global order.
     """
 
     tokens: NDArray[np.int64]
@@ -26,7 +29,7 @@ class Batch:
     sequence_numbers: NDArray[np.int64]
 
     def micro_batches(self, size: int) -> Iterator["Batch"]:
-        """The same sequences in order, `size` at a time; the last batch has what is left."""
+        """Yields the sequences in order, `size` at a time; the last batch has the remaining ones."""
         count, context = self.scored.shape
         for first in range(0, count, size):
             stop = min(first + size, count)
@@ -40,19 +43,21 @@ class Batch:
 
 
 class BatchBuilder:
-    """Rows read into place, with the segments that attention and loss need."""
+    """Reads rows into a batch and computes the segments that attention and loss need."""
 
     def __init__(self, count: int, context: int, document_mask: bool) -> None:
         self._context = context
         self._document_mask = document_mask
         self._tokens = np.empty((count, context + 1), dtype=np.int64)
         self._end_of_text: int | None = None
-        self._by_index: list[tuple[int, NDArray[np.int64]]] = []
-        self._short: list[tuple[int, int]] = []
-        self._cuts: list[tuple[int, int]] = []  # (row, input) after which another part of the stream comes
+        # (row, last inputs of documents) for rows whose document boundaries come from the index.
+        self._from_index: list[tuple[int, NDArray[np.int64]]] = []
+        self._short: list[tuple[int, int]] = []  # (row, number of targets) of rows that end with padding
+        # (row, last input of a part) for every part that another part follows.
+        self._part_ends: list[tuple[int, int]] = []
 
     def fill(self, row: int, stream: TokenStream, start: int, targets: int | None = None) -> None:
-        """Row `row` from token `start` on; past its first `targets` targets it is padding."""
+        """Fill `row` with the stream from token `start` on, and with padding after `targets` targets."""
         context = self._context
         targets = context if targets is None else targets
         real = targets + 1 if targets else 0
@@ -65,16 +70,16 @@ class BatchBuilder:
         if stream.end_of_text is not None:
             self._end_of_text = stream.end_of_text
         elif real:
-            self._by_index.append((row, stream.document_starts(start + 1, start + real) - (start + 1)))
+            self._from_index.append((row, stream.document_starts(start + 1, start + real) - (start + 1)))
 
     def fill_parts(self, row: int, stream: TokenStream, parts: Sequence[tuple[int, int]]) -> None:
-        """Row `row` from several parts [start, stop) of the stream; the last target is what follows them."""
+        """Fill `row` with the parts [start, stop) of the stream; the last target follows the last part."""
         place = 0
         for start, stop in parts:
             stream.read(start, self._tokens[row, place : place + stop - start])
             place += stop - start
-            self._cuts.append((row, place - 1))
-        self._cuts.pop()
+            self._part_ends.append((row, place - 1))
+        self._part_ends.pop()
         stream.read(parts[-1][1], self._tokens[row, place:])
         if not self._document_mask:
             return
@@ -83,21 +88,21 @@ class BatchBuilder:
             return
         place = 0
         for start, stop in parts:
-            self._by_index.append((row, stream.document_starts(start + 1, stop + 1) - (start + 1) + place))
+            self._from_index.append((row, stream.document_starts(start + 1, stop + 1) - (start + 1) + place))
             place += stop - start
 
     def finish(self, numbers: NDArray[np.int64]) -> Batch:
-        """The batch, whose rows are the sequences `numbers`."""
-        # Whether a document, or what is real of the row, ends with this input. Its target is another's first
-        # token and is not scored.
+        """The batch; `numbers` are the sequence numbers of its rows."""
+        # An input is an end if its document, or the unpadded part of its row, ends there. Its target is the
+        # first token of another document, so it is not scored.
         inputs = self._tokens[:, :-1]
         is_end = inputs == (-1 if self._end_of_text is None else self._end_of_text)
-        for row, _ in self._by_index:
+        for row, _ in self._from_index:
             is_end[row] = False
-        for row, lasts in self._by_index:
+        for row, lasts in self._from_index:
             is_end[row, lasts] = True
-        if self._cuts and self._document_mask:
-            is_end[tuple(np.array(self._cuts).T)] = True
+        if self._part_ends and self._document_mask:
+            is_end[tuple(np.array(self._part_ends).T)] = True
         scored = ~is_end
         for row, targets in self._short:
             scored[row, targets:] = is_end[row, targets:] = False

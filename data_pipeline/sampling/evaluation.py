@@ -1,4 +1,4 @@
-"""The windows of the validation split that an evaluation scores."""
+"""The beginning of the validation split, in windows, for an evaluation."""
 
 from pathlib import Path
 
@@ -11,10 +11,10 @@ from data_pipeline.sampling.batch import Batch, BatchBuilder
 
 
 class EvaluationReader:
-    """The beginning of the validation split in file order, for the evaluation of any number of ranks.
+    """Reads the validation split in file order, in windows of `context` inputs and one more target.
 
-    Windows of `context` inputs and one more target, one after the other, until `tokens` targets are covered
-    or the split ends; `tokens` says how many that is. Raises DataError where there is no validation split.
+    The windows cover the first `tokens` targets, or all targets of a smaller split; the attribute `tokens` is
+    the number covered. The number of ranks does not matter. Raises DataError without a validation split.
     """
 
     def __init__(self, path: Path, *, context: int, tokens: int, document_mask: bool) -> None:
@@ -35,7 +35,8 @@ class EvaluationReader:
     def windows(self, first: int, count: int) -> Batch:
         """The windows [first, first + count), each [T + 1].
 
-        What lies past the last token that is evaluated, whole windows included, is padding: id 0, not scored.
+        Everything after the last evaluated token is padding with id 0 and is not scored. That includes whole
+        windows past the end.
         """
         batch = BatchBuilder(count, self._context, self._document_mask)
         for row in range(count):
