@@ -1,4 +1,7 @@
-"""A byte-level BPE trained on a user's text."""
+"""Trains a byte-level BPE on a user's text.
+
+Only this module of the tokenizer imports the readers of raw text.
+"""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,16 +24,16 @@ def train_tokenizer(
     val_fraction: float = 0.0,
     seed: int = 0,
 ) -> Encoding:
-    """A byte-level BPE of `vocab_size` ids, end-of-text included, trained on `sources` and written to `out`.
+    """A byte-level BPE of `vocab_size` ids, including end-of-text, trained on `sources` and written to `out`.
 
-    `val_fraction` and `seed` leave out the documents that `prepare` holds out with the same two. The name is
-    `out`'s without suffix. Raises ConfigError where the sources cannot fill the vocabulary, DataError at the
-    first broken document.
+    The encoding's name is that of the file `out` without its suffix. Documents that `prepare` holds out with
+    the same `val_fraction` and `seed` are not read. Raises ConfigError if the sources do not support a
+    vocabulary of that size, DataError at the first broken document.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if vocab_size <= 257:
-        raise ConfigError(f"vocab_size = {vocab_size}: 256 bytes and end-of-text alone make 257")
+        raise ConfigError(f"vocab_size = {vocab_size}: must be above 257, the 256 bytes and end-of-text")
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -45,18 +48,19 @@ def train_tokenizer(
         show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
-    bpe.train_from_iterator(_training_text(sources, text_field, val_fraction, seed), trainer)
-    ranks = _ranks(json.loads(bpe.to_str())["model"]["merges"])
+    bpe.train_from_iterator(_training_texts(sources, text_field, val_fraction, seed), trainer)
+    ranks = _ranks_from_merges(json.loads(bpe.to_str())["model"]["merges"])
     if len(ranks) != vocab_size - 1:
         raise ConfigError(
-            f"vocab_size = {vocab_size}: the sources repeat too little and give {len(ranks) + 1} ids at most"
+            f"vocab_size = {vocab_size}: the sources contain too few repetitions and support at most "
+            f"{len(ranks) + 1} ids"
         )
     encoding = Encoding(out.stem, TRAINING_PATTERN, ranks, {END_OF_TEXT: vocab_size - 1})
     out.write_bytes(encoding.to_json())
     return encoding
 
 
-def _training_text(
+def _training_texts(
     sources: Sequence[str | Path], text_field: str, val_fraction: float, seed: int
 ) -> Iterator[str]:
     for file in find_files(sources)[0]:
@@ -67,8 +71,8 @@ def _training_text(
                 yield document.decode()
 
 
-def _ranks(merges: Iterable[Sequence[str]]) -> dict[bytes, int]:
-    """Ids by byte string: the 256 bytes in order, then each merge in the order it was learned."""
+def _ranks_from_merges(merges: Iterable[Sequence[str]]) -> dict[bytes, int]:
+    """Ids by byte string: first the 256 bytes in order, then the merges in the order they were learned."""
     byte_of = _byte_of_character()
     ranks = {bytes([value]): value for value in range(256)}
     for merge in merges:
@@ -78,7 +82,8 @@ def _ranks(merges: Iterable[Sequence[str]]) -> dict[bytes, int]:
 
 
 def _byte_of_character() -> dict[str, int]:
-    # GPT-2's stand-ins: printable Latin-1 bytes stand for themselves, the others follow from U+0100 on.
+    # GPT-2's mapping of bytes to characters: printable Latin-1 bytes map to themselves, the others to the
+    # characters from U+0100 on.
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [value for value in range(256) if value not in printable]
     return {chr(value): value for value in printable} | {
