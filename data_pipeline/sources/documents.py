@@ -1,7 +1,7 @@
-"""Documents out of files, in order, and what in them is broken.
+"""Reads the documents of a span, in order, and reports the broken ones.
 
-A broken document is handed out as a BadDocument with its line and reason and never dropped in silence;
-whoever reads decides. Compressed data that ends too early is broken too.
+The reader never drops a broken document silently: it returns a BadDocument with the line and the reason, and
+the caller decides. Compressed data that ends too early counts as a broken document too.
 """
 
 import io
@@ -17,26 +17,26 @@ from data_pipeline.sources.compression import DamagedError, decompress
 from data_pipeline.sources.files import SourceFile
 from data_pipeline.sources.hub import RowSource
 from data_pipeline.sources.parquet import open_table, row_groups_within
-from data_pipeline.sources.parsing import document_from_json, document_from_value, skip, split_lines
+from data_pipeline.sources.parsing import document_from_json, document_from_value, skip_blocks, split_lines
 from data_pipeline.sources.spans import Span, is_plain_lines
 
-# A .txt file is one document and is held in memory whole, as is its encoding.
-_LARGEST_TEXT_BYTES = 1 << 30
+# A .txt file is one document. The document and its token ids are held in memory.
+LARGEST_TEXT_BYTES = 1 << 30
 
 
 class BadDocument(NamedTuple):
-    """A document that cannot be used: `line` counts from 1 at the beginning of its span."""
+    """A document that cannot be used. `line` counts from 1 at the beginning of the span."""
 
     line: int
     reason: str
 
 
 class DocumentReader:
-    """The documents of a span in order, as UTF-8 bytes, and a BadDocument for each that is broken.
+    """Iterates over the documents of a span: UTF-8 bytes, or a BadDocument for each broken one.
 
-    An empty document comes as b"". `bytes_read` tells how far into the span it has come, `line` which line
-    of the span the last document stands in; once all is read, `checksum` is xxh3_128 over the bytes of the
-    span, or over the texts of a data set's rows or of a file in an object store, which is read but once.
+    An empty document is b"". `bytes_read` is the progress within the span and `line` the span's line of the
+    last document. After the iteration, `checksum` is the xxh3_128 of the span's bytes. Rows of a data set and
+    files in an object store are read only once, so there it is the xxh3_128 of the documents' texts instead.
     """
 
     def __init__(self, span: Span, text_field: str) -> None:
@@ -52,25 +52,25 @@ class DocumentReader:
             return self._rows(source)
         return self._summed(self._file(source)) if source.is_remote else self._file(source)
 
-    def _file(self, source: SourceFile) -> Iterator[bytes | BadDocument]:
-        suffix = source.suffix
-        if suffix == ".parquet":
-            return self._parquet(source)
-        # A span that starts inside the file begins one byte early: the line that this byte belongs to,
-        # up to its newline, is the span's before.
-        begin = max(0, self._span.start - 1) if is_plain_lines(source) else 0
-        chunks = decompress(self._raw(source, begin), suffix)
-        return self._text(chunks) if suffix.startswith(".txt") else self._jsonl(chunks)
-
     @property
     def checksum(self) -> str:
-        """xxh3_128 of what was read."""
+        """The xxh3_128 of the span; see the class."""
         source = self._span.source
         if isinstance(source, RowSource) or source.is_remote or is_plain_lines(source):
             return self._sum.hexdigest()
         return _checksum(source, self._span)
 
-    def _raw(self, source: SourceFile, begin: int) -> Iterator[bytes]:
+    def _file(self, source: SourceFile) -> Iterator[bytes | BadDocument]:
+        suffix = source.suffix
+        if suffix == ".parquet":
+            return self._parquet(source)
+        # Reading starts one byte before the span: the line of that byte, up to its newline, belongs to the
+        # span before.
+        begin = max(0, self._span.start - 1) if is_plain_lines(source) else 0
+        blocks = decompress(self._raw_blocks(source, begin), suffix)
+        return self._text(blocks) if suffix.startswith(".txt") else self._jsonl(blocks)
+
+    def _raw_blocks(self, source: SourceFile, begin: int) -> Iterator[bytes]:
         start, stop = self._span.start, self._span.stop
         is_summed = is_plain_lines(source) and not source.is_remote
         for block in source.read_blocks(begin):
@@ -80,15 +80,15 @@ class DocumentReader:
             self.bytes_read = min(max(0, begin - start), self._span.size_bytes)
             yield block
 
-    def _jsonl(self, chunks: Iterable[bytes]) -> Iterator[bytes | BadDocument]:
+    def _jsonl(self, blocks: Iterable[bytes]) -> Iterator[bytes | BadDocument]:
         start, stop = self._span.lines
         is_compressed = isinstance(self._span.source, SourceFile) and not is_plain_lines(self._span.source)
-        behind = 0 if is_compressed else max(0, start - 1)
+        end = 0 if is_compressed else max(0, start - 1)
         try:
             if is_compressed and start:
-                behind, chunks = skip(chunks, start - 1)
-            for line in split_lines(chunks):
-                begin, behind = behind, behind + len(line)
+                end, blocks = skip_blocks(blocks, start - 1)
+            for line in split_lines(blocks):
+                begin, end = end, end + len(line)
                 if begin < start:
                     continue
                 if stop is not None and begin >= stop:
@@ -99,16 +99,16 @@ class DocumentReader:
                 document = document_from_json(line, self._text_field)
                 yield BadDocument(self.line, document) if isinstance(document, str) else document
         except DamagedError as error:
-            if stop is None or self._span.text is None:  # of several spans the last one says it
+            if stop is None or self._span.text is None:  # only the last of several spans reports it
                 yield BadDocument(self.line + 1, str(error))
 
-    def _text(self, chunks: Iterable[bytes]) -> Iterator[bytes | BadDocument]:
+    def _text(self, blocks: Iterable[bytes]) -> Iterator[bytes | BadDocument]:
         whole = io.BytesIO()
         self.line = 1
         try:
-            for chunk in chunks:
-                whole.write(chunk)
-                if whole.tell() > _LARGEST_TEXT_BYTES:
+            for block in blocks:
+                whole.write(block)
+                if whole.tell() > LARGEST_TEXT_BYTES:
                     yield BadDocument(1, "a text file is one document, and this one has more than 1 GiB")
                     return
         except DamagedError as error:
@@ -139,7 +139,7 @@ class DocumentReader:
                     try:
                         yield from self._row_group(table, group)
                     except (pyarrow.ArrowException, OSError) as error:
-                        self._require_here(source, error)
+                        _raise_if_store_failed(source, error)
                         yield BadDocument(
                             self.line + 1,
                             f"rows to the end of their group are unreadable: {_first_line(error)}",
@@ -147,7 +147,7 @@ class DocumentReader:
                         self.line = begin + size
                     self.bytes_read = self._span.size_bytes * self.line // max(1, sum(sizes))
         except (pyarrow.ArrowException, OSError) as error:
-            self._require_here(source, error)
+            _raise_if_store_failed(source, error)
             if self._span.start == 0:
                 yield BadDocument(1, f"not a readable Parquet file: {_first_line(error)}")
 
@@ -156,13 +156,6 @@ class DocumentReader:
         for batch in batches:
             for value in batch.column(0):
                 yield self._cell(value, self._text_field)
-
-    def _require_here(self, source: SourceFile, error: Exception) -> None:
-        """Raises DataError where `error` may be the store's and not the file's."""
-        import pyarrow
-
-        if source.is_remote and not isinstance(error, pyarrow.ArrowInvalid):
-            raise unreadable(source.location, error) from error
 
     def _rows(self, source: RowSource) -> Iterator[bytes | BadDocument]:
         try:
@@ -174,12 +167,20 @@ class DocumentReader:
                 yield document
         except KeyError:
             yield BadDocument(self.line + 1, f"no column {source.text_field!r}")
-        except Exception as error:  # of any library: of Arrow, of the files' compression, of the network
-            # Not a broken document: the same rows may well be readable a minute later.
+        except Exception as error:  # from Arrow, a decompressor or the network
+            # This is not a broken document: the same rows may be readable a minute later.
             raise DataError(
                 f"{source.name}: reading {source.unit} {self._span.start} to {self._span.stop} failed: "
-                f"{in_words(error)}. What is finished stays; run again to continue"
+                f"{in_words(error)}. Finished work is kept; run again to continue"
             ) from error
+
+    def _cell(self, value: Any, column: str) -> bytes | BadDocument:
+        self.line += 1
+        try:
+            document = document_from_value(value.as_py(), column)
+        except UnicodeDecodeError:
+            document = "not valid UTF-8"
+        return BadDocument(self.line, document) if isinstance(document, str) else document
 
     def _summed(self, documents: Iterator[bytes | BadDocument]) -> Iterator[bytes | BadDocument]:
         for document in documents:
@@ -191,13 +192,13 @@ class DocumentReader:
         self._sum.update(b"%d " % len(text))
         self._sum.update(text)
 
-    def _cell(self, value: Any, column: str) -> bytes | BadDocument:
-        self.line += 1
-        try:
-            document = document_from_value(value.as_py(), column)
-        except UnicodeDecodeError:
-            document = "not valid UTF-8"
-        return BadDocument(self.line, document) if isinstance(document, str) else document
+
+def _raise_if_store_failed(source: SourceFile, error: Exception) -> None:
+    """Raises DataError if `error` may come from the object store and not from the file's content."""
+    import pyarrow
+
+    if source.is_remote and not isinstance(error, pyarrow.ArrowInvalid):
+        raise unreadable(source.location, error) from error
 
 
 def _first_line(error: Exception) -> str:

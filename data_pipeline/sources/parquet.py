@@ -1,4 +1,4 @@
-"""Parquet files and the row groups of a span."""
+"""Opens Parquet files and finds the row groups of a span."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from data_pipeline.sources.files import SourceFile
 
 @contextmanager
 def open_table(source: SourceFile) -> Iterator[Any]:
-    """A Parquet file; one that lies here is mapped by Arrow itself."""
+    """The `pyarrow.parquet.ParquetFile` of `source`. Arrow memory-maps a local file itself."""
     import pyarrow.parquet
 
     if not source.is_remote:
@@ -21,7 +21,7 @@ def open_table(source: SourceFile) -> Iterator[Any]:
 
 
 def row_groups_within(metadata: Any, start: int, stop: int) -> list[int]:
-    """The row groups that begin in [start, stop) of the file, the footer's first column deciding."""
+    """The row groups that begin in the bytes [start, stop); a group begins where its first column does."""
     found = []
     for index in range(metadata.num_row_groups):
         column = metadata.row_group(index).column(0)

@@ -1,4 +1,7 @@
-"""Lines and values → the UTF-8 bytes of a document, or the reason why there is none."""
+"""Turns lines and values into documents: UTF-8 bytes, or the reason why there are none.
+
+The reasons are counted in a data set's manifest, so their wording is part of the manifest's content.
+"""
 
 import io
 import itertools
@@ -8,22 +11,22 @@ from collections.abc import Iterable, Iterator
 import orjson
 
 
-def skip(chunks: Iterable[bytes], size: int) -> tuple[int, Iterator[bytes]]:
-    """The chunks from the one that holds byte `size` on, and how many bytes were passed over."""
-    behind = 0
-    rest = iter(chunks)
-    for chunk in rest:
-        if behind + len(chunk) > size:
-            return behind, itertools.chain([chunk], rest)
-        behind += len(chunk)
-    return behind, iter(())
+def skip_blocks(blocks: Iterable[bytes], size: int) -> tuple[int, Iterator[bytes]]:
+    """The number of bytes skipped, and the blocks from the one that contains byte `size` onwards."""
+    skipped = 0
+    rest = iter(blocks)
+    for block in rest:
+        if skipped + len(block) > size:
+            return skipped, itertools.chain([block], rest)
+        skipped += len(block)
+    return skipped, iter(())
 
 
-def split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Each line with its newline, which the last one may lack."""
+def split_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """Yields each line with its newline; the last line may lack one."""
     parts: list[bytes] = []
-    for chunk in chunks:
-        for line in io.BytesIO(chunk):  # several times as fast as chunk.split, and copied but once
+    for block in blocks:
+        for line in io.BytesIO(block):  # several times as fast as block.split, and copies only once
             if not line.endswith(b"\n"):
                 parts.append(line)
             elif parts:
@@ -36,13 +39,13 @@ def split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def document_from_json(line: bytes, text_field: str) -> bytes | str:
-    """The document in `line`, or the reason why there is none."""
+    """The document in a JSON line, or the reason why there is none. An empty line is an empty document."""
     if not line or line.isspace():
         return b""
     try:
         value = orjson.loads(line)
     except orjson.JSONDecodeError:
-        # It may only be too strict for orjson (NaN, half a surrogate pair): Python's parser says what it is.
+        # orjson is stricter than JSON in use (NaN, lone surrogates), so Python's parser has the last say.
         try:
             value = json.loads(line.decode())
         except UnicodeDecodeError:
@@ -57,6 +60,7 @@ def document_from_json(line: bytes, text_field: str) -> bytes | str:
 
 
 def document_from_value(value: object, text_field: str) -> bytes | str:
+    """The document in the value of a field or a column, or the reason why there is none."""
     if value is None:
         return f"{text_field!r} is null"
     if not isinstance(value, str):

@@ -1,4 +1,4 @@
-"""Parts of a source that are read on their own, and where in the source their lines are."""
+"""Spans: the parts of a source that workers read independently of each other."""
 
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,11 +12,12 @@ from data_pipeline.sources.parquet import open_table, row_groups_within
 
 @dataclass(frozen=True)
 class Span:
-    """Part [start, stop) of a source: bytes of a file, rows or shards of a data set.
+    """The units [start, stop) of a source: bytes of a file, or rows or shards of a Hugging Face data set.
 
-    Of a file of lines it holds the lines that begin there, each of them whole; of a Parquet file the row
-    groups that begin there. A compressed file can only be read from its beginning: where it is read in
-    several spans, `text` says which bytes of its text are this one's, to the end where the second is None.
+    A span of a .jsonl file contains the whole lines that begin in it, and a span of a Parquet file the row
+    groups that begin in it. A compressed file can only be read from its beginning. Where several spans share
+    one, `text` gives the range of its decompressed bytes that belongs to this span; an end of None means up
+    to the end of the file.
     """
 
     source: SourceFile | RowSource
@@ -26,15 +27,13 @@ class Span:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the source in this span."""
-        source = self.source
-        return source.size_bytes * self.stop // max(1, source.units) - source.size_bytes * self.start // max(
-            1, source.units
-        )
+        """The span's share of the source's bytes."""
+        units = max(1, self.source.units)
+        return self.source.size_bytes * self.stop // units - self.source.size_bytes * self.start // units
 
     @property
     def lines(self) -> tuple[int, int | None]:
-        """Between which bytes of the text the lines of this span begin."""
+        """The range of the decompressed bytes in which this span's lines begin; None is the end."""
         if self.text is not None:
             return self.text
         is_cut = isinstance(self.source, SourceFile) and is_plain_lines(self.source)
@@ -42,12 +41,12 @@ class Span:
 
 
 def is_plain_lines(source: SourceFile) -> bool:
-    """Whether it is cut by its own bytes, each of which is read once, in the span that it belongs to."""
+    """Whether spans of `source` are ranges of uncompressed lines, so that each byte belongs to one span."""
     return source.suffix == ".jsonl"
 
 
 def locate_line(span: Span, line: int) -> str:
-    """`FILE:LINE` of line `line` of the span, lines and rows counted from 1."""
+    """`FILE:LINE` of line or row `line` of the span; both count from 1."""
     source = span.source
     if isinstance(source, SourceFile):
         return f"{source.location}:{_lines_before(span, source) + line}"
@@ -56,9 +55,9 @@ def locate_line(span: Span, line: int) -> str:
     return f"{source.name}:{span.start + line}"
 
 
-@lru_cache(maxsize=8)  # many lines of one span are listed together
+@lru_cache(maxsize=8)  # an error lists many lines of one span
 def _lines_before(span: Span, source: SourceFile) -> int:
-    """How many lines, or rows, of the file come before the span."""
+    """The number of lines or rows of the file that come before the span."""
     if span.start == 0:
         return 0
     if source.suffix == ".parquet":
@@ -69,9 +68,9 @@ def _lines_before(span: Span, source: SourceFile) -> int:
     left = span.lines[0] - 1  # the byte before the span belongs to the last line before it
     newlines = 0
     with suppress(DamagedError):
-        for chunk in decompress(source.read_blocks(), source.suffix):
-            newlines += chunk.count(b"\n", 0, max(0, left))
-            left -= len(chunk)
+        for block in decompress(source.read_blocks(), source.suffix):
+            newlines += block.count(b"\n", 0, max(0, left))
+            left -= len(block)
             if left <= 0:
                 break
     return newlines + 1
