@@ -1,8 +1,7 @@
-"""A chunk of the input → token shards of its own: the work that preparation does in parallel.
+"""Chunks: the parts of the input that a preparation encodes independently of each other.
 
-Which chunks there are is decided by the sources alone, and what a chunk becomes by the chunk and the
-settings alone; so neither the number of workers nor a kill can be seen in the result. A chunk is committed
-by one rename of its folder. Ids go from the encoder to the file in the process that made them.
+The sources alone determine the chunks, and the chunk and the settings determine its shards. So neither the
+number of workers nor a crash changes the resulting bytes. One rename of the chunk's folder commits it.
 """
 
 import hashlib
@@ -14,7 +13,7 @@ from typing import NamedTuple
 from data_pipeline.dataset.manifest import Shard, Split, shard_from_json
 from data_pipeline.sources.spans import Span
 
-# At most this many broken documents are listed; all are counted.
+# An error lists at most this many broken documents. All of them are counted.
 MOST_LISTED = 100
 
 RECORD_FILE = "piece.json"
@@ -22,24 +21,24 @@ RECORD_FILE = "piece.json"
 
 @dataclass(frozen=True)
 class Chunk:
-    """Spans of files that are encoded together; `name` changes with any of them."""
+    """Spans that one worker encodes together."""
 
     spans: tuple[Span, ...]
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the files in this chunk."""
+        """The bytes of all spans."""
         return sum(span.size_bytes for span in self.spans)
 
     @property
     def name(self) -> str:
-        """A folder name by which to find the chunk again as long as its files did not change."""
+        """The chunk's folder name: a hash of its spans, so it changes when a file of the chunk does."""
         parts = [(*s.source.identity, s.start, s.stop, s.text) for s in self.spans]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
 class ListedDocument(NamedTuple):
-    """A broken document: which span of the chunk, which line of the span, why."""
+    """A broken document: the number of its span in the chunk, its line in the span, and the reason."""
 
     span: int
     line: int
@@ -48,10 +47,10 @@ class ListedDocument(NamedTuple):
 
 @dataclass
 class ChunkRecord:
-    """What a committed chunk holds.
+    """What a committed chunk contains; its field names are the keys of the JSON file.
 
-    `checksums` are xxh3_128 over each span, as its reader says; `encoder` the package that made the ids;
-    `copies_note` the checksum of the note that says which documents were left out as copies.
+    `checksums` are those of the spans, as DocumentReader computes them. `encoder` is the package that
+    computed the ids. `copies_note` is the checksum of the note that marks the copies left out.
     """
 
     train: list[Shard] = field(default_factory=list)
@@ -70,15 +69,15 @@ class ChunkRecord:
         """The shards of one split, in order."""
         return self.train if split == "train" else self.val
 
-    def list_bad(self, bad: ListedDocument) -> None:
-        """Count a broken document, and list it if there is room."""
+    def add_bad(self, bad: ListedDocument) -> None:
+        """Count a broken document, and list it unless MOST_LISTED are listed already."""
         self.bad[bad.reason] = self.bad.get(bad.reason, 0) + 1
         if len(self.listed) < MOST_LISTED:
             self.listed.append(bad)
 
 
 def read_chunk_record(folder: Path, chunk: Chunk) -> ChunkRecord | None:
-    """The record of `chunk` where it is committed under `folder`."""
+    """The record of `chunk`, or None if the chunk is not committed under `folder`."""
     path = folder / chunk.name / RECORD_FILE
     if not path.exists():
         return None

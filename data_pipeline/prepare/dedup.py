@@ -1,8 +1,9 @@
-"""Which documents are exact copies of an earlier one: by the hash of their text, before anything is encoded.
+"""Finds documents that are exact copies of an earlier one, by the hash of their text.
 
-Two passes over the sources: the first leaves 16 bytes a document on disk, chunk by chunk, and the second
-leaves out what they show to be a copy. The first document in the order of the sources stays, so neither the
-number of workers nor a kill can be seen in what is left. Memory: a byte a document, and one bucket of hashes.
+This takes two passes over the sources. The first writes a 16-byte hash per document to disk, chunk by chunk.
+The second encodes the documents without the copies. Of equal documents the first in the order of the sources
+stays, so neither the number of workers nor a crash changes the result. Finding the copies needs one byte of
+memory per document, and one bucket of hashes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,9 +17,9 @@ from data_pipeline.durable import write_durably
 from data_pipeline.prepare.chunk import Chunk
 from data_pipeline.sources.documents import BadDocument, DocumentReader
 
-FOLDER = "hashes"
-# Hashes that are compared at a time, 16 bytes each.
-_BUCKET_BYTES = 64 << 20
+HASH_FOLDER = "hashes"
+# The size of the hashes that are compared at a time.
+BUCKET_BYTES = 64 << 20
 _HASH = np.dtype([("high", ">u8"), ("low", ">u8")])
 
 
@@ -28,7 +29,10 @@ def is_hashed(work: Path, chunk: Chunk) -> bool:
 
 
 def hash_chunk(work: Path, chunk: Chunk, text_field: str) -> Iterator[None]:
-    """Leave the xxh3_128 of each document that is neither broken nor empty, in order; durable at the end."""
+    """Write the xxh3_128 of each document that is neither broken nor empty, in order; durable at the end.
+
+    Yields after each span.
+    """
     hashes = bytearray()
     for span in chunk.spans:
         for document in DocumentReader(span, text_field):
@@ -39,43 +43,46 @@ def hash_chunk(work: Path, chunk: Chunk, text_field: str) -> Iterator[None]:
 
 
 def mark_copies(work: Path, chunks: Sequence[Chunk]) -> dict[Chunk, str]:
-    """Note for each chunk which of its documents are copies: each note's checksum, "" where none is."""
+    """Write a note for each chunk that marks its copies.
+
+    Returns the checksum of each note, or an empty string for a chunk without copies.
+    """
     sizes = [_hash_file(work, chunk).stat().st_size // _HASH.itemsize for chunk in chunks]
     starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
     is_copy = np.zeros(int(starts[-1]), dtype=np.bool_)
-    buckets = 1 + int(starts[-1]) * _HASH.itemsize // _BUCKET_BYTES
+    buckets = 1 + int(starts[-1]) * _HASH.itemsize // BUCKET_BYTES
     for bucket in range(buckets):
-        values, places = [], []
+        values, positions = [], []
         for chunk, start in zip(chunks, starts[:-1].tolist(), strict=True):
             hashes = np.frombuffer(_hash_file(work, chunk).read_bytes(), _HASH)
-            here = np.flatnonzero(hashes["high"] % buckets == bucket)
-            values.append(hashes[here])
-            places.append(here + start)
-        _mark(np.concatenate(values), np.concatenate(places), is_copy)
+            in_bucket = np.flatnonzero(hashes["high"] % buckets == bucket)
+            values.append(hashes[in_bucket])
+            positions.append(in_bucket + start)
+        _mark_bucket(np.concatenate(values), np.concatenate(positions), is_copy)
     notes = {}
     for chunk, start, size in zip(chunks, starts[:-1].tolist(), sizes, strict=True):
-        of_piece = is_copy[start : start + size]
-        note = of_piece.tobytes() if of_piece.any() else b""
+        marks = is_copy[start : start + size]
+        note = marks.tobytes() if marks.any() else b""
         write_durably(_note_file(work, chunk), note)
         notes[chunk] = xxhash.xxh3_128_hexdigest(note) if note else ""
     return notes
 
 
-def _mark(values: NDArray[np.void], places: NDArray[np.int64], is_copy: NDArray[np.bool_]) -> None:
-    order = np.lexsort((places, values["low"], values["high"]))
+def _mark_bucket(values: NDArray[np.void], positions: NDArray[np.int64], is_copy: NDArray[np.bool_]) -> None:
+    order = np.lexsort((positions, values["low"], values["high"]))
     ordered = values[order]
     is_same = (ordered["high"][1:] == ordered["high"][:-1]) & (ordered["low"][1:] == ordered["low"][:-1])
-    is_copy[places[order][1:][is_same]] = True
+    is_copy[positions[order][1:][is_same]] = True
 
 
-def copies(work: Path, chunk: Chunk) -> bytes:
-    """A byte for each document of `chunk` that was hashed, 1 for a copy; nothing where there is no copy."""
+def read_copies_note(work: Path, chunk: Chunk) -> bytes:
+    """A byte for each hashed document of `chunk`, 1 for a copy; empty if the chunk has no copies."""
     return _note_file(work, chunk).read_bytes()
 
 
 def _hash_file(work: Path, chunk: Chunk) -> Path:
-    return work / FOLDER / f"{chunk.name}.xxh3"
+    return work / HASH_FOLDER / f"{chunk.name}.xxh3"
 
 
 def _note_file(work: Path, chunk: Chunk) -> Path:
-    return work / FOLDER / f"{chunk.name}.copies"
+    return work / HASH_FOLDER / f"{chunk.name}.copies"

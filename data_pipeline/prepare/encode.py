@@ -1,4 +1,7 @@
-"""A chunk of the input → token shards of its own: the work that preparation does in parallel."""
+"""Encodes a chunk: reads its documents, encodes them in batches, and writes shards of its own.
+
+The ids go from the encoder to the file in the same process.
+"""
 
 import json
 import os
@@ -19,20 +22,26 @@ from data_pipeline.dataset.shards import ShardWriter
 from data_pipeline.durable import fsync_folder, write_durably
 from data_pipeline.errors import DataError
 from data_pipeline.prepare.chunk import RECORD_FILE, Chunk, ChunkRecord, ListedDocument, read_chunk_record
-from data_pipeline.prepare.dedup import copies
+from data_pipeline.prepare.dedup import read_copies_note
 from data_pipeline.prepare.progress import Advance
 from data_pipeline.sources.documents import BadDocument, DocumentReader
 from data_pipeline.sources.held_out import is_held_out
 from data_pipeline.tokenizer.encoding import Encoding
-from data_pipeline.tokenizer.fast_encoder import Disagreement, Encoder, EncoderChoice, Flat, TiktokenEncoder
+from data_pipeline.tokenizer.fast_encoder import (
+    Encoder,
+    EncoderChoice,
+    EncoderMismatch,
+    FlatIds,
+    TiktokenEncoder,
+)
 
-# Documents are gathered to this many bytes before they are encoded together.
+# The encoder gets batches of documents of about this size.
 _BATCH_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class EncodeSettings:
-    """All that decides what a chunk becomes, besides the chunk."""
+    """Everything besides the chunk itself that determines the chunk's shards."""
 
     encoding: Path
     encoder: EncoderChoice
@@ -47,24 +56,29 @@ class EncodeSettings:
 def encode_chunk(
     folder: Path, chunk: Chunk, settings: EncodeSettings, encoding: Encoding, encoder: Encoder
 ) -> Iterator[Advance]:
-    """Encode `chunk`, saying how it goes, and at the end commit it as a folder of its name under `folder`.
+    """Encode `chunk` and commit it as a folder of its name under `folder`; yields its progress.
 
-    Where a fast `encoder` turns out to be wrong its work on the chunk is thrown away and tiktoken's taken.
+    If a fast `encoder` returns wrong ids, its work on the chunk is discarded and tiktoken encodes the chunk.
     """
-    told: list[Advance] = []
+    reported: list[Advance] = []
     try:
         for advance in _encode_chunk(folder, chunk, settings, encoder):
-            told.append(advance)
+            reported.append(advance)
             yield advance
-    except Disagreement as error:
+    except EncoderMismatch as error:
         shutil.rmtree(_temporary(folder, chunk))
-        behind = [-sum(column) for column in zip(*(advance[:3] for advance in told), strict=True)] or [0] * 3
-        yield Advance(behind[0], behind[1], behind[2], f"tokenizing again with tiktoken: {error}")
+        yield Advance(
+            -sum(advance.bytes for advance in reported),
+            -sum(advance.documents for advance in reported),
+            -sum(advance.tokens for advance in reported),
+            f"tokenizing again with tiktoken: {error}",
+        )
         yield from _encode_chunk(folder, chunk, settings, TiktokenEncoder(encoding))
 
 
 def _temporary(folder: Path, chunk: Chunk) -> Path:
-    return folder / f".{chunk.name}.{socket.gethostname()}.{os.getpid()}"  # others may be at it elsewhere
+    """A name that no other process uses: several machines may work on one chunk."""
+    return folder / f".{chunk.name}.{socket.gethostname()}.{os.getpid()}"
 
 
 def _encode_chunk(
@@ -73,79 +87,83 @@ def _encode_chunk(
     temporary = _temporary(folder, chunk)
     temporary.mkdir()
     record = ChunkRecord(encoder=encoder.name)
-    train, val = (_Batch(split, settings, encoder, record, temporary) for split in ("train", "val"))
-    note = copies(folder, chunk) if settings.deduplicate else b""
+    train, val = (_SplitEncoder(split, settings, encoder, record, temporary) for split in ("train", "val"))
+    note = read_copies_note(folder, chunk) if settings.deduplicate else b""
     record.copies_note = xxhash.xxh3_128_hexdigest(note) if note else ""
     is_copy = iter(note or repeat(False))
     for number, span in enumerate(chunk.spans):
         reader = DocumentReader(span, settings.text_field)
-        told = 0
+        reported_bytes = 0
         for document in reader:
             if isinstance(document, BadDocument):
-                record.list_bad(ListedDocument(number, document.line, document.reason))
+                record.add_bad(ListedDocument(number, document.line, document.reason))
             elif not document:
                 record.empty += 1
-            elif _next_note(is_copy, chunk):
+            elif _next_is_copy(is_copy, chunk):
                 record.copies += 1
             else:
-                batch = val if is_held_out(document, settings.val_fraction, settings.seed) else train
-                if batch.add(document, (number, reader.line)):
-                    documents, tokens = batch.encode()
-                    now = reader.bytes_read
-                    yield Advance(now - told, documents, tokens)
-                    told = now
+                split = val if is_held_out(document, settings.val_fraction, settings.seed) else train
+                if split.add(document, number, reader.line):
+                    documents, tokens = split.encode()
+                    bytes_read = reader.bytes_read
+                    yield Advance(bytes_read - reported_bytes, documents, tokens)
+                    reported_bytes = bytes_read
         (documents, tokens), (val_documents, val_tokens) = train.encode(), val.encode()
-        yield Advance(span.size_bytes - told, documents + val_documents, tokens + val_tokens)
+        yield Advance(span.size_bytes - reported_bytes, documents + val_documents, tokens + val_tokens)
         record.checksums.append(reader.checksum)
     record.train, record.val = train.finish(), val.finish()
-    record.listed.sort()  # what cannot be encoded is found out later than what cannot be read
+    record.listed.sort()  # documents that cannot be encoded are found later than unreadable ones
     write_durably(temporary / RECORD_FILE, (json.dumps(asdict(record)) + "\n").encode())
+    _commit(temporary, folder, chunk)
+
+
+def _commit(temporary: Path, folder: Path, chunk: Chunk) -> None:
     try:
         temporary.rename(folder / chunk.name)
     except OSError:
         if read_chunk_record(folder, chunk) is None:
             raise
-        shutil.rmtree(temporary)  # somebody else was as quick, with the same bytes
+        shutil.rmtree(temporary)  # another process has committed the chunk, with the same bytes
     fsync_folder(folder)
 
 
-def _next_note(is_copy: Iterator[int], chunk: Chunk) -> int:
-    noted = next(is_copy, None)
-    if noted is None:
+def _next_is_copy(is_copy: Iterator[int], chunk: Chunk) -> int:
+    mark = next(is_copy, None)
+    if mark is None:
         name = chunk.spans[0].source.name
-        raise DataError(f"{name}: it changed after its documents were hashed; run again to begin it anew")
-    return noted
+        raise DataError(f"{name}: it changed after its documents were hashed; run again to start it over")
+    return mark
 
 
-class _Batch:
-    """Documents of one split of a chunk that are encoded together, and where their ids go."""
+class _SplitEncoder:
+    """Encodes the documents of one split of a chunk, in batches, and writes their ids to shards."""
 
     def __init__(
         self, split: Split, settings: EncodeSettings, encoder: Encoder, record: ChunkRecord, folder: Path
     ) -> None:
         self._encoder = encoder
         self._record = record
-        self._writer = _Writer(folder, split, settings)
+        self._writer = _SplitWriter(folder, split, settings)
         self._documents: list[bytes] = []
-        self._places: list[tuple[int, int]] = []
+        self._lines: list[tuple[int, int]] = []
         self._bytes = 0
 
-    def add(self, document: bytes, place: tuple[int, int]) -> bool:
-        """Take a document that stands in (span, line); whether it is time to encode."""
+    def add(self, document: bytes, span: int, line: int) -> bool:
+        """Add the document at `line` of span number `span`; returns whether the batch is full."""
         self._documents.append(document)
-        self._places.append(place)
+        self._lines.append((span, line))
         self._bytes += len(document)
         return self._bytes >= _BATCH_BYTES
 
     def encode(self) -> tuple[int, int]:
-        """Encode and write what was taken: how many documents and tokens."""
+        """Encode and write the batch; returns its numbers of documents and tokens."""
         if not self._documents:
             return 0, 0
         try:
             encoded = [self._encoder.encode(self._documents)]
         except DataError:
             encoded = list(self._encode_one_by_one())
-        self._documents, self._places, self._bytes = [], [], 0
+        self._documents, self._lines, self._bytes = [], [], 0
         for ids, offsets in encoded:
             self._writer.write(ids, np.diff(offsets))
         documents = sum(len(offsets) - 1 for _, offsets in encoded)
@@ -154,21 +172,21 @@ class _Batch:
         self._record.tokens += tokens
         return documents, tokens
 
-    def _encode_one_by_one(self) -> Iterator[Flat]:
-        """The same without the documents that cannot be encoded, which are listed as broken."""
-        for document, place in zip(self._documents, self._places, strict=True):
+    def _encode_one_by_one(self) -> Iterator[FlatIds]:
+        """Encode the batch without the documents that cannot be encoded, which count as broken."""
+        for document, (span, line) in zip(self._documents, self._lines, strict=True):
             try:
                 yield self._encoder.encode([document])
             except DataError as error:
-                self._record.list_bad(ListedDocument(*place, str(error)))
+                self._record.add_bad(ListedDocument(span, line, str(error)))
 
     def finish(self) -> list[Shard]:
-        """The shards of the split, all of them on disk."""
+        """The shards of the split, all of them durable."""
         return self._writer.finish()
 
 
-class _Writer:
-    """The shards of one split of a chunk: one is closed with the document that fills it."""
+class _SplitWriter:
+    """Writes the shards of one split of a chunk. The document that fills a shard is its last one."""
 
     def __init__(self, folder: Path, split: Split, settings: EncodeSettings) -> None:
         self._folder = folder
@@ -178,18 +196,18 @@ class _Writer:
         self._writer: ShardWriter | None = None
 
     def write(self, ids: NDArray[np.uint32], lengths: NDArray[np.int64]) -> None:
-        """Append documents of `lengths` tokens, whose ids stand in `ids` one after the other."""
+        """Append documents of `lengths` tokens each, whose ids are concatenated in `ids`."""
         ends = np.cumsum(lengths)
-        first, behind = 0, 0
+        first, begin = 0, 0
         while first < len(lengths):
             if self._writer is None:
                 name = f"{self._split}-{len(self._shards):05d}"
                 self._writer = ShardWriter(self._folder, name, self._settings.dtype)
             room = self._settings.shard_tokens - self._writer.tokens
-            last = min(int(np.searchsorted(ends, behind + room)), len(lengths) - 1)
+            last = min(int(np.searchsorted(ends, begin + room)), len(lengths) - 1)
             end = int(ends[last])
-            self._writer.write(ids[behind:end], array("i", lengths[first : last + 1].tolist()))
-            first, behind = last + 1, end
+            self._writer.write(ids[begin:end], array("i", lengths[first : last + 1].tolist()))
+            first, begin = last + 1, end
             if self._writer.tokens >= self._settings.shard_tokens:
                 self._close()
 
@@ -199,6 +217,6 @@ class _Writer:
             self._writer = None
 
     def finish(self) -> list[Shard]:
-        """Every shard that was written, all of them on disk."""
+        """The shards of the split, all of them durable."""
         self._close()
         return self._shards

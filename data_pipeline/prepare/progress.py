@@ -1,4 +1,4 @@
-"""How far a preparation is: what workers report, added up for the user."""
+"""The progress of a preparation: what the workers report, summed up for the user."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Advance(NamedTuple):
-    """What a worker has done since it last said so, and something to tell the user."""
+    """What a worker has done since its last report, and an optional message for the user."""
 
     bytes: int
     documents: int
@@ -16,7 +16,7 @@ class Advance(NamedTuple):
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a preparation is; `message` is something that a user should read once."""
+    """The progress of a preparation. `message` is a message that the user should see once."""
 
     bytes_done: int
     bytes_total: int
@@ -25,27 +25,29 @@ class Progress:
     message: str | None = None
 
 
-class Tally:
-    """Adds up what the workers say and passes it on."""
+class ProgressReporter:
+    """Sums up the workers' reports and calls `report` with the result; repeats no message."""
 
-    def __init__(self, progress: Callable[[Progress], None] | None, bytes_total: int) -> None:
-        self._progress = progress or (lambda _: None)
-        self._state = Progress(0, bytes_total, 0, 0)
-        self._told: set[str] = set()
+    def __init__(self, report: Callable[[Progress], None] | None, bytes_total: int) -> None:
+        self._report = report or (lambda _: None)
+        self._progress = Progress(0, bytes_total, 0, 0)
+        self._messages: set[str] = set()
 
     def advance(self, by: Advance) -> None:
-        now = self._state
-        self._state = replace(
-            now,
-            bytes_done=now.bytes_done + by.bytes,
-            documents=now.documents + by.documents,
-            tokens=now.tokens + by.tokens,
+        """Add a worker's report."""
+        before = self._progress
+        self._progress = replace(
+            before,
+            bytes_done=before.bytes_done + by.bytes,
+            documents=before.documents + by.documents,
+            tokens=before.tokens + by.tokens,
         )
-        self._progress(self._state)
+        self._report(self._progress)
         if by.message is not None:
             self.message(by.message)
 
     def message(self, text: str) -> None:
-        if text not in self._told:  # every worker may say the same
-            self._told.add(text)
-            self._progress(replace(self._state, message=text))
+        """Report a message unless it was reported before: several workers may send the same one."""
+        if text not in self._messages:
+            self._messages.add(text)
+            self._report(replace(self._progress, message=text))

@@ -78,7 +78,7 @@ def adopt(prefixes: Sequence[str], val: Sequence[str], options: dict[str, Any]) 
         raise ConfigError(f"--adopt writes beside existing files and does not take --{', --'.join(foreign)}.")
     if "tokenizer" not in options:
         raise ConfigError("--tokenizer must be given: the files do not say which one made their ids.")
-    folder, made = adopt(prefixes, val, options["tokenizer"], tell=lambda text: click.echo(text, err=True))
+    folder, made = adopt(prefixes, val, options["tokenizer"], warn=lambda text: click.echo(text, err=True))
     _say_counts(made)
     click.echo(folder)
     return 0

@@ -1,8 +1,9 @@
-"""Which chunks sources are cut into, and that every document of a cut file is read once."""
+"""The chunks of the sources, and that every document of a split file is read once."""
 
 import gzip
 import json
 import random
+from collections import Counter
 from pathlib import Path
 
 import pyarrow
@@ -49,12 +50,12 @@ def _write(path: Path, texts: list[str]) -> Path:
 
 
 def _pieces(path: Path) -> list[Chunk]:
-    # Small shards make small chunks, as a larger file would
+    # Small shards make small chunks, so a small file is split as a large one would be
     return split_into_chunks(find_files([path])[0], shard_tokens=100_000)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"])
-def test_one_large_file_is_cut_for_several_workers_and_each_document_read_once(
+def test_a_large_file_is_split_and_each_document_read_once(
     tmp_path: Path, texts: list[str], suffix: str
 ) -> None:
     chunks = _pieces(_write(tmp_path / f"a{suffix}", texts))
@@ -67,7 +68,7 @@ def test_one_large_file_is_cut_for_several_workers_and_each_document_read_once(
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".parquet"])
-def test_a_cut_file_gives_the_same_bytes_on_any_number_of_workers(
+def test_a_split_file_gives_the_same_bytes_with_any_number_of_workers(
     tmp_path: Path, texts: list[str], suffix: str
 ) -> None:
     path = _write(tmp_path / f"a{suffix}", texts)
@@ -78,7 +79,7 @@ def test_a_cut_file_gives_the_same_bytes_on_any_number_of_workers(
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst", ".parquet"])
-def test_broken_documents_in_later_parts_have_the_file_s_line(
+def test_documents_in_later_parts_are_located_by_the_line_of_the_file(
     tmp_path: Path, texts: list[str], suffix: str
 ) -> None:
     path = tmp_path / f"a{suffix}"
@@ -96,7 +97,7 @@ def test_broken_documents_in_later_parts_have_the_file_s_line(
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
 @pytest.mark.parametrize("keep", [0.2, 0.95])
-def test_a_cut_compressed_file_that_ends_too_early_is_told_once(
+def test_the_truncation_of_a_split_compressed_file_is_reported_once(
     tmp_path: Path, texts: list[str], suffix: str, keep: float
 ) -> None:
     path = _write(tmp_path / f"a{suffix}", texts)
@@ -120,3 +121,23 @@ def test_a_cut_compressed_file_that_ends_too_early_is_told_once(
     assert "end too early" in bad[0]
     line = int(bad[0].removeprefix(f"{path}:").partition(":")[0])
     assert abs(line - len(found)) <= 1
+
+
+def test_chunks_cover_every_byte_once_and_depend_only_on_the_sources(raw: Path, tmp_path: Path) -> None:
+    files, _ = find_files([raw])
+    for shard_tokens in (1000, 30_000, 10**8):
+        covered: Counter[str] = Counter()
+        found = split_into_chunks(files, shard_tokens)
+        position: dict[str, int] = {}
+        for chunk in found:
+            for span in chunk.spans:
+                assert position.get(span.source.name, 0) == span.start
+                position[span.source.name] = span.stop
+                covered[span.source.name] += span.size_bytes
+        assert covered == Counter({file.name: file.size_bytes for file in files})
+        assert len({chunk.name for chunk in found}) == len(found)
+    assert len(split_into_chunks(files, 10**8)) == 1, "too small to split"
+    large = [files[0].__class__("x.jsonl", tmp_path / "x.jsonl", 10**12, 0)]
+    assert 2400 < len(split_into_chunks(large, 100_000_000)) < 2600
+    large = [files[0].__class__("x.jsonl", tmp_path / "x.jsonl", 10**9, 0)]
+    assert 60 < len(split_into_chunks(large, 100_000_000)) < 70
