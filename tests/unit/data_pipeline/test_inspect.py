@@ -1,20 +1,12 @@
 from pathlib import Path
 
-import pytest
 from click.testing import CliRunner
 
 from data_pipeline.dataset.manifest import read_manifest
 from data_pipeline.inspect import length_histogram, sample_documents
 from data_pipeline.tokenizer.encoding import load_encoding
 from launcher.cli import commands
-from tests.unit.data_pipeline.support import documents_of, packaged_texts, prepared
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("adopt") / "data"
-    prepared(out, packaged_texts()[:80], val_fraction=0.2, shard_tokens=20_000)
-    return out
+from tests.unit.data_pipeline.support import documents_of
 
 
 def test_lengths_and_sampled_documents_are_those_of_the_files(made: Path) -> None:

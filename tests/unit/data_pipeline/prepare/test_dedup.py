@@ -1,15 +1,18 @@
 """Exact copies are left out and the first of each stays, however the preparation was run."""
 
 import random
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.prepare import dedup
+from data_pipeline.prepare.chunk import Chunk
+from data_pipeline.prepare.encode import EncodeSettings
 from data_pipeline.prepare.pipeline import prepare
-from data_pipeline.prepare.progress import Progress
+from data_pipeline.prepare.progress import Advance, Progress
+from data_pipeline.prepare.worker_pool import Task, encode_all
 from data_pipeline.tokenizer.encoding import load_encoding
 from tests.unit.data_pipeline.support import config, documents_of, files_of, packaged_texts, write_jsonl
 
@@ -88,18 +91,22 @@ def test_a_chunk_is_encoded_again_if_its_copies_have_changed(tmp_path: Path, tex
 def test_a_source_that_changes_between_the_passes_is_an_error(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", ["twice and again"] * 2)
 
-    hashed = dedup.mark_copies
+    def encode(
+        folder: Path,
+        chunks: Sequence[Chunk],
+        settings: EncodeSettings,
+        workers: int,
+        /,
+        task: Task = "encode",
+    ) -> Generator[Advance | Chunk, None, None]:
+        if task == "encode":
+            lines = [b'{"text":"%d"}' % number for number in range(3)]  # more lines in no more bytes
+            source.write_bytes(b"\n".join(lines)[: source.stat().st_size])
+        return encode_all(folder, chunks, settings, workers, task)
 
-    def mark_and_grow(*arguments: object) -> object:
-        notes = hashed(*arguments)  # type: ignore[arg-type]
-        lines = [b'{"text":"%d"}' % number for number in range(3)]  # more lines in no more bytes
-        source.write_bytes(b"\n".join(lines)[: source.stat().st_size])
-        return notes
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dedup, "mark_copies", mark_and_grow)
-        with pytest.raises(DataError, match=r"a\.jsonl: it changed after its documents were hashed"):
-            prepare(config(tmp_path / "data", source, val_fraction=0, deduplicate=True))
+    settings = config(tmp_path / "data", source, val_fraction=0, deduplicate=True)
+    with pytest.raises(DataError, match=r"a\.jsonl: it changed after its documents were hashed"):
+        prepare(settings, encode=encode)
 
 
 def test_copies_stay_by_default(tmp_path: Path) -> None:
