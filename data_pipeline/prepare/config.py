@@ -12,7 +12,7 @@ from data_pipeline.tokenizer.fast_encoder import EncoderChoice
 
 
 class DataPrepConfig(Section):
-    """The content of DATA.toml."""
+    """DATA.toml: the text, the tokenizer and the settings of a data set."""
 
     sources: tuple[str, ...] = Field(
         default=(),
@@ -33,8 +33,8 @@ class DataPrepConfig(Section):
     )
     encoder: EncoderChoice = Field(
         default="auto",
-        description="auto uses gigatoken or fastokens if installed, and checks their ids against tiktoken's; "
-        "tiktoken uses only tiktoken.",
+        description="auto encodes with gigatoken or fastokens if installed, and checks their ids against "
+        "tiktoken's; tiktoken encodes with tiktoken only.",
     )
     out: Path = Field(description="The data directory to create.")
     text_field: str = Field(

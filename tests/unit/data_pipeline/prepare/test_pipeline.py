@@ -205,7 +205,7 @@ def test_a_preparation_continues_after_its_committed_chunks(raw: Path, tmp_path:
 
     with pytest.raises(_Killed):
         prepare(config(out, raw, **SMALL), stop_later)
-    (work / ".torn.123").mkdir()
+    (work / ".incomplete.123").mkdir()
     before = {path: path.stat().st_mtime_ns for path in work.glob("[0-9a-f]*/piece.json")}
     assert len(before) == 5
 
@@ -214,7 +214,7 @@ def test_a_preparation_continues_after_its_committed_chunks(raw: Path, tmp_path:
         if (work / "names.json").exists():
             return
         assert {path: path.stat().st_mtime_ns for path in before} == before
-        assert not (work / ".torn.123").exists()
+        assert not (work / ".incomplete.123").exists()
 
     prepare(config(out, raw, **SMALL), check_progress)
     messages = [progress.message for progress in seen if progress.message]

@@ -83,8 +83,8 @@ def test_changing_the_world_size_changes_no_sequence_of_an_epoch(
         parts = [reader.batch(step, rank, world_size) for rank in range(world_size)]
         whole = reference.batch(step, 0, 1)
         numbers = np.concatenate([part.sequence_numbers for part in parts])
-        behind = sum(sizes[: step - 1])
-        assert numbers.tolist() == list(range(behind, behind + sizes[step - 1]))
+        consumed = sum(sizes[: step - 1])
+        assert numbers.tolist() == list(range(consumed, consumed + sizes[step - 1]))
         assert np.array_equal(np.concatenate([part.tokens for part in parts]), whole.tokens)
         assert np.array_equal(np.concatenate([part.scored for part in parts]), whole.scored)
         assert [row for part in parts for row in segments(part)] == segments(whole)
@@ -191,14 +191,14 @@ def test_skipping_more_changes_only_later_batches_or_is_refused(
     gone = {number for a, b in skipped for number in range(a, b)}
     order = [number for number in range(300) if number not in gone]
     reader = _reader(data, skipped=skipped)
-    behind = order[12 * step - 1] + 1 if step else 0
-    assert reader.numbers_consumed(step) == behind
-    if min(set(range(first, stop)) - gone, default=behind) < behind:
+    consumed = order[12 * step - 1] + 1 if step else 0
+    assert reader.numbers_consumed(step) == consumed
+    if min(set(range(first, stop)) - gone, default=consumed) < consumed:
         with pytest.raises(ConfigError, match=f"which the run has read by step {step}"):
             reader.skip([(first, stop)], step)
         return
     reader.skip([(first, stop)], step)
-    later = [number for number in order if number < behind or not first <= number < stop]
+    later = [number for number in order if number < consumed or not first <= number < stop]
     read = np.concatenate([reader.batch(n, 0, 1).sequence_numbers for n in range(1, 12)])
     assert read.tolist() == later[: len(read)]
     assert {number for a, b in reader.skipped for number in range(a, b)} == gone | set(range(first, stop))
