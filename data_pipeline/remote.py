@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 from data_pipeline.errors import ConfigError, DataError
 
 # Bytes per request: large enough that latency does not dominate, small compared with a chunk.
-BLOCK_BYTES = 4 << 20
+REQUEST_BYTES = 4 << 20
 _EXTRAS = {"s3": "s3", "gs": "gs", "gcs": "gs"}  # the extra of outlast that installs each protocol
 # The keys under which S3, GCS, the Hugging Face hub and other stores report a file's version.
 _VERSIONS = ("ETag", "etag", "blob_id", "LastModified", "mtime", "updated")
@@ -89,7 +89,7 @@ def open_remote(url: str, version: str) -> BinaryIO:
         found = _version(store.info(path))
         if found != version:
             raise DataError(f"{url}: it has changed since it was listed; run again to start it over")
-        return cast(BinaryIO, store.open(path, "rb", block_size=BLOCK_BYTES, cache_type="readahead"))
+        return cast(BinaryIO, store.open(path, "rb", block_size=REQUEST_BYTES, cache_type="readahead"))
     except DataError:
         raise
     except Exception as error:  # the stores' errors share no base class

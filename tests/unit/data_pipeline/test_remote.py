@@ -150,7 +150,7 @@ def test_reading_a_span_fetches_little_more_than_the_span(
     monkeypatch.setattr(s3fs.core.S3File, "_fetch_range", counted)
     documents = list(DocumentReader(Span(file, 20_000_000, 24_000_000), "text"))
     assert abs(len(documents) - 4_000_000 / len(line)) < 2
-    assert fetched < 4_000_000 + 2 * remote.BLOCK_BYTES
+    assert fetched < 4_000_000 + 2 * remote.REQUEST_BYTES
 
 
 @pytest.mark.parametrize(
