@@ -1,4 +1,4 @@
-"""Local fakes of object stores without a server to run: they answer the HTTP requests of their file systems."""
+"""Local fakes of object stores that have no server to run: they answer the requests of their file systems."""
 
 import hashlib
 import json
