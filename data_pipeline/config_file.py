@@ -1,7 +1,8 @@
-"""TOML files read into frozen pydantic models, with every problem reported at once in plain words.
+"""Reads TOML files into frozen pydantic models and reports every problem at once, in plain words.
 
-Three layers only: field default ← file ← `--set a.b=c`. Nothing else (no environment, no includes) can
-change a value, so that the file and the command line together are the whole truth.
+A value comes from one of three layers: the field's default, the file, or `--set a.b=c`; a later layer wins.
+Nothing else (no environment variable, no include) changes a value, so the file and the command line together
+determine the config.
 """
 
 import difflib
@@ -19,25 +20,25 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class Section(BaseModel):
-    """One table of a config file: frozen, and an unknown key is an error."""
+    """One table of a config file. It is frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file. Raises ConfigError when it is missing or not TOML."""
+    """The tables of a TOML file. Raises ConfigError if the file is missing or is not valid TOML."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except IsADirectoryError:
-        raise ConfigError(f"{path} is a folder; a TOML file is needed") from None
+        raise ConfigError(f"{path} is a folder; name a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
 
 
 def with_overrides(tables: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """`tables` with each `a.b=c` set; values are read as TOML, else taken as strings."""
+    """`tables` with each override `a.b=c` applied. A value that is not valid TOML is taken as a string."""
     fields: dict[str, Any] = {}
     problems = []
     for override in overrides:
@@ -52,7 +53,10 @@ def with_overrides(tables: Mapping[str, Any], overrides: Sequence[str]) -> dict[
 def with_fields(
     tables: Mapping[str, Any], fields: Mapping[str, Any], problems: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """`tables` with each dotted field set. Raises ConfigError, after `problems`, where a table is none."""
+    """`tables` with each dotted field set.
+
+    Raises ConfigError that lists `problems` first and then each field whose parent is a value, not a table.
+    """
     result: dict[str, Any] = _deep_copy(tables)
     found = list(problems)
     for name, value in fields.items():
@@ -74,7 +78,7 @@ def with_fields(
 def dotted(
     tables: Mapping[str, Any], prefix: str = "", *, into_lists: bool = False
 ) -> Iterator[tuple[str, Any]]:
-    """Every value of nested tables with its dotted name; `into_lists`: of lists of tables too, by number."""
+    """Yields each value of nested tables with its dotted name; `into_lists` descends into lists of tables."""
     for name, value in tables.items():
         below = value
         if into_lists and isinstance(value, list) and value and isinstance(value[0], Mapping):
@@ -86,7 +90,7 @@ def dotted(
 
 
 def validate(model: type[Model], tables: Mapping[str, Any], source: str) -> Model:
-    """`tables` as a `model`. Raises ConfigError that lists every problem and where it stands."""
+    """`tables` as a `model`. Raises ConfigError that lists every problem and the field that it concerns."""
     try:
         return model.model_validate(tables)
     except ValidationError as error:
@@ -116,7 +120,7 @@ def _sentence(model: type[BaseModel], problem: Any) -> str:
         return f"{location} is missing and has no default"
     message = str(problem["msg"]).removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
-    if kind == "value_error":  # the validator's own words name the fields already
+    if kind == "value_error":  # the validator's message already names the fields
         return message
     return f"{location} = {problem['input']!r}: {message}"
 
@@ -134,11 +138,11 @@ def _suggestion(model: type[BaseModel], location: tuple[int | str, ...]) -> str:
         near = [by_leaf[name] for name in leaf]
     if near:
         return f"; did you mean {near[0]!r}?"
-    return f"; known here: {', '.join(name.rpartition('.')[2] for name in siblings)}" if siblings else ""
+    return f"; known keys: {', '.join(name.rpartition('.')[2] for name in siblings)}" if siblings else ""
 
 
 def field_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Every key that `model` knows, dotted, tables before what is in them."""
+    """Yields the dotted name of every key of `model`; a table comes before the keys inside it."""
     for name, field in model.model_fields.items():
         yield prefix + name
         for section in _sections(field.annotation):

@@ -1,17 +1,18 @@
-"""The errors that users see. Everything else that escapes is a bug.
+"""The errors that users see. Any other exception that reaches a user is a bug.
 
-Each says what is wrong, the values, and what to do next. gpt/run/exit_codes.py maps them to exit codes.
+Each message says what is wrong, gives the values, and says what to do next. gpt/run/exit_codes.py maps each
+class to the exit code of the command that failed.
 """
 
 from collections.abc import Sequence
 
 
 class OutlastError(Exception):
-    """Base of every error that is meant for a user's eyes."""
+    """Base class of every error that is written for users."""
 
 
 class ConfigError(OutlastError):
-    """The user's input is wrong; `problems` lists everything that is, one sentence or two each."""
+    """The user's input is wrong. `problems` lists everything wrong with it, in one or two sentences each."""
 
     def __init__(self, problems: str | Sequence[str]) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
@@ -19,16 +20,16 @@ class ConfigError(OutlastError):
 
 
 class DataError(OutlastError):
-    """A source, a shard or a data set is not what it says it is."""
+    """A source, a shard or a data set is damaged, missing, or not what its description says."""
 
 
 class CheckpointError(OutlastError):
-    """No intact checkpoint where there must be one, or one that belongs to another model: do not restart."""
+    """No intact checkpoint exists where one is required, or it belongs to another model: do not restart."""
 
 
 class LaunchError(OutlastError):
-    """A run cannot be started, stopped or found as asked."""
+    """A run cannot be found, started or stopped."""
 
 
 class DataExhausted(DataError):
-    """A batch past the last epoch that `data.max_epochs` allows."""
+    """A step needs more data than `data.max_epochs` allows."""

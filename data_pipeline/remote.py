@@ -1,8 +1,9 @@
-"""Files in object stores, `s3://`, `gs://`, `hf://` and whatever else fsspec knows, as sources of documents.
+"""Access to files in object stores through fsspec: `s3://`, `gs://`, `hf://` and its other protocols.
 
-Credentials and addresses are the store's own affair (environment, configuration files). A file is told by its
-size and by what the store says changes with it, and opening one that has changed since it was listed is an
-error. Every failure of a store reaches the user as an error of ours: their libraries share no base class.
+Credentials and endpoints come from the store's own environment variables and configuration files. A size and
+a version (an ETag, for example) identify a file; opening a file that has changed since it was listed raises
+an error. The libraries of the stores share no base class of exceptions, so each failure is converted to a
+DataError or a ConfigError here.
 """
 
 from collections.abc import Mapping
@@ -11,15 +12,15 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 from data_pipeline.errors import ConfigError, DataError
 
-# Read at a time: large enough that a round trip does not decide, small beside a piece.
-_BLOCK_BYTES = 4 << 20
-_EXTRAS = {"s3": "s3", "gs": "gs", "gcs": "gs"}  # what `pip install outlast[…]` brings, by protocol
-# Where the stores say what changes with a file: S3, GCS, the Hugging Face hub, others.
+# Bytes per request: large enough that latency does not dominate, small compared with a chunk.
+REQUEST_BYTES = 4 << 20
+_EXTRAS = {"s3": "s3", "gs": "gs", "gcs": "gs"}  # the extra of outlast that installs each protocol
+# The keys under which S3, GCS, the Hugging Face hub and other stores report a file's version.
 _VERSIONS = ("ETag", "etag", "blob_id", "LastModified", "mtime", "updated")
 
 
 class RemoteFile(NamedTuple):
-    """A file of an object store: its URL, its path below what the user named, its size and version."""
+    """A file in an object store. `name` is its path relative to the parent of what the user named."""
 
     url: str
     name: str
@@ -28,12 +29,12 @@ class RemoteFile(NamedTuple):
 
 
 def is_remote(source: str) -> bool:
-    """Whether `source` is an URL."""
+    """Whether `source` is a URL."""
     return "://" in source
 
 
 def find_store(url: str, **options: Any) -> tuple[Any, str]:
-    """fsspec's file system for `url` and the path there. Raises ConfigError where it has none."""
+    """The fsspec file system for `url`, and the path in it. Raises ConfigError if fsspec has none."""
     from fsspec.core import url_to_fs
 
     protocol = url.partition("://")[0]
@@ -41,17 +42,17 @@ def find_store(url: str, **options: Any) -> tuple[Any, str]:
         found: tuple[Any, str] = url_to_fs(url, **options)
     except ImportError as error:
         extra = _EXTRAS.get(protocol)
-        remedy = f"pip install 'outlast[{extra}]'" if extra else "install what fsspec needs for it"
-        raise ConfigError(f"{url}: {error}. For {protocol}:// {remedy}") from None
-    except Exception as error:  # of any library
+        remedy = f"pip install 'outlast[{extra}]'" if extra else "install the package that fsspec needs"
+        raise ConfigError(f"{url}: {error}. To read {protocol}://, {remedy}") from None
+    except Exception as error:  # the stores' errors share no base class
         raise ConfigError(f"{url}: {in_words(error)}") from error
     return found
 
 
 def list_remote(source: str) -> list[RemoteFile]:
-    """The files that a URL names: one, all below a folder, or those that match a glob, by name.
+    """The files that a URL names, sorted by name: one file, all files below a folder, or a glob's matches.
 
-    Raises ConfigError where the store cannot be asked. Hidden files are left out.
+    Hidden files are left out. Raises ConfigError if the store cannot list them.
     """
     import fsspec
 
@@ -67,8 +68,8 @@ def list_remote(source: str) -> list[RemoteFile]:
             found, base = {path: store.info(path)}, PurePosixPath(path).parent
     except FileNotFoundError:
         return []
-    except Exception as error:  # of any library
-        raise ConfigError(f"{source}: cannot be listed: {in_words(error)}") from error
+    except Exception as error:  # the stores' errors share no base class
+        raise ConfigError(f"{source}: cannot list it: {in_words(error)}") from error
     files = []
     for name, info in sorted(cast(Mapping[str, Any], found).items()):
         below = PurePosixPath(name).relative_to(base)
@@ -79,26 +80,26 @@ def list_remote(source: str) -> list[RemoteFile]:
 
 
 def open_remote(url: str, version: str) -> BinaryIO:
-    """The file at `url`, seekable. Raises DataError where it is not to be had or not of that `version`."""
+    """Opens the seekable file at `url`. Raises DataError if it cannot be read or is not of that `version`."""
     from fsspec.core import url_to_fs
 
     try:
         store, path = url_to_fs(url, use_listings_cache=False)
-        store.invalidate_cache()  # the hub's keeps what it has seen of a file all the same
+        store.invalidate_cache()  # the hub's file system caches a file's details regardless
         found = _version(store.info(path))
         if found != version:
-            raise DataError(f"{url}: it has changed since it was listed; run again to begin it anew")
-        return cast(BinaryIO, store.open(path, "rb", block_size=_BLOCK_BYTES, cache_type="readahead"))
+            raise DataError(f"{url}: it has changed since it was listed; run again to start it over")
+        return cast(BinaryIO, store.open(path, "rb", block_size=REQUEST_BYTES, cache_type="readahead"))
     except DataError:
         raise
-    except Exception as error:  # of any library
+    except Exception as error:  # the stores' errors share no base class
         raise unreadable(url, error) from error
 
 
 def unreadable(url: str, error: Exception) -> DataError:
-    """What the user is told of a read that failed."""
+    """The error for a read that failed."""
     return DataError(
-        f"{url}: reading failed: {in_words(error)}. What is finished stays; run again to continue"
+        f"{url}: reading failed: {in_words(error)}. Finished work is kept; run again to continue"
     )
 
 
@@ -107,5 +108,5 @@ def _version(info: Mapping[str, Any]) -> str:
 
 
 def in_words(error: Exception) -> str:
-    """What any library's error says, in one line."""
+    """An exception's type and the first line of its message."""
     return f"{type(error).__name__} {(str(error).splitlines() or [''])[0]}".rstrip()

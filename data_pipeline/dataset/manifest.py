@@ -1,27 +1,26 @@
-"""manifest.json, the commit record of a data directory: read, check cheaply, verify every byte.
+"""manifest.json, the commit record of a data directory: a folder without one is not a data set.
 
-Without it a folder is not a data set. It names files of its own folder only and never says where that
-folder is, so that a data set can be moved or copied. Its first line is a checksum of the rest. Reading it
-needs the standard library alone; it never repairs and never guesses.
+It names only files of its own folder and does not contain the folder's path, so a data set can be moved and
+copied. Its first line is a checksum of the rest. Reading it needs only the standard library.
 """
 
 import hashlib
 import json
-import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-from data_pipeline.dataset.megatron_index import ITEM_BYTES, read_header
+from data_pipeline.dataset.megatron_index import ITEM_BYTES
 from data_pipeline.errors import DataError
 
 FILE_NAME = "manifest.json"
 ENCODING_FILE = "encoding.json"
 FORMAT = 1
-CHUNK_BYTES = 1 << 22
+# A .sum file lists a checksum for each block of this many bytes; its JSON key is `chunk_bytes`.
+BLOCK_BYTES = 1 << 22
 
 _FIRST_LINE = re.compile(rb'\{"sha256": "([0-9a-f]{64})",\n')
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -32,7 +31,7 @@ Split = Literal["train", "val"]
 
 @dataclass(frozen=True)
 class FileRecord:
-    """Size and xxh3_128 checksum of one file."""
+    """The size and the xxh3_128 checksum of one file."""
 
     size_bytes: int
     xxh3_128: str
@@ -40,7 +39,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Shard:
-    """One .bin/.idx pair, and .sum, which holds the checksums of their chunks."""
+    """A .bin/.idx pair, and the .sum file with the checksums of their blocks."""
 
     name: str
     tokens: int
@@ -51,13 +50,13 @@ class Shard:
 
     @property
     def files(self) -> dict[str, FileRecord]:
-        """Every file of the shard by name."""
+        """The record of each file of the shard, by file name."""
         return {f"{self.name}.{kind}": getattr(self, kind) for kind in ("bin", "idx", "sum")}
 
 
 @dataclass(frozen=True)
 class EncodingRecord:
-    """Which encoding made the ids, and the bytes of encoding.json that hold it."""
+    """The encoding that made the ids, and the size and checksum of encoding.json."""
 
     name: str
     fingerprint: str
@@ -69,11 +68,11 @@ class EncodingRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a data directory holds.
+    """The content of a data directory.
 
-    `sources` lists each input file with its size and the checksums of the ranges that were read;
-    `preparation` the settings that decided the ids; `skipped` how many documents were left out, by reason;
-    `versions` the software.
+    `sources` lists each input with its size and the checksums of the ranges that were read. `preparation`
+    contains the settings that determined the ids, `skipped` the number of documents left out by reason, and
+    `versions` the versions of the software.
     """
 
     dtype: str
@@ -91,34 +90,34 @@ class Manifest:
 
     @property
     def train_tokens(self) -> int:
-        """Tokens of the training split."""
+        """The number of tokens of the training split."""
         return sum(shard.tokens for shard in self.train)
 
     @property
     def val_tokens(self) -> int:
-        """Tokens of the validation split."""
+        """The number of tokens of the validation split."""
         return sum(shard.tokens for shard in self.val)
 
     @property
     def documents(self) -> int:
-        """Documents of both splits."""
+        """The number of documents of both splits."""
         return sum(shard.documents for shard in (*self.train, *self.val))
 
     @property
     def is_ended_by_token(self) -> bool:
-        """Whether end-of-text stands at the end of every document and nowhere else: `prepare`'s does."""
+        """Whether end-of-text ends every document and occurs nowhere else, as in what `prepare` writes."""
         return "pipeline" in self.preparation or bool(self.preparation.get("is_ended_by_token"))
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over what training reads: the encoding, the dtype, the shards and their order."""
+        """The sha256 of what training reads: the encoding, the dtype, the shards and their order."""
         content = [self.encoding.fingerprint, self.dtype]
         for split, shards in (("train", self.train), ("val", self.val)):
             content += [f"{split} {s.tokens} {s.bin.xxh3_128} {s.idx.xxh3_128}" for s in shards]
         return hashlib.sha256("\n".join(content).encode()).hexdigest()
 
     def to_bytes(self) -> bytes:
-        """The content of manifest.json: the same bytes for the same data."""
+        """The content of manifest.json. Equal manifests have equal bytes."""
         rest = (
             json.dumps({"format": FORMAT, **asdict(self)}, indent=1, ensure_ascii=False)[2:] + "\n"
         ).encode()
@@ -126,37 +125,29 @@ class Manifest:
 
 
 def joint_fingerprint(manifests: Iterable[Manifest]) -> str:
-    """What a run over these data sets, in this order, reads: their fingerprints together."""
+    """Identifies the data of a run that reads these data sets in this order."""
     return "+".join(manifest.fingerprint for manifest in manifests)
 
 
-class BadFile(NamedTuple):
-    """A file of a data set that is not what the manifest says, from byte `offset` on."""
-
-    path: Path
-    offset: int
-    reason: str
-
-
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of the data directory `folder`, itself verified.
+    """The manifest of the data directory `folder`, checked against its own checksum.
 
-    Raises DataError, naming the file, where it is missing, damaged, of another format, or names files outside
-    its folder. The shards are not touched.
+    Raises DataError if it is missing, damaged, of another format, or names files outside its folder. Does not
+    look at the shards.
     """
     path = folder / FILE_NAME
     try:
         raw = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        what = "there is no such folder" if not folder.exists() else f"it has no {FILE_NAME}"
-        raise DataError(f"{folder} is not a data set, or its preparation did not finish: {what}") from None
+        what = "no such folder" if not folder.exists() else f"it has no {FILE_NAME}"
+        raise DataError(f"{folder} is not a data set, or its preparation is unfinished: {what}") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
     first_line = _FIRST_LINE.match(raw)
     if first_line is None:
-        raise DataError(f"{path}: not a manifest: the first line must hold the checksum of the rest")
+        raise DataError(f"{path}: not a manifest: the first line must contain the checksum of the rest")
     if hashlib.sha256(raw[first_line.end() :]).hexdigest().encode() != first_line[1]:
-        raise DataError(f"{path}: its checksum does not match: it is damaged or was changed by hand")
+        raise DataError(f"{path}: its checksum does not match: it is damaged or was edited")
     try:
         content = json.loads(raw)
         if content["format"] != FORMAT:
@@ -164,112 +155,6 @@ def read_manifest(folder: Path) -> Manifest:
         return _from_json(content)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: malformed: {type(error).__name__} {error}") from None
-
-
-def check(folder: Path, manifest: Manifest) -> list[str]:
-    """What can be seen to be wrong without reading the data, one sentence for each bad file.
-
-    Looks at every file's existence and size, every index header, and the bytes of encoding.json.
-    """
-    problems = []
-    bad = _bad_record(folder / ENCODING_FILE, manifest.encoding)
-    if bad is not None:
-        problems.append(f"{bad.path}: not the encoding that the shards were made with: {bad.reason}")
-    for shard in (*manifest.train, *manifest.val):
-        problems += check_shard(folder, shard, manifest.dtype)
-    return problems
-
-
-def check_shard(folder: Path, shard: Shard, dtype: str) -> list[str]:
-    """What can be seen to be wrong with one shard without reading its data."""
-    # Paths as plain strings: with ten thousand shards pathlib alone takes a third of a second.
-    problems = [
-        f"{folder}/{name}: {problem}"
-        for name, record in shard.files.items()
-        if (problem := _size_problem(f"{folder}/{name}", record.size_bytes))
-    ]
-    if problems:
-        return problems
-    path = f"{folder}/{shard.name}.idx"
-    try:
-        header = read_header(path)
-    except DataError as error:
-        return [str(error)]
-    expected = (dtype, shard.documents, shard.idx.size_bytes)
-    if (header.dtype, header.documents, header.idx_bytes) != expected:
-        return [
-            f"{path}: its header speaks of {header.documents} documents in {header.dtype} and "
-            f"{header.idx_bytes} bytes, the manifest of {shard.documents} in {dtype} and "
-            f"{shard.idx.size_bytes} bytes"
-        ]
-    return []
-
-
-def verify(folder: Path) -> Iterator[BadFile]:
-    """Each file of a data directory that differs in any byte, with the first bad chunk's offset.
-
-    Raises DataError where there is no manifest at all; a damaged manifest is the only thing reported, since
-    nothing else can be trusted then.
-    """
-    try:
-        manifest = read_manifest(folder)
-    except DataError as error:
-        if not (folder / FILE_NAME).exists():
-            raise
-        yield BadFile(folder / FILE_NAME, 0, str(error).removeprefix(f"{folder / FILE_NAME}: "))
-        return
-    bad = _bad_record(folder / ENCODING_FILE, manifest.encoding)
-    if bad is not None:
-        yield bad
-    for shard in (*manifest.train, *manifest.val):
-        path = folder / f"{shard.name}.sum"
-        bad = _bad_record(path, shard.sum)
-        if bad is not None:
-            yield bad
-        chunks = {} if bad is not None else json.loads(path.read_bytes())
-        for kind, record in (("bin", shard.bin), ("idx", shard.idx)):
-            bad = _bad_record(folder / f"{shard.name}.{kind}", record, chunks.get(kind, ()))
-            if bad is not None:
-                yield bad
-
-
-def _size_problem(path: Path | str, size_bytes: int) -> str | None:
-    try:
-        actual = os.stat(path).st_size  # noqa: PTH116 (of many files)
-    except FileNotFoundError:
-        return "missing"
-    except OSError as error:
-        return f"cannot be read: {error.strerror}"
-    return None if actual == size_bytes else f"{actual} bytes, should be {size_bytes}"
-
-
-def _bad_record(
-    path: Path, record: FileRecord | EncodingRecord, chunks: tuple[str, ...] = ()
-) -> BadFile | None:
-    """The first thing wrong with the file at `path`, read whole where its size is right or too small."""
-    import xxhash
-
-    problem = _size_problem(path, record.size_bytes)
-    whole = xxhash.xxh3_128()
-    offset = 0
-    try:
-        with path.open("rb") as file:
-            while block := file.read(CHUNK_BYTES):
-                number = offset // CHUNK_BYTES
-                is_whole = len(block) == min(CHUNK_BYTES, record.size_bytes - offset)
-                if is_whole and number < len(chunks) and xxhash.xxh3_128_hexdigest(block) != chunks[number]:
-                    return BadFile(path, offset, problem or f"its bytes changed (within {len(block)} bytes)")
-                whole.update(block)
-                offset += len(block)
-    except FileNotFoundError:
-        return BadFile(path, 0, "missing")
-    except OSError as error:
-        return BadFile(path, offset, f"cannot be read: {error.strerror}")
-    if problem:
-        return BadFile(path, min(offset, record.size_bytes), problem)
-    if whole.hexdigest() != record.xxh3_128:
-        return BadFile(path, 0, "its bytes changed")
-    return None
 
 
 def _from_json(content: Any) -> Manifest:
@@ -294,15 +179,15 @@ def _from_json(content: Any) -> Manifest:
     shards = (*manifest.train, *manifest.val)
     for shard in shards:
         if shard.bin.size_bytes != shard.tokens * ITEM_BYTES[dtype]:
-            raise ValueError(f"{shard.name}: {shard.tokens} tokens do not make {shard.bin.size_bytes} bytes")
+            raise ValueError(f"{shard.name}: {shard.tokens} tokens do not take {shard.bin.size_bytes} bytes")
     names = [shard.name for shard in shards]
     if len(set(names)) != len(names):
-        raise ValueError("two shards of one name")
+        raise ValueError("two shards have the same name")
     return manifest
 
 
 def shard_from_json(content: Any) -> Shard:
-    """The shard that `asdict` made `content` of; ValueError, KeyError or TypeError for anything else."""
+    """The shard that `asdict` converted to `content`. Raises ValueError, KeyError or TypeError otherwise."""
     records = {kind: _record(content[kind]) for kind in ("bin", "idx", "sum")}
     shard = Shard(content["name"], content["tokens"], content["documents"], **records)
     _require_counts(shard.tokens, shard.documents)

@@ -1,8 +1,8 @@
-"""Token shards, Megatron's .bin/.idx byte for byte: written once and durable, then mapped.
+"""Token shards: Megatron's .bin and .idx files, byte for byte. They are written once, durably, then mapped.
 
-A shard is written under a name that nobody reads; whoever asked for it renames it when it is whole. It
-is never changed after that. Beside each pair lies a .sum: JSON with the checksum of every chunk, so that
-damage can be located and read-back costs no more than what is read.
+A shard is written under a temporary name and renamed by the caller when it is complete; after that it never
+changes. A .sum file next to each pair lists the checksum of every block (JSON), so that damage can be located
+and a part of a file can be verified by itself.
 """
 
 import json
@@ -16,15 +16,17 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.dataset.manifest import CHUNK_BYTES, FileRecord, Shard, check_shard
+from data_pipeline.dataset.integrity import check_shard
+from data_pipeline.dataset.manifest import BLOCK_BYTES, FileRecord, Shard
 from data_pipeline.dataset.megatron_index import HEADER, ITEM_BYTES, Header, read_header
+from data_pipeline.durable import fsync_file
 from data_pipeline.errors import DataError
 
 
 class ShardWriter:
-    """Writes `folder/name`.bin, .idx and .sum; memory grows by four bytes a document and no more.
+    """Writes `folder/name`.bin, .idx and .sum; each document is one sequence.
 
-    Each document is one sequence. Nothing is valid before `finish`, and everything is on disk after it.
+    The files are valid and durable only after `finish`. Memory grows by four bytes per document.
     """
 
     def __init__(self, folder: Path, name: str, dtype: str) -> None:
@@ -33,39 +35,76 @@ class ShardWriter:
         self._name = name
         self._dtype = dtype
         self._lengths = array("i")
-        self._bin = _SummedFile(folder / f"{name}.bin")
+        self._bin = _ChecksummedFile(folder / f"{name}.bin")
 
     def write(self, ids: NDArray[np.generic], lengths: "array[int]") -> None:
-        """Append documents of `lengths` tokens each, whose ids stand in `ids` one after the other."""
+        """Append documents of `lengths` tokens each, whose ids are concatenated in `ids`."""
         self._bin.write(np.ascontiguousarray(ids, self._dtype).view(np.uint8).data)
         self._lengths.extend(lengths)
         self.tokens += len(ids)
 
     def finish(self) -> Shard:
-        """Write the index and the checksums, make all durable, and say what was written."""
+        """Write the index and the checksums, make all files durable, and return the manifest's record."""
         lengths = np.frombuffer(self._lengths, dtype=np.int32)
         offsets = np.zeros(len(lengths), dtype=np.int64)
         np.cumsum(lengths[:-1], out=offsets[1:])
         offsets *= ITEM_BYTES[self._dtype]
-        idx = _SummedFile(self._folder / f"{self._name}.idx")
+        idx = _ChecksummedFile(self._folder / f"{self._name}.idx")
         idx.write(Header(self._dtype, len(lengths), len(lengths)).pack())
         idx.write(lengths.tobytes())
         idx.write(offsets.tobytes())
         idx.write(np.arange(len(lengths) + 1, dtype=np.int64).tobytes())
         bin_record, idx_record = self._bin.finish(), idx.finish()
-        sum_file = _SummedFile(self._folder / f"{self._name}.sum")
-        sum_file.write(sums_content(self._bin.chunks, idx.chunks))
+        sum_file = _ChecksummedFile(self._folder / f"{self._name}.sum")
+        sum_file.write(sums_content(self._bin.block_sums, idx.block_sums))
         return Shard(self._name, self.tokens, len(lengths), bin_record, idx_record, sum_file.finish())
 
 
-def sums_content(bin_chunks: Sequence[str], idx_chunks: Sequence[str]) -> bytes:
-    """The content of a .sum file."""
-    sums = {"algorithm": "xxh3_128", "chunk_bytes": CHUNK_BYTES, "bin": bin_chunks, "idx": idx_chunks}
+def sums_content(bin_sums: Sequence[str], idx_sums: Sequence[str]) -> bytes:
+    """The content of a .sum file, given the checksums of the blocks of both files."""
+    sums = {"algorithm": "xxh3_128", "chunk_bytes": BLOCK_BYTES, "bin": bin_sums, "idx": idx_sums}
     return (json.dumps(sums, indent=0) + "\n").encode()
 
 
+class _ChecksummedFile:
+    """A new file. Its checksum and those of its blocks of BLOCK_BYTES are computed while it is written."""
+
+    def __init__(self, path: Path) -> None:
+        import xxhash  # readers do not need it
+
+        self.block_sums: list[str] = []
+        self._file = path.open("xb")
+        self._new_sum = xxhash.xxh3_128
+        self._whole = xxhash.xxh3_128()
+        self._block = xxhash.xxh3_128()
+        self._size_bytes = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._whole.update(data)
+        rest = memoryview(data)
+        while len(rest):
+            room = BLOCK_BYTES - self._size_bytes % BLOCK_BYTES
+            part, rest = rest[:room], rest[room:]
+            self._block.update(part)
+            self._size_bytes += len(part)
+            if len(part) == room:
+                self._close_block()
+
+    def _close_block(self) -> None:
+        self.block_sums.append(self._block.hexdigest())
+        self._block = self._new_sum()
+
+    def finish(self) -> FileRecord:
+        if self._size_bytes % BLOCK_BYTES:
+            self._close_block()
+        fsync_file(self._file)
+        self._file.close()
+        return FileRecord(self._size_bytes, self._whole.hexdigest())
+
+
 class IndexArrays:
-    """The arrays of an .idx file whose size its header has been checked against; mapped, not read."""
+    """The arrays of an .idx file, memory-mapped. The caller checks the file's size against its header."""
 
     def __init__(self, path: Path) -> None:
         header = read_header(path)
@@ -77,70 +116,32 @@ class IndexArrays:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all sequences."""
+        """The number of tokens of all sequences."""
         return int(self._lengths.sum(dtype=np.int64))
 
     def document_lengths(self) -> NDArray[np.int64]:
-        """The tokens of each document [documents]."""
+        """The number of tokens of each document [documents]."""
         ends = np.zeros(len(self._lengths) + 1, dtype=np.int64)
         np.cumsum(self._lengths, out=ends[1:])
         lengths: NDArray[np.int64] = np.diff(ends[self._first_sequences])
         return lengths
 
     def require_contiguous(self, item_bytes: int) -> None:
-        """Raises DataError unless the sequences lie one after the other and documents take all of them."""
+        """Raises DataError unless the sequences are contiguous and the documents cover them in order."""
         ends = np.cumsum(self._lengths, dtype=np.int64)
         starts = (ends - self._lengths) * item_bytes
         first = self._first_sequences
         if (self._lengths < 0).any() or not np.array_equal(self._offsets, starts):
-            raise DataError(f"{self._path}: its sequences do not lie one after the other in the .bin file")
+            raise DataError(f"{self._path}: its sequences are not contiguous in the .bin file")
         if first[0] != 0 or first[-1] != len(self._lengths) or (np.diff(first) < 0).any():
-            raise DataError(f"{self._path}: its documents are not its sequences in order, each of them once")
-
-
-class _SummedFile:
-    """A new file that is checksummed as it is written, whole and by chunks of CHUNK_BYTES."""
-
-    def __init__(self, path: Path) -> None:
-        import xxhash
-
-        self.chunks: list[str] = []
-        self._file = path.open("xb")
-        self._new_sum = xxhash.xxh3_128
-        self._whole = xxhash.xxh3_128()
-        self._chunk = xxhash.xxh3_128()
-        self._size_bytes = 0
-
-    def write(self, data: bytes | memoryview) -> None:
-        self._file.write(data)
-        self._whole.update(data)
-        rest = memoryview(data)
-        while len(rest):
-            room = CHUNK_BYTES - self._size_bytes % CHUNK_BYTES
-            part, rest = rest[:room], rest[room:]
-            self._chunk.update(part)
-            self._size_bytes += len(part)
-            if len(part) == room:
-                self._close_chunk()
-
-    def _close_chunk(self) -> None:
-        self.chunks.append(self._chunk.hexdigest())
-        self._chunk = self._new_sum()
-
-    def finish(self) -> FileRecord:
-        if self._size_bytes % CHUNK_BYTES:
-            self._close_chunk()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        return FileRecord(self._size_bytes, self._whole.hexdigest())
+            raise DataError(f"{self._path}: its documents do not contain every sequence once and in order")
 
 
 class MappedShard:
-    """One shard, memory-mapped; costs nothing before it is read. Two file descriptors while it lives.
+    """A memory-mapped shard. Opening it reads no data; it keeps two file descriptors open.
 
-    `ids` holds the tokens [tokens] in the shard's dtype. Raises DataError where a file is not as large, or
-    the index not of the kind, that the manifest says.
+    `ids` contains the tokens [tokens] in the shard's dtype. Raises DataError if the size of a file or the
+    kind of the index differs from the manifest.
     """
 
     def __init__(self, folder: Path, shard: Shard, dtype: str) -> None:
@@ -151,12 +152,12 @@ class MappedShard:
         self._item_bytes = ITEM_BYTES[dtype]
         self.ids = np.frombuffer(_map(folder / f"{shard.name}.bin"), dtype=dtype)
         index = memoryview(_map(folder / f"{shard.name}.idx"))
-        # memoryviews and not arrays: the index is unaligned, and numpy's searchsorted would copy it whole.
+        # memoryviews, not arrays: the index is unaligned, and numpy's searchsorted would copy all of it.
         self._offsets = index[header.offsets_start : header.documents_start].cast("q")
         self._first_sequences = index[header.documents_start : header.idx_bytes].cast("q")
 
     def document_starts(self, first: int, stop: int) -> NDArray[np.int64]:
-        """Where documents start among the tokens [first, stop), ascending."""
+        """The positions among the tokens [first, stop) at which documents start, ascending."""
         begin = bisect_left(self._offsets, first * self._item_bytes)
         end = bisect_left(self._offsets, stop * self._item_bytes, begin)
         low = bisect_left(self._first_sequences, begin)
@@ -170,6 +171,6 @@ def _map(path: Path) -> mmap.mmap | bytes:
         if os.fstat(file.fileno()).st_size == 0:
             return b""
         mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    # Windows are read in random order: without this each one drags 128 KiB around it into memory.
+    # Windows are read in random order; without this, each read loads 128 KiB around the window into memory.
     mapping.madvise(mmap.MADV_RANDOM)
     return mapping

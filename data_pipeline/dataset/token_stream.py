@@ -1,7 +1,7 @@
-"""One split of a data directory as one long stream of tokens, its shards end to end.
+"""One split of a data directory as one stream of tokens: its shards, concatenated.
 
-Opening reads the manifest and looks at sizes and headers; no data is scanned and nothing is cached on
-disk, whatever the size of the corpus.
+Opening it reads the manifest and checks file sizes and headers. It scans no data and caches nothing on disk,
+whatever the size of the corpus.
 """
 
 import resource
@@ -14,17 +14,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.dataset.manifest import Manifest, Split, check_shard
+from data_pipeline.dataset.integrity import check_shard
+from data_pipeline.dataset.manifest import Manifest, Split
 from data_pipeline.dataset.shards import MappedShard
 from data_pipeline.errors import DataError
 
 
 class TokenStream:
-    """The tokens of one split [tokens] of `documents`.
+    """The tokens [tokens] of one split.
 
-    Raises DataError that names every shard that is not as recorded. Where `end_of_text` is an id, it stands
-    at the end of every document and nowhere else, so that documents can be told by the tokens alone; else
-    only `document_starts` knows.
+    If every document ends with an end-of-text that occurs nowhere else, `end_of_text` is its id, and the
+    tokens show the document boundaries. Otherwise `end_of_text` is None and `document_starts` finds the
+    boundaries in the index. Raises DataError that names every shard that differs from the manifest.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, split: Split) -> None:
@@ -38,13 +39,13 @@ class TokenStream:
         self._bases = [end - shard.tokens for end, shard in zip(self._ends, self._shards, strict=True)]
         self.end_of_text = manifest.encoding.end_of_text if manifest.is_ended_by_token else None
         self._open: OrderedDict[int, MappedShard] = OrderedDict()
-        # Each mapping holds two file descriptors; most are for the rest of the process.
+        # Each mapped shard keeps two file descriptors open; the rest of the process needs most of them.
         self._most_open = min(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8)
         self.tokens = self._ends[-1] if self._ends else 0
         self.documents = sum(shard.documents for shard in self._shards)
 
     def read(self, start: int, out: NDArray[np.int64]) -> None:
-        """Copy the tokens [start, start + len(out)) into `out`."""
+        """Copy the tokens [start, start + len(out)) to `out`."""
         stop = start + len(out)
         index = bisect_right(self._ends, start)
         if 0 <= start < stop <= self.tokens and stop <= self._ends[index]:
@@ -55,14 +56,14 @@ class TokenStream:
             out[base + first - start : base + end - start] = shard.ids[first:end]
 
     def document_starts(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Where documents start among the tokens [start, stop) of the stream, strictly ascending."""
+        """The positions in [start, stop) of the stream at which documents start, strictly ascending."""
         parts = [s.document_starts(first, end) + base for s, first, end, base in self._parts(start, stop)]
         starts = parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.int64), *parts])
-        # Documents without tokens, which Megatron allows, start where the next one does.
+        # A document without tokens, which Megatron allows, starts at the same position as the next one.
         return np.unique(starts) if (starts[1:] == starts[:-1]).any() else starts
 
     def _parts(self, start: int, stop: int) -> Iterator[tuple[MappedShard, int, int, int]]:
-        """(shard, first token, stop, stream position of its token 0) of each shard under [start, stop)."""
+        """Yields (shard, first token, stop, stream position of token 0) for each shard in [start, stop)."""
         if not 0 <= start <= stop <= self.tokens:
             raise IndexError(f"tokens [{start}, {stop}) of {self.tokens}")
         index = bisect_right(self._ends, start)

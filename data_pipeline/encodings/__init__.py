@@ -1,1 +1,1 @@
-"""Encodings that ship with the project: README.md here says how each was made."""
+"""The packaged encodings. README.md says how each was made."""

@@ -1,19 +1,20 @@
-"""A manifest beside token shards that Megatron's tools wrote, so that they are a data set here.
+"""Makes a data set of token shards that Megatron's tools wrote.
 
-The .bin and .idx files stay as they are and where they are; .sum files, encoding.json and, last, the manifest
-are written next to them. Refused: files whose index does not describe them, and ids that the tokenizer does
-not have.
+The .bin and .idx files stay unchanged and where they are. `adopt` writes .sum files, encoding.json and, last,
+the manifest next to them. It refuses files that their index does not describe, and ids that the tokenizer
+does not have.
 """
 
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from data_pipeline.dataset.manifest import CHUNK_BYTES, ENCODING_FILE, FILE_NAME, FileRecord, Manifest, Shard
+from data_pipeline.dataset.manifest import BLOCK_BYTES, ENCODING_FILE, FILE_NAME, FileRecord, Manifest, Shard
 from data_pipeline.dataset.megatron_index import ITEM_BYTES, read_header
 from data_pipeline.dataset.shards import IndexArrays, sums_content
 from data_pipeline.durable import write_durably
@@ -27,40 +28,39 @@ def adopt(
     val: Sequence[str],
     tokenizer: str,
     tokenizer_pattern: str | None = None,
-    tell: Callable[[str], None] = lambda _: None,
+    warn: Callable[[str], None] = lambda _: None,
 ) -> tuple[Path, Manifest]:
-    """The folder and the manifest of the shards with these path prefixes, as Megatron names them.
+    """The folder and the new manifest of the shards with these path prefixes (Megatron's names for them).
 
-    `tell` hears one sentence for what a user should know. Raises ConfigError with every prefix that names no
-    shard, DataError for files that are not what their index says or ids outside the vocabulary.
+    `warn` is called with each warning for the user. Raises ConfigError with every prefix that names no shard;
+    DataError for files that their index does not describe and for ids outside the vocabulary.
     """
     encoding = load_encoding(tokenizer, tokenizer_pattern)
     paths = [Path(prefix.removesuffix(".bin").removesuffix(".idx")).absolute() for prefix in (*train, *val)]
-    folder = _folder(paths)
+    folder = _common_folder(paths)
     dtypes = {path.name: read_header(path.with_name(f"{path.name}.idx")).dtype for path in paths}
     if len(set(dtypes.values())) > 1:
         kinds = ", ".join(f"{name} has {dtype}" for name, dtype in dtypes.items())
-        raise ConfigError(f"shards of one data set have one dtype: {kinds}. Adopt them as several data sets")
-    shards = []
-    unended = inside = 0
-    for path in paths:
-        shard, without_end, with_end_inside = _adopt_one(path, dtypes[path.name], encoding)
-        shards.append(shard)
-        unended += without_end
-        inside += with_end_inside
+        raise ConfigError(
+            f"all shards of a data set must have the same dtype, but {kinds}. Adopt them as several data sets"
+        )
+    adopted = [_adopt_shard(path, dtypes[path.name], encoding) for path in paths]
+    unended = sum(one.unended_documents for one in adopted)
     if unended:
-        tell(
+        warn(
             f"{unended:,} documents do not end with {encoding.name}'s end-of-text, {encoding.end_of_text}: "
             f"they were written without one, or with another tokenizer"
         )
+    is_ended_by_token = not unended and not sum(one.inner_ends for one in adopted)
     content = encoding.to_json()
+    shards = [one.shard for one in adopted]
     manifest = Manifest(
         dtype=dtypes[paths[0].name],
         encoding=encoding_record(encoding),
         train=tuple(shards[: len(train)]),
         val=tuple(shards[len(train) :]),
         skipped={},
-        preparation={"adopted": True, "is_ended_by_token": not unended and not inside},
+        preparation={"adopted": True, "is_ended_by_token": is_ended_by_token},
         versions={"outlast": version("outlast"), "tiktoken": version("tiktoken")},
         sources=(),
     )
@@ -69,8 +69,8 @@ def adopt(
     return folder, manifest
 
 
-def _folder(paths: Sequence[Path]) -> Path:
-    """The one folder of all the shards, which must be free."""
+def _common_folder(paths: Sequence[Path]) -> Path:
+    """The folder that contains all shards; raises ConfigError if it contains a data set already."""
     problems = []
     for path in paths:
         missing = [
@@ -78,32 +78,38 @@ def _folder(paths: Sequence[Path]) -> Path:
         ]
         problems += [f"{name}: no such file; a prefix names NAME.bin and NAME.idx" for name in missing]
     if len(set(paths)) < len(paths):
-        problems.append("a prefix is named twice; name each shard once")
+        problems.append("two prefixes are equal; name each shard once")
     folders = {path.parent for path in paths}
     if len(folders) > 1:
         names = ", ".join(sorted(map(str, folders)))
         problems.append(
-            f"a data set lies in one folder, and these are several: {names}. Link the files into one"
+            f"the shards of a data set must be in one folder, but these are in several: {names}. Link the "
+            f"files into one folder"
         )
     for folder in folders:
         if (folder / FILE_NAME).exists():
-            problems.append(f"{folder} holds a data set already: remove its {FILE_NAME} to adopt anew")
+            problems.append(f"{folder} already contains a data set: remove its {FILE_NAME} to adopt it again")
     if problems:
         raise ConfigError(problems)
     return folders.pop()
 
 
-def _adopt_one(path: Path, dtype: str, encoding: Encoding) -> tuple[Shard, int, int]:
-    """The shard, how many documents lack end-of-text at their end, and how many of it stand elsewhere.
+class _AdoptedShard(NamedTuple):
+    """A shard, its documents without an end-of-text at their end, and its end-of-text ids elsewhere."""
 
-    Writes the shard's .sum file.
-    """
+    shard: Shard
+    unended_documents: int
+    inner_ends: int
+
+
+def _adopt_shard(path: Path, dtype: str, encoding: Encoding) -> _AdoptedShard:
+    """Check the shard and write its .sum file."""
     bin_path, idx_path = (path.with_name(f"{path.name}.{kind}") for kind in ("bin", "idx"))
     header = read_header(idx_path)
     if idx_path.stat().st_size != header.idx_bytes:
         raise DataError(
-            f"{idx_path}: {idx_path.stat().st_size} bytes, but its header makes {header.idx_bytes}: it was "
-            f"cut short or is no index"
+            f"{idx_path}: {idx_path.stat().st_size} bytes, but its header requires {header.idx_bytes}: it "
+            f"was truncated or is not an index"
         )
     index = IndexArrays(idx_path)
     tokens = index.tokens
@@ -112,44 +118,44 @@ def _adopt_one(path: Path, dtype: str, encoding: Encoding) -> tuple[Shard, int, 
             f"{bin_path}: {bin_path.stat().st_size} bytes, but its index describes {tokens} tokens in {dtype}"
         )
     index.require_contiguous(ITEM_BYTES[dtype])
-    bin_record, bin_chunks = _summed(bin_path)
+    bin_record, bin_sums = _checksum(bin_path)
     ids: NDArray[np.integer] = np.memmap(bin_path, dtype, "r") if tokens else np.empty(0, dtype)
-    largest, ended = _look_through(ids, encoding.end_of_text)
+    largest, ends_of_text = _scan(ids, encoding.end_of_text)
     if largest >= encoding.vocab_size:
         raise DataError(
-            f"{bin_path}: holds id {largest}, and {encoding.name} has {encoding.vocab_size} ids: it was "
-            f"written with another tokenizer"
+            f"{bin_path}: contains id {largest}, but {encoding.name} has only {encoding.vocab_size} ids: it "
+            f"was written with another tokenizer"
         )
-    idx_record, idx_chunks = _summed(idx_path)
-    sums = sums_content(bin_chunks, idx_chunks)
+    idx_record, idx_sums = _checksum(idx_path)
+    sums = sums_content(bin_sums, idx_sums)
     write_durably(path.with_name(f"{path.name}.sum"), sums)
     record = FileRecord(len(sums), xxhash.xxh3_128_hexdigest(sums))
     lengths = index.document_lengths()
     ends = np.cumsum(lengths)[lengths > 0]
-    at_end = int((ids[ends - 1] == encoding.end_of_text).sum())
+    ended_documents = int((ids[ends - 1] == encoding.end_of_text).sum())
     shard = Shard(path.name, tokens, header.documents, bin_record, idx_record, record)
-    return shard, len(ends) - at_end, ended - at_end
+    return _AdoptedShard(shard, len(ends) - ended_documents, ends_of_text - ended_documents)
 
 
-def _look_through(ids: NDArray[np.integer], end_of_text: int) -> tuple[int, int]:
-    """The largest id, and how often `end_of_text` stands in `ids`."""
+def _scan(ids: NDArray[np.integer], end_of_text: int) -> tuple[int, int]:
+    """The largest id, and the number of ids equal to `end_of_text`."""
     largest = -1
-    ended = 0
-    for first in range(0, len(ids), CHUNK_BYTES):
-        part = ids[first : first + CHUNK_BYTES]
-        # Negative ids, which int32 has room for, are as wrong as large ones.
+    ends_of_text = 0
+    for first in range(0, len(ids), BLOCK_BYTES):
+        part = ids[first : first + BLOCK_BYTES]
+        # int32 allows negative ids, which are as wrong as too large ones.
         largest = max(largest, int(part.max()), int(part.min() < 0) * 2**31)
-        ended += int((part == end_of_text).sum())
-    return largest, ended
+        ends_of_text += int((part == end_of_text).sum())
+    return largest, ends_of_text
 
 
-def _summed(path: Path) -> tuple[FileRecord, list[str]]:
-    """A file's size and checksum, and the checksums of its chunks."""
+def _checksum(path: Path) -> tuple[FileRecord, list[str]]:
+    """A file's size and checksum, and the checksums of its blocks."""
     whole = xxhash.xxh3_128()
-    chunks, size_bytes = [], 0
+    sums, size_bytes = [], 0
     with path.open("rb") as file:
-        while block := file.read(CHUNK_BYTES):
+        while block := file.read(BLOCK_BYTES):
             whole.update(block)
-            chunks.append(xxhash.xxh3_128_hexdigest(block))
+            sums.append(xxhash.xxh3_128_hexdigest(block))
             size_bytes += len(block)
-    return FileRecord(size_bytes, whole.hexdigest()), chunks
+    return FileRecord(size_bytes, whole.hexdigest()), sums

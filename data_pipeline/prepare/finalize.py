@@ -1,6 +1,6 @@
-"""The last act of a preparation: every file gets its final name, then the manifest is written.
+"""The last step of a preparation: move every file to its final name, then write the manifest.
 
-Until the manifest stands all of it can be taken back, so a kill among the renames costs nothing.
+Until the manifest exists, every rename can be undone. So a crash in the middle of the renames loses nothing.
 """
 
 import json
@@ -15,32 +15,34 @@ import xxhash
 
 from data_pipeline.dataset.manifest import ENCODING_FILE, FILE_NAME, EncodingRecord, Manifest, Shard, Split
 from data_pipeline.dataset.megatron_index import dtype_for
-from data_pipeline.durable import fsync_folder, write_durably
-from data_pipeline.prepare.chunk import Piece, PieceRecord
+from data_pipeline.durable import fsync_folder, rename_durably, write_durably
+from data_pipeline.prepare.chunk import Chunk, ChunkRecord
 from data_pipeline.sources.files import SourceFile
 from data_pipeline.sources.hub import RowSource
 from data_pipeline.tokenizer.encoding import Encoding
 
+_NAMES_FILE = "names.json"
 
-def publish(
+
+def finalize(
     out: Path,
     work: Path,
     encoding: Encoding,
     preparation: Mapping[str, Any],
     sources: Sequence[SourceFile | RowSource],
-    pieces: Sequence[Piece],
-    records: Mapping[Piece, PieceRecord],
+    chunks: Sequence[Chunk],
+    records: Mapping[Chunk, ChunkRecord],
 ) -> Manifest:
-    """Move what `pieces` became from `work` to `out`, in order, and write the manifest."""
+    """Move the shards of `chunks`, in order, from `work` to `out`, and write the manifest."""
     names = {ENCODING_FILE: ENCODING_FILE}
     shards: dict[Split, list[Shard]] = {"train": [], "val": []}
     for split, numbered in shards.items():
-        for piece in pieces:
-            for shard in records[piece].shards(split):
+        for chunk in chunks:
+            for shard in records[chunk].shards(split):
                 final = replace(shard, name=f"{split}-{len(numbered):05d}")
                 numbered.append(final)
-                for name, below in zip(final.files, shard.files, strict=True):
-                    names[name] = f"{piece.name}/{below}"
+                for name, work_name in zip(final.files, shard.files, strict=True):
+                    names[name] = f"{chunk.name}/{work_name}"
     manifest = Manifest(
         dtype=dtype_for(encoding.vocab_size),
         encoding=encoding_record(encoding),
@@ -49,32 +51,31 @@ def publish(
         skipped=_skipped(records.values()),
         preparation=preparation,
         versions=_versions(records.values()),
-        sources=tuple(_sources(sources, pieces, records)),
+        sources=tuple(_sources(sources, chunks, records)),
     )
-    # Written first, so that a preparation that is killed among the renames can take the names back.
-    write_durably(work / "names.json", json.dumps(names).encode())
-    for name, below in names.items():
-        (work / below).rename(out / name)
+    # Written before the renames, so that the next preparation can undo them if this one crashes.
+    write_durably(work / _NAMES_FILE, json.dumps(names).encode())
+    for name, work_name in names.items():
+        (work / work_name).rename(out / name)
     fsync_folder(out)
     write_durably(work / FILE_NAME, manifest.to_bytes())
-    (work / FILE_NAME).rename(out / FILE_NAME)
-    fsync_folder(out)
+    rename_durably(work / FILE_NAME, out / FILE_NAME)
     return manifest
 
 
-def take_back(out: Path, work: Path) -> None:
-    """Undo the renames of a preparation that ended among them."""
-    names = work / "names.json"
+def undo_renames(out: Path, work: Path) -> None:
+    """Undo the renames of a preparation that crashed before it wrote the manifest."""
+    names = work / _NAMES_FILE
     if not names.exists():
         return
-    for name, below in json.loads(names.read_bytes()).items():
-        if (out / name).exists() and not (work / below).exists():
-            (out / name).rename(work / below)
+    for name, work_name in json.loads(names.read_bytes()).items():
+        if (out / name).exists() and not (work / work_name).exists():
+            (out / name).rename(work / work_name)
     names.unlink()
 
 
-def _skipped(records: Iterable[PieceRecord]) -> dict[str, int]:
-    """How many documents were left out, by reason."""
+def _skipped(records: Iterable[ChunkRecord]) -> dict[str, int]:
+    """The number of documents left out, by reason."""
     total: Counter[str] = Counter()
     for record in records:
         total.update(record.bad)
@@ -84,26 +85,27 @@ def _skipped(records: Iterable[PieceRecord]) -> dict[str, int]:
 
 
 def _sources(
-    sources: Sequence[SourceFile | RowSource], pieces: Sequence[Piece], records: Mapping[Piece, PieceRecord]
+    sources: Sequence[SourceFile | RowSource], chunks: Sequence[Chunk], records: Mapping[Chunk, ChunkRecord]
 ) -> Iterator[dict[str, Any]]:
+    """The manifest's entry for each source: its size, and the range and checksum of each span."""
     ranges: list[list[dict[str, Any]]] = [[] for _ in sources]
     number = {source.identity: index for index, source in enumerate(sources)}
-    for piece in pieces:
-        for span, checksum in zip(piece.spans, records[piece].checksums, strict=True):
+    for chunk in chunks:
+        for span, checksum in zip(chunk.spans, records[chunk].checksums, strict=True):
             part = {"start": span.start, "stop": span.stop, "xxh3_128": checksum}
             ranges[number[span.source.identity]].append(part)
     for source, parts in zip(sources, ranges, strict=True):
         yield {"name": source.name, "size_bytes": source.size_bytes, "unit": source.unit, "ranges": parts}
 
 
-def _versions(records: Iterable[PieceRecord]) -> dict[str, str]:
-    """Of ours, of tiktoken, and of what else made ids."""
+def _versions(records: Iterable[ChunkRecord]) -> dict[str, str]:
+    """The versions of Outlast, tiktoken, and the other packages that computed ids."""
     packages = {"outlast", "tiktoken", *(record.encoder for record in records)}
     return {package: _version(package) for package in sorted(packages)}
 
 
 def encoding_record(encoding: Encoding) -> EncodingRecord:
-    """What a manifest says of `encoding`."""
+    """The manifest's record of `encoding`."""
     content = encoding.to_json()
     return EncodingRecord(
         name=encoding.name,

@@ -1,171 +1,85 @@
-"""Raw text → a data directory: plan, encode in pieces, name the shards, and the manifest last.
+"""Prepares a data directory from raw text: split, encode chunk by chunk, name the shards, write the manifest.
 
-Run again after any kind of end it continues, and the result is the same bytes. Work in progress lives in
-`out/.prepare`, under names that no reader looks at; a final name appears only when everything is whole.
-Refused: to write into a folder that holds another data set, and to leave out broken documents unasked.
+A preparation that stopped for any reason continues when it is run again, and the result has the same bytes.
+Unfinished work is in `out/.prepare`, where no reader looks; a file gets its final name only when everything
+is complete. `prepare` refuses to write into a folder that contains another data set, and to leave out broken
+documents unless the user asked for it.
 """
 
 import fcntl
-import os
 import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any
 
-from pydantic import Field, model_validator
-
-from data_pipeline.config_file import Section
-from data_pipeline.dataset.manifest import (
-    ENCODING_FILE,
-    FILE_NAME,
-    Manifest,
-)
+from data_pipeline.dataset.manifest import ENCODING_FILE, FILE_NAME, Manifest
 from data_pipeline.dataset.megatron_index import dtype_for
 from data_pipeline.durable import write_durably
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.prepare import dedup as duplicates
-from data_pipeline.prepare.chunk import (
-    MOST_LISTED,
-    Advance,
-    Piece,
-    PieceRecord,
-    Settings,
-    committed,
-)
-from data_pipeline.prepare.finalize import publish, take_back
+from data_pipeline.prepare.chunk import MOST_LISTED, Chunk, ChunkRecord, read_chunk_record
+from data_pipeline.prepare.config import DataPrepConfig
+from data_pipeline.prepare.dedup import HASH_FOLDER, is_hashed, mark_copies
+from data_pipeline.prepare.encode import EncodeSettings
+from data_pipeline.prepare.finalize import finalize, undo_renames
+from data_pipeline.prepare.progress import Advance, Progress, ProgressReporter
 from data_pipeline.prepare.resume_check import require_identical, require_same_settings
-from data_pipeline.prepare.split import cut_into_pieces
-from data_pipeline.prepare.worker_pool import EncodeAll, encode_all, start_ahead
-from data_pipeline.sources.documents import place
+from data_pipeline.prepare.split import split_into_chunks
+from data_pipeline.prepare.worker_pool import EncodeAll, encode_all, start_fork_server
 from data_pipeline.sources.files import SourceFile, find_files
-from data_pipeline.sources.hub import HubDataset, RowSource, open_dataset
+from data_pipeline.sources.hub import RowSource, open_dataset
+from data_pipeline.sources.spans import locate_line
 from data_pipeline.tokenizer.encoding import Encoding, load_encoding
-from data_pipeline.tokenizer.fast_encoder import Choice
 
-# Raised when the same settings and sources would give other bytes than before.
+# Increased when the same settings and sources would give other bytes than before.
 _PIPELINE = 1
 _SHARD_FILE = re.compile(r"(train|val)-\d{5,}\.(bin|idx|sum)")
 
 
-class DataPrepConfig(Section):
-    """What DATA.toml holds: which text becomes which token shards."""
-
-    sources: tuple[str, ...] = Field(
-        default=(),
-        description="Files, folders and globs, here or at s3://, gs://, hf://: .jsonl, .txt, each also .gz "
-        "and .zst, and .parquet.",
-    )
-    datasets: tuple[HubDataset, ...] = Field(
-        default=(), description="Hugging Face data sets, by name on the hub or from a local folder."
-    )
-    tokenizer: str = Field(
-        description="A packaged encoding (outlast-4k), a tiktoken name (gpt2, cl100k_base, o200k_base), an "
-        "encoding.json, a data directory that has one, or a .tiktoken file of ranks."
-    )
-    tokenizer_pattern: str | None = Field(
-        default=None,
-        description="How a .tiktoken file's encoding splits text: a tiktoken name or a regular expression. "
-        "Needed where the file is not one of tiktoken's own by name.",
-    )
-    encoder: Choice = Field(
-        default="auto",
-        description="auto uses gigatoken or fastokens, where installed, as long as it gives tiktoken's ids; "
-        "tiktoken forces that.",
-    )
-    out: Path = Field(description="The data directory to make.")
-    text_field: str = Field(
-        default="text", min_length=1, description="Field of a JSON line, or column of a table, with the text."
-    )
-    val_fraction: float = Field(
-        default=0.005,
-        ge=0,
-        lt=1,
-        description="Share of the documents that is held out for validation, chosen by each one's own hash.",
-    )
-    seed: int = Field(default=0, ge=0, lt=2**64, description="Of the choice of the held-out documents.")
-    on_bad: Literal["fail", "skip"] = Field(
-        default="fail",
-        description="Whether broken documents end the preparation or are counted and left out.",
-    )
-    deduplicate: bool = Field(
-        default=False,
-        description="Leave out documents whose text is exactly an earlier one's. Reads the sources twice.",
-    )
-    shard_tokens: int = Field(
-        default=100_000_000, ge=1, description="A shard is closed at this many tokens; most are smaller."
-    )
-    workers: int | None = Field(
-        default=None, ge=1, description="Processes that encode. Default: one for each usable core."
-    )
-
-    @property
-    def processes(self) -> int:
-        """`workers` after its default."""
-        return self.workers or len(os.sched_getaffinity(0))
-
-    @model_validator(mode="after")
-    def _has_sources(self) -> Self:
-        if not self.sources and not self.datasets:
-            raise ValueError("nothing to prepare: give sources (files, folders, globs) or [[datasets]].")
-        return self
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a preparation is; `message` is something that a user should read once."""
-
-    bytes_done: int
-    bytes_total: int
-    documents: int
-    tokens: int
-    message: str | None = None
-
-
 def prepare(
     config: DataPrepConfig,
-    progress: Callable[[Progress], None] | None = None,
+    report: Callable[[Progress], None] | None = None,
     encode: EncodeAll = encode_all,
 ) -> Manifest:
-    """Make the data directory `config.out`, or continue to, and return its manifest.
+    """Create the data directory `config.out`, or continue an unfinished one, and return its manifest.
 
-    `encode` does the work; by default it is done on this machine.
+    `encode` encodes the chunks; the default does it on this machine. If `config.out` is complete and was
+    made with the same settings and sources (compared by name and size), it is returned unchanged.
 
-    A complete and identical one is returned at once (sources are compared by name and size). Raises
-    ConfigError for wrong settings or a folder that holds something else, DataError for broken documents, a
-    worker that dies, or a disk that is full; what is finished then stays.
+    Raises ConfigError for wrong settings or a folder that contains something else. Raises DataError for
+    broken documents, a worker that dies, or a full disk; finished work is then kept.
     """
     if encode is encode_all and config.processes > 1 and not (config.out / FILE_NAME).exists():
-        start_ahead()
-    encoding, sources, ignored = _inputs(config)
-    tell = _Teller(progress, sum(source.size_bytes for source in sources))
+        start_fork_server()
+    encoding, sources, ignored = _open_inputs(config)
+    reporter = ProgressReporter(report, sum(source.size_bytes for source in sources))
     if ignored:
-        tell.message(f"{ignored} files in the folders are of other kinds and are ignored")
+        reporter.message(f"ignoring {ignored} files of unsupported kinds in the folders")
     out, work = config.out, config.out / ".prepare"
     if (out / FILE_NAME).exists() and not work.exists():
         return require_identical(out, encoding, _preparation(config), sources)
     if out.exists() and not work.exists():
-        _require_free(out)
+        _require_no_shards(out)
     try:
         with _locked(work):
-            if (out / FILE_NAME).exists():  # ended between the manifest and the tidying
+            if (out / FILE_NAME).exists():  # the last run ended after the manifest, before the cleanup
                 manifest = require_identical(out, encoding, _preparation(config), sources)
             else:
-                manifest = _build(config, encoding, sources, tell, encode)
-        # After the lock's file is closed, or NFS keeps it; whoever takes the lock now finds the manifest.
+                manifest = _build(config, encoding, sources, reporter, encode)
+        # The lock's file must be closed first, or NFS keeps it. A process that takes the lock from now on
+        # finds the manifest.
         shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
         raise DataError(
-            f"preparation of {out} stopped: {error}. What is finished stays; run again to continue"
+            f"preparation of {out} stopped: {error}. Finished work is kept; run again to continue"
         ) from error
     return manifest
 
 
-def _inputs(config: DataPrepConfig) -> tuple[Encoding, list[SourceFile | RowSource], int]:
-    """The encoding, the sources and the number of ignored files, or every problem with any of it at once."""
+def _open_inputs(config: DataPrepConfig) -> tuple[Encoding, list[SourceFile | RowSource], int]:
+    """The encoding, the sources and the number of ignored files; raises ConfigError with every problem."""
     problems: list[str] = []
     encoding: Encoding | None = None
     sources: list[SourceFile | RowSource] = []
@@ -185,7 +99,7 @@ def _inputs(config: DataPrepConfig) -> tuple[Encoding, list[SourceFile | RowSour
         except ConfigError as error:
             problems += error.problems
     if config.out.exists() and not config.out.is_dir():
-        problems.append(f"out = {config.out} is a file; a folder to make is needed")
+        problems.append(f"out = {config.out} is a file; name a folder")
     if problems or encoding is None:
         raise ConfigError(problems)
     return encoding, sources, ignored
@@ -195,39 +109,39 @@ def _build(
     config: DataPrepConfig,
     encoding: Encoding,
     sources: Sequence[SourceFile | RowSource],
-    tell: "_Teller",
+    reporter: ProgressReporter,
     encode: EncodeAll,
 ) -> Manifest:
     out, work = config.out, config.out / ".prepare"
-    take_back(out, work)
-    _require_free(out)
+    undo_renames(out, work)
+    _require_no_shards(out)
     require_same_settings(out, encoding, _preparation(config))
     write_durably(work / ENCODING_FILE, encoding.to_json())
-    pieces = cut_into_pieces(sources, config.shard_tokens)
-    records = _encode(config, encoding, pieces, work, tell, encode)
+    chunks = split_into_chunks(sources, config.shard_tokens)
+    records = _encode(config, encoding, chunks, work, reporter, encode)
     bad = sum((Counter(record.bad) for record in records.values()), Counter())
     if bad and config.on_bad == "fail":
-        raise DataError(_broken(pieces, records, bad))
+        raise DataError(_describe_broken(chunks, records, bad))
     if not any(record.train for record in records.values()):
         held_out = sum(record.documents for record in records.values())
-        raise DataError(f"the sources hold no document for training ({held_out} were held out)")
+        raise DataError(f"the sources contain no document for training ({held_out} were held out)")
     if config.val_fraction and not any(record.val for record in records.values()):
-        tell.message(
+        reporter.message(
             f"val_fraction = {config.val_fraction:g} held out no document: there is no validation split"
         )
-    return publish(out, work, encoding, _preparation(config), sources, pieces, records)
+    return finalize(out, work, encoding, _preparation(config), sources, chunks, records)
 
 
 def _encode(
     config: DataPrepConfig,
     encoding: Encoding,
-    pieces: Sequence[Piece],
+    chunks: Sequence[Chunk],
     work: Path,
-    tell: "_Teller",
+    reporter: ProgressReporter,
     encode: EncodeAll,
-) -> dict[Piece, PieceRecord]:
-    """Every piece's record; with on_bad = "fail" only those up to the hundredth broken document."""
-    settings = Settings(
+) -> dict[Chunk, ChunkRecord]:
+    """The record of every chunk. With on_bad = "fail" it stops at MOST_LISTED broken documents."""
+    settings = EncodeSettings(
         encoding=work / ENCODING_FILE,
         encoder=config.encoder,
         dtype=dtype_for(encoding.vocab_size),
@@ -237,24 +151,26 @@ def _encode(
         shard_tokens=config.shard_tokens,
         deduplicate=config.deduplicate,
     )
-    notes = _find_copies(work, pieces, settings, config.processes, tell, encode) if config.deduplicate else {}
+    notes = {}
+    if config.deduplicate:
+        notes = _find_copies(work, chunks, settings, config.processes, reporter, encode)
     records = {
-        piece: record
-        for piece in pieces
-        if (record := committed(work, piece)) and record.copies_note == notes.get(piece, "")
+        chunk: record
+        for chunk in chunks
+        if (record := read_chunk_record(work, chunk)) and record.copies_note == notes.get(chunk, "")
     }
-    _remove_stale(work, {duplicates.FOLDER, *(piece.name for piece in records)})
-    for piece, record in records.items():
-        tell.advance(Advance(piece.size_bytes, record.documents, record.tokens))
+    _remove_stale(work, {HASH_FOLDER, *(chunk.name for chunk in records)})
+    for chunk, record in records.items():
+        reporter.advance(Advance(chunk.size_bytes, record.documents, record.tokens))
     if records:
-        tell.message(f"continuing: {len(records)} of {len(pieces)} pieces were finished before")
-    missing = [piece for piece in pieces if piece not in records]
+        reporter.message(f"continuing: {len(records)} of {len(chunks)} chunks are already done")
+    missing = [chunk for chunk in chunks if chunk not in records]
     with closing(encode(work, missing, settings, config.processes)) as encoded:
         for done in encoded:
             if isinstance(done, Advance):
-                tell.advance(done)
+                reporter.advance(done)
                 continue
-            record = committed(work, done)
+            record = read_chunk_record(work, done)
             assert record is not None
             records[done] = record
             if config.on_bad == "fail" and sum(len(r.listed) for r in records.values()) >= MOST_LISTED:
@@ -264,42 +180,42 @@ def _encode(
 
 def _find_copies(
     work: Path,
-    pieces: Sequence[Piece],
-    settings: Settings,
+    chunks: Sequence[Chunk],
+    settings: EncodeSettings,
     workers: int,
-    tell: "_Teller",
+    reporter: ProgressReporter,
     encode: EncodeAll,
-) -> dict[Piece, str]:
-    """Which documents are copies of earlier ones, as `mark_copies` notes it."""
-    (work / duplicates.FOLDER).mkdir(exist_ok=True)
-    missing = [piece for piece in pieces if not duplicates.is_hashed(work, piece)]
+) -> dict[Chunk, str]:
+    """Hash the documents of all chunks and mark the copies; returns the checksums of the notes."""
+    (work / HASH_FOLDER).mkdir(exist_ok=True)
+    missing = [chunk for chunk in chunks if not is_hashed(work, chunk)]
     if missing:
-        tell.message("looking for duplicates: one pass over the sources comes before tokenizing")
+        reporter.message("looking for duplicates in a first pass over the sources")
     with closing(encode(work, missing, settings, workers, task="hash")) as hashed:
         for done in hashed:
             if isinstance(done, Advance) and done.message is not None:
-                tell.message(done.message)
-    return duplicates.mark_copies(work, pieces)
+                reporter.message(done.message)
+    return mark_copies(work, chunks)
 
 
 def _remove_stale(work: Path, keep: set[str]) -> None:
-    """Remove pieces that were torn or that the sources no longer give."""
+    """Remove the folders of incomplete chunks, and of chunks that the sources no longer give."""
     for entry in work.iterdir():
         if entry.is_dir() and entry.name not in keep:
             shutil.rmtree(entry)
 
 
-def _require_free(out: Path) -> None:
+def _require_no_shards(out: Path) -> None:
     foreign = sorted(path.name for path in out.iterdir() if _SHARD_FILE.fullmatch(path.name))
     if foreign:
         raise ConfigError(
-            f"{out} holds {foreign[0]} but no {FILE_NAME}, and no unfinished preparation that made it; "
-            f"choose another `out`, or remove what is there"
+            f"{out} contains {foreign[0]} but no {FILE_NAME}, and no unfinished preparation that made it; "
+            f"choose another `out`, or remove the file"
         )
 
 
 def _preparation(config: DataPrepConfig) -> dict[str, Any]:
-    """The settings that decide the ids, in the manifest's words."""
+    """The settings that determine the ids, under the names that the manifest uses."""
     return {
         "pipeline": _PIPELINE,
         "text_field": config.text_field,
@@ -311,13 +227,13 @@ def _preparation(config: DataPrepConfig) -> dict[str, Any]:
     }
 
 
-def _broken(pieces: Sequence[Piece], records: Mapping[Piece, PieceRecord], bad: Counter[str]) -> str:
+def _describe_broken(chunks: Sequence[Chunk], records: Mapping[Chunk, ChunkRecord], bad: Counter[str]) -> str:
     reasons = ", ".join(f"{count} × {reason}" for reason, count in bad.most_common())
     lines: list[str] = []
-    for piece in pieces:
-        for listed in records[piece].listed if piece in records else ():
+    for chunk in chunks:
+        for listed in records[chunk].listed if chunk in records else ():
             if len(lines) < MOST_LISTED:
-                lines.append(f"{place(piece.spans[listed.span], listed.line)}: {listed.reason}")
+                lines.append(f"{locate_line(chunk.spans[listed.span], listed.line)}: {listed.reason}")
     more = bad.total() - len(lines)
     return "\n".join(
         [
@@ -331,37 +247,13 @@ def _broken(pieces: Sequence[Piece], records: Mapping[Piece, PieceRecord], bad: 
 
 @contextmanager
 def _locked(work: Path) -> Iterator[None]:
-    """The only preparation in this folder; the lock ends with the process, however that ends."""
+    """Hold the folder's lock, which the kernel releases however the process ends."""
     work.mkdir(parents=True, exist_ok=True)
     with (work / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"{work.parent}: another preparation is writing here; wait for it") from None
+            raise ConfigError(
+                f"{work.parent}: another preparation is writing here; wait until it ends"
+            ) from None
         yield
-
-
-class _Teller:
-    """Adds up what the workers say and passes it on."""
-
-    def __init__(self, progress: Callable[[Progress], None] | None, bytes_total: int) -> None:
-        self._progress = progress or (lambda _: None)
-        self._state = Progress(0, bytes_total, 0, 0)
-        self._told: set[str] = set()
-
-    def advance(self, by: Advance) -> None:
-        now = self._state
-        self._state = replace(
-            now,
-            bytes_done=now.bytes_done + by.bytes,
-            documents=now.documents + by.documents,
-            tokens=now.tokens + by.tokens,
-        )
-        self._progress(self._state)
-        if by.message is not None:
-            self.message(by.message)
-
-    def message(self, text: str) -> None:
-        if text not in self._told:  # every worker may say the same
-            self._told.add(text)
-            self._progress(replace(self._state, message=text))

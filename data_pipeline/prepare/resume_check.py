@@ -1,7 +1,7 @@
-"""Whether a folder already holds, or has begun, exactly the data set that is asked for.
+"""Checks that a folder contains, or has begun, exactly the data set that the user asks for.
 
-Nothing is ever continued or kept under other settings than it was begun with: the ids would differ, and
-nobody would see it.
+A preparation never continues or reuses work that was done with other settings: the ids would differ, and
+nobody would notice.
 """
 
 import json
@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.dataset.manifest import Manifest, check, read_manifest
+from data_pipeline.dataset.integrity import check
+from data_pipeline.dataset.manifest import Manifest, read_manifest
 from data_pipeline.durable import write_durably
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.sources.files import SourceFile
@@ -18,17 +19,17 @@ from data_pipeline.tokenizer.encoding import Encoding
 
 
 def require_same_settings(out: Path, encoding: Encoding, preparation: Mapping[str, Any]) -> None:
-    """Refuse to continue what was begun in `out` with settings that make other ids; else note these."""
+    """Record the settings of a preparation in `out`, or raise ConfigError if it was begun with others."""
     work = out / ".prepare"
     path = work / "settings.json"
     wanted = {"tokenizer": encoding.name, "fingerprint": encoding.fingerprint, **preparation}
-    del wanted["on_bad"]  # it decides what happens to broken documents, not what a piece becomes
+    del wanted["on_bad"]  # it decides what happens to broken documents, not what a chunk becomes
     if path.exists():
         changes = _changes(json.loads(path.read_bytes()), wanted)
         if changes:
             raise ConfigError(
-                f"{out} holds an unfinished preparation with other settings: {changes}. Continue it "
-                f"with those, choose another `out`, or remove {work} to begin anew"
+                f"{out} contains an unfinished preparation with other settings: {changes}. Continue it with "
+                f"those settings, choose another `out`, or remove {work} to start over"
             )
     write_durably(path, json.dumps(wanted).encode())
 
@@ -39,7 +40,10 @@ def require_identical(
     preparation: Mapping[str, Any],
     sources: Sequence[SourceFile | RowSource],
 ) -> Manifest:
-    """The manifest of the complete data set in `out`, which must be what these settings would make."""
+    """The manifest of the complete data set in `out`.
+
+    Raises ConfigError if other settings or sources made it, DataError if its files are damaged.
+    """
     manifest = read_manifest(out)
     before = {
         "tokenizer": manifest.encoding.name,
@@ -56,17 +60,17 @@ def require_identical(
     changes = _changes(before, now)
     if changes:
         raise ConfigError(
-            f"{out} holds a complete data set that was prepared otherwise: {changes}. Choose another "
-            f"`out`, or remove {out} to prepare it anew"
+            f"{out} contains a complete data set with other settings: {changes}. Choose another `out`, or "
+            f"remove {out} to prepare it again"
         )
     problems = check(out, manifest)
     if problems:
-        raise DataError("\n".join([*problems, f"Remove {out} to prepare it anew"]))
+        raise DataError("\n".join([*problems, f"Remove {out} to prepare it again"]))
     return manifest
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """In words, what differs."""
+    """A description of the differences, empty if there are none."""
     changes = []
     for key, value in now.items():
         was = before.get(key)

@@ -1,57 +1,57 @@
-"""Which pieces there are: decided by the sources alone, so that any number of workers makes the same ones."""
+"""Splits the sources into chunks. The sources alone decide, so any number of workers gets the same chunks."""
 
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 
-from data_pipeline.prepare.chunk import Piece
+from data_pipeline.prepare.chunk import Chunk
 from data_pipeline.sources.compression import text_per_byte
-from data_pipeline.sources.documents import Span
 from data_pipeline.sources.files import SourceFile
 from data_pipeline.sources.hub import RowSource
+from data_pipeline.sources.spans import Span
 
-# How many bytes of text a byte of the file holds, roughly, so that pieces take about equal time.
+# A rough estimate of the bytes of text per byte of the file, so that chunks take about equal time.
 _EXPANSION = {".gz": 4, ".zst": 4, ".parquet": 3}
-_LEAST_PIECES = 64
+_LEAST_CHUNKS = 64
 _SMALLEST_BYTES = 4 << 20
-# A compressed file is read by several workers by letting each inflate it up to its part; inflating is many
-# times faster than encoding, and more parts than these would not pay.
+# Several workers share a compressed file in that each decompresses it up to its own part. Decompressing is
+# many times as fast as encoding, but more parts than this do not pay off.
 _MOST_PARTS = 8
 
 
-def cut_into_pieces(sources: Sequence[SourceFile | RowSource], shard_tokens: int) -> list[Piece]:
-    """The pieces of `sources`, in order: about 64 of them, but none smaller than is worth it.
+def split_into_chunks(sources: Sequence[SourceFile | RowSource], shard_tokens: int) -> list[Chunk]:
+    """The chunks of `sources`, in order: about 64 of them, but fewer if they would become too small.
 
-    Lines and tables are cut anywhere, a compressed file that is a large share of all into a few parts. No
-    piece is larger than what makes a shard or so, where its source can be cut.
+    Lines and tables are split anywhere. A compressed file is split into a few parts if it is a large share
+    of the sources. Wherever a source can be split, a chunk has at most about one shard's worth of text.
     """
     total = sum(source.size_bytes * _expansion(source) for source in sources)
-    share = max(total // _LEAST_PIECES, _SMALLEST_BYTES)
-    cutter = _Cutter(max(1, min(share, 4 * shard_tokens)))  # a token is about four bytes of text
+    share = max(total // _LEAST_CHUNKS, _SMALLEST_BYTES)
+    splitter = _Splitter(max(1, min(share, 4 * shard_tokens)))  # a token is about four bytes of text
     for source in sources:
         if isinstance(source, RowSource):
-            cutter.cut_rows(source)
+            splitter.add_rows(source)
         elif source.is_divisible:
-            cutter.cut_anywhere(source)
+            splitter.add_divisible(source)
         else:
-            cutter.cut_text(source, share)
-    return cutter.finish()
+            splitter.add_compressed(source, share)
+    return splitter.finish()
 
 
 def _expansion(source: SourceFile | RowSource) -> int:
     return _EXPANSION.get(PurePath(source.location).suffix, 1) if isinstance(source, SourceFile) else 1
 
 
-class _Cutter:
-    """Gathers spans until they make a piece of `target` bytes of text."""
+class _Splitter:
+    """Collects spans until they make a chunk of `target` bytes of text."""
 
     def __init__(self, target: int) -> None:
         self._target = target
-        self._pieces: list[Piece] = []
+        self._chunks: list[Chunk] = []
         self._spans: list[Span] = []
         self._filled = 0
 
-    def cut_anywhere(self, source: SourceFile) -> None:
-        """Plain lines and tables: at the byte that fills the piece."""
+    def add_divisible(self, source: SourceFile) -> None:
+        """Split plain lines or a table at the byte that fills the chunk."""
         start = 0
         while True:
             room = (self._target - self._filled) // _expansion(source)
@@ -61,8 +61,8 @@ class _Cutter:
             if start >= source.size_bytes:
                 return
 
-    def cut_rows(self, source: RowSource) -> None:
-        """Data sets: at a row, or a shard each where they are streamed."""
+    def add_rows(self, source: RowSource) -> None:
+        """Split a data set at a row; of a streamed one, each shard is a chunk."""
         row_bytes = max(1, source.size_bytes // max(1, source.units))
         start = 0
         while start < source.units:
@@ -70,15 +70,14 @@ class _Cutter:
             stop = min(start + count, source.units)
             self._add(Span(source, start, stop))
             start = stop
-            if source.is_streamed:  # of unknown size, and slow to read again
+            if source.is_streamed:  # its size is unknown, and reading it again is slow
                 self._close()
 
-    def cut_text(self, source: SourceFile, share: int) -> None:
-        """Compressed files: whole, or in parts of equal text where one is more than its `share` of all."""
+    def add_compressed(self, source: SourceFile, share: int) -> None:
+        """Keep a file whole, or split it into parts of equal text if it has more than `share` bytes."""
         parts = min(_MOST_PARTS, source.size_bytes * _expansion(source) // share)
-        if (
-            parts < 2 or source.suffix.startswith(".txt") or source.is_remote
-        ):  # or it would be fetched for each
+        # A remote file is not split, because every part would fetch it from the beginning.
+        if parts < 2 or source.suffix.startswith(".txt") or source.is_remote:
             self._add(Span(source, 0, source.size_bytes))
             return
         text_bytes = int(source.size_bytes * text_per_byte(Path(source.location), source.suffix) / parts)
@@ -94,11 +93,11 @@ class _Cutter:
             self._close()
 
     def _close(self) -> None:
-        self._pieces.append(Piece(tuple(self._spans)))
+        self._chunks.append(Chunk(tuple(self._spans)))
         self._spans, self._filled = [], 0
 
-    def finish(self) -> list[Piece]:
-        """Every piece, the last one as full as it is."""
+    def finish(self) -> list[Chunk]:
+        """All chunks; the last one may be smaller than the others."""
         if self._spans:
             self._close()
-        return self._pieces
+        return self._chunks

@@ -1,7 +1,7 @@
-"""The processes that encode pieces: started, fed, listened to, ended.
+"""The processes that encode or hash chunks.
 
-Nothing but pieces and counts goes through the parent. A worker that dies ends the preparation with an
-error; a worker whose parent died ends at its next word.
+Only chunks and progress reports pass through the parent process. If a worker dies, the preparation ends with
+an error; if the parent dies, a worker exits the next time it reads from or writes to its pipe.
 """
 
 import os
@@ -19,78 +19,94 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
 from data_pipeline.errors import DataError
-from data_pipeline.prepare.chunk import Advance, Piece, Settings, committed, encode_piece
-from data_pipeline.prepare.dedup import hash_piece, is_hashed
-from data_pipeline.tokenizer.encoding import load_encoding
-from data_pipeline.tokenizer.fast_encoder import open_encoder
+from data_pipeline.prepare.chunk import Chunk, read_chunk_record
+from data_pipeline.prepare.dedup import hash_chunk, is_hashed
+from data_pipeline.prepare.encode import EncodeSettings, encode_chunk
+from data_pipeline.prepare.progress import Advance
+from data_pipeline.tokenizer.encoding import Encoding, load_encoding
+from data_pipeline.tokenizer.fast_encoder import Encoder, EncoderChoice, open_encoder
 
 Task = Literal["encode", "hash"]
+OpenEncoder = Callable[[Encoding, EncoderChoice], tuple[Encoder, str | None]]
 
 
 class EncodeAll(Protocol):
-    """Who encodes pieces: `encode_all` on this machine, or something that spreads them over several."""
+    """Runs a task on chunks: `encode_all` does it on this machine, other implementations on several."""
 
     def __call__(
-        self, folder: Path, pieces: Sequence[Piece], settings: Settings, workers: int, task: Task = "encode"
-    ) -> Generator[Advance | Piece, None, None]: ...
+        self,
+        folder: Path,
+        chunks: Sequence[Chunk],
+        settings: EncodeSettings,
+        workers: int,
+        /,
+        task: Task = "encode",
+    ) -> Generator[Advance | Chunk, None, None]: ...
 
 
-def is_done(folder: Path, piece: Piece, task: Task) -> bool:
-    """Whether `task` is done for `piece`, all of it on disk."""
-    return is_hashed(folder, piece) if task == "hash" else committed(folder, piece) is not None
+def is_done(folder: Path, chunk: Chunk, task: Task) -> bool:
+    """Whether `task` is done for `chunk` and its result is durable."""
+    return is_hashed(folder, chunk) if task == "hash" else read_chunk_record(folder, chunk) is not None
 
 
 def encode_all(
-    folder: Path, pieces: Sequence[Piece], settings: Settings, workers: int, task: Task = "encode"
-) -> Generator[Advance | Piece, None, None]:
-    """Encode and commit `pieces` on `workers` processes: yields advances, and each piece when committed.
+    folder: Path,
+    chunks: Sequence[Chunk],
+    settings: EncodeSettings,
+    workers: int,
+    task: Task = "encode",
+    *,
+    open_encoder: OpenEncoder = open_encoder,
+) -> Generator[Advance | Chunk, None, None]:
+    """Encode and commit `chunks` with `workers` processes; yields their progress, and each committed chunk.
 
-    The task "hash" hashes their documents instead. With one worker it all happens in this process. Raises
-    DataError where a worker is killed or fails.
+    The task "hash" hashes the documents of the chunks instead. With one worker, this process does the work.
+    Every worker opens its own encoder with `open_encoder`. Raises DataError if a worker is killed or fails.
     """
-    if workers == 1 or len(pieces) < 2:
-        do, message = _skill(folder, settings, task)
+    if workers == 1 or len(chunks) < 2:
+        run, message = _prepare_task(folder, settings, task, open_encoder)
         if message:
             yield Advance(0, 0, 0, message)
-        for piece in pieces:
-            yield from do(piece)
-            yield piece
+        for chunk in chunks:
+            yield from run(chunk)
+            yield chunk
         return
-    crew = _Crew(folder, settings, min(workers, len(pieces)), task)
+    pool = _WorkerPool(folder, settings, min(workers, len(chunks)), task, open_encoder)
     try:
-        yield from crew.work(pieces)
+        yield from pool.run(chunks)
     finally:
-        crew.end()
+        pool.terminate()
 
 
-def _skill(
-    folder: Path, settings: Settings, task: Task
-) -> tuple[Callable[[Piece], Iterator[Advance]], str | None]:
-    """What a worker does with a piece, and a sentence for the user."""
+def _prepare_task(
+    folder: Path, settings: EncodeSettings, task: Task, open_encoder: OpenEncoder
+) -> tuple[Callable[[Chunk], Iterator[Advance]], str | None]:
+    """The function that runs `task` on a chunk, and an optional message for the user."""
     if task == "hash":
         return partial(_hash, folder, settings), None
     encoding = load_encoding(settings.encoding)
     encoder, message = open_encoder(encoding, settings.encoder)
 
-    def encode(piece: Piece) -> Iterator[Advance]:
-        return encode_piece(folder, piece, settings, encoding, encoder)
+    def encode(chunk: Chunk) -> Iterator[Advance]:
+        return encode_chunk(folder, chunk, settings, encoding, encoder)
 
     return encode, message
 
 
-def _hash(folder: Path, settings: Settings, piece: Piece) -> Iterator[Advance]:
-    for _ in hash_piece(folder, piece, settings.text_field):
+def _hash(folder: Path, settings: EncodeSettings, chunk: Chunk) -> Iterator[Advance]:
+    for _ in hash_chunk(folder, chunk, settings.text_field):
         yield Advance(0, 0, 0)
 
 
-def start_ahead() -> None:
-    """Let the process from which the others are forked import what they need, while the caller goes on."""
+def start_fork_server() -> None:
+    """Start the process from which workers are forked, so that it imports their modules in the background."""
     _context()
     forkserver.ensure_running()
 
 
 def _context() -> ForkServerContext:
-    """A fork of the caller would take locks of its threads along; one that has none imports once for all."""
+    """The multiprocessing context. Its fork server has no threads, whose locks a fork of the caller would
+    copy, and imports the workers' modules only once."""
     context = get_context("forkserver")
     context.set_forkserver_preload(
         ["__main__", "data_pipeline.prepare.worker_pool", "data_pipeline.tokenizer.fast_encoder"]
@@ -98,57 +114,62 @@ def _context() -> ForkServerContext:
     return context
 
 
-class _Crew:
-    """Worker processes, each on a pipe of its own: one that dies is noticed, and none outlives the pipe."""
+class _WorkerPool:
+    """Worker processes, each with a pipe to the parent. A closed pipe shows that the other side died."""
 
-    def __init__(self, folder: Path, settings: Settings, size: int, task: Task) -> None:
+    def __init__(
+        self, folder: Path, settings: EncodeSettings, size: int, task: Task, open_encoder: OpenEncoder
+    ) -> None:
         context = _context()
         self._processes: dict[Connection, BaseProcess] = {}
         for _ in range(size):
             ours, theirs = context.Pipe()
-            arguments = (theirs, dict(os.environ), folder, settings, task)
+            arguments = (theirs, dict(os.environ), folder, settings, task, open_encoder)
             process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
             self._processes[ours] = process
 
-    def work(self, pieces: Sequence[Piece]) -> Iterator[Advance | Piece]:
-        waiting = deque(pieces)
-        busy: dict[Connection, Piece] = {}
+    def run(self, chunks: Sequence[Chunk]) -> Iterator[Advance | Chunk]:
+        """Distribute `chunks` over the workers; yields their progress, and each finished chunk."""
+        waiting = deque(chunks)
+        busy: dict[Connection, Chunk] = {}
         for pipe in self._processes:
             busy[pipe] = waiting.popleft()
-            self._tell(pipe, busy[pipe])
+            self._send(pipe, busy[pipe])
         while busy:
             for ready in connection.wait(list(busy)):
                 pipe = cast(Connection, ready)
-                message = self._hear(pipe)
+                message = self._receive(pipe)
                 if isinstance(message, Advance):
                     yield message
                     continue
                 yield busy.pop(pipe)
                 if waiting:
                     busy[pipe] = waiting.popleft()
-                    self._tell(pipe, busy[pipe])
+                    self._send(pipe, busy[pipe])
 
-    def _tell(self, pipe: Connection, piece: Piece) -> None:
-        with suppress(BrokenPipeError):  # its death is heard of next
-            pipe.send(piece)
+    def _send(self, pipe: Connection, chunk: Chunk) -> None:
+        with suppress(BrokenPipeError):  # the next receive reports the worker's death
+            pipe.send(chunk)
 
-    def _hear(self, pipe: Connection) -> Any:
+    def _receive(self, pipe: Connection) -> Any:
         try:
             message = pipe.recv()
         except (EOFError, ConnectionResetError):
             process = self._processes[pipe]
             process.join()
             raise DataError(
-                f"a worker process ended with exit code {process.exitcode} (-9 is a kill, mostly for want of "
-                f"memory). What is finished stays: run again to continue, with fewer workers if need be"
+                f"a worker process ended with exit code {process.exitcode} (-9 means it was killed, usually "
+                f"because memory ran out). Finished work is kept; run again to continue, with fewer workers "
+                f"if memory is short"
             ) from None
         if isinstance(message, Exception):
             raise message
         return message
 
-    def end(self) -> None:
+    def terminate(self) -> None:
+        """End all workers."""
         for pipe, process in self._processes.items():
             pipe.close()
             process.terminate()
@@ -156,18 +177,23 @@ class _Crew:
 
 
 def _serve(
-    pipe: Connection, environment: Mapping[str, str], folder: Path, settings: Settings, task: Task
+    pipe: Connection,
+    environment: Mapping[str, str],
+    folder: Path,
+    settings: EncodeSettings,
+    task: Task,
+    open_encoder: OpenEncoder,
 ) -> None:
-    """A worker's life: pieces in; advances, None for a committed piece, or an exception out."""
-    os.environ.update(environment)  # the caller's may have changed since its first workers were forked
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
-    with suppress(EOFError, ConnectionError):  # the parent is gone
+    """Runs in a worker: receives chunks; sends progress, None for a finished chunk, or an exception."""
+    os.environ.update(environment)  # the caller may have changed it since the fork server started
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends them
+    with suppress(EOFError, ConnectionError):  # the parent has exited
         try:
-            do, message = _skill(folder, settings, task)
+            run, message = _prepare_task(folder, settings, task, open_encoder)
             if message:
                 pipe.send(Advance(0, 0, 0, message))
             while True:
-                for advance in do(pipe.recv()):
+                for advance in run(pipe.recv()):
                     pipe.send(advance)
                 pipe.send(None)
         except (EOFError, ConnectionError):

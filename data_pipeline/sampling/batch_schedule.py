@@ -1,7 +1,7 @@
-"""How large each step's global batch is, and so which places of the order a step uses: closed forms.
+"""The size of each step's global batch, and the positions of the order that a step uses, in closed form.
 
-A ramp is a list of stages, each of some steps at one size, before the final size holds for ever. Sizes are
-in any unit (sequences for a reader, tokens for a plan): nothing here knows which.
+A schedule is a list of stages, each with a number of steps and a size, followed by the final size. Sizes may
+have any unit: a reader counts sequences, a plan counts tokens.
 """
 
 from bisect import bisect_left, bisect_right
@@ -10,18 +10,18 @@ from itertools import accumulate
 
 
 class BatchSizes:
-    """The size of step n, n from 1: the stages of `warmup`, each (steps, size), then `final`."""
+    """The size of step n, counted from 1: the stages of `warmup`, pairs (steps, size), then `final`."""
 
     def __init__(self, final: int, warmup: Sequence[tuple[int, int]] = ()) -> None:
         self.final = final
         self._warmup = tuple(warmup)
         self._sizes = [*(size for _, size in warmup), final]
-        # The last step of each stage, and how much is used once it is done.
+        # The last step of each stage, and the total of all sizes up to it; both start with 0.
         self._last = list(accumulate((steps for steps, _ in warmup), initial=0))
         self._used = list(accumulate((steps * size for steps, size in warmup), initial=0))
 
     def over(self, divisor: int) -> "BatchSizes":
-        """The same steps in another unit, `divisor` times as large."""
+        """The same schedule in a unit that is `divisor` times as large."""
         return BatchSizes(self.final // divisor, [(n, size // divisor) for n, size in self._warmup])
 
     def at(self, step: int) -> int:
@@ -29,11 +29,11 @@ class BatchSizes:
         return self._sizes[bisect_left(self._last, step) - 1]
 
     def until(self, step: int) -> int:
-        """How much the steps up to and with `step` use together."""
+        """The sum of the sizes of all steps up to and including `step`."""
         stage = max(0, bisect_left(self._last, step) - 1)
         return self._used[stage] + (step - self._last[stage]) * self._sizes[stage]
 
     def steps_for(self, amount: int) -> int:
-        """The least number of steps that use at least `amount` together."""
+        """The smallest number of steps whose sizes add up to at least `amount`."""
         stage = max(0, bisect_right(self._used, amount - 1) - 1)
         return self._last[stage] - (self._used[stage] - amount) // self._sizes[stage]

@@ -1,12 +1,11 @@
-"""(step, rank, world size) → token ids and document ends. Pure, and the same sequences for every world size.
+"""The training batches: (step, rank, world size) → token ids and document ends.
 
-The order of sequences is a function of the seed and the sequence number; a rank's batch is a slice of it.
-Nothing is carried from one batch to the next but open files and a memo, so any step can be asked for at any
-time. Needs numpy alone.
+The order of the sequences is a function of the seed and the sequence number, and a rank's batch is a slice of
+it. So every world size reads the same sequences. A reader carries nothing from one batch to the next except
+open files and a memo, so batches may be read in any order. Needs only numpy.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -16,66 +15,38 @@ from numpy.typing import NDArray
 from data_pipeline.dataset.manifest import read_manifest
 from data_pipeline.dataset.token_stream import TokenStream
 from data_pipeline.errors import DataError, DataExhausted
+from data_pipeline.sampling.batch import Batch, BatchBuilder
 from data_pipeline.sampling.batch_schedule import BatchSizes
 from data_pipeline.sampling.mixture import Mixture
 from data_pipeline.sampling.packing import PackedRows
 from data_pipeline.sampling.skip_list import Ranges, SkipList
 
-# B sequences, T context. The order is looked up this many sequences at a time: a lookup costs 0.1 ms of
-# numpy calls alone or in thousands.
+# The order is computed for this many sequences at a time: numpy's calls take 0.1 ms for one or for thousands.
 _MEMO = 4096
 
 Packing = Literal["stream", "best-fit"]
 
 
 def windows_in(tokens: int, context: int) -> int:
-    """How many sequences of `context` inputs and one more target a stream of `tokens` makes."""
+    """The number of sequences, of `context` inputs and one more target, in a stream of `tokens`."""
     return max(0, tokens - 1) // context
 
 
-@dataclass(frozen=True)
-class Batch:
-    """B sequences of T tokens.
-
-    tokens int64 [B, T + 1]; column T is a target only.
-    document_ends int32 [segments]: where attention segments end (exclusive) in the flattened [B·T] inputs;
-    every row's end is one; strictly increasing, the last is B·T.
-    scored bool [B, T]: the targets that count.
-    sequence_numbers int64 [B]: places in the global order.
-    """
-
-    tokens: NDArray[np.int64]
-    document_ends: NDArray[np.int32]
-    scored: NDArray[np.bool_]
-    sequence_numbers: NDArray[np.int64]
-
-    def micro_batches(self, size: int) -> Iterator["Batch"]:
-        """The same sequences in order, `size` at a time; the last batch has what is left."""
-        count, context = self.scored.shape
-        for first in range(0, count, size):
-            stop = min(first + size, count)
-            low, high = np.searchsorted(self.document_ends, [first * context, stop * context], side="right")
-            yield Batch(
-                tokens=self.tokens[first:stop],
-                document_ends=self.document_ends[low:high] - np.int32(first * context),
-                scored=self.scored[first:stop],
-                sequence_numbers=self.sequence_numbers[first:stop],
-            )
-
-
 class BatchReader:
-    """The training batches of one or several data directories.
+    """Reads the training batches of one or several data directories.
 
-    Each source's training shards, end to end, are cut into windows of `context` inputs and one more target;
-    what is left at the end makes no window. With `packing` "best-fit" the same tokens are packed into as many
-    rows of whole documents. `sources` are (data directory, weight); with several, sequences
-    are drawn in the proportion of the weights; `later` and `caps` are a Mixture's. `global_batch` sequences
-    make a step, or as many as its ramp says. `skipped` are ranges [first, stop) of sequence numbers that are
-    passed over. With `document_mask` attention segments end with documents and a document's first token is
-    not scored; without it each row is one segment.
+    The training shards of each source, concatenated, are cut into windows of `context` inputs and one more
+    target; a remainder at the end is dropped. With `packing` "best-fit", the same tokens are packed into as
+    many rows of whole documents.
 
-    Raises DataError where a directory is no data set, a shard is not as recorded, the encodings of two
-    sources differ, or a source has no whole window.
+    `sources` are pairs (data directory, weight). Sequences are drawn from several sources in proportion to
+    their weights; for `later` and `caps` see Mixture. A step has `global_batch` sequences, or as many as its
+    schedule says. `skipped` are ranges [first, stop) of sequence numbers to leave out. With `document_mask`,
+    attention segments end with documents, and the first token of a document is not scored; without it, each
+    row is one segment.
+
+    Raises DataError if a directory is not a data set, a shard differs from the manifest, two sources have
+    different encodings, or a source has less than one window.
     """
 
     def __init__(
@@ -92,18 +63,8 @@ class BatchReader:
         skipped: Sequence[tuple[int, int]] = (),
         packing: Packing = "stream",
     ) -> None:
-        manifests = [read_manifest(folder) for folder, _ in sources]
-        for (folder, _), manifest in zip(sources, manifests, strict=True):
-            if manifest.encoding.fingerprint != manifests[0].encoding.fingerprint:
-                raise DataError(
-                    f"{folder} was prepared with tokenizer {manifest.encoding.name!r} and {sources[0][0]} "
-                    f"with {manifests[0].encoding.name!r}: their ids mean different text and cannot be mixed"
-                )
         self._folders = [folder for folder, _ in sources]
-        self._streams = [
-            TokenStream(folder, manifest, "train")
-            for folder, manifest in zip(self._folders, manifests, strict=True)
-        ]
+        self._streams = _open_streams(self._folders)
         self._context = context
         self._sizes = BatchSizes(global_batch) if isinstance(global_batch, int) else global_batch
         self._document_mask = document_mask
@@ -115,7 +76,6 @@ class BatchReader:
                     f"{context} + 1; prepare more text or set a smaller model.context"
                 )
         self._packed = [PackedRows(stream, context) for stream in self._streams if packing == "best-fit"]
-        self.sequences_per_epoch = sum(windows)
         self.tokens = sum(stream.tokens for stream in self._streams)
         self._mixture = Mixture(windows, [weight for _, weight in sources], seed, later=later, caps=caps)
         self._max_epochs = max_epochs
@@ -124,9 +84,9 @@ class BatchReader:
         self._memo: tuple[int, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]] | None = None
 
     def batch(self, step: int, rank: int, world_size: int) -> Batch:
-        """The sequences that `rank` trains on at optimizer step `step`, the first being step 1.
+        """The sequences that `rank` trains on at optimizer step `step`; the first step is 1.
 
-        Pure: over all the ranks of any world size the union is the same, in rank order. Raises DataExhausted
+        Pure: the batches of all ranks, in rank order, are the same for any world size. Raises DataExhausted
         past the last epoch.
         """
         size = self._sizes.at(step) if step >= 1 else self._sizes.final
@@ -134,9 +94,9 @@ class BatchReader:
             raise ValueError(f"step {step}, rank {rank} of {world_size}, {size} sequences a step")
         count = size // world_size
         first = self._sizes.until(step - 1) + rank * count
-        self._require(step)
+        self._require_data(step)
         numbers, sources, windows = self._order(first, first + count)
-        batch = _BatchBuilder(count, self._context, self._document_mask)
+        batch = BatchBuilder(count, self._context, self._document_mask)
         for row, (source, window) in enumerate(zip(sources.tolist(), windows.tolist(), strict=True)):
             if self._packed:
                 batch.fill_parts(row, self._streams[source], self._packed[source].parts(window))
@@ -144,52 +104,48 @@ class BatchReader:
                 batch.fill(row, self._streams[source], window * self._context)
         return batch.finish(numbers)
 
-    def epochs_at(self, step: int) -> float:
-        """How often the source that is read most has been read once step `step` is done."""
-        return max(self._mixture.epochs(self.numbers_behind(step)))
-
     def counts_at(self, step: int) -> list[int]:
-        """How many sequences of each source are behind step `step`; skipped ones count as read."""
-        return self._mixture.counts(self.numbers_behind(step))
+        """The number of sequences of each source that are used or skipped once `step` is done."""
+        return self._mixture.counts(self.numbers_consumed(step))
 
-    def numbers_behind(self, step: int) -> int:
-        """How many sequence numbers are used or passed over once step `step` is done."""
-        return self._skipped.numbers_behind(self._sizes.until(step))
+    def numbers_consumed(self, step: int) -> int:
+        """The number of sequence numbers that are used or skipped once `step` is done."""
+        return self._skipped.numbers_consumed(self._sizes.until(step))
 
     @property
     def skipped(self) -> Ranges:
-        """The ranges [first, stop) of sequence numbers that are passed over, in order."""
+        """The ranges [first, stop) of skipped sequence numbers, in order."""
         return self._skipped.ranges
 
     def skip(self, ranges: Iterable[tuple[int, int]], step: int) -> None:
-        """Pass over `ranges` too after `step`. Raises ConfigError for one that begins before."""
+        """Also skip `ranges` after `step`. Raises ConfigError for a range that begins before."""
         self._skipped = self._skipped.extended(ranges, step, self._sizes.until(step))
         self._memo = None
 
-    def _require(self, step: int) -> None:
-        behind, end = self.numbers_behind(step), self._mixture.end
-        if end is not None and behind > end:
+    def _require_data(self, step: int) -> None:
+        consumed, end = self.numbers_consumed(step), self._mixture.end
+        if end is not None and consumed > end:
             raise DataExhausted(
-                f"step {step} would read past sequence {end}, where the last source that has a weight comes "
-                f"to its max_epochs; train fewer steps, prepare more text, or raise a max_epochs"
+                f"step {step} would read past sequence {end}, where the last source with a weight reaches "
+                f"its max_epochs; train fewer steps, prepare more text, or raise a max_epochs"
             )
         if self._limit is None:
             return
         length, source = self._limit
-        if behind > length:
+        if consumed > length:
             raise DataExhausted(
                 f"step {step} would read {self._folders[source]} more than data.max_epochs = "
                 f"{self._max_epochs:g} times; prepare more text, train fewer steps, or raise data.max_epochs"
             )
 
     def _order(self, first: int, stop: int) -> tuple[NDArray[np.int64], ...]:
-        """(sequence number, source, window) of the places [first, stop) in the order of use."""
+        """(sequence number, source, window) of the positions [first, stop) in the order of use."""
         parts = []
         while first < stop:
             block = first // _MEMO
             if self._memo is None or self._memo[0] != block:
-                used = np.arange(block * _MEMO, (block + 1) * _MEMO, dtype=np.int64)
-                numbers = self._skipped.numbers(used)
+                positions = np.arange(block * _MEMO, (block + 1) * _MEMO, dtype=np.int64)
+                numbers = self._skipped.numbers(positions)
                 self._memo = (block, numbers, *self._mixture.locate(numbers))
             here = slice(first - block * _MEMO, min(stop - block * _MEMO, _MEMO))
             parts.append([column[here] for column in self._memo[1:]])
@@ -197,103 +153,15 @@ class BatchReader:
         return tuple(np.concatenate(columns) for columns in zip(*parts, strict=True))
 
 
-class EvaluationReader:
-    """The beginning of the validation split in file order, for the evaluation of any number of ranks.
-
-    Windows of `context` inputs and one more target, one after the other, until `tokens` targets are covered
-    or the split ends; `tokens` says how many that is. Raises DataError where there is no validation split.
-    """
-
-    def __init__(self, path: Path, *, context: int, tokens: int, document_mask: bool) -> None:
-        self._stream = TokenStream(path, read_manifest(path), "val")
-        if self._stream.tokens < 2:
+def _open_streams(folders: Sequence[Path]) -> list[TokenStream]:
+    """The training splits of `folders`. Raises DataError if their encodings differ."""
+    manifests = [read_manifest(folder) for folder in folders]
+    for folder, manifest in zip(folders, manifests, strict=True):
+        if manifest.encoding.fingerprint != manifests[0].encoding.fingerprint:
             raise DataError(
-                f"{path} has no validation split; prepare it with a val_fraction above 0 "
-                f"(a small corpus needs a larger one)"
+                f"{folder} was prepared with tokenizer {manifest.encoding.name!r} and {folders[0]} with "
+                f"{manifests[0].encoding.name!r}: their ids mean different text, so they cannot be mixed"
             )
-        self.tokens = min(tokens, self._stream.tokens - 1)
-        self._context = context
-        self._document_mask = document_mask
-
-    def __len__(self) -> int:
-        """The number of windows."""
-        return -(-self.tokens // self._context)
-
-    def windows(self, first: int, count: int) -> Batch:
-        """The windows [first, first + count), each [T + 1].
-
-        What lies past the last token that is evaluated, whole windows included, is padding: id 0, not scored.
-        """
-        batch = _BatchBuilder(count, self._context, self._document_mask)
-        for row in range(count):
-            start = (first + row) * self._context
-            batch.fill(row, self._stream, start, targets=min(self._context, max(0, self.tokens - start)))
-        return batch.finish(np.arange(first, first + count, dtype=np.int64))
-
-
-class _BatchBuilder:
-    """Rows read into place, with the segments that attention and loss need."""
-
-    def __init__(self, count: int, context: int, document_mask: bool) -> None:
-        self._context = context
-        self._document_mask = document_mask
-        self._tokens = np.empty((count, context + 1), dtype=np.int64)
-        self._end_of_text: int | None = None
-        self._by_index: list[tuple[int, NDArray[np.int64]]] = []
-        self._short: list[tuple[int, int]] = []
-        self._cuts: list[tuple[int, int]] = []  # (row, input) after which another part of the stream comes
-
-    def fill(self, row: int, stream: TokenStream, start: int, targets: int | None = None) -> None:
-        """Row `row` from token `start` on; past its first `targets` targets it is padding."""
-        context = self._context
-        targets = context if targets is None else targets
-        real = targets + 1 if targets else 0
-        stream.read(start if real else 0, self._tokens[row, :real])
-        if targets < context:
-            self._tokens[row, real:] = 0
-            self._short.append((row, targets))
-        if not self._document_mask:
-            return
-        if stream.end_of_text is not None:
-            self._end_of_text = stream.end_of_text
-        elif real:
-            self._by_index.append((row, stream.document_starts(start + 1, start + real) - (start + 1)))
-
-    def fill_parts(self, row: int, stream: TokenStream, parts: Sequence[tuple[int, int]]) -> None:
-        """Row `row` from several parts [start, stop) of the stream; the last target is what follows them."""
-        place = 0
-        for start, stop in parts:
-            stream.read(start, self._tokens[row, place : place + stop - start])
-            place += stop - start
-            self._cuts.append((row, place - 1))
-        self._cuts.pop()
-        stream.read(parts[-1][1], self._tokens[row, place:])
-        if not self._document_mask:
-            return
-        if stream.end_of_text is not None:
-            self._end_of_text = stream.end_of_text
-            return
-        place = 0
-        for start, stop in parts:
-            self._by_index.append((row, stream.document_starts(start + 1, stop + 1) - (start + 1) + place))
-            place += stop - start
-
-    def finish(self, numbers: NDArray[np.int64]) -> Batch:
-        """The batch, whose rows are the sequences `numbers`."""
-        # Whether a document, or what is real of the row, ends with this input. Its target is another's first
-        # token and is not scored.
-        inputs = self._tokens[:, :-1]
-        is_end = inputs == (-1 if self._end_of_text is None else self._end_of_text)
-        for row, _ in self._by_index:
-            is_end[row] = False
-        for row, lasts in self._by_index:
-            is_end[row, lasts] = True
-        if self._cuts and self._document_mask:
-            is_end[tuple(np.array(self._cuts).T)] = True
-        scored = ~is_end
-        for row, targets in self._short:
-            scored[row, targets:] = is_end[row, targets:] = False
-            is_end[row, targets - 1 : targets] = True
-        is_end[:, -1] = True
-        ends = np.flatnonzero(is_end) + 1
-        return Batch(self._tokens, ends.astype(np.int32), scored, numbers)
+    return [
+        TokenStream(folder, manifest, "train") for folder, manifest in zip(folders, manifests, strict=True)
+    ]

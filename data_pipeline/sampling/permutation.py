@@ -1,9 +1,9 @@
-"""A pseudo-random permutation of 0 … size-1 as a function: no table, O(1) memory and time a lookup.
+"""A pseudo-random permutation of 0 … size-1 as a function: no table, O(1) memory and time per lookup.
 
-A Feistel network permutes the smallest power of two that holds `size`, whatever its round function is
-(Luby & Rackoff 1988); values that fall outside are sent through again until they are inside (cycle
-walking, Black & Rogaway 2002), fewer than twice on average. The order is part of what a run is: a change
-here changes every run, so a test pins it.
+A Feistel network permutes the smallest power of two that is at least `size`; it is a permutation for any
+round function (Luby & Rackoff 1988). A result outside the range is permuted again until it is inside (cycle
+walking, Black & Rogaway 2002), on average fewer than two times. The order is part of a run's results: a
+change here changes every run, so a test pins it.
 """
 
 import hashlib
@@ -11,17 +11,17 @@ import hashlib
 import numpy as np
 from numpy.typing import NDArray
 
-_ROUNDS = 8  # even, so that the two halves of an odd number of bits end where they began
+_ROUNDS = 8  # even, so that halves of different widths end where they began
 
 
 class Permutation:
-    """The permutation of 0 … `size`-1 that `key` names."""
+    """The permutation of 0 … `size`-1 that `key` determines."""
 
     def __init__(self, size: int, key: str) -> None:
         if size < 1:
             raise ValueError(f"a permutation of {size} numbers")
         self.size = size
-        # Two bits at least: with an empty half nothing would ever be mixed.
+        # At least two bits: with an empty half, the network would mix nothing.
         bits = max(2, (size - 1).bit_length())
         self._high_bits, self._low_bits = bits // 2, bits - bits // 2
         digest = hashlib.blake2b(key.encode(), digest_size=8 * _ROUNDS).digest()
@@ -49,7 +49,7 @@ class Permutation:
 
 
 def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    # The finaliser of SplitMix64 (Steele, Lea & Flood 2014): every input bit reaches every output bit.
+    # The finalizer of SplitMix64 (Steele, Lea & Flood 2014): every input bit affects every output bit.
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))

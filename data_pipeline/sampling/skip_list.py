@@ -1,8 +1,8 @@
-"""Sequence numbers that are passed over on purpose: part of the order, of the config, and of the checkpoint.
+"""The skip list: sequence numbers that are left out on purpose. It is part of the config and the checkpoint.
 
-After a loss spike a run goes back to a checkpoint before it and passes over what it read there. The list
-decides which sequence stands in which place of the order of use, so it can only change for places that are
-not used yet: whatever would move the ones behind is refused. Nothing here reads a file.
+After a loss spike, a run resumes from an earlier checkpoint and skips what it read at the spike. The list
+determines which sequence is used at which position of the order, so it may only change positions that have
+not been used. A change that would shift positions already used is refused. Nothing here reads a file.
 """
 
 from bisect import bisect_right
@@ -17,9 +17,9 @@ Ranges = tuple[tuple[int, int], ...]
 
 
 class SkipList:
-    """The sequence numbers in `ranges`, each [first, stop): O(log ranges) a lookup.
+    """The sequence numbers in `ranges`, each [first, stop). A lookup takes O(log ranges).
 
-    `ranges` are in order and apart, whatever they were given as. Raises ValueError for one that is no range.
+    The attribute `ranges` is sorted and merged. Raises ValueError for a range that is empty or negative.
     """
 
     def __init__(self, ranges: Iterable[tuple[int, int]] = ()) -> None:
@@ -32,39 +32,40 @@ class SkipList:
             else:
                 merged.append((first, stop))
         self.ranges: Ranges = tuple(merged)
-        self._places: list[int] = []  # of the first number after each range, in the order of use
-        self._before: list[int] = [0]  # numbers skipped up to there
+        # The position of the first number after each range, and how many numbers are skipped before it.
+        self._positions: list[int] = []
+        self._skipped: list[int] = [0]
         for first, stop in merged:
-            self._places.append(first - self._before[-1])
-            self._before.append(self._before[-1] + stop - first)
+            self._positions.append(first - self._skipped[-1])
+            self._skipped.append(self._skipped[-1] + stop - first)
 
-    def number(self, place: int) -> int:
-        """The sequence number that is used in place `place`."""
-        return place + self._before[bisect_right(self._places, place)]
+    def number(self, position: int) -> int:
+        """The sequence number that is used at `position`."""
+        return position + self._skipped[bisect_right(self._positions, position)]
 
-    def numbers(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The sequence numbers that are used in `places`."""
-        index = np.searchsorted(np.array(self._places, dtype=np.int64), places, side="right")
-        return places + np.array(self._before, dtype=np.int64)[index]
+    def numbers(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The sequence numbers that are used at `positions`."""
+        index = np.searchsorted(np.array(self._positions, dtype=np.int64), positions, side="right")
+        return positions + np.array(self._skipped, dtype=np.int64)[index]
 
-    def numbers_behind(self, places: int) -> int:
-        """How many sequence numbers are used or passed over once the first `places` places are used."""
-        return self.number(places - 1) + 1 if places else 0
+    def numbers_consumed(self, positions: int) -> int:
+        """The number of sequence numbers used or skipped once the first `positions` positions are used."""
+        return self.number(positions - 1) + 1 if positions else 0
 
-    def extended(self, ranges: Iterable[tuple[int, int]], step: int, places: int) -> "SkipList":
-        """This list with `ranges` too, from a state on in which `step` has used the first `places` places.
+    def extended(self, ranges: Iterable[tuple[int, int]], step: int, positions: int) -> "SkipList":
+        """This list extended by `ranges`, when `step` has used the first `positions` positions.
 
-        Raises ConfigError, naming it, for a range that begins among what is behind and is not in this list:
-        passing over it now would not undo it, and would change which sequences come next.
+        Raises ConfigError for a new range that begins among the consumed numbers: skipping it now would not
+        undo that it was read, and would change which sequences come next.
         """
-        behind = self.numbers_behind(places)
+        consumed = self.numbers_consumed(positions)
         wanted = SkipList((*self.ranges, *ranges))
         problems = [
-            f"data.skip: [{first}, {stop}] begins among the {behind} sequences that are behind step {step}, "
-            f"and those have been read. Continue from a checkpoint before it (outlast resume --step), or "
-            f"begin the range at {behind} or later."
+            f"data.skip: [{first}, {stop}] begins among the first {consumed} sequences, which the run has "
+            f"read by step {step}. Resume from an earlier checkpoint (outlast resume --step), or begin the "
+            f"range at {consumed} or later."
             for first, stop in _without(wanted.ranges, self.ranges)
-            if first < behind
+            if first < consumed
         ]
         if problems:
             raise ConfigError(problems)
@@ -72,13 +73,13 @@ class SkipList:
 
 
 def _without(ranges: Ranges, others: Ranges) -> Iterable[tuple[int, int]]:
-    """What is in `ranges` and not in `others`, which lie in them; both in order and apart."""
+    """Yields the parts of `ranges` that `others`, a subset of them, does not contain; both are merged."""
     for first, stop in ranges:
-        for gone_first, gone_stop in others:
-            if gone_stop <= first or gone_first >= stop:
+        for other_first, other_stop in others:
+            if other_stop <= first or other_first >= stop:
                 continue
-            if gone_first > first:
-                yield first, gone_first
-            first = gone_stop
+            if other_first > first:
+                yield first, other_first
+            first = other_stop
         if first < stop:
             yield first, stop

@@ -1,6 +1,6 @@
-"""gzip and zstd as streams of plain chunks, in which data that end too early are an error.
+"""Decompresses gzip and zstd files block by block; data that ends too early is an error.
 
-Compressed files can only be read from their beginning; nothing here pretends otherwise.
+A compressed file can only be read from its beginning.
 """
 
 import zlib
@@ -10,39 +10,39 @@ from pathlib import Path
 from typing import Protocol
 
 _HEAD_BYTES = 1 << 20
-# Compressed data are handed to the decompressor in parts of this size: all that a part holds comes at once.
+# The decompressor gets input of this size: it returns everything that a part of the input contains at once.
 _INFLATE_BYTES = 1 << 15
 
 
 class DamagedError(Exception):
-    """Compressed data that does not decompress, or ends too early."""
+    """Compressed data that cannot be decompressed or ends too early."""
 
 
-def decompress(chunks: Iterable[bytes], suffix: str) -> Iterator[bytes]:
-    """The plain bytes of a file's `chunks`: gunzipped, unzstded, or as they are, by its suffix.
+def decompress(blocks: Iterable[bytes], suffix: str) -> Iterator[bytes]:
+    """The decompressed content of a file's `blocks`. The file's `suffix` selects gzip, zstd or neither.
 
-    Raises DamagedError where the data are damaged or cut short, after all that came before.
+    Raises DamagedError if the data is damaged or truncated, after yielding everything before that place.
     """
     if suffix.endswith(".gz"):
-        return _gunzip(chunks)
+        return _gunzip(blocks)
     if suffix.endswith(".zst"):
-        return _unzstd(chunks)
-    return iter(chunks)
+        return _unzstd(blocks)
+    return iter(blocks)
 
 
 def text_per_byte(path: Path, suffix: str) -> float:
-    """How many bytes of text a byte of a compressed file holds, by its first mebibyte; at least 1."""
+    """The ratio of decompressed to compressed bytes in the file's first mebibyte; at least 1."""
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
     plain = 0
-    with suppress(DamagedError):  # the head ends early, of course
-        for chunk in decompress([head], suffix):
-            plain += len(chunk)
+    with suppress(DamagedError):  # the head usually ends in the middle of a member
+        for block in decompress([head], suffix):
+            plain += len(block)
     return max(1.0, plain / max(1, len(head)))
 
 
 class _Decompressor(Protocol):
-    """What zlib's and zstandard's decompression objects share."""
+    """The interface that zlib's and zstandard's decompression objects share."""
 
     @property
     def eof(self) -> bool: ...
@@ -53,27 +53,27 @@ class _Decompressor(Protocol):
     def decompress(self, data: bytes, /) -> bytes: ...
 
 
-def _gunzip(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    return _inflate(chunks, lambda: zlib.decompressobj(wbits=31), "gzip")
+def _gunzip(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    return _inflate(blocks, lambda: zlib.decompressobj(wbits=31), "gzip")
 
 
-def _unzstd(chunks: Iterable[bytes]) -> Iterator[bytes]:
+def _unzstd(blocks: Iterable[bytes]) -> Iterator[bytes]:
     import zstandard
 
-    # Not zstandard's stream reader: it takes a file that was cut short for a whole one.
+    # zstandard's stream reader does not report a truncated file.
     decompressor = zstandard.ZstdDecompressor()
-    return _inflate(chunks, lambda: decompressor.decompressobj(), "zstd")
+    return _inflate(blocks, lambda: decompressor.decompressobj(), "zstd")
 
 
-def _inflate(chunks: Iterable[bytes], member: Callable[[], _Decompressor], kind: str) -> Iterator[bytes]:
-    """Decompressed chunks of a file of one or more members, which must be whole."""
+def _inflate(blocks: Iterable[bytes], member: Callable[[], _Decompressor], kind: str) -> Iterator[bytes]:
+    """The decompressed blocks of a file of one or more members, each of which must be complete."""
     import zstandard
 
     current: _Decompressor | None = None
     try:
-        for chunk in chunks:
-            for start in range(0, len(chunk), _INFLATE_BYTES):
-                part = chunk[start : start + _INFLATE_BYTES]
+        for block in blocks:
+            for start in range(0, len(block), _INFLATE_BYTES):
+                part = block[start : start + _INFLATE_BYTES]
                 while part:
                     if current is None:
                         current = member()

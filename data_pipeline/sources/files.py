@@ -1,45 +1,41 @@
-"""Which files a user's sources name: files, folders, globs, here or in an object store.
+"""Finds the files that a user's sources name: files, folders and globs, local or in an object store.
 
-Refused: a file of a kind that is not read here when it is named itself, and the same file twice.
+A file of an unsupported kind is refused when the user names it, and so is a file that two sources name.
 """
 
 import glob
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from data_pipeline.errors import ConfigError
-from data_pipeline.remote import is_remote, list_remote, open_remote
+from data_pipeline.remote import is_remote, list_remote, open_remote, unreadable
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".txt.gz", ".txt.zst", ".parquet")
+_SUPPORTED = f"(supported: {', '.join(SUFFIXES)})"
+_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One input file; `name` is its path below what the user named, and is what gets recorded."""
+    """One input file. The manifest records `name`, the path relative to the parent of what the user named."""
 
     name: str
     location: str  # an absolute path or a URL
     size_bytes: int
-    version: int | str  # what changes when the file does: its time, or what the store has for it
+    version: int | str  # changes when the file does: its modification time, or the store's version
 
     @property
     def suffix(self) -> str:
-        """The suffix in SUFFIXES, or nothing."""
+        """The file's suffix if SUFFIXES contains it, else an empty string."""
         return _suffix(self.location)
 
     @property
     def is_remote(self) -> bool:
-        """Whether the file lies in an object store."""
+        """Whether the file is in an object store."""
         return is_remote(self.location)
-
-    def open(self) -> BinaryIO:
-        """The file's bytes, seekable."""
-        if self.is_remote:
-            return open_remote(self.location, str(self.version))
-        return Path(self.location).open("rb")
 
     @property
     def is_divisible(self) -> bool:
@@ -48,25 +44,46 @@ class SourceFile:
 
     @property
     def units(self) -> int:
-        """What spans count: bytes."""
+        """The number of units that spans count: bytes."""
         return self.size_bytes
 
     @property
     def unit(self) -> str:
-        """What is counted in `units`."""
+        """The name of a unit."""
         return "bytes"
 
     @property
     def identity(self) -> tuple[str | int, ...]:
-        """What changes when the file does."""
+        """Values that change when the file does."""
         return (self.location, self.name, self.size_bytes, self.version)
+
+    def open(self) -> BinaryIO:
+        """Open the file for reading; it is seekable."""
+        if self.is_remote:
+            return open_remote(self.location, str(self.version))
+        return Path(self.location).open("rb")
+
+    def read_blocks(self, start: int = 0) -> Iterator[bytes]:
+        """Yields the file's content from byte `start` onwards. Raises DataError if an object store fails."""
+        with self.open() as file:
+            file.seek(start)
+            while block := self._read_block(file):
+                yield block
+
+    def _read_block(self, file: BinaryIO) -> bytes:
+        try:
+            return file.read(_BLOCK_BYTES)
+        except Exception as error:
+            if self.is_remote:
+                raise unreadable(self.location, error) from error
+            raise
 
 
 def find_files(sources: Sequence[str | Path]) -> tuple[list[SourceFile], int]:
-    """The files that `sources` (files, folders, globs) name, in a stable order, and how many were ignored.
+    """The files that `sources` (files, folders, globs) name, in a stable order, and the number ignored.
 
-    Folders are searched to the bottom; files in them with other suffixes, and hidden ones, are ignored.
-    Raises ConfigError that lists every source that names nothing readable.
+    Folders are searched recursively. Hidden files in them and files with other suffixes are ignored. Raises
+    ConfigError that lists every source that names no readable file.
     """
     problems: list[str] = []
     found: list[SourceFile] = []
@@ -74,22 +91,24 @@ def find_files(sources: Sequence[str | Path]) -> tuple[list[SourceFile], int]:
     for source in (str(source) for source in sources):
         if is_remote(source):
             try:
-                files, passed_over = _remote(source)
+                files, unsupported = _remote(source)
             except ConfigError as error:
                 problems += error.problems
                 continue
-            ignored += passed_over
+            ignored += unsupported
             found += files
             continue
-        paths, base, passed_over = _matches(source)
-        ignored += passed_over
+        paths, base, unsupported = _matches(source)
+        ignored += unsupported
         if not paths:
             problems.append(_nothing_found(source))
         for path in paths:
             if not _suffix(path):
-                problems.append(f"{path}: not a kind of file that is read here ({', '.join(SUFFIXES)})")
+                problems.append(
+                    f"{path}: this kind of file is not supported (supported: {', '.join(SUFFIXES)})"
+                )
             elif not os.access(path, os.R_OK):
-                problems.append(f"{path}: not allowed to read it")
+                problems.append(f"{path}: you have no permission to read it")
             else:
                 state = path.stat()
                 name = path.relative_to(base).as_posix()
@@ -108,8 +127,8 @@ def _remote(source: str) -> tuple[list[SourceFile], int]:
     files = list_remote(source)
     known = [SourceFile(name, url, size, version) for url, name, size, version in files if _suffix(url)]
     if not known:
-        what = f"none of the {len(files)} files there is" if files else "there is no such file or folder with"
-        raise ConfigError(f"{source}: {what} a kind that is read here ({', '.join(SUFFIXES)})")
+        what = f"none of the {len(files)} files there is supported" if files else "no such file or folder"
+        raise ConfigError(f"{source}: {what} {_SUPPORTED}")
     return known, len(files) - len(known)
 
 
@@ -142,7 +161,7 @@ def _nothing_found(source: str) -> str:
     if glob.has_magic(source):
         return f"{source}: no file matches"
     if Path(source).is_dir():
-        return f"{source}: the folder holds no file that is read here ({', '.join(SUFFIXES)})"
+        return f"{source}: the folder contains no supported file {_SUPPORTED}"
     return f"{source}: no such file or folder"
 
 

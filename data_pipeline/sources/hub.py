@@ -1,8 +1,8 @@
-"""Hugging Face data sets, by name or from a local folder, as sources of documents.
+"""Hugging Face data sets, from the hub or from a local folder, as sources of documents.
 
-A data set is cut by rows, a streamed one by the files that it streams (`datasets` calls them shards), so
-that each part can be read by any process and again after a kill. What is read is `datasets`' affair; what
-is here only asks it for one column of a range.
+A data set is split by rows, and a streamed one by the files that it streams (`datasets` calls them shards).
+So any process can read a part, and read it again after a crash. The package `datasets` does all the reading;
+this module asks it for one column of a range.
 """
 
 import hashlib
@@ -19,28 +19,32 @@ from data_pipeline.errors import ConfigError
 from data_pipeline.remote import in_words
 
 _ROWS_A_READ = 1024
-_SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` leaves
+_SAVED = ("state.json", "dataset_dict.json")  # the files that `save_to_disk` writes
 
 
 class HubDataset(Section):
-    """A data set that `datasets` loads: one [[datasets]] table of DATA.toml."""
+    """One [[datasets]] table of DATA.toml: a data set that the package `datasets` loads."""
 
     name: str = Field(min_length=1, description="Name on the Hugging Face hub, or a local folder.")
     config: str | None = Field(default=None, description="Configuration (subset) of the data set.")
     split: str = Field(default="train", min_length=1, description="Split, for example train or train[:10%].")
-    revision: str | None = Field(default=None, description="Branch, tag or commit on the hub.")
+    revision: str | None = Field(
+        default=None, description="Branch, tag or commit on the hub. Default: its main branch."
+    )
     text_field: str | None = Field(
-        default=None, min_length=1, description="Column with the text. Default: the data config's text_field."
+        default=None,
+        min_length=1,
+        description="Column that contains the text. Default: text_field of DATA.toml.",
     )
     streaming: bool = Field(
         default=False,
-        description="Read over the network while encoding, without a copy on disk; cut by the data set's "
-        "files and no finer.",
+        description="Read over the network while encoding and keep no copy on disk. Work is then split by "
+        "the data set's files and no finer.",
     )
 
     @property
     def label(self) -> str:
-        """All that decides the rows, in one line."""
+        """Everything that determines the rows, in one line."""
         config = f" {self.config}" if self.config else ""
         revision = f"@{self.revision}" if self.revision else ""
         return f"{self.name}{revision}{config} {self.split}{' (streamed)' if self.streaming else ''}"
@@ -48,9 +52,9 @@ class HubDataset(Section):
 
 @dataclass(frozen=True)
 class RowSource:
-    """A loaded data set: `units` rows, or `units` shards where it is streamed.
+    """A loaded data set of `units` rows, or a streamed one of `units` shards.
 
-    `size_bytes` is the size of its rows in memory, and 0 where that is not known beforehand.
+    `size_bytes` is the size of its rows in memory, or 0 if that is unknown.
     """
 
     name: str
@@ -63,19 +67,19 @@ class RowSource:
 
     @property
     def identity(self) -> tuple[str, ...]:
-        """What changes when the rows do."""
+        """Values that change when the rows do."""
         return (self.name, self.fingerprint, self.text_field)
 
     @property
     def unit(self) -> str:
-        """What is counted in `units`."""
+        """The name of a unit."""
         return "shards" if self.is_streamed else "rows"
 
     def values(self, start: int, stop: int) -> Iterator[Any]:
-        """The text column of the units [start, stop), each value an Arrow scalar.
+        """Yields the text column of the units [start, stop) as Arrow scalars.
 
-        Raises what `datasets` raises: OSError and its own errors where a file or the network fails, and
-        KeyError where a streamed data set turns out to have no such column.
+        Passes on what `datasets` raises: OSError and its own errors if a file or the network fails, and
+        KeyError if a streamed data set has no such column.
         """
         for part in self._parts(start, stop):
             for table in part.with_format("arrow").iter(_ROWS_A_READ):
@@ -90,21 +94,21 @@ class RowSource:
 
 
 def open_dataset(wanted: HubDataset, text_field: str) -> RowSource:
-    """The data set `wanted`, downloaded where it is not streamed.
+    """The data set `wanted`; it is downloaded unless it is streamed.
 
-    Raises ConfigError where it, its split or its column is not to be had, with what `datasets` says.
+    Raises ConfigError, with the message of `datasets`, if the data set, its split or its column is missing.
     """
     column = wanted.text_field or text_field
     try:
         dataset, fingerprint, size_bytes = _streamed(wanted) if wanted.streaming else _loaded(wanted)
-    except Exception as error:  # of any library
-        # What `datasets` itself says of a file that it cannot read is no more than that there was an error.
+    except Exception as error:  # from any of the libraries that `datasets` uses
+        # For a file that it cannot read, the message of `datasets` says only that an error occurred.
         cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
         raise ConfigError(f"datasets: {wanted.label} cannot be loaded: {in_words(cause)}") from error
     if dataset.features is not None and column not in dataset.features:
         raise ConfigError(
             f"datasets: {wanted.label} has no column {column!r}; it has {', '.join(dataset.features)}. "
-            f"Name one as text_field"
+            f"Set text_field to one of them"
         )
     units = dataset.num_shards if wanted.streaming else len(dataset)
     return RowSource(wanted.label, size_bytes, units, fingerprint, wanted.streaming, column, dataset)
@@ -131,7 +135,7 @@ def _streamed(wanted: HubDataset) -> tuple[Any, str, int]:
 
     builder = datasets.load_dataset_builder(wanted.name, wanted.config, revision=wanted.revision)
     dataset = builder.as_streaming_dataset(split=wanted.split)
-    # A stream has no fingerprint: its files and their times or entity tags are what there is to tell it by.
+    # A stream has no fingerprint, so its files and their modification times or ETags identify it.
     files = builder.config.data_files or {}
     origins = {str(split): [str(origin) for origin in files[split].origin_metadata] for split in files}
     known = json.dumps([wanted.label, builder.hash, origins])

@@ -1,8 +1,9 @@
-"""Encodings: text ↔ token ids through tiktoken, their offline copy, their fingerprint.
+"""Encodings: text ↔ token ids, and the file that keeps an encoding next to the data.
 
-tiktoken computes every id; what stands here keeps the ranks beside the data, so that nothing later needs
-a network, and names an encoding by a hash of all that decides its ids. Text that looks like a special
-token is text: special ids are appended by us, never parsed out of documents.
+tiktoken computes every id. This module loads an encoding by name, file or data directory, and writes it to
+encoding.json, so that no later step needs a network. A fingerprint identifies an encoding: a hash of
+everything that determines its ids. Text that looks like a special token is encoded as text; only Outlast
+itself appends special ids.
 """
 
 import binascii
@@ -10,7 +11,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
@@ -22,30 +23,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.sources.documents import BadDocument, DocumentReader, Span, is_held_out
-from data_pipeline.sources.files import find_files
+from data_pipeline.tokenizer.rank_files import read_rank_file
 
 if TYPE_CHECKING:
     import tiktoken
 
 END_OF_TEXT = "<|endoftext|>"
 
-# cl100k's split as it was first published, without the possessive quantifiers of today's (tiktoken,
-# openai_public.py), which the trainer's regular expressions do not have. Today's also keeps whitespace at the
-# end of a text in one; no token that is trained with this one can tell.
-PATTERN = (
+# The split pattern of the encodings that Outlast trains: cl100k's as first published, before tiktoken
+# (openai_public.py) gave it possessive quantifiers, which the trainer's regular expressions lack. The current
+# pattern also keeps whitespace at the end of a text in one token; encodings trained with this one contain no
+# token for which that matters.
+TRAINING_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# `\s+(?!\S)` runs out of stack at 1,000,000 whitespace characters in a row and takes 999,023. A power of two,
-# as the longest tokens of spaces are: cutting there changes no id.
+# `\s+(?!\S)` overflows the stack at 1,000,000 whitespace characters in a row; 999,023 still work. The limit
+# is a power of two, as are the longest tokens of spaces, so splitting there changes no id.
 _LONGEST_WHITESPACE = 1 << 16
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """A byte-pair encoding: `ranks` gives each byte string its id, lower ids merge first."""
+    """A byte-pair encoding. `ranks` maps each byte string to its id; lower ids merge first."""
 
     name: str
     pattern: str
@@ -64,22 +65,19 @@ class Encoding:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over ranks, pattern and special tokens: equal for equal ids on every text."""
+        """The sha256 of ranks, pattern and special tokens. Equal fingerprints mean equal ids for any text."""
         head = json.dumps([self.pattern, sorted(self.special_tokens.items())]).encode()
         tokens = (b"%d %d " % (id, len(token)) + token for token, id in self.by_rank)
         return hashlib.sha256(head + b"".join(tokens)).hexdigest()
 
     @cached_property
     def by_rank(self) -> list[tuple[bytes, int]]:
-        """Each byte string and its id, by id."""
+        """Each byte string and its id, in order of the ids."""
         return sorted(self.ranks.items(), key=itemgetter(1))
 
     @cached_property
-    def _known(self) -> frozenset[int]:
-        return frozenset((*self.ranks.values(), *self.special_tokens.values()))
-
-    @cached_property
-    def _bpe(self) -> "tiktoken.Encoding":
+    def bpe(self) -> "tiktoken.Encoding":
+        """This encoding as an object of tiktoken's."""
         import tiktoken
 
         return tiktoken.Encoding(
@@ -89,44 +87,48 @@ class Encoding:
             special_tokens=dict(self.special_tokens),
         )
 
+    @cached_property
+    def _known_ids(self) -> frozenset[int]:
+        return frozenset((*self.ranks.values(), *self.special_tokens.values()))
+
     def encode(self, text: str) -> NDArray[np.uint32]:
-        """The ids of `text`, without an end-of-text. Raises DataError where tiktoken cannot encode it."""
+        """The ids of `text`, without an end-of-text. Raises DataError if tiktoken cannot encode the text."""
         try:
             return self._encode(text)
-        except _GaveUpError:
+        except _StackOverflowError:
             pass
         try:
-            return np.concatenate([self._encode(part) for part in _cut_whitespace(text)])
-        except _GaveUpError as error:
+            return np.concatenate([self._encode(part) for part in _split_whitespace(text)])
+        except _StackOverflowError as error:
             raise DataError(f"the tokenizer cannot encode it: {error}") from None
 
     def _encode(self, text: str) -> NDArray[np.uint32]:
         try:
-            return self._bpe.encode_to_numpy(text, disallowed_special=())
+            return self.bpe.encode_to_numpy(text, disallowed_special=())
         except BaseException as error:
-            # encode_to_numpy raises ValueError where the other methods panic, and a panic is a BaseException
-            # of a class that cannot be imported.
+            # encode_to_numpy raises ValueError where tiktoken's other methods panic. A panic is a
+            # BaseException of a class that cannot be imported.
             if not isinstance(error, ValueError) and type(error).__name__ != "PanicException":
                 raise
-            raise _GaveUpError(str(error)[:200]) from None
+            raise _StackOverflowError(str(error)[:200]) from None
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; bytes that are not UTF-8 become U+FFFD.
+        """The text of `ids`; bytes that are not valid UTF-8 become U+FFFD.
 
-        Ids that stand for nothing, as the last rows of a padded vocabulary do, are left out, as tokenizers
-        leaves them out: a network that has hardly been trained draws them.
+        Ids without a token are skipped, as `tokenizers` skips them. A padded vocabulary has such ids, and a
+        barely trained network samples them.
         """
-        return self._bpe.decode([id for id in ids if id in self._known])
+        return self.bpe.decode([id for id in ids if id in self._known_ids])
 
     def token_bytes(self) -> NDArray[np.int64]:
-        """The length in bytes of each id [vocab_size]; 0 for special and unused ids."""
+        """The length in bytes of each id [vocab_size]; special and unused ids have length 0."""
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
         for token, id in self.ranks.items():
             lengths[id] = len(token)
         return lengths
 
     def to_json(self) -> bytes:
-        """The content of encoding.json, the same bytes for the same encoding."""
+        """The content of encoding.json. Equal encodings have equal bytes."""
         content = {
             "name": self.name,
             "pattern": self.pattern,
@@ -134,7 +136,7 @@ class Encoding:
             "fingerprint": self.fingerprint,
             "ranks": {},
         }
-        # As json.dumps with indent=0 writes it, which takes a third of a second for 50,000 ranks.
+        # The result equals that of json.dumps with indent=0, which takes 0.3 s for 50,000 ranks.
         head = json.dumps(content, indent=0).removesuffix("{}\n}").encode()
         ranks = (
             b'"' + binascii.b2a_base64(token, newline=False) + b'": %d' % id for token, id in self.by_rank
@@ -142,45 +144,44 @@ class Encoding:
         return head + b"{\n" + b",\n".join(ranks) + b"\n}\n}\n"
 
 
-class _GaveUpError(Exception):
-    """tiktoken's regular expressions ran out of stack."""
+class _StackOverflowError(Exception):
+    """tiktoken's regular expressions overflowed their stack."""
 
 
-def _cut_whitespace(text: str) -> Iterator[str]:
+def _split_whitespace(text: str) -> Iterator[str]:
+    """Yields `text` in parts that contain no run of whitespace longer than _LONGEST_WHITESPACE."""
     begin = 0
     for run in re.finditer(rf"\s{{{_LONGEST_WHITESPACE + 1},}}", text):
-        for cut in range(run.start() + _LONGEST_WHITESPACE, run.end(), _LONGEST_WHITESPACE):
-            yield text[begin:cut]
-            begin = cut
+        for end in range(run.start() + _LONGEST_WHITESPACE, run.end(), _LONGEST_WHITESPACE):
+            yield text[begin:end]
+            begin = end
     yield text[begin:]
 
 
 def load_encoding(name_or_file: str | Path, pattern: str | None = None) -> Encoding:
-    """The encoding of a packaged name (`outlast-4k`), a file, a data directory, or a tiktoken name.
+    """The encoding with a packaged name (`outlast-4k`) or a tiktoken name, in a file or in a data directory.
 
-    A `.tiktoken` file holds ranks alone: where its name is not one of tiktoken's own, `pattern` must say how
-    text is split, as a tiktoken name or a regular expression, and end-of-text gets the next free id.
+    A `.tiktoken` file contains only ranks. If tiktoken does not publish a file of that name, `pattern` must
+    give the split pattern, as a tiktoken name or a regular expression; end-of-text gets the next free id.
 
-    Raises ConfigError for a name that nothing has, DataError for a file that is no encoding or a tiktoken
-    name whose ranks are not on this machine and cannot be downloaded.
+    Raises ConfigError for an unknown name. Raises DataError for a file that is not an encoding, and for a
+    tiktoken name whose ranks are not on this machine and cannot be downloaded.
     """
     path = Path(name_or_file)
     if path.is_dir() and (path / "encoding.json").exists():
-        return _read(path / "encoding.json")
+        return _read_json(path / "encoding.json")
     if path.suffix == ".tiktoken" and path.is_file():
-        from data_pipeline.tokenizer.rank_files import read_rank_file
-
-        return read_rank_file(path, pattern)
+        return _from_rank_file(path, pattern)
     if pattern is not None:
         raise ConfigError(
-            f"tokenizer_pattern is for .tiktoken files; tokenizer {str(name_or_file)!r} has one of its own"
+            f"tokenizer_pattern is only for .tiktoken files; tokenizer {str(name_or_file)!r} has its own"
         )
     if path.is_file():
-        return _read(path)
+        return _read_json(path)
     name = str(name_or_file)
     packaged = _packaged()
     if name in packaged:
-        return _read(packaged[name])
+        return _read_json(packaged[name])
 
     import tiktoken
 
@@ -189,8 +190,8 @@ def load_encoding(name_or_file: str | Path, pattern: str | None = None) -> Encod
         return _from_tiktoken(name)
     names = [*packaged, *known]
     near = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
-    raise ConfigError(f"tokenizer {name!r} is neither a file nor an encoding; {hint}")
+    hint = f"did you mean {near[0]!r}?" if near else f"known encodings: {', '.join(names)}"
+    raise ConfigError(f"tokenizer {name!r} is neither a file nor a known encoding; {hint}")
 
 
 def _packaged() -> dict[str, Path]:
@@ -198,24 +199,35 @@ def _packaged() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.json"))}
 
 
+def _from_rank_file(path: Path, pattern: str | None) -> Encoding:
+    ranks, split, special_tokens = read_rank_file(path, pattern)
+    encoding = Encoding(path.stem, split, ranks, special_tokens or {END_OF_TEXT: max(ranks.values()) + 1})
+    if pattern is not None:
+        try:
+            encoding.encode("a test")
+        except DataError as error:
+            raise ConfigError(f"tokenizer_pattern = {pattern!r}: {str(error)[:200]}") from None
+    return encoding
+
+
 def _from_tiktoken(name: str) -> Encoding:
     import tiktoken
 
     try:
         encoding = tiktoken.get_encoding(name)
-    except OSError as error:  # requests' errors are OSErrors
+    except OSError as error:  # the errors of requests are OSErrors
         raise DataError(
-            f"tokenizer {name!r}: tiktoken has no copy of its ranks here and could not download them "
-            f"({type(error).__name__}). Run once where there is a network, with TIKTOKEN_CACHE_DIR on a "
-            f"shared folder; or name a file of its ranks ({name}.tiktoken), or the encoding.json of a data "
-            f"directory that has it."
+            f"tokenizer {name!r}: tiktoken has no copy of its ranks on this machine and could not download "
+            f"them ({type(error).__name__}). Run once on a machine with a network, with TIKTOKEN_CACHE_DIR "
+            f"on a shared folder; or name a file of the ranks ({name}.tiktoken), or the encoding.json of a "
+            f"data directory."
         ) from None
     if END_OF_TEXT not in encoding._special_tokens:
-        raise ConfigError(f"tokenizer {name!r} has no {END_OF_TEXT}, which ends every document")
+        raise ConfigError(f"tokenizer {name!r} has no {END_OF_TEXT}, which must end every document")
     return Encoding(name, encoding._pat_str, encoding._mergeable_ranks, encoding._special_tokens)
 
 
-def _read(path: Path) -> Encoding:
+def _read_json(path: Path) -> Encoding:
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
         ranks = {
@@ -230,84 +242,10 @@ def _read(path: Path) -> Encoding:
             f"{type(error).__name__} {error}"
         ) from None
     if END_OF_TEXT not in special_tokens:
-        raise DataError(f"{path}: the encoding has no {END_OF_TEXT}, which ends every document")
+        raise DataError(f"{path}: the encoding has no {END_OF_TEXT}, which must end every document")
     if encoding.fingerprint != fingerprint:
         raise DataError(
             f"{path}: the fingerprint {fingerprint[:12]}… does not match the ranks, pattern and special "
             f"tokens ({encoding.fingerprint[:12]}…): the file is damaged or was changed"
         )
     return encoding
-
-
-def train_tokenizer(
-    sources: Sequence[str | Path],
-    vocab_size: int,
-    out: Path,
-    *,
-    text_field: str = "text",
-    val_fraction: float = 0.0,
-    seed: int = 0,
-) -> Encoding:
-    """A byte-level BPE of `vocab_size` ids, end-of-text included, trained on `sources` and written to `out`.
-
-    `val_fraction` and `seed` leave out the documents that `prepare` holds out with the same two. The name is
-    `out`'s without suffix. Raises ConfigError where the sources cannot fill the vocabulary, DataError at the
-    first broken document.
-    """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    if vocab_size <= 257:
-        raise ConfigError(f"vocab_size = {vocab_size}: 256 bytes and end-of-text alone make 257")
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1,
-        min_frequency=2,
-        show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-    )
-    bpe.train_from_iterator(_training_text(sources, text_field, val_fraction, seed), trainer)
-    ranks = _ranks(json.loads(bpe.to_str())["model"]["merges"])
-    if len(ranks) != vocab_size - 1:
-        raise ConfigError(
-            f"vocab_size = {vocab_size}: the sources repeat too little and give {len(ranks) + 1} ids at most"
-        )
-    encoding = Encoding(out.stem, PATTERN, ranks, {END_OF_TEXT: vocab_size - 1})
-    out.write_bytes(encoding.to_json())
-    return encoding
-
-
-def _training_text(
-    sources: Sequence[str | Path], text_field: str, val_fraction: float, seed: int
-) -> Iterator[str]:
-    for file in find_files(sources)[0]:
-        for document in DocumentReader(Span(file, 0, file.size_bytes), text_field):
-            if isinstance(document, BadDocument):
-                raise DataError(f"{file.location}:{document.line}: {document.reason}")
-            if not is_held_out(document, val_fraction, seed):
-                yield document.decode()
-
-
-def _ranks(merges: Iterable[Sequence[str]]) -> dict[bytes, int]:
-    """Ids by byte string: the 256 bytes in order, then each merge in the order it was learned."""
-    byte_of = _byte_of_character()
-    ranks = {bytes([value]): value for value in range(256)}
-    for merge in merges:
-        token = bytes(byte_of[character] for character in "".join(merge))
-        ranks.setdefault(token, len(ranks))
-    return ranks
-
-
-def _byte_of_character() -> dict[str, int]:
-    # GPT-2's stand-ins: printable Latin-1 bytes stand for themselves, the others follow from U+0100 on.
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [value for value in range(256) if value not in printable]
-    return {chr(value): value for value in printable} | {
-        chr(0x100 + index): value for index, value in enumerate(others)
-    }

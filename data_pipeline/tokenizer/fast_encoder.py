@@ -1,15 +1,16 @@
-"""Documents in UTF-8 → ids, in batches: by tiktoken, or by a faster encoder while it agrees with tiktoken.
+"""Encodes batches of documents: with tiktoken, or with a faster encoder as long as it agrees with tiktoken.
 
-The extra `fast` has two: gigatoken, ten times faster and more, for the ways in which tiktoken's own encodings
-split text, and fastokens, several times faster, for any. Neither is widely used yet; so tiktoken judges
-them: on a set of hard cases at the start, and on a sample of every batch. All their ids together must also
-stand for exactly the bytes that went in. Nothing they get wrong is repaired: their work is thrown away.
+The extra `fast` installs two. gigatoken is at least ten times as fast as tiktoken and supports the split
+patterns of tiktoken's own encodings; fastokens is several times as fast and supports any pattern. Neither is
+widely used yet, so tiktoken checks them: on a set of hard cases at the start, and on a sample of every batch.
+In addition, the ids of a batch must represent exactly as many bytes as went in. Wrong ids are never repaired:
+the encoder is rejected and its work discarded.
 """
 
 import binascii
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
@@ -20,18 +21,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.errors import DataError
-from data_pipeline.tokenizer.encoding import END_OF_TEXT, PATTERN, Encoding
+from data_pipeline.tokenizer.encoding import END_OF_TEXT, TRAINING_PATTERN, Encoding
 from data_pipeline.tokenizer.rank_files import published_pattern
 
-Choice = Literal["auto", "tiktoken"]
+EncoderChoice = Literal["auto", "tiktoken"]
 
-# Of each batch, a mebibyte mostly, so many bytes of one document are encoded by both: under a tenth of the
-# fastest encoder's time.
+# tiktoken encodes this many bytes of one document of each batch again. A batch is about one MiB, so the check
+# takes less than a tenth of the fastest encoder's time.
 _SAMPLE_BYTES = 2048
 
-# What is a letter, a mark or a space stands in tables. Those of gigatoken 0.10 are of Unicode 17, which made
-# letters and marks of all but the last of these code points; tiktoken 0.14 has Unicode 16. U+180E is a space
-# for fastokens 0.3 only. Every code point was compared; a text with one of these is left to tiktoken.
+# The encoders' tables of letters, marks and spaces differ. gigatoken 0.10 has those of Unicode 17, which made
+# all of these code points but the last letters or marks; tiktoken 0.14 has Unicode 16. Only fastokens 0.3
+# considers U+180E a space. Every code point was compared. A document that contains one of these is encoded by
+# tiktoken.
 _DOUBTFUL = (
     (0x88F, 0x88F), (0xC5C, 0xC5C), (0xCDC, 0xCDC), (0x1ACF, 0x1ADD), (0x1AE0, 0x1AEB), (0xA7CE, 0xA7CF),
     (0xA7D2, 0xA7D2), (0xA7D4, 0xA7D4), (0xA7F1, 0xA7F1), (0x10940, 0x10959), (0x10EC5, 0x10EC7),
@@ -42,8 +44,8 @@ _DOUBTFUL = (
 )  # fmt: skip
 _DOUBTFUL_LEADS = {chr(point).encode()[0] for first, last in _DOUBTFUL for point in (first, last)}
 
-# gigatoken remembers every word that it has met: it begins anew once the process has grown by so much.
-_GROWTH_BYTES = 256 << 20
+# gigatoken caches every word that it has seen, so it is loaded again once the process has grown by this much.
+_MOST_GROWTH_BYTES = 256 << 20
 
 HARD_CASES = (
     f"before {END_OF_TEXT} after <|fim_prefix|><|endofprompt|>",
@@ -63,45 +65,50 @@ HARD_CASES = (
 )  # fmt: skip
 
 
-Flat = tuple[NDArray[np.uint32], NDArray[np.int64]]
-"""(the ids of several documents, each with an end-of-text, one after the other; where each document begins
-and the last one ends [documents + 1])"""
+FlatIds = tuple[NDArray[np.uint32], NDArray[np.int64]]
+"""The ids of several documents, concatenated, each followed by an end-of-text; and the offsets at which the
+documents begin and the last one ends [documents + 1]."""
 
-_Encode = Callable[[Sequence[bytes]], list[NDArray[np.uint32]]]
+EncodeBatch = Callable[[Sequence[bytes]], list[NDArray[np.uint32]]]
+"""The ids of each document of a batch, without end-of-text."""
+
+LoadEncoder = Callable[[Encoding, Path], EncodeBatch]
+"""Loads a fast encoder for an encoding whose ranks are in a `.tiktoken` file. Raises UnsupportedEncoding or
+ImportError."""
 
 
-class Disagreement(Exception):
-    """The fast encoder gave other ids than tiktoken, or failed."""
+class EncoderMismatch(Exception):
+    """The fast encoder returned other ids than tiktoken, or failed."""
 
 
-class Unsuitable(Exception):
-    """The fast encoder is not made for this encoding."""
+class UnsupportedEncoding(Exception):
+    """The fast encoder does not support the encoding's split pattern."""
 
 
 class Encoder(Protocol):
-    """Encodes batches; `name` is the package that does."""
+    """Encodes batches. `name` is the name of the package that computes the ids."""
 
     name: str
 
-    def encode(self, documents: Sequence[bytes]) -> Flat:
-        """The ids of `documents`, each of them UTF-8, with an end-of-text after each."""
+    def encode(self, documents: Sequence[bytes]) -> FlatIds:
+        """The ids of `documents`, which are UTF-8, with an end-of-text after each document."""
         ...
 
 
 class TiktokenEncoder:
-    """The reference. Raises DataError at a text that tiktoken cannot encode."""
+    """The reference encoder. Raises DataError for a text that tiktoken cannot encode."""
 
     name = "tiktoken"
 
     def __init__(self, encoding: Encoding) -> None:
         self._encoding = encoding
 
-    def encode(self, documents: Sequence[bytes]) -> Flat:
+    def encode(self, documents: Sequence[bytes]) -> FlatIds:
         """See Encoder."""
-        return _flat([self._encoding.encode(document.decode()) for document in documents], self._encoding)
+        return _flatten([self._encoding.encode(document.decode()) for document in documents], self._encoding)
 
 
-def _flat(documents: Sequence[NDArray[np.uint32]], encoding: Encoding) -> Flat:
+def _flatten(documents: Sequence[NDArray[np.uint32]], encoding: Encoding) -> FlatIds:
     offsets = np.zeros(len(documents) + 1, dtype=np.int64)
     np.cumsum([len(ids) + 1 for ids in documents], out=offsets[1:])
     ended = [np.array([encoding.end_of_text], np.uint32)] * (2 * len(documents))
@@ -109,26 +116,26 @@ def _flat(documents: Sequence[NDArray[np.uint32]], encoding: Encoding) -> Flat:
     return np.concatenate(ended), offsets
 
 
-def _gigatoken(encoding: Encoding, ranks: Path) -> _Encode:
-    """What gives gigatoken's ids. Raises Unsuitable where it does not know how the encoding splits text."""
-    scheme = _schemes().get(encoding.pattern)
+def _load_gigatoken(encoding: Encoding, ranks: Path) -> EncodeBatch:
+    scheme = _gigatoken_schemes().get(encoding.pattern)
     if scheme is None:
-        raise Unsuitable
+        raise UnsupportedEncoding
     from gigatoken.gigatoken_rs import BPETokenizer
 
     tokenizer = BPETokenizer.from_tiktoken(str(ranks), scheme)
     return lambda documents: [tokenizer.encode(document) for document in documents]
 
 
-def _schemes() -> dict[str, str]:
-    """Its name for each pattern that it knows."""
+def _gigatoken_schemes() -> dict[str, str]:
+    """gigatoken's name for each split pattern that it supports."""
     published = {"r50k_base": "gpt2", "cl100k_base": "gpt4", "o200k_base": "o200k"}
-    return {PATTERN: "gpt4", **{published_pattern(name): scheme for name, scheme in published.items()}}
+    schemes = {published_pattern(name): scheme for name, scheme in published.items()}
+    return {TRAINING_PATTERN: "gpt4", **schemes}
 
 
-def _fastokens(encoding: Encoding, ranks: Path) -> _Encode:
-    """What gives fastokens' ids."""
-    # One thread a process: the processes are the parallelism. Read when its thread pool starts.
+def _load_fastokens(encoding: Encoding, ranks: Path) -> EncodeBatch:
+    # One thread per process, because the processes already run in parallel. fastokens reads the variable when
+    # its thread pool starts.
     os.environ.setdefault("RAYON_NUM_THREADS", "1")
     from fastokens._native import Tokenizer
 
@@ -145,22 +152,58 @@ def _fastokens(encoding: Encoding, ranks: Path) -> _Encode:
     return encode
 
 
-FAST = {"gigatoken": _gigatoken, "fastokens": _fastokens}
+FAST_ENCODERS: Mapping[str, LoadEncoder] = {"gigatoken": _load_gigatoken, "fastokens": _load_fastokens}
+"""The fast encoders by package name, in order of preference."""
 
 
 class FastEncoder:
-    """One of FAST, checked as it goes. Raises Disagreement where it is not what tiktoken is."""
+    """A fast encoder that is checked against tiktoken in every batch.
 
-    def __init__(self, encoding: Encoding, name: str) -> None:
-        """Raises Unsuitable where `name` cannot split text as the encoding does, ImportError without it."""
+    Raises EncoderMismatch when it disagrees with tiktoken.
+    """
+
+    def __init__(
+        self, encoding: Encoding, name: str, load: LoadEncoder, most_growth_bytes: int = _MOST_GROWTH_BYTES
+    ) -> None:
+        """Raises UnsupportedEncoding or ImportError as `load` does, and EncoderMismatch at a hard case."""
         self.name = name
         self._encoding = encoding
+        self._load_encoder = load
+        self._most_growth_bytes = most_growth_bytes
         bytes_of = encoding.token_bytes()
         self._bytes_of = bytes_of.astype(np.min_scalar_type(bytes_of.max()))  # small, to stay in the cache
         self._batches = 0
+        self._fast: EncodeBatch | None = None
+        self._limit_bytes = 0
         self._load()
         for text in HARD_CASES:
-            self._require_equal(self._ids([text.encode()])[0], text)
+            self._require_equal(self.encode_unchecked([text.encode()])[0], text)
+
+    def encode(self, documents: Sequence[bytes]) -> FlatIds:
+        """See Encoder."""
+        all_ids = self.encode_unchecked(documents)
+        for index, document in enumerate(documents):
+            if _is_doubtful(document):
+                all_ids[index] = self._encoding.encode(document.decode())
+        flat = _flatten(all_ids, self._encoding)
+        ends = len(documents) * int(self._bytes_of[self._encoding.end_of_text])  # nearly always 0
+        self._require_bytes(flat[0], sum(map(len, documents)) + ends)
+        self._check_sample(documents, all_ids)
+        if resident_bytes() > self._limit_bytes:
+            self._fast = None  # frees its memory before the new one allocates
+            self._load()
+        return flat
+
+    def encode_unchecked(self, documents: Sequence[bytes]) -> list[NDArray[np.uint32]]:
+        """The fast encoder's ids of each document, without end-of-text and without any check of the ids."""
+        assert self._fast is not None
+        with self._raising_mismatch("failed"):
+            all_ids = self._fast(documents)
+        if len(all_ids) != len(documents):
+            raise EncoderMismatch(
+                f"{self.name} returned the ids of {len(all_ids)} documents for {len(documents)}"
+            )
+        return all_ids
 
     def _load(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -169,103 +212,89 @@ class FastEncoder:
                 binascii.b2a_base64(t, newline=False) + b" %d\n" % id for t, id in self._encoding.by_rank
             )
             path.write_bytes(b"".join(lines))
-            with self._judged("cannot load it"):
-                self._fast: _Encode | None = FAST[self.name](self._encoding, path)
-        self._limit_bytes = _resident_bytes() + _GROWTH_BYTES
+            with self._raising_mismatch("cannot load the encoding"):
+                self._fast = self._load_encoder(self._encoding, path)
+        self._limit_bytes = resident_bytes() + self._most_growth_bytes
 
-    def encode(self, documents: Sequence[bytes]) -> Flat:
-        """See Encoder."""
-        all_ids = self._ids(documents)
-        for index, document in enumerate(documents):
-            if _is_doubtful(document):
-                all_ids[index] = self._encoding.encode(document.decode())
-        flat = _flat(all_ids, self._encoding)
-        ends = len(documents) * int(self._bytes_of[self._encoding.end_of_text])  # nearly always 0
-        self._require_bytes(flat[0], sum(map(len, documents)) + ends)
+    def _check_sample(self, documents: Sequence[bytes], all_ids: Sequence[NDArray[np.uint32]]) -> None:
+        """Compare one document of the batch, or a part of it, with tiktoken."""
         sample = self._batches % len(documents)
         self._batches += 1
         document = documents[sample]
         if len(document) <= _SAMPLE_BYTES:
             self._require_equal(all_ids[sample], document.decode())
-        else:
-            begin = self._batches * 7919 * _SAMPLE_BYTES % (len(document) - _SAMPLE_BYTES)
-            part = document[begin : begin + _SAMPLE_BYTES].decode(errors="ignore")
-            self._require_equal(self._ids([part.encode()])[0], part)
-        if _resident_bytes() > self._limit_bytes:
-            self._fast = None  # before the new one takes memory
-            self._load()
-        return flat
-
-    def _ids(self, documents: Sequence[bytes]) -> list[NDArray[np.uint32]]:
-        assert self._fast is not None
-        with self._judged("failed"):
-            all_ids = self._fast(documents)
-        if len(all_ids) != len(documents):
-            raise Disagreement(f"{self.name} gave the ids of {len(all_ids)} documents for {len(documents)}")
-        return all_ids
+            return
+        begin = self._batches * 7919 * _SAMPLE_BYTES % (len(document) - _SAMPLE_BYTES)
+        part = document[begin : begin + _SAMPLE_BYTES].decode(errors="ignore")
+        self._require_equal(self.encode_unchecked([part.encode()])[0], part)
 
     @contextmanager
-    def _judged(self, complaint: str) -> Iterator[None]:
-        """Whatever goes wrong inside is a Disagreement, but for the lack of the encoder."""
+    def _raising_mismatch(self, complaint: str) -> Iterator[None]:
+        """Converts errors inside to EncoderMismatch, except ImportError and UnsupportedEncoding."""
         try:
             yield
-        except (ImportError, Unsuitable):
+        except (ImportError, UnsupportedEncoding):
             raise
         except BaseException as error:
             # A panic in Rust is a BaseException of a class that cannot be imported.
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
-            raise Disagreement(f"{self.name} {complaint}: {str(error)[:200]}") from None
+            raise EncoderMismatch(f"{self.name} {complaint}: {str(error)[:200]}") from None
 
     def _require_bytes(self, ids: NDArray[np.uint32], expected: int) -> None:
         try:
             found = int(np.take(self._bytes_of, ids).sum(dtype=np.int64))
         except IndexError:
-            raise Disagreement(f"{self.name} gave an id that the encoding does not have") from None
+            raise EncoderMismatch(f"{self.name} returned an id that the encoding does not have") from None
         if found != expected:
-            raise Disagreement(f"its ids stand for {found} bytes of {expected}")
+            raise EncoderMismatch(f"{self.name} returned ids of {found} bytes for a text of {expected}")
 
     def _require_equal(self, ids: NDArray[np.uint32], text: str) -> None:
         if not np.array_equal(ids, self._encoding.encode(text)):
-            raise Disagreement(f"{self.name} and tiktoken differ on {text[:40]!r}…")
+            raise EncoderMismatch(f"{self.name} and tiktoken differ on {text[:40]!r}…")
 
 
 def _is_doubtful(document: bytes) -> bool:
-    """Whether it has a character of `_DOUBTFUL`."""
+    """Whether the document contains a character of `_DOUBTFUL`."""
     if document.isascii() or not any(lead in document for lead in _DOUBTFUL_LEADS):
-        return False  # nearly all texts, at the memory's speed
-    return bool(_doubtful()[np.frombuffer(document.decode().encode("utf-32-le"), "<u4")].any())
+        return False  # nearly all documents; this scan runs at the speed of memory
+    return bool(_is_doubtful_point()[np.frombuffer(document.decode().encode("utf-32-le"), "<u4")].any())
 
 
 @cache
-def _doubtful() -> NDArray[np.bool_]:
-    """Whether a code point is one [0x110000]."""
+def _is_doubtful_point() -> NDArray[np.bool_]:
+    """Whether each code point is in `_DOUBTFUL` [0x110000]."""
     table = np.zeros(0x110000, dtype=np.bool_)
     for first, last in _DOUBTFUL:
         table[first : last + 1] = True
     return table
 
 
-def _resident_bytes() -> int:
-    """What this process has in memory (proc(5)); 0 on a system that does not say it there."""
+def resident_bytes() -> int:
+    """The resident memory of this process (proc(5)); 0 on a system without /proc."""
     try:
         return int(Path("/proc/self/statm").read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return 0
 
 
-def open_encoder(encoding: Encoding, choice: Choice) -> tuple[Encoder, str | None]:
-    """The encoder to use, and a sentence for the user where a fast one was wanted and is passed over."""
+def open_encoder(
+    encoding: Encoding, choice: EncoderChoice, fast: Mapping[str, LoadEncoder] = FAST_ENCODERS
+) -> tuple[Encoder, str | None]:
+    """The encoder to use, and a message for the user if a fast one was rejected.
+
+    With "auto" it is the first of `fast` that is installed, supports the encoding, and passes the hard cases.
+    """
     problems: list[str] = []
-    for name in FAST if choice == "auto" else ():
+    for name, load in fast.items() if choice == "auto" else ():
         try:
-            return FastEncoder(encoding, name), _told(name, problems)
-        except (ImportError, Unsuitable):
+            return FastEncoder(encoding, name, load), _message(name, problems)
+        except (ImportError, UnsupportedEncoding):
             continue
-        except (Disagreement, DataError) as error:
+        except (EncoderMismatch, DataError) as error:
             problems.append(str(error))
-    return TiktokenEncoder(encoding), _told("tiktoken", problems)
+    return TiktokenEncoder(encoding), _message("tiktoken", problems)
 
 
-def _told(name: str, problems: Sequence[str]) -> str | None:
+def _message(name: str, problems: Sequence[str]) -> str | None:
     return f"tokenizing with {name}: {'; '.join(problems)}" if problems else None

@@ -1,75 +1,74 @@
-"""Encodings out of `.tiktoken` files: a line `base64 rank` for each byte string, and nothing more.
+"""Reads `.tiktoken` files: a line `base64 rank` for each byte string, and nothing else.
 
-How text is split and which special tokens there are stands in tiktoken's own source for the files that it
-publishes, and must be said for any other.
+Such a file does not say how text is split or which special tokens exist. For the files that tiktoken
+publishes, tiktoken's source says it. For any other file, the user must give the split pattern.
 """
 
 import binascii
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.tokenizer.encoding import END_OF_TEXT, Encoding
 
-# The encodings whose constructors read one rank file of their own name.
+# The encodings whose constructors read exactly one rank file, which has the encoding's name.
 PUBLISHED = ("r50k_base", "p50k_base", "cl100k_base", "o200k_base")
 
 
-def read_rank_file(path: Path, pattern: str | None) -> Encoding:
-    """The encoding of the ranks in `path`.
+class RankFile(NamedTuple):
+    """What a rank file defines: ids by byte string, the split pattern, and the special tokens if known."""
 
-    With the name of a file that tiktoken publishes it must be that file. Raises DataError where it is
-    damaged, ConfigError where `pattern` is missing or not a pattern.
+    ranks: dict[bytes, int]
+    pattern: str
+    special_tokens: Mapping[str, int] | None
+
+
+def read_rank_file(path: Path, pattern: str | None) -> RankFile:
+    """The content of the rank file at `path`.
+
+    Without a `pattern` the file must be one that tiktoken publishes, under its published name. Raises
+    DataError if the file is damaged, ConfigError if a pattern is needed.
     """
     ranks = _read_ranks(path)
-    if pattern is None:
-        if path.stem not in PUBLISHED:
-            raise ConfigError(
-                f"{path}: a file of ranks does not say how text is split, and {path.name} is not one of "
-                f"tiktoken's ({', '.join(PUBLISHED)}); set tokenizer_pattern to one of these names or to a "
-                f"regular expression"
-            )
-        return _published(path, ranks)
-    split = published_pattern(pattern) if pattern in PUBLISHED else pattern
-    encoding = Encoding(path.stem, split, ranks, {END_OF_TEXT: max(ranks.values()) + 1})
-    try:
-        encoding.encode("a test")
-    except DataError as error:
-        raise ConfigError(f"tokenizer_pattern = {pattern!r}: {str(error)[:200]}") from None
-    return encoding
-
-
-def published_pattern(name: str) -> str:
-    """How the encoding `name` of PUBLISHED splits text."""
-    return str(_definition(name, {})["pat_str"])
-
-
-def _published(path: Path, ranks: dict[bytes, int]) -> Encoding:
+    if pattern is not None:
+        return RankFile(ranks, published_pattern(pattern) if pattern in PUBLISHED else pattern, None)
+    if path.stem not in PUBLISHED:
+        raise ConfigError(
+            f"{path}: a rank file does not say how text is split, and {path.name} is not one of tiktoken's "
+            f"({', '.join(PUBLISHED)}); set tokenizer_pattern to one of these names or to a regular "
+            f"expression"
+        )
     definition = _definition(path.stem, ranks)
     if hashlib.sha256(path.read_bytes()).hexdigest() != definition["sha256"]:
         raise DataError(
-            f"{path} is not the file that tiktoken knows by this name (its sha256 differs): it is "
-            f"damaged, or another encoding, which needs another name and tokenizer_pattern"
+            f"{path} is not the file that tiktoken publishes under this name (its sha256 differs): it is "
+            f"damaged, or it is another encoding, which needs another name and tokenizer_pattern"
         )
-    return Encoding(path.stem, definition["pat_str"], ranks, definition["special_tokens"])
+    return RankFile(ranks, definition["pat_str"], definition["special_tokens"])
+
+
+def published_pattern(name: str) -> str:
+    """The split pattern of the encoding `name`, one of PUBLISHED."""
+    return str(_definition(name, {})["pat_str"])
 
 
 def _definition(name: str, ranks: dict[bytes, int]) -> dict[str, Any]:
-    """What tiktoken's constructor of `name` says, with `ranks` in place of a download, and their sha256."""
+    """What tiktoken's constructor of `name` returns for these `ranks`, and the sha256 that it expects."""
     from tiktoken_ext import openai_public
 
     expected: dict[str, Any] = {}
 
-    def ranks_at_hand(_: str, expected_hash: str) -> dict[bytes, int]:
+    def return_ranks(_: str, expected_hash: str) -> dict[bytes, int]:
         expected["sha256"] = expected_hash
         return ranks
 
     constructor = getattr(openai_public, name)
-    # The same code with another reader of ranks: nothing global changes.
+    # Runs the constructor's code with a function that returns `ranks` instead of downloading them. No
+    # global state changes.
     offline = FunctionType(
-        constructor.__code__, {**constructor.__globals__, "load_tiktoken_bpe": ranks_at_hand}
+        constructor.__code__, {**constructor.__globals__, "load_tiktoken_bpe": return_ranks}
     )
     return {**offline(), **expected}
 
@@ -83,7 +82,9 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
             token, rank = line.split()
             ranks[binascii.a2b_base64(token, strict_mode=True)] = int(rank)
         except ValueError:
-            raise DataError(f"{path}:{number}: not a rank (base64 of the bytes, a space, the rank)") from None
+            raise DataError(
+                f"{path}:{number}: not a rank (a rank is the bytes in base64, a space, and a number)"
+            ) from None
     missing = [value for value in range(256) if bytes([value]) not in ranks]
     if missing:
         raise DataError(

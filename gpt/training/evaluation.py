@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data_pipeline.sampling.batches import EvaluationReader
+from data_pipeline.sampling.evaluation import EvaluationReader
 from gpt.config.data import DataConfig
 from gpt.distributed.world import PendingTick, Tick, World, total
 from gpt.model.gpt import GPT

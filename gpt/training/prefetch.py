@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from xxhash import xxh3_64_intdigest
 
 from data_pipeline.errors import OutlastError
-from data_pipeline.sampling.batches import Batch, BatchReader
+from data_pipeline.sampling.batch import Batch
+from data_pipeline.sampling.batches import BatchReader
 from gpt.distributed.world import World
 from gpt.training.step import ModelInputs, model_inputs
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from data_pipeline.sampling.batches import Batch
+from data_pipeline.sampling.batch import Batch
 from gpt.distributed.zero.engine import Engine
 from gpt.model.attention import Documents
 from gpt.model.loss import IGNORED

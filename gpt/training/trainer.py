@@ -287,7 +287,7 @@ class Trainer:
         self.saver.advance(agreed.save_done, agreed.save_failed)
         self.is_time_to_save = agreed.save_due > 0
         self.scored[step + AHEAD] = max(1.0, agreed.scored_ahead)
-        behind = self.reader.numbers_behind(step)
+        behind = self.reader.numbers_consumed(step)
         self.lines.add(step, **{"data/digest": agreed.digest, "data/sequences_behind": behind})
         self.lines.complete(step - 1, agreed.loss_sum)
         return agreed.stop > 0

@@ -118,6 +118,6 @@ def schema(kind: str) -> int:
     elif kind == "cluster":
         from launcher.cluster import ClusterConfig as model
     else:
-        from data_pipeline.prepare.pipeline import DataPrepConfig as model
+        from data_pipeline.prepare.config import DataPrepConfig as model
     click.echo(json.dumps(model.model_json_schema(), indent=2))
     return 0

@@ -12,10 +12,12 @@ from rich.progress import Progress as Bar
 
 from data_pipeline.config_file import read_toml, validate, with_overrides
 from data_pipeline.dataset import manifest as data_manifest
+from data_pipeline.dataset.integrity import verify as verify_data
 from data_pipeline.dataset.manifest import FILE_NAME, Manifest
 from data_pipeline.errors import ConfigError, LaunchError
-from data_pipeline.prepare.pipeline import DataPrepConfig, Progress
+from data_pipeline.prepare.config import DataPrepConfig
 from data_pipeline.prepare.pipeline import prepare as prepare_data
+from data_pipeline.prepare.progress import Progress
 from data_pipeline.prepare.worker_pool import EncodeAll, encode_all
 from gpt.checkpoint import format as checkpoint_format
 from gpt.run.run_dir import RunDir
@@ -76,7 +78,7 @@ def adopt(prefixes: Sequence[str], val: Sequence[str], options: dict[str, Any]) 
         raise ConfigError(f"--adopt writes beside existing files and does not take --{', --'.join(foreign)}.")
     if "tokenizer" not in options:
         raise ConfigError("--tokenizer must be given: the files do not say which one made their ids.")
-    folder, made = adopt(prefixes, val, options["tokenizer"], tell=lambda text: click.echo(text, err=True))
+    folder, made = adopt(prefixes, val, options["tokenizer"], warn=lambda text: click.echo(text, err=True))
     _say_counts(made)
     click.echo(folder)
     return 0
@@ -86,7 +88,7 @@ def inspect(folder: Path, documents: int, seed: int) -> int:
     """Print what a data set holds: counts, lengths of documents, and some of them decoded."""
     from rich.table import Table
 
-    from data_pipeline.inspect import lengths, some_documents
+    from data_pipeline.inspect import length_histogram, sample_documents
     from data_pipeline.tokenizer.encoding import load_encoding
 
     made = data_manifest.read_manifest(folder)
@@ -95,7 +97,7 @@ def inspect(folder: Path, documents: int, seed: int) -> int:
     if not console.is_terminal:
         console.width = 110
     splits: list[data_manifest.Split] = ["train", "val"]
-    found = {split: lengths(folder, made, split) for split in splits}
+    found = {split: length_histogram(folder, made, split) for split in splits}
     counts = Table("split", "tokens", "documents", "longest", "shards", "bytes")
     for split in splits:
         shards = made.shards(split)
@@ -120,7 +122,7 @@ def inspect(folder: Path, documents: int, seed: int) -> int:
         bar = "█" * round(40 * train / max(1, most))
         histogram.add_row(f"{2**power:,} – {2 ** (power + 1) - 1:,}", f"{train:,}", f"{val:,}", bar)
     console.print(histogram)
-    for name, tokens, text in some_documents(folder, made, "train", encoding, documents, seed):
+    for name, tokens, text in sample_documents(folder, made, "train", encoding, documents, seed):
         console.print(f"── {name}, {tokens:,} tokens", style="bold", markup=False)
         console.print(text[:_SHOWN_CHARACTERS] + ("…" if len(text) > _SHOWN_CHARACTERS else ""), markup=False)
     return 0
@@ -158,7 +160,7 @@ def prepare_with_progress(config: DataPrepConfig, encode: EncodeAll = encode_all
 
 def train_encoding(sources: Sequence[str], vocab_size: int, out: Path) -> int:
     """Learn a byte-level BPE of `vocab_size` ids from `sources`; its file is the last line."""
-    from data_pipeline.tokenizer.encoding import train_tokenizer
+    from data_pipeline.tokenizer.train import train_tokenizer
 
     if not out.absolute().parent.is_dir():
         raise ConfigError(f"--out {out}: there is no folder {out.absolute().parent}")
@@ -175,7 +177,7 @@ def verify(folder: Path) -> int:
         bad = [found for _, path in checkpoints for found in checkpoint_format.verify(path)]
         checked = f"{len(checkpoints)} checkpoints"
     elif (folder / FILE_NAME).exists():
-        bad = [checkpoint_format.BadFile(*found) for found in data_manifest.verify(folder)]
+        bad = [checkpoint_format.BadFile(*found) for found in verify_data(folder)]
         checked = "data set"
     else:
         raise LaunchError(f"{folder} is neither a run (config.json) nor a data set ({FILE_NAME}).")

@@ -22,10 +22,10 @@ import click
 import numpy as np
 
 from data_pipeline.config_file import validate
+from data_pipeline.corpus import packaged_corpus
 from data_pipeline.dataset.manifest import Manifest
 from data_pipeline.dataset.token_stream import TokenStream
-from data_pipeline.prepare.pipeline import DataPrepConfig
-from data_pipeline.sources.documents import packaged_corpus
+from data_pipeline.prepare.config import DataPrepConfig
 from data_pipeline.tokenizer.encoding import load_encoding
 from gpt.run import record
 from gpt.run.events import Event

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.errors import DataError, LaunchError, OutlastError
-from data_pipeline.prepare.chunk import Advance, Piece, Settings, committed
+from data_pipeline.prepare.chunk import Chunk, read_chunk_record
+from data_pipeline.prepare.encode import EncodeSettings
+from data_pipeline.prepare.progress import Advance
 from data_pipeline.prepare.worker_pool import Task, encode_all, is_done
 from launcher.cluster import ClusterConfig
 from launcher.scheduler import slurm
@@ -36,8 +38,8 @@ class PartOfPreparation:
     """What runs on a node: encodes pieces, and returns the sentence of an error of ours, if there was one."""
 
     folder: Path
-    pieces: tuple[Piece, ...]
-    settings: Settings
+    pieces: tuple[Chunk, ...]
+    settings: EncodeSettings
     workers: int | None
     task: Task
 
@@ -59,7 +61,7 @@ class _Share:
     """One task: its pieces, and the job that does them now."""
 
     number: int
-    pieces: tuple[Piece, ...]
+    pieces: tuple[Chunk, ...]
     job: "Job[Any]"
     starts: int = 1
     over_since: float | None = None
@@ -80,8 +82,13 @@ class Spread:
         self._next_question = 0.0
 
     def __call__(
-        self, folder: Path, pieces: Sequence[Piece], settings: Settings, workers: int, task: Task = "encode"
-    ) -> Generator[Advance | Piece, None, None]:
+        self,
+        folder: Path,
+        pieces: Sequence[Chunk],
+        settings: EncodeSettings,
+        workers: int,
+        task: Task = "encode",
+    ) -> Generator[Advance | Chunk, None, None]:
         """See `encode_all`; of its `workers` nothing is heard here."""
         from submitit.core.utils import FailedJobError
 
@@ -92,7 +99,7 @@ class Spread:
         settings = replace(settings, encoding=settings.encoding.absolute())
         executor = self._executor(folder / "tasks")
 
-        def start(pieces: tuple[Piece, ...]) -> "Job[Any]":
+        def start(pieces: tuple[Chunk, ...]) -> "Job[Any]":
             return executor.submit(PartOfPreparation(folder, pieces, settings, self._workers, task))
 
         count = min(self._tasks, len(pieces))
@@ -114,7 +121,7 @@ class Spread:
 
     def _follow(
         self, shares: list[_Share], start: Any, folder: Path, task: Task
-    ) -> Generator[Advance | Piece, None, None]:
+    ) -> Generator[Advance | Chunk, None, None]:
         waiting = {piece for share in shares for piece in share.pieces}
         while waiting:
             self._ask_slurm(shares)
@@ -199,6 +206,6 @@ def _said(message: str) -> Advance:
     return Advance(0, 0, 0, message)
 
 
-def _advance(folder: Path, piece: Piece, task: Task) -> Advance:
-    record = committed(folder, piece) if task == "encode" else None
+def _advance(folder: Path, piece: Chunk, task: Task) -> Advance:
+    record = read_chunk_record(folder, piece) if task == "encode" else None
     return Advance(piece.size_bytes, record.documents, record.tokens) if record else Advance(0, 0, 0)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.config_file import validate
-from data_pipeline.dataset.manifest import Manifest, check, read_manifest, verify
+from data_pipeline.dataset.integrity import check, verify
+from data_pipeline.dataset.manifest import Manifest, read_manifest
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.sampling.batches import windows_in
 from gpt.config.data import DataConfig

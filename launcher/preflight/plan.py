@@ -100,7 +100,7 @@ def plan(
 
 def sequences(config: RunConfig) -> int:
     """How many sequence numbers the run comes to, those that it passes over included."""
-    return SkipList(config.data.skip).numbers_behind(config.batch_sizes.until(config.total_steps))
+    return SkipList(config.data.skip).numbers_consumed(config.batch_sizes.until(config.total_steps))
 
 
 def mixture_of(config: RunConfig, train_tokens: Sequence[int]) -> Mixture:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from data_pipeline.sampling.batches import Batch
+from data_pipeline.sampling.batch import Batch
 from gpt.config.run import RunConfig
 from gpt.distributed.zero.engine import DTYPES, deepspeed_config
 from gpt.model.gpt import GPT

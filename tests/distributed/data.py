@@ -4,8 +4,9 @@ import gzip
 from pathlib import Path
 
 from data_pipeline.config_file import validate
-from data_pipeline.prepare.pipeline import DataPrepConfig, prepare
-from data_pipeline.sources.documents import packaged_corpus
+from data_pipeline.corpus import packaged_corpus
+from data_pipeline.prepare.config import DataPrepConfig
+from data_pipeline.prepare.pipeline import prepare
 
 
 def small_data_set(folder: Path) -> Path:

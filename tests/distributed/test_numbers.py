@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.sampling.batches import BatchReader, EvaluationReader
+from data_pipeline.sampling.batches import BatchReader
+from data_pipeline.sampling.evaluation import EvaluationReader
 from gpt.config.run import RunConfig
 from gpt.model.flops import flops_per_token
 from gpt.model.gpt import GPT

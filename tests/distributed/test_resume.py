@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.dataset.manifest import read_manifest
-from data_pipeline.sampling.batches import BatchReader
+from data_pipeline.sampling.batches import BatchReader, windows_in
 from gpt.checkpoint.format import INDEX_NAME, committed, read_index
 from gpt.config.run import CheckpointConfig
 from gpt.run.events import Event, record_event
@@ -309,7 +309,7 @@ def test_every_sequence_of_an_epoch_is_seen_once_whatever_the_worlds(
     new_run: NewRun, data_dir: Path, tmp_path: Path
 ) -> None:
     reader = BatchReader([(data_dir, 1.0)], context=CONTEXT, global_batch=12, seed=1234)
-    steps = reader.sequences_per_epoch // 12
+    steps = windows_in(reader.tokens, CONTEXT) // 12
     run = new_run(
         batch__global_batch_tokens=12 * CONTEXT,
         batch__micro_batch=2,

@@ -4,7 +4,8 @@ import os
 import sys
 from pathlib import Path
 
-from data_pipeline.sampling.batches import Batch, BatchReader
+from data_pipeline.sampling.batch import Batch
+from data_pipeline.sampling.batches import BatchReader
 from gpt.run.run_dir import RunDir
 from gpt.train import STOP, main
 

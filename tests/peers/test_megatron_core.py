@@ -1,4 +1,4 @@
-"""megatron-core's own reader and builder beside ours (`pip install --no-deps megatron-core` is enough)."""
+"""Our shards compared with megatron-core's reader and builder (`pip install --no-deps megatron-core`)."""
 
 import warnings
 from pathlib import Path
@@ -14,7 +14,8 @@ from data_pipeline.dataset.megatron_index import read_header
 from data_pipeline.dataset.shards import MappedShard
 from data_pipeline.dataset.token_stream import TokenStream
 from data_pipeline.prepare.adopt import adopt
-from data_pipeline.prepare.pipeline import DataPrepConfig, prepare
+from data_pipeline.prepare.config import DataPrepConfig
+from data_pipeline.prepare.pipeline import prepare
 from data_pipeline.sampling.batches import BatchReader
 from data_pipeline.tokenizer.encoding import Encoding, load_encoding
 from tests.unit.data_pipeline.support import packaged_texts, write_jsonl
@@ -43,7 +44,7 @@ def _encoding(dtype: str) -> Encoding:
     return Encoding("wide", known.pattern, known.ranks, {"<|endoftext|>": 100_000})
 
 
-def test_megatron_reads_our_shards_token_for_token_and_document_for_document(
+def test_megatron_reads_every_token_and_document_of_our_shards(
     megatron: ModuleType, tmp_path: Path, dtype: str
 ) -> None:
     texts = packaged_texts()[:60]
@@ -69,14 +70,14 @@ def test_megatron_reads_our_shards_token_for_token_and_document_for_document(
         assert theirs.document_indices.tolist() == list(range(len(theirs) + 1))
         assert len(theirs) == shard.documents
         assert sum(theirs.sequence_lengths.tolist()) == shard.tokens
-        # copied: what it hands out points into a mapping that goes away with it
+        # copied, because its arrays point into a mapping that closes with it
         found += [np.array(theirs[index]) for index in range(len(theirs))]
     assert len(found) == len(texts)
     for ids, text in zip(found, texts, strict=True):
         assert ids.tolist() == [*encoding.encode(text).tolist(), encoding.end_of_text]
 
 
-def test_the_files_are_byte_for_byte_those_of_megatrons_builder(
+def test_our_files_equal_those_of_megatrons_builder_byte_for_byte(
     megatron: ModuleType, tmp_path: Path, dtype: str
 ) -> None:
     texts = packaged_texts()[:30]
@@ -99,8 +100,10 @@ def test_the_files_are_byte_for_byte_those_of_megatrons_builder(
         assert (tmp_path / "data" / f"train-00000.{kind}").read_bytes() == theirs
 
 
-def test_we_read_what_megatrons_builder_wrote(megatron: ModuleType, tmp_path: Path, dtype: str) -> None:
-    """Documents of several sequences, and of none, which Megatron's format allows."""
+def test_our_reader_reads_the_files_of_megatrons_builder(
+    megatron: ModuleType, tmp_path: Path, dtype: str
+) -> None:
+    """Megatron's format allows documents of several sequences, and of none."""
     choose = np.random.default_rng(1)
     shards: list[list[list[list[int]]]] = [
         [
@@ -150,8 +153,10 @@ def test_we_read_what_megatrons_builder_wrote(megatron: ModuleType, tmp_path: Pa
     assert np.array_equal(everything, starts)
 
 
-def test_we_adopt_what_megatrons_builder_wrote(megatron: ModuleType, tmp_path: Path, dtype: str) -> None:
-    """Documents of several sequences and of none; only the last of each ends with end-of-text."""
+def test_the_files_of_megatrons_builder_can_be_adopted(
+    megatron: ModuleType, tmp_path: Path, dtype: str
+) -> None:
+    """Documents have several sequences or none; only the last sequence of each ends with end-of-text."""
     choose = np.random.default_rng(2)
     end = load_encoding("outlast-4k").end_of_text
     documents: list[list[list[int]]] = []

@@ -9,7 +9,7 @@ import pytest
 
 @contextmanager
 def s3_bucket(name: str) -> Iterator[Any]:
-    """A bucket at a server of its own; meanwhile the environment says where that is."""
+    """Starts a server with one bucket; the environment contains its address and credentials meanwhile."""
     import boto3
     import s3fs
     from moto.server import ThreadedMotoServer
@@ -23,5 +23,5 @@ def s3_bucket(name: str) -> Iterator[Any]:
         patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         yield boto3.resource("s3").create_bucket(Bucket=name)
-    s3fs.S3FileSystem.clear_instance_cache()  # it keeps the address of the first server that it met
+    s3fs.S3FileSystem.clear_instance_cache()  # s3fs caches the address of the first server
     server.stop()

@@ -1,4 +1,4 @@
-"""Stand-ins on this machine for stores that have no server to run: what their file systems ask over HTTP."""
+"""Local fakes of object stores that have no server to run: they answer the requests of their file systems."""
 
 import hashlib
 import json
@@ -16,9 +16,9 @@ _COMMIT = "0" * 40
 
 @contextmanager
 def hub(repository: str, files: Mapping[str, bytes]) -> Iterator[list[str]]:
-    """A Hugging Face hub with one data set repository of `files`, which may change.
+    """Starts a Hugging Face hub with one data set repository of `files`, which the test may change.
 
-    Yields the name of the file for each range that is fetched.
+    Yields a list that gets the name of the file for each range fetched.
     """
     import huggingface_hub
 
@@ -60,7 +60,7 @@ def hub(repository: str, files: Mapping[str, bytes]) -> Iterator[list[str]]:
 
 @contextmanager
 def google_storage(bucket: str, files: Mapping[str, bytes]) -> Iterator[list[str]]:
-    """Google Cloud Storage with one bucket of `files`; yields the name of the file for each range fetched."""
+    """Starts Google Cloud Storage with one bucket of `files`; the list gets a file name per range fetched."""
     import gcsfs
 
     fetched: list[str] = []

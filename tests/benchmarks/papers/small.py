@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from data_pipeline.sampling.batch_schedule import BatchSizes
-from data_pipeline.sampling.batches import BatchReader, EvaluationReader
+from data_pipeline.sampling.batches import BatchReader
+from data_pipeline.sampling.evaluation import EvaluationReader
 from gpt.config.model import ModelConfig
 from gpt.config.optimizer import OptimizerConfig, ScheduleConfig
 from gpt.model.gpt import GPT

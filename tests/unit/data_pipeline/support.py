@@ -1,4 +1,4 @@
-"""Small corpora and data sets for the tests of data_pipeline, and readers that share no code with it."""
+"""Small corpora and data sets for the tests of data_pipeline, and a reader that shares no code with it."""
 
 import gzip
 import json
@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.corpus import packaged_corpus
 from data_pipeline.dataset.manifest import Manifest
-from data_pipeline.prepare.pipeline import DataPrepConfig, prepare
-from data_pipeline.sources.documents import packaged_corpus
+from data_pipeline.prepare.config import DataPrepConfig
+from data_pipeline.prepare.pipeline import prepare
 
 
 def packaged_texts() -> list[str]:
@@ -21,15 +22,20 @@ def packaged_texts() -> list[str]:
         return [json.loads(line)["text"] for line in file]
 
 
-def write_jsonl(path: Path, texts: Sequence[object]) -> Path:
+def json_lines(*texts: object) -> bytes:
     """A JSON line {"text": …} for each text."""
+    return b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)
+
+
+def write_jsonl(path: Path, texts: Sequence[object]) -> Path:
+    """A file of a JSON line {"text": …} for each text."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    path.write_bytes(json_lines(*texts))
     return path
 
 
 def config(out: Path, *sources: Path, **settings: Any) -> DataPrepConfig:
-    """Settings for the packaged encoding on one process, unless said otherwise."""
+    """A config with the packaged encoding and one process, unless `settings` change that."""
     names = tuple(str(source) for source in sources)
     return DataPrepConfig(
         **{"sources": names, "tokenizer": "outlast-4k", "out": out, "workers": 1, **settings}
@@ -37,19 +43,19 @@ def config(out: Path, *sources: Path, **settings: Any) -> DataPrepConfig:
 
 
 def prepared(out: Path, texts: Sequence[str], **settings: Any) -> Manifest:
-    """A data set of `texts` in `out`."""
+    """Prepares a data set of `texts` in `out`."""
     return prepare(config(out, write_jsonl(out.parent / f"{out.name}.jsonl", texts), **settings))
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """Every file of a data directory and its bytes."""
+    """The content of every file of a data directory, by name."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
     }
 
 
 def documents_of(folder: Path, split: str) -> list[NDArray[np.int64]]:
-    """The token ids of each document, by reading the files the way Megatron's format is documented."""
+    """The token ids of each document, read according to the documentation of Megatron's format."""
     documents = []
     for index in sorted(folder.glob(f"{split}-*.idx")):
         raw = index.read_bytes()

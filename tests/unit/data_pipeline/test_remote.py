@@ -1,4 +1,4 @@
-"""Sources in object stores on this machine: a real S3 server, stand-ins for the hub and for Google's."""
+"""Sources in object stores on this machine: a real S3 server, and fakes of the hub and of Google's store."""
 
 import gzip
 import json
@@ -17,8 +17,9 @@ import zstandard
 from data_pipeline import remote
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.prepare.pipeline import prepare
-from data_pipeline.sources.documents import DocumentReader, Span
+from data_pipeline.sources.documents import DocumentReader
 from data_pipeline.sources.files import find_files
+from data_pipeline.sources.spans import Span
 from tests.unit.data_pipeline.support import config, files_of, packaged_texts
 from tests.unit.s3_support import s3_bucket
 from tests.unit.store_support import google_storage, hub
@@ -28,7 +29,7 @@ TEXTS = packaged_texts()[:90]
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[Any]:
-    """A bucket of the same texts as lines, compressed lines and a table."""
+    """A bucket of texts as lines, compressed lines, a table and a text file."""
     with s3_bucket("corpus") as made:
         for name, content in contents().items():
             made.put_object(Key=f"raw/{name}", Body=content)
@@ -60,7 +61,7 @@ def local_copy(folder: Path) -> Path:
 
 @pytest.mark.usefixtures("bucket")
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_bucket_gives_the_same_shards_as_its_copy_here(tmp_path: Path, workers: int) -> None:
+def test_a_bucket_gives_the_same_shards_as_its_local_copy(tmp_path: Path, workers: int) -> None:
     settings = {"shard_tokens": 5000, "workers": workers}
     here = prepare(config(tmp_path / "here", local_copy(tmp_path), **settings))
     there = prepare(config(tmp_path / "there", **settings, sources=("s3://corpus/raw",)))
@@ -77,34 +78,32 @@ def test_a_bucket_gives_the_same_shards_as_its_copy_here(tmp_path: Path, workers
 
 
 @pytest.mark.usefixtures("bucket")
-def test_globs_folders_and_files_of_a_bucket_are_named_as_those_of_a_disk(tmp_path: Path) -> None:
+def test_files_of_a_bucket_have_the_same_names_as_local_ones(tmp_path: Path) -> None:
     raw = local_copy(tmp_path)
     for end in ("", "/b", "/*.jsonl", "/*/*.jsonl.*", "/**/*.jsonl*", "/a.jsonl"):
         here, ignored_here = find_files([f"{raw}{end}"])
         there, ignored = find_files([f"s3://corpus/raw{end}"])
         assert [(f.name, f.size_bytes) for f in there] == [(f.name, f.size_bytes) for f in here], end
-        assert ignored == ignored_here + (end == "")  # the .pdf is in the bucket alone
+        assert ignored == ignored_here + (end == "")  # only the bucket contains the .pdf
     assert {file.location.partition("://")[0] for file in there} == {"s3"}
 
 
 @pytest.mark.usefixtures("bucket")
-def test_what_cannot_be_listed_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_that_cannot_be_listed_is_reported_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     monkeypatch.delitem(import_module("fsspec.registry")._registry, "gs", raising=False)
     urls = ["s3://corpus/missing.jsonl", "s3://corpus/raw/notes.pdf", "s3://none/x.jsonl", "gs://b/x.jsonl"]
     with pytest.raises(ConfigError) as error:
         find_files([*urls, "nosuch://x/a.jsonl"])
     missing, other, no_bucket, no_package, unknown = error.value.problems
-    assert missing.startswith("s3://corpus/missing.jsonl: there is no such file or folder with a kind that")
-    assert other.startswith(
-        "s3://corpus/raw/notes.pdf: none of the 1 files there is a kind that is read here"
-    )
-    assert no_bucket.startswith("s3://none/x.jsonl: there is no such file or folder")
-    assert no_package.endswith("For gs:// pip install 'outlast[gs]'")
+    assert missing.startswith("s3://corpus/missing.jsonl: no such file or folder (supported: .jsonl")
+    assert other.startswith("s3://corpus/raw/notes.pdf: none of the 1 files there is supported (supported:")
+    assert no_bucket.startswith("s3://none/x.jsonl: no such file or folder")
+    assert no_package.endswith("To read gs://, pip install 'outlast[gs]'")
     assert unknown.startswith("nosuch://x/a.jsonl: ValueError Protocol not known: nosuch")
 
 
-def test_an_object_that_was_replaced_since_it_was_listed_is_refused(bucket: Any) -> None:
+def test_an_object_replaced_after_it_was_listed_is_refused(bucket: Any) -> None:
     bucket.put_object(Key="other/a.jsonl", Body=b'{"text": "before"}\n')
     (file,), _ = find_files(["s3://corpus/other"])
     span = Span(file, 0, file.size_bytes)
@@ -116,22 +115,24 @@ def test_an_object_that_was_replaced_since_it_was_listed_is_refused(bucket: Any)
 
 @pytest.mark.usefixtures("bucket")
 @pytest.mark.parametrize("name", ["a.jsonl", "e.parquet"])
-def test_a_store_that_fails_while_it_is_read_is_an_error_and_no_broken_document(
+def test_a_failing_store_is_an_error_and_not_a_broken_document(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     (file,), _ = find_files([f"s3://corpus/raw/{name}"])
     import s3fs
 
     def fail(*_: object) -> bytes:
-        raise ConnectionError("the line is dead")
+        raise ConnectionError("connection lost")
 
     monkeypatch.setattr(s3fs.core.S3File, "_fetch_range", fail)
-    with pytest.raises(DataError, match=f"{name}: reading failed: ConnectionError the line is dead. What is"):
+    with pytest.raises(DataError, match=f"{name}: reading failed: ConnectionError connection lost. Finished"):
         list(DocumentReader(Span(file, 0, file.size_bytes), "text"))
 
 
-def test_only_a_little_more_than_a_span_is_fetched(monkeypatch: pytest.MonkeyPatch, bucket: Any) -> None:
-    """A worker that reads a part of a large object does not fetch what is before it, nor all behind."""
+def test_reading_a_span_fetches_little_more_than_the_span(
+    monkeypatch: pytest.MonkeyPatch, bucket: Any
+) -> None:
+    """A worker that reads a part of a large object fetches nothing before it and little after it."""
     import s3fs
 
     fetched = 0
@@ -149,17 +150,17 @@ def test_only_a_little_more_than_a_span_is_fetched(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(s3fs.core.S3File, "_fetch_range", counted)
     documents = list(DocumentReader(Span(file, 20_000_000, 24_000_000), "text"))
     assert abs(len(documents) - 4_000_000 / len(line)) < 2
-    assert fetched < 4_000_000 + 2 * remote._BLOCK_BYTES
+    assert fetched < 4_000_000 + 2 * remote.REQUEST_BYTES
 
 
 @pytest.mark.parametrize(
     ("store", "name", "source"),
     [
-        (hub, "somebody/texts", "hf://datasets/somebody/texts"),
+        (hub, "user/texts", "hf://datasets/user/texts"),
         (google_storage, "texts", "gs://texts"),
     ],
 )
-def test_files_of_other_stores_give_the_same_shards_as_their_copies_here(
+def test_files_of_other_stores_give_the_same_shards_as_local_copies(
     tmp_path: Path, store: Callable[..., AbstractContextManager[list[str]]], name: str, source: str
 ) -> None:
     settings = {"shard_tokens": 5000}
@@ -180,10 +181,10 @@ def test_files_of_other_stores_give_the_same_shards_as_their_copies_here(
             find_files([f"{source}-nothing/a.jsonl"])
 
 
-def test_a_file_of_the_hub_that_was_replaced_since_it_was_listed_is_refused() -> None:
+def test_a_file_of_the_hub_replaced_after_it_was_listed_is_refused() -> None:
     files = {"a.jsonl": b'{"text": "before"}\n'}
-    with hub("somebody/texts", files):
-        (file,), _ = find_files(["hf://datasets/somebody/texts/a.jsonl"])
+    with hub("user/texts", files):
+        (file,), _ = find_files(["hf://datasets/user/texts/a.jsonl"])
         span = Span(file, 0, file.size_bytes)
         assert list(DocumentReader(span, "text")) == [b"before"]
         files["a.jsonl"] = b'{"text": "after!"}\n'

@@ -15,8 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data_pipeline.config_file import validate
-from data_pipeline.prepare.pipeline import DataPrepConfig, prepare
-from data_pipeline.tokenizer.encoding import train_tokenizer
+from data_pipeline.prepare.config import DataPrepConfig
+from data_pipeline.prepare.pipeline import prepare
+from data_pipeline.tokenizer.train import train_tokenizer
 from gpt.config.run import RunConfig
 from gpt.run.exit_codes import ExitCode
 from gpt.run.json_file import write_json

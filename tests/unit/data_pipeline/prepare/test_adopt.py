@@ -1,4 +1,4 @@
-"""Existing Megatron files made a data set, and looking into data sets."""
+"""Existing Megatron files become a data set."""
 
 import shutil
 from pathlib import Path
@@ -7,26 +7,18 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from data_pipeline.dataset.manifest import read_manifest, verify
+from data_pipeline.dataset.integrity import verify
+from data_pipeline.dataset.manifest import read_manifest
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.inspect import lengths, some_documents
 from data_pipeline.prepare.adopt import adopt
 from data_pipeline.sampling.batches import BatchReader
-from data_pipeline.tokenizer.encoding import Encoding, load_encoding
+from data_pipeline.tokenizer.encoding import Encoding
 from launcher.cli import commands
-from tests.unit.data_pipeline.support import documents_of, packaged_texts, prepared
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("adopt") / "data"
-    prepared(out, packaged_texts()[:80], val_fraction=0.2, shard_tokens=20_000)
-    return out
 
 
 @pytest.fixture
 def files(made: Path, tmp_path: Path) -> Path:
-    """Only the .bin and .idx files, under Megatron's names."""
+    """The .bin and .idx files alone, under Megatron's names."""
     folder = tmp_path / "megatron"
     folder.mkdir()
     for name in ("train-00000", "train-00001", "val-00000"):
@@ -43,7 +35,7 @@ def _adopt(folder: Path, *names: str, tokenizer: str = "outlast-4k") -> None:
     adopt([_prefix(folder, name) for name in names or ("train-00000",)], [], tokenizer)
 
 
-def test_adopted_files_are_a_data_set_and_stay_as_they_are(made: Path, files: Path) -> None:
+def test_adopted_files_become_a_data_set_and_stay_unchanged(made: Path, files: Path) -> None:
     before = {path: path.read_bytes() for path in files.iterdir()}
     folder, manifest = adopt(
         [_prefix(files, "train-00001"), f"{_prefix(files, 'train-00000')}.bin"],
@@ -63,7 +55,7 @@ def test_adopted_files_are_a_data_set_and_stay_as_they_are(made: Path, files: Pa
     assert reader.batch(1, 0, 1).tokens.shape == (4, 65)
 
 
-def test_damage_to_adopted_files_is_found(files: Path) -> None:
+def test_damage_to_adopted_files_is_detected(files: Path) -> None:
     _adopt(files)
     path = files / "train-00000_text_document.bin"
     raw = bytearray(path.read_bytes())
@@ -73,22 +65,22 @@ def test_damage_to_adopted_files_is_found(files: Path) -> None:
     assert bad.path == path
 
 
-def test_documents_that_end_otherwise_are_told(files: Path) -> None:
+def test_documents_without_end_of_text_are_reported(files: Path) -> None:
     path = files / "train-00000_text_document.bin"
     ids = np.fromfile(path, np.uint16)
     ids[ids == 4095] = 7
     ids.tofile(path)
-    told: list[str] = []
-    adopt([_prefix(files, "train-00000")], [], "outlast-4k", tell=told.append)
+    warnings: list[str] = []
+    adopt([_prefix(files, "train-00000")], [], "outlast-4k", warn=warnings.append)
     assert not read_manifest(files).is_ended_by_token
     count = read_manifest(files).train[0].documents
-    assert told == [
+    assert warnings == [
         f"{count} documents do not end with outlast-4k's end-of-text, 4095: they were written without one, "
         f"or with another tokenizer"
     ]
 
 
-def test_end_of_text_inside_a_document_does_not_end_it(files: Path) -> None:
+def test_an_end_of_text_inside_a_document_does_not_end_it(files: Path) -> None:
     path = files / "train-00000_text_document.bin"
     ids = np.fromfile(path, np.uint16)
     ids[3] = 4095
@@ -101,15 +93,17 @@ def test_end_of_text_inside_a_document_does_not_end_it(files: Path) -> None:
     assert int((~batch.scored).sum()) == read_manifest(files).documents - 1
 
 
-def test_files_of_another_tokenizer_are_refused(files: Path, tmp_path: Path) -> None:
+def test_files_with_ids_of_another_tokenizer_are_refused(files: Path, tmp_path: Path) -> None:
     few = {bytes([value]): value for value in range(256)}
     (tmp_path / "bytes.json").write_bytes(Encoding("bytes", r".", few, {"<|endoftext|>": 256}).to_json())
-    with pytest.raises(DataError, match=r"holds id \d+, and bytes has 257 ids: it was written with another"):
+    with pytest.raises(
+        DataError, match=r"contains id \d+, but bytes has only 257 ids: it was written with another"
+    ):
         _adopt(files, tokenizer=str(tmp_path / "bytes.json"))
     assert not (files / "manifest.json").exists()
 
 
-def test_what_cannot_be_adopted_is_refused_with_its_reason(files: Path, tmp_path: Path) -> None:
+def test_files_that_cannot_be_adopted_are_refused_with_all_reasons(files: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     for kind in ("bin", "idx"):
@@ -120,12 +114,13 @@ def test_what_cannot_be_adopted_is_refused_with_its_reason(files: Path, tmp_path
     assert missing_bin.endswith("none_text_document.bin: no such file; a prefix names NAME.bin and NAME.idx")
     assert missing_idx.endswith("none_text_document.idx: no such file; a prefix names NAME.bin and NAME.idx")
     assert folders == (
-        f"a data set lies in one folder, and these are several: {files}, {other}. Link the files into one"
+        f"the shards of a data set must be in one folder, but these are in several: {files}, {other}. Link "
+        f"the files into one folder"
     )
-    with pytest.raises(ConfigError, match="a prefix is named twice"):
+    with pytest.raises(ConfigError, match="two prefixes are equal"):
         _adopt(files, "train-00000", "train-00000")
     _adopt(files)
-    with pytest.raises(ConfigError, match=r"holds a data set already: remove its manifest\.json"):
+    with pytest.raises(ConfigError, match=r"already contains a data set: remove its manifest\.json"):
         _adopt(files)
 
 
@@ -133,12 +128,12 @@ def test_what_cannot_be_adopted_is_refused_with_its_reason(files: Path, tmp_path
     ("kind", "change", "reason"),
     [
         ("bin", lambda raw: raw[:-2], r"\d+ bytes, but its index describes \d+ tokens in uint16"),
-        ("idx", lambda raw: raw[:-8], r"\d+ bytes, but its header makes \d+: it was cut short"),
-        ("idx", lambda raw: b"X" + raw[1:], "not an index of token shards"),
-        ("idx", lambda raw: raw[:-8] + bytes(8), "its documents are not its sequences in order"),
+        ("idx", lambda raw: raw[:-8], r"\d+ bytes, but its header requires \d+: it was truncated"),
+        ("idx", lambda raw: b"X" + raw[1:], "not an index of a token shard"),
+        ("idx", lambda raw: raw[:-8] + bytes(8), "its documents do not contain every sequence once"),
     ],
 )
-def test_files_that_are_not_what_their_index_says_are_refused(
+def test_files_that_their_index_does_not_describe_are_refused(
     files: Path, kind: str, change: object, reason: str
 ) -> None:
     path = files / f"train-00000_text_document.{kind}"
@@ -147,52 +142,17 @@ def test_files_that_are_not_what_their_index_says_are_refused(
         _adopt(files)
 
 
-def test_offsets_that_leave_gaps_are_refused(files: Path) -> None:
+def test_offsets_with_gaps_are_refused(files: Path) -> None:
     path = files / "train-00000_text_document.idx"
     raw = bytearray(path.read_bytes())
     sequences = int.from_bytes(raw[18:26], "little")
     raw[34 + 4 * sequences + 8] ^= 2
     path.write_bytes(raw)
-    with pytest.raises(DataError, match="its sequences do not lie one after the other"):
+    with pytest.raises(DataError, match="its sequences are not contiguous"):
         _adopt(files)
 
 
-def test_lengths_and_documents_are_those_of_the_files(made: Path) -> None:
-    manifest = read_manifest(made)
-    documents = documents_of(made, "train")
-    found = lengths(made, manifest, "train")
-    assert found.longest == max(map(len, documents))
-    assert found.empty == 0
-    for power, count in enumerate(found.counts):
-        assert count == sum(2**power <= len(document) < 2 ** (power + 1) for document in documents)
-    assert sum(found.counts) == len(documents)
-    encoding = load_encoding(made)
-    shown = list(some_documents(made, manifest, "train", encoding, 10))
-    assert len({name for name, _, _ in shown}) == 10
-    before = {
-        shard.name: sum(s.documents for s in manifest.train[:n]) for n, shard in enumerate(manifest.train)
-    }
-    for name, tokens, text in shown:
-        shard, _, number = name.partition(":")
-        document = documents[before[shard] + int(number)]
-        assert len(document) == tokens
-        assert encoding.decode(document.tolist()) == text
-    everything = list(some_documents(made, manifest, "train", encoding, 10**6))
-    assert len(everything) == len(documents)
-    assert list(some_documents(made, manifest, "val", encoding, 0)) == []
-
-
-def test_inspect_prints_counts_a_histogram_and_text(made: Path) -> None:
-    done = CliRunner().invoke(commands, ["data", "inspect", str(made)], standalone_mode=False)
-    assert done.exception is None
-    manifest = read_manifest(made)
-    assert f"{manifest.train_tokens:,}" in done.output
-    assert "tokenizer outlast-4k, 4,096 ids, stored as uint16" in done.output
-    assert "512 – 1,023" in done.output
-    assert done.output.count("── train-") == 3
-
-
-def test_the_command_adopts_and_refuses_what_does_not_fit(files: Path) -> None:
+def test_the_adopt_command_adopts_and_refuses_conflicting_options(files: Path) -> None:
     run = CliRunner()
     prefix = _prefix(files, "train-00000")
     arguments = ["prepare", "--adopt", prefix, "--tokenizer", "outlast-4k"]

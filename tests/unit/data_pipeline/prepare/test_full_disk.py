@@ -1,4 +1,4 @@
-"""Preparing onto a disk that is full: a real one, a tmpfs of a few pages that grows later (needs root)."""
+"""Preparing onto a full disk: a tmpfs of a few pages, which is enlarged later (needs root)."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.dataset.manifest import verify
+from data_pipeline.dataset.integrity import verify
 from data_pipeline.errors import DataError
 from data_pipeline.prepare.pipeline import prepare
 from tests.unit.data_pipeline.support import config, files_of, packaged_texts, write_jsonl
@@ -30,7 +30,7 @@ def uninterrupted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own; `_resize` says how much it holds."""
+    """A file system of its own; `_resize` sets its size."""
     disk = tmp_path / "disk"
     disk.mkdir()
     done = subprocess.run(
@@ -47,7 +47,7 @@ def _resize(disk: Path, size_bytes: int) -> None:
 
 
 @pytest.mark.parametrize(("share", "workers"), [(0.0, 1), (0.4, 1), (0.4, 2), (0.8, 1)])
-def test_a_full_disk_is_named_breaks_nothing_and_space_later_gives_the_same_bytes(
+def test_a_preparation_continues_after_a_full_disk_with_the_same_bytes(
     source: Path, uninterrupted: dict[str, bytes], disk: Path, share: float, workers: int
 ) -> None:
     page = os.sysconf("SC_PAGE_SIZE")
@@ -55,9 +55,9 @@ def test_a_full_disk_is_named_breaks_nothing_and_space_later_gives_the_same_byte
     _resize(disk, max(page, int(share * whole)))
     out = disk / "data"
     settings = config(out, source, **SETTINGS, workers=workers)
-    for _ in range(2):  # again without space: the same end
+    for _ in range(2):  # a second run without space ends in the same way
         with pytest.raises(
-            DataError, match=r"stopped: .*No space left on device.*What is finished stays; run"
+            DataError, match=r"stopped: .*No space left on device.*Finished work is kept; run"
         ):
             prepare(settings)
         assert not [path.name for path in out.glob("*") if path.name != ".prepare"]

@@ -1,7 +1,6 @@
 import fcntl
 import gzip
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -10,24 +9,24 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
-from data_pipeline.dataset.manifest import check, read_manifest, verify
+from data_pipeline.dataset.integrity import check, verify
+from data_pipeline.dataset.manifest import read_manifest
 from data_pipeline.dataset.megatron_index import dtype_for
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.prepare.chunk import Settings
-from data_pipeline.prepare.pipeline import Progress, prepare
-from data_pipeline.prepare.split import cut_into_pieces
+from data_pipeline.prepare.pipeline import prepare
+from data_pipeline.prepare.progress import Progress
 from data_pipeline.prepare.worker_pool import encode_all
-from data_pipeline.sources.documents import is_held_out
-from data_pipeline.sources.files import find_files
+from data_pipeline.sources.held_out import is_held_out
 from data_pipeline.tokenizer.encoding import Encoding, load_encoding
 from gpt.run.exit_codes import exit_code_of
+from data_pipeline.tokenizer.fast_encoder import EncoderChoice, FlatIds, TiktokenEncoder
 from tests.paths import ROOT
 from tests.unit.data_pipeline.support import (
     config,
@@ -38,22 +37,8 @@ from tests.unit.data_pipeline.support import (
     write_jsonl,
 )
 
-# Small shards make many pieces of a small corpus.
+# Small shards make many chunks of a small corpus.
 SMALL = {"shard_tokens": 10_000, "val_fraction": 0.1}
-
-
-@pytest.fixture(scope="module")
-def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of inputs of several kinds, with empty documents among them."""
-    folder = tmp_path_factory.mktemp("raw")
-    texts = packaged_texts()
-    write_jsonl(folder / "a.jsonl", [*texts[:200], "", *texts[200:400]])
-    write_jsonl(folder / "sub" / "b.jsonl", texts[400:420])
-    (folder / "c.txt").write_text(texts[500])
-    (folder / "d.txt").touch()
-    packed = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts[600:700])
-    (folder / "e.jsonl.gz").write_bytes(gzip.compress(packed))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +48,7 @@ def uninterrupted(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return files_of(out)
 
 
-def test_every_document_stands_in_its_split_in_order_and_ends_with_end_of_text(
-    raw: Path, tmp_path: Path
-) -> None:
+def test_every_document_is_in_its_split_in_order_and_ends_with_end_of_text(raw: Path, tmp_path: Path) -> None:
     manifest = prepare(config(tmp_path / "data", raw, **SMALL))
     encoding = load_encoding("outlast-4k")
     texts = packaged_texts()
@@ -88,7 +71,7 @@ def test_every_document_stands_in_its_split_in_order_and_ends_with_end_of_text(
 
 
 @pytest.mark.parametrize("workers", [2, 3])
-def test_the_number_of_workers_cannot_be_seen_in_the_result(
+def test_any_number_of_workers_gives_the_same_bytes(
     raw: Path, tmp_path: Path, uninterrupted: dict[str, bytes], workers: int
 ) -> None:
     prepare(config(tmp_path / "data", raw, **SMALL, workers=workers))
@@ -98,7 +81,8 @@ def test_the_number_of_workers_cannot_be_seen_in_the_result(
 _PREPARE = """
 import sys
 from pathlib import Path
-from data_pipeline.prepare.pipeline import DataPrepConfig, prepare
+from data_pipeline.prepare.config import DataPrepConfig
+from data_pipeline.prepare.pipeline import prepare
 if __name__ == "__main__":
     prepare(DataPrepConfig.model_validate_json(sys.argv[1]), lambda p: print(p.bytes_done, flush=True))
 """
@@ -117,7 +101,7 @@ def _start(settings_json: str, program: Path) -> subprocess.Popen[bytes]:
 
 
 def _session(leader: int) -> list[int]:
-    """The processes of a session that still run."""
+    """The processes of a session that are still running."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -130,7 +114,7 @@ def _session(leader: int) -> list[int]:
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_killed_at_random_moments_and_run_again_it_gives_the_same_bytes(
+def test_a_preparation_killed_at_random_moments_continues_with_the_same_bytes(
     raw: Path, tmp_path: Path, uninterrupted: dict[str, bytes], seed: int
 ) -> None:
     out = tmp_path / "data"
@@ -140,9 +124,9 @@ def test_killed_at_random_moments_and_run_again_it_gives_the_same_bytes(
     while kills < 4:
         process = _start(settings, tmp_path / "program.py")
         assert process.stdout is not None
-        process.stdout.readline()  # it works: the first piece is on its way
+        process.stdout.readline()  # the first chunk is being encoded
         time.sleep(choose.uniform(0, longest_s))
-        if process.poll() is not None:  # quicker than the kill: once more from the start, and sooner
+        if process.poll() is not None:  # it ended before the kill: start over, and kill earlier
             shutil.rmtree(out)
             longest_s /= 2
             continue
@@ -155,7 +139,7 @@ def test_killed_at_random_moments_and_run_again_it_gives_the_same_bytes(
                 break
             time.sleep(0.1)
         else:
-            pytest.fail("workers outlive the preparation that started them")
+            pytest.fail("workers are still running after their preparation was killed")
     process = _start(settings, tmp_path / "program.py")
     process.communicate()
     assert process.returncode == 0
@@ -164,18 +148,20 @@ def test_killed_at_random_moments_and_run_again_it_gives_the_same_bytes(
 
 @pytest.mark.chaos
 @pytest.mark.parametrize("seed", range(10, 16))
-def test_twenty_more_kills_give_the_same_bytes(
+def test_a_preparation_killed_many_more_times_continues_with_the_same_bytes(
     raw: Path, tmp_path: Path, uninterrupted: dict[str, bytes], seed: int
 ) -> None:
-    test_killed_at_random_moments_and_run_again_it_gives_the_same_bytes(raw, tmp_path, uninterrupted, seed)
+    test_a_preparation_killed_at_random_moments_continues_with_the_same_bytes(
+        raw, tmp_path, uninterrupted, seed
+    )
 
 
 class _Killed(BaseException):
-    """Ends a preparation where a kill would: nothing in it catches this."""
+    """Ends a preparation as a kill does: no code catches it."""
 
 
 @pytest.mark.parametrize("renames", [0, 1, 30, 100, -1])
-def test_killed_among_the_renames_at_the_end_it_gives_the_same_bytes(
+def test_a_preparation_killed_between_the_final_renames_continues_with_the_same_bytes(
     raw: Path, tmp_path: Path, uninterrupted: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, renames: int
 ) -> None:
     out = tmp_path / "data"
@@ -198,7 +184,7 @@ def test_killed_among_the_renames_at_the_end_it_gives_the_same_bytes(
     assert files_of(out) == uninterrupted
 
 
-def test_killed_between_the_manifest_and_the_tidying_the_rest_is_tidied(
+def test_a_preparation_killed_before_the_cleanup_is_cleaned_up(
     raw: Path, tmp_path: Path, uninterrupted: dict[str, bytes]
 ) -> None:
     out = tmp_path / "data"
@@ -209,7 +195,7 @@ def test_killed_between_the_manifest_and_the_tidying_the_rest_is_tidied(
     assert files_of(out) == uninterrupted
 
 
-def test_it_continues_from_the_pieces_that_were_finished(raw: Path, tmp_path: Path) -> None:
+def test_a_preparation_continues_after_its_committed_chunks(raw: Path, tmp_path: Path) -> None:
     out = tmp_path / "data"
     work = out / ".prepare"
     seen: list[Progress] = []
@@ -220,25 +206,25 @@ def test_it_continues_from_the_pieces_that_were_finished(raw: Path, tmp_path: Pa
 
     with pytest.raises(_Killed):
         prepare(config(out, raw, **SMALL), stop_later)
-    (work / ".torn.123").mkdir()
+    (work / ".incomplete.123").mkdir()
     before = {path: path.stat().st_mtime_ns for path in work.glob("[0-9a-f]*/piece.json")}
     assert len(before) == 5
 
-    def look(progress: Progress) -> None:
+    def check_progress(progress: Progress) -> None:
         seen.append(progress)
         if (work / "names.json").exists():
             return
         assert {path: path.stat().st_mtime_ns for path in before} == before
-        assert not (work / ".torn.123").exists()
+        assert not (work / ".incomplete.123").exists()
 
-    prepare(config(out, raw, **SMALL), look)
+    prepare(config(out, raw, **SMALL), check_progress)
     messages = [progress.message for progress in seen if progress.message]
     assert len(messages) == 1
     assert messages[0].startswith("continuing: 5 of ")
     assert seen[-1].bytes_done == seen[-1].bytes_total
 
 
-def test_a_source_that_changed_meanwhile_is_encoded_again(tmp_path: Path) -> None:
+def test_a_source_that_changed_between_two_runs_is_encoded_again(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", [*packaged_texts()[:100], 5])
     out = tmp_path / "data"
     with pytest.raises(DataError, match="1 × 'text' is int, not a string"):
@@ -250,7 +236,7 @@ def test_a_source_that_changed_meanwhile_is_encoded_again(tmp_path: Path) -> Non
     assert files_of(out) == files_of(tmp_path / "fresh")
 
 
-def test_a_complete_and_identical_data_set_is_left_alone(raw: Path, tmp_path: Path) -> None:
+def test_a_complete_data_set_with_the_same_settings_is_not_changed(raw: Path, tmp_path: Path) -> None:
     out = tmp_path / "data"
     first = prepare(config(out, raw, **SMALL))
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
@@ -258,37 +244,37 @@ def test_a_complete_and_identical_data_set_is_left_alone(raw: Path, tmp_path: Pa
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
 
-def test_a_complete_but_damaged_data_set_is_named(tmp_path: Path) -> None:
+def test_a_complete_but_damaged_data_set_is_an_error(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", packaged_texts()[:5])
     prepare(config(tmp_path / "data", source))
     (tmp_path / "data" / "train-00000.bin").unlink()
-    with pytest.raises(DataError, match=r"train-00000\.bin: missing\nRemove .*data to prepare it anew"):
+    with pytest.raises(DataError, match=r"train-00000\.bin: missing\nRemove .*data to prepare it again"):
         prepare(config(tmp_path / "data", source))
 
 
-def test_a_complete_data_set_of_other_settings_is_refused(tmp_path: Path) -> None:
+def test_a_complete_data_set_with_other_settings_is_refused(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", packaged_texts()[:5])
     out = tmp_path / "data"
     prepare(config(out, source))
     with pytest.raises(ConfigError) as error:
         prepare(config(out, source, val_fraction=0.1, seed=3, on_bad="skip"))
     assert str(error.value) == (
-        f"{out} holds a complete data set that was prepared otherwise: val_fraction = 0.005, now 0.1; "
+        f"{out} contains a complete data set with other settings: val_fraction = 0.005, now 0.1; "
         f"seed = 0, now 3; on_bad = 'fail', now 'skip'. Choose another `out`, or remove {out} to prepare it "
-        f"anew"
+        f"again"
     )
     other = write_jsonl(tmp_path / "b.jsonl", ["more"])
-    with pytest.raises(ConfigError, match=r"otherwise: sources \(for example b\.jsonl\)\. Choose"):
+    with pytest.raises(ConfigError, match=r"other settings: sources \(for example b\.jsonl\)\. Choose"):
         prepare(config(out, source, other))
     write_jsonl(source, packaged_texts()[:6])
-    with pytest.raises(ConfigError, match=r"otherwise: sources \(for example a\.jsonl\)\. Choose"):
+    with pytest.raises(ConfigError, match=r"other settings: sources \(for example a\.jsonl\)\. Choose"):
         prepare(config(out, source))
     prepare(config(tmp_path / "two", source, other))
-    with pytest.raises(ConfigError, match="otherwise: the order of sources"):
+    with pytest.raises(ConfigError, match="other settings: the order of sources"):
         prepare(config(tmp_path / "two", other, source))
 
 
-def test_an_unfinished_data_set_of_other_settings_is_refused(tmp_path: Path) -> None:
+def test_an_unfinished_preparation_with_other_settings_is_refused(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", ["one document", 5])
     out = tmp_path / "data"
     with pytest.raises(DataError, match="broken documents"):
@@ -298,9 +284,9 @@ def test_an_unfinished_data_set_of_other_settings_is_refused(tmp_path: Path) -> 
     with pytest.raises(ConfigError) as error:
         prepare(config(out, source, seed=3, tokenizer=str(tmp_path / "other.json")))
     assert str(error.value) == (
-        f"{out} holds an unfinished preparation with other settings: tokenizer = 'outlast-4k', now 'other'; "
-        f"seed = 0, now 3. Continue it with those, choose another `out`, or remove {out / '.prepare'} to "
-        f"begin anew"
+        f"{out} contains an unfinished preparation with other settings: tokenizer = 'outlast-4k', now "
+        f"'other'; seed = 0, now 3. Continue it with those settings, choose another `out`, or remove "
+        f"{out / '.prepare'} to start over"
     )
     manifest = prepare(config(out, source, on_bad="skip"))
     assert manifest.skipped == {"'text' is int, not a string": 1}
@@ -311,19 +297,21 @@ def test_a_folder_with_foreign_shards_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "data"
     out.mkdir()
     (out / "train-00000.bin").touch()
-    with pytest.raises(ConfigError, match=r"data holds train-00000\.bin but no manifest\.json"):
+    with pytest.raises(ConfigError, match=r"data contains train-00000\.bin but no manifest\.json"):
         prepare(config(out, source))
     assert [path.name for path in out.iterdir()] == ["train-00000.bin"]
 
 
-def test_all_that_is_wrong_with_the_input_is_reported_at_once(tmp_path: Path) -> None:
+def test_all_problems_of_the_input_are_reported_at_once(tmp_path: Path) -> None:
     (tmp_path / "out").touch()
     with pytest.raises(ConfigError) as error:
         prepare(config(tmp_path / "out", tmp_path / "none.jsonl", tokenizer="gpt-2"))
     tokenizer, source, out = error.value.problems
-    assert tokenizer.startswith("tokenizer 'gpt-2' is neither a file nor an encoding; did you mean 'gpt2'?")
+    assert tokenizer.startswith(
+        "tokenizer 'gpt-2' is neither a file nor a known encoding; did you mean 'gpt2'?"
+    )
     assert source == f"{tmp_path / 'none.jsonl'}: no such file or folder"
-    assert out == f"out = {tmp_path / 'out'} is a file; a folder to make is needed"
+    assert out == f"out = {tmp_path / 'out'} is a file; name a folder"
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -352,7 +340,7 @@ def test_broken_documents_are_counted_by_reason_and_listed_with_file_and_line(
     assert manifest.documents == 1997
 
 
-def test_at_most_a_hundred_broken_documents_are_listed_and_then_it_stops(tmp_path: Path) -> None:
+def test_a_preparation_stops_after_listing_a_hundred_broken_documents(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", [None] * 250)
     with pytest.raises(DataError) as error:
         prepare(config(tmp_path / "data", source))
@@ -368,38 +356,42 @@ def test_at_most_a_hundred_broken_documents_are_listed_and_then_it_stops(tmp_pat
     assert seen[-1].bytes_done < seen[-1].bytes_total / 4
 
 
-def test_a_document_that_the_tokenizer_cannot_encode_is_a_broken_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """They are listed with the others in the order of the file, whichever split they are of."""
-    encode = Encoding.encode
+class _RefusingEncoder(TiktokenEncoder):
+    """Refuses some documents, as tiktoken does when it cannot encode one."""
 
-    def refuse_some(self: Encoding, text: str) -> NDArray[np.uint32]:
-        if text.startswith("bad"):
+    def encode(self, documents: Sequence[bytes]) -> FlatIds:
+        if any(document.startswith(b"bad") for document in documents):
             raise DataError("the tokenizer cannot encode it: why")
-        return encode(self, text)
+        return super().encode(documents)
 
-    monkeypatch.setattr(Encoding, "encode", refuse_some)
+
+def _open_refusing(encoding: Encoding, _: EncoderChoice) -> tuple[_RefusingEncoder, None]:
+    return _RefusingEncoder(encoding), None
+
+
+def test_documents_that_the_tokenizer_cannot_encode_are_broken(tmp_path: Path) -> None:
+    """They are listed with the others in the order of the file, whichever their split."""
     source = write_jsonl(tmp_path / "a.jsonl", ["good", *(f"bad {n}" for n in range(20)), None, "bad too"])
-    settings = {"encoder": "tiktoken", "val_fraction": 0.4}
+    encode = partial(encode_all, open_encoder=_open_refusing)
     with pytest.raises(DataError) as error:
-        prepare(config(tmp_path / "data", source, **settings))
+        prepare(config(tmp_path / "data", source, val_fraction=0.4), encode=encode)
     reason = "the tokenizer cannot encode it: why"
     reasons = [*(f"{source}:{line}: {reason}" for line in range(2, 22)), f"{source}:22: 'text' is null"]
     head, *lines, _ = str(error.value).split("\n")
     assert head == f"broken documents: 21 × {reason}, 1 × 'text' is null"
     assert lines == [*reasons, f"{source}:23: {reason}"]
-    manifest = prepare(config(tmp_path / "data", source, **settings, on_bad="skip"))
+    skipping = config(tmp_path / "data", source, val_fraction=0.4, on_bad="skip")
+    manifest = prepare(skipping, encode=encode)
     assert (manifest.documents, sum(manifest.skipped.values())) == (1, 22)
 
 
-def test_sources_without_a_document_to_train_on_are_refused(tmp_path: Path) -> None:
+def test_sources_without_a_training_document_are_refused(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", ["", ""])
-    with pytest.raises(DataError, match=r"the sources hold no document for training \(0 were held out\)"):
+    with pytest.raises(DataError, match=r"the sources contain no document for training \(0 were held out\)"):
         prepare(config(tmp_path / "data", source))
 
 
-def test_a_split_without_a_document_is_told(tmp_path: Path) -> None:
+def test_an_empty_validation_split_is_reported(tmp_path: Path) -> None:
     seen: list[Progress] = []
     source = write_jsonl(tmp_path / "a.jsonl", ["one document"])
     (tmp_path / "notes.pdf").touch()
@@ -407,7 +399,7 @@ def test_a_split_without_a_document_is_told(tmp_path: Path) -> None:
     assert manifest.val == ()
     assert source.exists()
     assert [progress.message for progress in seen if progress.message] == [
-        "1 files in the folders are of other kinds and are ignored",
+        "ignoring 1 files of unsupported kinds in the folders",
         "val_fraction = 0.005 held out no document: there is no validation split",
     ]
 
@@ -418,22 +410,22 @@ def test_two_preparations_of_one_folder_are_refused(tmp_path: Path) -> None:
     work.mkdir(parents=True)
     with (work / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(ConfigError, match="data: another preparation is writing here; wait for it"):
+        with pytest.raises(
+            ConfigError, match="data: another preparation is writing here; wait until it ends"
+        ):
             prepare(config(tmp_path / "data", source))
     prepare(config(tmp_path / "data", source))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_disk_that_is_full_is_named_and_space_later_lets_it_continue(
-    raw: Path, tmp_path: Path, workers: int
-) -> None:
-    # A limit on the size of files stands in for the full disk: the write fails with EFBIG instead of ENOSPC.
+def test_a_preparation_continues_after_a_failed_write(raw: Path, tmp_path: Path, workers: int) -> None:
+    # A limit on the file size replaces the full disk: writes fail with EFBIG instead of ENOSPC.
     out = tmp_path / "data"
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (16_000, limits[1]))
     try:
-        with pytest.raises(DataError, match=r"stopped: .*File too large.*What is finished stays; run again"):
+        with pytest.raises(DataError, match=r"stopped: .*File too large.*Finished work is kept; run again"):
             prepare(config(out, raw, **SMALL, workers=workers, tokenizer=_small_encoding(tmp_path)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -444,9 +436,7 @@ def test_a_disk_that_is_full_is_named_and_space_later_lets_it_continue(
 
 
 def _small_encoding(folder: Path) -> str:
-    """An encoding of bytes alone, so that encoding.json is smaller than a shard."""
-    from data_pipeline.tokenizer.encoding import Encoding
-
+    """An encoding with only the 256 bytes, so that encoding.json is smaller than a shard."""
     path = folder / "bytes.json"
     if not path.exists():
         bytes_alone = {bytes([value]): value for value in range(256)}
@@ -454,30 +444,7 @@ def _small_encoding(folder: Path) -> str:
     return str(path)
 
 
-def test_a_killed_worker_ends_the_preparation_with_its_cause(raw: Path, tmp_path: Path) -> None:
-    encoding = tmp_path / "encoding.json"
-    encoding.write_bytes(load_encoding("outlast-4k").to_json())
-    settings = Settings(encoding, "auto", "uint16", "text", 0.1, 0, 10_000)
-    (tmp_path / "work").mkdir()
-    work = encode_all(tmp_path / "work", cut_into_pieces(find_files([raw])[0], 10_000), settings, workers=2)
-    next(work)
-    victim, _ = (process.pid for process in multiprocessing.active_children())
-    os.kill(victim or 0, signal.SIGKILL)
-    with pytest.raises(DataError, match=r"a worker process ended with exit code -9 .* run again to continue"):
-        list(work)
-
-
-def test_a_mistake_in_a_worker_comes_out_with_its_traceback(raw: Path, tmp_path: Path) -> None:
-    settings = Settings(tmp_path / "no-encoding.json", "auto", "uint16", "text", 0.1, 0, 10_000)
-    found = cut_into_pieces(find_files([raw])[0], 10_000)
-    with pytest.raises(ConfigError, match="neither a file nor an encoding") as error:
-        list(encode_all(tmp_path, found, settings, workers=2))
-    assert any("_serve" in note for note in error.value.__notes__)
-
-
-def test_large_vocabularies_take_four_bytes_a_token(tmp_path: Path) -> None:
-    from data_pipeline.tokenizer.encoding import Encoding
-
+def test_a_large_vocabulary_takes_four_bytes_per_token(tmp_path: Path) -> None:
     known = load_encoding("outlast-4k")
     wide = Encoding("wide", known.pattern, known.ranks, {"<|endoftext|>": 70_000})
     (tmp_path / "wide.json").write_bytes(wide.to_json())
@@ -489,33 +456,14 @@ def test_large_vocabularies_take_four_bytes_a_token(tmp_path: Path) -> None:
     assert [dtype_for(size) for size in (65_499, 65_500)] == ["uint16", "int32"]
 
 
-def test_pieces_cover_every_byte_once_and_depend_on_the_sources_alone(raw: Path, tmp_path: Path) -> None:
-    files, _ = find_files([raw])
-    for shard_tokens in (1000, 30_000, 10**8):
-        covered: Counter[str] = Counter()
-        found = cut_into_pieces(files, shard_tokens)
-        position: dict[str, int] = {}
-        for piece in found:
-            for span in piece.spans:
-                assert position.get(span.source.name, 0) == span.start
-                position[span.source.name] = span.stop
-                covered[span.source.name] += span.size_bytes
-        assert covered == Counter({file.name: file.size_bytes for file in files})
-        assert len({piece.name for piece in found}) == len(found)
-    assert len(cut_into_pieces(files, 10**8)) == 1, "not worth cutting"
-    large = [files[0].__class__("x.jsonl", tmp_path / "x.jsonl", 10**12, 0)]
-    assert 2400 < len(cut_into_pieces(large, 100_000_000)) < 2600
-    large = [files[0].__class__("x.jsonl", tmp_path / "x.jsonl", 10**9, 0)]
-    assert 60 < len(cut_into_pieces(large, 100_000_000)) < 70
-
-
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
-    """12.8 M tokens in one piece: as a list they take 100 MB, as an array of two bytes 25."""
+    """A chunk of 12.8 M tokens would take 100 MB as a list, or 25 MB as an array of two-byte ids."""
     line = (json.dumps({"text": "a b c d e f g h " * 100}) + "\n").encode()
-    # not getrusage's: that one remembers the process that this one was forked from
+    # not getrusage, whose peak includes that of the process that this one was forked from
     program = (
         "import sys\nfrom pathlib import Path\n"
-        "from data_pipeline.prepare.pipeline import DataPrepConfig, prepare\n"
+        "from data_pipeline.prepare.config import DataPrepConfig\n"
+        "from data_pipeline.prepare.pipeline import prepare\n"
         "prepare(DataPrepConfig.model_validate_json(sys.argv[1]))\n"
         "print(Path('/proc/self/status').read_text().partition('VmHWM:')[2].split()[0])"
     )
@@ -529,7 +477,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     assert peaks_kib[1] - peaks_kib[0] < 15_000, peaks_kib
 
 
-def test_the_checksums_of_the_sources_are_in_the_manifest(raw: Path, tmp_path: Path) -> None:
+def test_the_manifest_contains_the_checksums_of_the_sources(raw: Path, tmp_path: Path) -> None:
     import xxhash
 
     prepare(config(tmp_path / "data", raw, **SMALL))

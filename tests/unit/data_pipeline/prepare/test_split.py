@@ -1,8 +1,9 @@
-"""Which pieces sources are cut into, and that every document of a cut file is read once."""
+"""The chunks of the sources, and that every document of a split file is read once."""
 
 import gzip
 import json
 import random
+from collections import Counter
 from pathlib import Path
 
 import pyarrow
@@ -10,11 +11,12 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from data_pipeline.prepare.chunk import Piece
+from data_pipeline.prepare.chunk import Chunk
 from data_pipeline.prepare.pipeline import prepare
-from data_pipeline.prepare.split import cut_into_pieces
-from data_pipeline.sources.documents import BadDocument, DocumentReader, place
+from data_pipeline.prepare.split import split_into_chunks
+from data_pipeline.sources.documents import BadDocument, DocumentReader
 from data_pipeline.sources.files import find_files
+from data_pipeline.sources.spans import locate_line
 from tests.unit.data_pipeline.support import config, documents_of, files_of
 
 
@@ -47,26 +49,26 @@ def _write(path: Path, texts: list[str]) -> Path:
     return path
 
 
-def _pieces(path: Path) -> list[Piece]:
-    # Small shards make small pieces, as a larger file would
-    return cut_into_pieces(find_files([path])[0], shard_tokens=100_000)
+def _pieces(path: Path) -> list[Chunk]:
+    # Small shards make small chunks, so a small file is split as a large one would be
+    return split_into_chunks(find_files([path])[0], shard_tokens=100_000)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"])
-def test_one_large_file_is_cut_for_several_workers_and_each_document_read_once(
+def test_a_large_file_is_split_and_each_document_read_once(
     tmp_path: Path, texts: list[str], suffix: str
 ) -> None:
-    pieces = _pieces(_write(tmp_path / f"a{suffix}", texts))
-    assert len(pieces) >= (2 if "." in suffix[1:] else 5)
+    chunks = _pieces(_write(tmp_path / f"a{suffix}", texts))
+    assert len(chunks) >= (2 if "." in suffix[1:] else 5)
     found = [
-        document for piece in pieces for span in piece.spans for document in DocumentReader(span, "text")
+        document for chunk in chunks for span in chunk.spans for document in DocumentReader(span, "text")
     ]
     assert found == [text.encode() for text in texts]
-    assert sum(piece.size_bytes for piece in pieces) == (tmp_path / f"a{suffix}").stat().st_size
+    assert sum(chunk.size_bytes for chunk in chunks) == (tmp_path / f"a{suffix}").stat().st_size
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".parquet"])
-def test_a_cut_file_gives_the_same_bytes_on_any_number_of_workers(
+def test_a_split_file_gives_the_same_bytes_with_any_number_of_workers(
     tmp_path: Path, texts: list[str], suffix: str
 ) -> None:
     path = _write(tmp_path / f"a{suffix}", texts)
@@ -77,40 +79,40 @@ def test_a_cut_file_gives_the_same_bytes_on_any_number_of_workers(
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst", ".parquet"])
-def test_broken_documents_in_later_parts_have_the_file_s_line(
+def test_documents_in_later_parts_are_located_by_the_line_of_the_file(
     tmp_path: Path, texts: list[str], suffix: str
 ) -> None:
     path = tmp_path / f"a{suffix}"
     _write(path, texts)
     seen = 0
-    for piece in _pieces(path):
-        for span in piece.spans:
+    for chunk in _pieces(path):
+        for span in chunk.spans:
             reader = DocumentReader(span, "text")
             for _ in reader:
                 seen += 1
                 if reader.line == 1:  # the first of each span
-                    assert place(span, reader.line) == f"{path}:{seen}"
+                    assert locate_line(span, reader.line) == f"{path}:{seen}"
     assert seen == len(texts)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
 @pytest.mark.parametrize("keep", [0.2, 0.95])
-def test_a_cut_compressed_file_that_ends_too_early_is_told_once(
+def test_the_truncation_of_a_split_compressed_file_is_reported_once(
     tmp_path: Path, texts: list[str], suffix: str, keep: float
 ) -> None:
     path = _write(tmp_path / f"a{suffix}", texts)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(keep * len(whole))])
-    pieces = _pieces(path)
+    chunks = _pieces(path)
     if keep > 0.5:
-        assert len(pieces) >= 2
+        assert len(chunks) >= 2
     found: list[bytes] = []
     bad: list[str] = []
-    for piece in pieces:
-        for span in piece.spans:
+    for chunk in chunks:
+        for span in chunk.spans:
             for document in DocumentReader(span, "text"):
                 if isinstance(document, BadDocument):
-                    bad.append(f"{place(span, document.line)}: {document.reason}")
+                    bad.append(f"{locate_line(span, document.line)}: {document.reason}")
                 else:
                     found.append(document)
     assert found == [text.encode() for text in texts[: len(found)]]
@@ -119,3 +121,23 @@ def test_a_cut_compressed_file_that_ends_too_early_is_told_once(
     assert "end too early" in bad[0]
     line = int(bad[0].removeprefix(f"{path}:").partition(":")[0])
     assert abs(line - len(found)) <= 1
+
+
+def test_chunks_cover_every_byte_once_and_depend_only_on_the_sources(raw: Path, tmp_path: Path) -> None:
+    files, _ = find_files([raw])
+    for shard_tokens in (1000, 30_000, 10**8):
+        covered: Counter[str] = Counter()
+        found = split_into_chunks(files, shard_tokens)
+        position: dict[str, int] = {}
+        for chunk in found:
+            for span in chunk.spans:
+                assert position.get(span.source.name, 0) == span.start
+                position[span.source.name] = span.stop
+                covered[span.source.name] += span.size_bytes
+        assert covered == Counter({file.name: file.size_bytes for file in files})
+        assert len({chunk.name for chunk in found}) == len(found)
+    assert len(split_into_chunks(files, 10**8)) == 1, "too small to split"
+    large = [files[0].__class__("x.jsonl", tmp_path / "x.jsonl", 10**12, 0)]
+    assert 2400 < len(split_into_chunks(large, 100_000_000)) < 2600
+    large = [files[0].__class__("x.jsonl", tmp_path / "x.jsonl", 10**9, 0)]
+    assert 60 < len(split_into_chunks(large, 100_000_000)) < 70

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.dataset.manifest import read_manifest
-from data_pipeline.sampling import packing
-from data_pipeline.sampling.batches import Batch, BatchReader
-from data_pipeline.sampling.packing import pack, rows_of_block
+from data_pipeline.sampling.batch import Batch
+from data_pipeline.sampling.batches import BatchReader, windows_in
+from data_pipeline.sampling.packing import pack, rows_per_block
 from tests.unit.data_pipeline.support import documents_of, packaged_texts, prepared
 
 CONTEXT = 64
@@ -20,7 +20,7 @@ CONTEXT = 64
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Verses, most of them shorter than a row, some chapters, in shards that end anywhere."""
+    """Verses, most of them shorter than a row, and some chapters, in shards that end anywhere."""
     chapters = packaged_texts()[:40]
     texts = [verse for chapter in chapters[:30] for verse in chapter.split("\n")] + chapters[30:]
     out = tmp_path_factory.mktemp("packing") / "data"
@@ -34,7 +34,7 @@ def _reader(folder: Path, **changes: object) -> BatchReader:
 
 
 def _best_fit_decreasing(lengths: list[int], capacity: int) -> list[list[int]]:
-    """Which rows the algorithm's definition makes, by looking at every row for every document."""
+    """The rows by the definition of the algorithm, which looks at every row for every document."""
     rows: list[list[int]] = []
     for length in sorted(lengths, reverse=True):
         fitting = [row for row in rows if sum(row) + length <= capacity]
@@ -50,7 +50,7 @@ def _best_fit_decreasing(lengths: list[int], capacity: int) -> list[list[int]]:
     context=st.integers(1, 16),
 )
 @settings(max_examples=300, deadline=None)
-def test_a_block_is_cut_into_full_rows_and_whatever_fits_is_where_best_fit_puts_it(
+def test_a_block_becomes_full_rows_and_documents_that_fit_are_placed_by_best_fit(
     lengths: list[int], context: int
 ) -> None:
     lengths.append(-sum(lengths) % context or context)
@@ -63,7 +63,7 @@ def test_a_block_is_cut_into_full_rows_and_whatever_fits_is_where_best_fit_puts_
     assert all(first[1] == second[0] for first, second in itertools.pairwise(parts))
     rests = [length % context for length in lengths if length % context]
     wanted = _best_fit_decreasing(rests, context)
-    if sum(context - sum(row) for row in wanted) == 0:  # nothing had to be cut over gaps
+    if sum(context - sum(row) for row in wanted) == 0:  # no document had to be cut into the gaps
         full = sum(length // context for length in lengths)
         found = [sorted(stop - start for start, stop in row) for row in rows[full:]]
         assert Counter(map(tuple, found)) == Counter(tuple(sorted(row)) for row in wanted)
@@ -82,12 +82,12 @@ def _segments(batch: Batch) -> list[tuple[int, int, int]]:
     ]
 
 
-def test_an_epoch_is_every_token_once_in_segments_that_are_parts_of_documents(data: Path) -> None:
+def test_an_epoch_contains_every_token_once_in_segments_of_single_documents(data: Path) -> None:
     documents = documents_of(data, "train")
     text = b"|".join(document.astype(">u2").tobytes().hex(" ", 2).encode() for document in documents)
     end_of_text = read_manifest(data).encoding.end_of_text
     reader = _reader(data)
-    rows = reader.sequences_per_epoch
+    rows = windows_in(reader.tokens, CONTEXT)
     seen: Counter[int] = Counter()
     whole = 0
     for step in range(1, rows // 12 + 2):
@@ -110,7 +110,7 @@ def test_an_epoch_is_every_token_once_in_segments_that_are_parts_of_documents(da
     assert whole > 0.93 * short
 
 
-def test_packing_is_a_function_of_the_step_alone_on_any_world(data: Path) -> None:
+def test_packed_batches_depend_only_on_the_step_for_any_world_size(data: Path) -> None:
     wholes = {step: _reader(data).batch(step, 0, 1) for step in (40, 1, 7)}
     reader = _reader(data)
     for step, whole in wholes.items():
@@ -121,7 +121,7 @@ def test_packing_is_a_function_of_the_step_alone_on_any_world(data: Path) -> Non
 
 
 @pytest.mark.parametrize("document_mask", [True, False])
-def test_documents_told_by_the_index_give_the_same_rows(
+def test_document_boundaries_from_the_index_give_the_same_rows(
     data: Path, tmp_path: Path, document_mask: bool
 ) -> None:
     copy = tmp_path / "copy"
@@ -136,25 +136,25 @@ def test_documents_told_by_the_index_give_the_same_rows(
             assert one.document_ends.tolist() == list(range(CONTEXT, 12 * CONTEXT + 1, CONTEXT))
 
 
-def test_few_documents_are_cut_where_a_stream_cuts_many(data: Path) -> None:
-    """Documents of at most a row that lie in one row, of all such."""
+def test_packing_cuts_few_documents_where_a_stream_cuts_many(data: Path) -> None:
+    """Compares the fraction of the documents of at most a row that are in one row."""
     documents = documents_of(data, "train")
     short = {d.tobytes() for d in documents if len(d) <= CONTEXT}
     found = {}
     for kind in ("stream", "best-fit"):
         reader = _reader(data, packing=kind)
         seen = set()
-        for step in range(1, reader.sequences_per_epoch // 12 + 1):
+        for step in range(1, windows_in(reader.tokens, CONTEXT) // 12 + 1):
             batch = reader.batch(step, 0, 1)
             seen |= {batch.tokens[row, first:stop].tobytes() for row, first, stop in _segments(batch)}
         found[kind] = len(short & seen) / len(short)
-    # Verses are nearly as long as half a row or a whole one: harder to pack than documents in rows of 2,048.
+    # Verses are about as long as a row or half a row, so packing them is harder than usual.
     assert found["best-fit"] > 0.93
     assert found["stream"] < 0.7
 
 
-def test_a_block_holds_about_as_many_documents_whatever_their_length() -> None:
-    assert rows_of_block(800 * 10**6, 10**6, 2048) == 400
-    assert rows_of_block(10**9, 10**8, 2048) == 16
-    assert rows_of_block(10**9, 10, 2048) == 1024
-    assert packing.rows_of_block(100, 0, 10) == 1024
+def test_a_block_has_about_the_same_number_of_documents_of_any_length() -> None:
+    assert rows_per_block(800 * 10**6, 10**6, 2048) == 400
+    assert rows_per_block(10**9, 10**8, 2048) == 16
+    assert rows_per_block(10**9, 10, 2048) == 1024
+    assert rows_per_block(100, 0, 10) == 1024

@@ -1,4 +1,4 @@
-"""What is broken in each kind of source: counted by reason and listed by place, or skipped when asked."""
+"""Broken documents in each kind of source are counted by reason and listed with their line, or skipped."""
 
 import gzip
 import json
@@ -17,7 +17,7 @@ from data_pipeline.tokenizer.encoding import load_encoding
 from gpt.run.exit_codes import exit_code_of
 from tests.unit.data_pipeline.support import config, documents_of
 
-# Long enough and so little alike that a compressed file is still being read when it ends too early.
+# Long and dissimilar enough that a truncated compressed file still contains many documents.
 TEXTS = [f"document {n}: " + " ".join(str(n * k * 7919 % 10_007) for k in range(1200)) for n in range(60)]
 CUT_GZIP = "the gzip data end too early: the file was cut short"
 CUT_ZSTD = "the zstd data end too early: the file was cut short"
@@ -68,7 +68,7 @@ def _table(values: pyarrow.Array, column: str = "text") -> bytes:
 def _not_utf8_column() -> bytes:
     raw = [text.encode() for text in TEXTS]
     raw[5] = "Müller".encode("latin-1")
-    # What a careless writer leaves: bytes that are declared to be text.
+    # Bytes declared as text, as a careless writer leaves them.
     return _table(pyarrow.array(raw, pyarrow.binary()).view(pyarrow.utf8()))
 
 
@@ -83,7 +83,7 @@ Made = Callable[[], bytes]
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "bad", "kept"),  # by line what is broken in it, and how many documents are not
+    ("name", "content", "bad", "kept"),  # the reasons by line, and the number of good documents
     [
         ("a.jsonl", _with_bad_lines, BAD_LINES, 55),
         ("a.jsonl.gz", lambda: gzip.compress(_with_bad_lines()), BAD_LINES, 55),
@@ -112,7 +112,7 @@ Made = Callable[[], bytes]
         ("a.parquet", _bad_page, {31: "rows to the end of their group are unreadable: "}, 50),
     ],
 )
-def test_each_kind_of_file_is_listed_by_place_and_skipped_when_asked(
+def test_broken_documents_of_each_kind_of_file_are_listed_or_skipped(
     tmp_path: Path, name: str, content: Made, bad: dict[int | None, str], kept: int | None
 ) -> None:
     broken, good = tmp_path / name, tmp_path / "z.jsonl"
@@ -130,7 +130,7 @@ def test_each_kind_of_file_is_listed_by_place_and_skipped_when_asked(
         assert line.startswith(f"{broken}:")
         assert line.startswith(f"{broken}:{number}: {reason}") if number else line.endswith(reason)
     assert not list(tmp_path.glob("data/[!.]*"))
-    manifest = prepare(settings.model_copy(update={"on_bad": "skip"}))
+    manifest = prepare(config(tmp_path / "data", broken, good, val_fraction=0, on_bad="skip"))
     assert sum(manifest.skipped.values()) == len(bad)
     for reason in bad.values():
         found = sum(count for text, count in manifest.skipped.items() if text.startswith(reason))
@@ -138,7 +138,7 @@ def test_each_kind_of_file_is_listed_by_place_and_skipped_when_asked(
     encoding = load_encoding("outlast-4k")
     texts = [encoding.decode(ids[:-1].tolist()) for ids in documents_of(tmp_path / "data", "train")]
     assert texts[-1] == "a whole document"
-    if kept is None:  # of a file that was cut short what came before is kept, in order
+    if kept is None:  # the documents before the truncation are kept, in order
         assert 10 < len(texts) < 60
         assert texts[:-1] == TEXTS[: len(texts) - 1]
     else:
@@ -156,10 +156,10 @@ def test_each_kind_of_file_is_listed_by_place_and_skipped_when_asked(
         ("a.parquet", _bad_page),
     ],
 )
-def test_files_that_datasets_cannot_read_end_the_preparation_with_its_reason(
+def test_a_file_that_datasets_cannot_read_ends_the_preparation_with_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: Made, streaming: bool
 ) -> None:
-    """`datasets` parses them, all or nothing: no line of such a file can be skipped."""
+    """`datasets` parses a file completely or not at all, so no line of it can be skipped."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "set"
     folder.mkdir()

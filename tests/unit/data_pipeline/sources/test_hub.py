@@ -1,4 +1,4 @@
-"""Hugging Face data sets as sources, through the real `datasets`, from local folders."""
+"""Hugging Face data sets as sources: the real package `datasets` reads local folders."""
 
 import json
 from pathlib import Path
@@ -9,9 +9,11 @@ import pyarrow.parquet
 import pytest
 
 from data_pipeline.config_file import validate
-from data_pipeline.dataset.manifest import read_manifest, verify
+from data_pipeline.dataset.integrity import verify
+from data_pipeline.dataset.manifest import read_manifest
 from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.prepare.pipeline import DataPrepConfig, prepare
+from data_pipeline.prepare.config import DataPrepConfig
+from data_pipeline.prepare.pipeline import prepare
 from data_pipeline.sources.hub import HubDataset, open_dataset
 from data_pipeline.tokenizer.encoding import load_encoding
 from tests.unit.data_pipeline.support import documents_of, files_of, packaged_texts, write_jsonl
@@ -26,7 +28,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three files of thirty documents: what `datasets` calls three shards."""
+    """Three files of thirty documents, which `datasets` calls three shards."""
     folder = tmp_path_factory.mktemp("hub") / "texts"
     folder.mkdir()
     for number in range(3):
@@ -47,7 +49,7 @@ def _texts(out: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_data_set_is_read_in_order_whatever_the_number_of_workers(
+def test_a_data_set_is_read_in_order_by_any_number_of_workers(
     folder: Path, tmp_path: Path, streaming: bool
 ) -> None:
     table = {"name": str(folder), "text_field": "body", "streaming": streaming}
@@ -63,22 +65,22 @@ def test_a_data_set_is_read_in_order_whatever_the_number_of_workers(
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
 
 
-def test_a_complete_preparation_of_a_data_set_is_left_alone(folder: Path, tmp_path: Path) -> None:
+def test_a_complete_preparation_of_a_data_set_is_not_repeated(folder: Path, tmp_path: Path) -> None:
     table = {"name": str(folder), "text_field": "body"}
     first = prepare(_config(tmp_path / "data", table))
     assert prepare(_config(tmp_path / "data", table)) == first
-    with pytest.raises(ConfigError, match=r"prepared otherwise: sources \(for example .* train"):
+    with pytest.raises(ConfigError, match=r"with other settings: sources \(for example .* train"):
         prepare(_config(tmp_path / "data", {**table, "split": "train[:50%]"}))
 
 
-def test_splits_and_files_stand_side_by_side(folder: Path, tmp_path: Path) -> None:
-    extra = write_jsonl(tmp_path / "a.jsonl", ["a file beside it"])
+def test_a_split_and_a_file_can_be_combined(folder: Path, tmp_path: Path) -> None:
+    extra = write_jsonl(tmp_path / "a.jsonl", ["another file"])
     table = {"name": str(folder), "text_field": "body", "split": "train[10:20]"}
     prepare(_config(tmp_path / "data", table, sources=[str(extra)]))
-    assert _texts(tmp_path / "data") == ["a file beside it", *TEXTS[10:20]]
+    assert _texts(tmp_path / "data") == ["another file", *TEXTS[10:20]]
 
 
-def test_a_data_set_that_was_saved_to_disk_is_read(folder: Path, tmp_path: Path) -> None:
+def test_a_data_set_saved_to_disk_is_read(folder: Path, tmp_path: Path) -> None:
     import datasets
 
     datasets.load_dataset(str(folder)).save_to_disk(tmp_path / "saved")
@@ -88,7 +90,7 @@ def test_a_data_set_that_was_saved_to_disk_is_read(folder: Path, tmp_path: Path)
         open_dataset(HubDataset(name=str(tmp_path / "saved"), split="test"), "body")
 
 
-def test_named_configurations_are_chosen(tmp_path: Path) -> None:
+def test_the_named_configuration_is_read(tmp_path: Path) -> None:
     folder = tmp_path / "named"
     folder.mkdir()
     for name in ("one", "two"):
@@ -102,7 +104,7 @@ def test_named_configurations_are_chosen(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_what_cannot_be_loaded_is_said_with_everything_else(
+def test_a_data_set_that_cannot_be_loaded_is_reported_with_all_other_problems(
     folder: Path, tmp_path: Path, streaming: bool
 ) -> None:
     tables = [
@@ -117,10 +119,10 @@ def test_what_cannot_be_loaded_is_said_with_everything_else(
     assert missing.startswith(f"datasets: {tmp_path / 'none'} train")
     assert "FileNotFoundError" in missing
     assert 'split "test"' in split or "Bad split: test" in split
-    assert column.endswith("has no column 'text'; it has body, n. Name one as text_field")
+    assert column.endswith("has no column 'text'; it has body, n. Set text_field to one of them")
 
 
-def test_broken_rows_are_named_by_data_set_and_row(tmp_path: Path) -> None:
+def test_broken_rows_are_reported_by_data_set_and_row(tmp_path: Path) -> None:
     folder = tmp_path / "rows"
     folder.mkdir()
     lines = [{"text": "fine"}, {"text": None}, {"text": ""}, {"text": "too"}]
@@ -134,7 +136,9 @@ def test_broken_rows_are_named_by_data_set_and_row(tmp_path: Path) -> None:
     assert read_manifest(tmp_path / "data").documents == 2
 
 
-def test_a_stream_that_breaks_says_where_and_that_it_can_go_on(folder: Path, tmp_path: Path) -> None:
+def test_the_error_of_a_broken_stream_says_where_it_broke_and_how_to_continue(
+    folder: Path, tmp_path: Path
+) -> None:
     (tmp_path / "stream").mkdir()
     for file in folder.iterdir():
         (tmp_path / "stream" / file.name).write_bytes(file.read_bytes())
@@ -143,7 +147,8 @@ def test_a_stream_that_breaks_says_where_and_that_it_can_go_on(folder: Path, tmp
     )
     assert (source.units, source.unit) == (3, "shards")
     (tmp_path / "stream" / "train-1.parquet").unlink()
-    from data_pipeline.sources.documents import DocumentReader, Span
+    from data_pipeline.sources.documents import DocumentReader
+    from data_pipeline.sources.spans import Span
 
     assert len(list(DocumentReader(Span(source, 0, 1), "text"))) == 30
     with pytest.raises(DataError, match=r"reading shards 1 to 2 failed: .* run again to continue"):

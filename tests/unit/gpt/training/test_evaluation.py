@@ -10,7 +10,8 @@ import pytest
 import torch.distributed as dist
 from torch import Tensor
 
-from data_pipeline.sampling.batches import Batch, EvaluationReader
+from data_pipeline.sampling.batch import Batch
+from data_pipeline.sampling.evaluation import EvaluationReader
 from data_pipeline.tokenizer.encoding import load_encoding
 from gpt.config.data import DataConfig
 from gpt.distributed.world import World

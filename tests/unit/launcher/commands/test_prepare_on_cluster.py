@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 
 from data_pipeline.errors import DataError
-from data_pipeline.prepare.chunk import Piece
-from data_pipeline.prepare.pipeline import DataPrepConfig, Progress, prepare
-from data_pipeline.sources.documents import Span
+from data_pipeline.prepare.chunk import Chunk
+from data_pipeline.prepare.config import DataPrepConfig
+from data_pipeline.prepare.pipeline import prepare
+from data_pipeline.prepare.progress import Progress
 from data_pipeline.sources.files import SourceFile
+from data_pipeline.sources.spans import Span
 from launcher.cluster import ClusterConfig
 from launcher.commands.prepare_on_cluster import Spread, _Share
 from launcher.scheduler import slurm
@@ -106,12 +108,12 @@ def test_slurm_is_asked_about_all_tasks_at_once_and_every_five_seconds(
     )
     monkeypatch.setattr("launcher.commands.prepare_on_cluster.is_done", lambda *_: now[0] >= 60)
     source = SourceFile("a", str(tmp_path / "a"), 9, 0)
-    pieces = [Piece((Span(source, start, start + 3),)) for start in (0, 3, 6)]
+    pieces = [Chunk((Span(source, start, start + 3),)) for start in (0, 3, 6)]
     paths = SimpleNamespace(result_pickle=tmp_path / "none")
     jobs = [SimpleNamespace(job_id=f"7_{number}", paths=paths) for number in range(3)]
     shares: Any = [_Share(number, (pieces[number],), jobs[number]) for number in range(3)]
     done = list(Spread(ClusterConfig(kind="slurm"), 3, None)._follow(shares, None, tmp_path, "hash"))
-    assert {piece for piece in done if isinstance(piece, Piece)} == set(pieces)
+    assert {piece for piece in done if isinstance(piece, Chunk)} == set(pieces)
     assert 12 <= len(asked) <= 13
     assert all(ids == ["7_0", "7_1", "7_2"] for _, ids in asked)
     assert all(later - earlier >= 5 for (earlier, _), (later, _) in pairwise(asked))

@@ -365,9 +365,8 @@ def test_sequences_to_pass_over_must_come_after_the_step_that_is_resumed(
     with pytest.raises(ConfigError) as error:
         resume(run, "data.skip=[[150, 160], [160, 190], [500, 501]]")
     assert error.value.problems == [
-        "data.skip: [150, 190] begins among the 180 sequences that are behind step 10, and those have been "
-        "read. Continue from a checkpoint before it (outlast resume --step), or begin the range at 180 or "
-        "later."
+        "data.skip: [150, 190] begins among the first 180 sequences, which the run has read by step 10. "
+        "Resume from an earlier checkpoint (outlast resume --step), or begin the range at 180 or later."
     ]
     assert resume(run, "data.skip=[[150, 190]]", step=5) == 0
     assert (read_json(run.config) or {})["data"]["skip"] == [[150, 190]]

@@ -1,0 +1,44 @@
+from pathlib import Path
+
+from click.testing import CliRunner
+
+from data_pipeline.dataset.manifest import read_manifest
+from data_pipeline.inspect import length_histogram, sample_documents
+from data_pipeline.tokenizer.encoding import load_encoding
+from launcher.cli import commands
+from tests.unit.data_pipeline.support import documents_of
+
+
+def test_lengths_and_sampled_documents_are_those_of_the_files(made: Path) -> None:
+    manifest = read_manifest(made)
+    documents = documents_of(made, "train")
+    found = length_histogram(made, manifest, "train")
+    assert found.longest == max(map(len, documents))
+    assert found.empty == 0
+    for power, count in enumerate(found.counts):
+        assert count == sum(2**power <= len(document) < 2 ** (power + 1) for document in documents)
+    assert sum(found.counts) == len(documents)
+    encoding = load_encoding(made)
+    shown = list(sample_documents(made, manifest, "train", encoding, 10))
+    assert len({name for name, _, _ in shown}) == 10
+    before = {
+        shard.name: sum(s.documents for s in manifest.train[:n]) for n, shard in enumerate(manifest.train)
+    }
+    for name, tokens, text in shown:
+        shard, _, number = name.partition(":")
+        document = documents[before[shard] + int(number)]
+        assert len(document) == tokens
+        assert encoding.decode(document.tolist()) == text
+    everything = list(sample_documents(made, manifest, "train", encoding, 10**6))
+    assert len(everything) == len(documents)
+    assert list(sample_documents(made, manifest, "val", encoding, 0)) == []
+
+
+def test_the_inspect_command_prints_counts_a_histogram_and_text(made: Path) -> None:
+    done = CliRunner().invoke(commands, ["data", "inspect", str(made)], standalone_mode=False)
+    assert done.exception is None
+    manifest = read_manifest(made)
+    assert f"{manifest.train_tokens:,}" in done.output
+    assert "tokenizer outlast-4k, 4,096 ids, stored as uint16" in done.output
+    assert "512 – 1,023" in done.output
+    assert done.output.count("── train-") == 3
