@@ -83,7 +83,8 @@ class MatrixExchange:
         returned = torch.empty_like(sent)
         _all_to_all(returned, results, sent_sizes, received_sizes)
         updates = torch.zeros_like(partition)
-        for part, update in zip(slices, returned.split([s.stop - s.start for s in slices]), strict=True):
+        lengths = [part.stop - part.start for part in slices]
+        for part, update in zip(slices, torch.split(returned, lengths), strict=True):
             updates[part] = update
         return updates
 
@@ -98,7 +99,7 @@ class MatrixExchange:
                 starts[rank] += n
             update = parameter.apply(rule, torch.cat([received[part] for part in slices]))
             lengths = [fragment.length for fragment in parameter.fragments]
-            for part, fragment_update in zip(slices, update.split(lengths), strict=True):
+            for part, fragment_update in zip(slices, torch.split(update, lengths), strict=True):
                 results[part] = fragment_update
         return results
 
