@@ -8,8 +8,8 @@ import numpy as np
 from gpt.checkpoint.format import CheckpointIndex, GroupEntry, ParameterEntry, rank_tensors
 from gpt.checkpoint.layout import Kind
 from gpt.checkpoint.writer import commit, temporary_folder, write_rank_file
-from gpt.config.resume_rules import config_fingerprint
 from gpt.config.optimizer import OptimizerConfig
+from gpt.config.resume_rules import config_fingerprint
 from gpt.config.run import RunConfig
 from gpt.optimizer.parameter_groups import parameter_entries, sizes_by_group, states
 
