@@ -82,8 +82,8 @@ class ScheduleConfig(Section):
     warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warmup to the peak.")
     warmup: Literal["linear", "auto"] = Field(
         default="linear",
-        description="linear starts the warmup at rate 0. auto starts it at the largest rate whose first "
-        "update does not raise the loss (arXiv:2406.09405), so it ends earlier; the first attempt finds it.",
+        description="linear starts the warmup at rate 0. auto starts it at the largest rate at which "
+        "the first update does not raise the loss, so it ends earlier (arXiv:2406.09405).",
     )
     decay_steps: int = Field(default=0, ge=0, description="wsd: steps of the decay at the end of the run.")
     decay: Literal["sqrt", "linear"] = Field(

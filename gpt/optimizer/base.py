@@ -7,7 +7,7 @@ from gpt.optimizer.whole_matrices import MatrixExchange
 
 
 class RunOptimizer(torch.optim.Optimizer):
-    """A torch optimizer over named groups, whose state can be created before the first step.
+    """A torch optimizer over named groups. Its state can be created before the first step.
 
     Its constructor takes the groups (gpt.optimizer.build), the OptimizerConfig, and the dtype in which the
     network computes. Its parameters are in fp32: whole ones, or the flat partitions that ZeRO makes of them.

@@ -1,4 +1,4 @@
-"""Whole matrices for an optimizer whose parameters ZeRO has cut into fragments.
+"""Gives an optimizer whole matrices after ZeRO has cut its parameters into fragments.
 
 An update such as Muon's needs a matrix as a whole. Every step therefore sends the fragments of each parameter
 to one rank, its owner, and the fragments of the result back: each matrix is computed once, and the numbers
