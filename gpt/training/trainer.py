@@ -14,7 +14,8 @@ from data_pipeline.sampling.skip_list import Ranges
 from data_pipeline.tokenizer.encoding import load_encoding
 from gpt.config.run import RunConfig
 from gpt.distributed.world import PendingTick, Tick, World, agree, from_first, total
-from gpt.distributed.zero.engine import DTYPES, Engine, build_model
+from gpt.distributed.zero.build import DTYPES, build_model
+from gpt.distributed.zero.engine import Engine
 from gpt.model.attention import choose
 from gpt.model.compilation import compile_seconds
 from gpt.model.flops import flops_per_token

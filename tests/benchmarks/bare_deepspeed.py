@@ -19,7 +19,8 @@ import torch.distributed as dist
 
 from data_pipeline.sampling.batches import Batch
 from gpt.config.run import RunConfig
-from gpt.distributed.zero.engine import DTYPES, deepspeed_config
+from gpt.distributed.zero.build import DTYPES
+from gpt.distributed.zero.deepspeed_config import deepspeed_config
 from gpt.model.gpt import GPT
 from gpt.training.step import model_inputs
 

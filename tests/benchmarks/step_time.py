@@ -25,7 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 import gpt.distributed.world
 from gpt.config.run import RunConfig
 from gpt.distributed.world import World, join
-from gpt.distributed.zero.engine import DTYPES, Engine, build_model
+from gpt.distributed.zero.build import DTYPES, build_model
+from gpt.distributed.zero.engine import Engine
 from gpt.model.attention import Documents
 from gpt.model.gpt import GPT
 from gpt.training.step import ModelInputs, train_step
@@ -109,9 +110,9 @@ def main(run: RunConfig, way: str) -> None:
         gpt.distributed.world.keep_freed_memory = lambda: None
     world = join(120)
     if way == "outlast":
-        from gpt.distributed.zero.engine import _import_deepspeed
+        from gpt.distributed.zero.patches import import_deepspeed
 
-        _import_deepspeed(world.device)
+        import_deepspeed(world.device)
     before = kibibytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
     steps: dict[str, Callable[[], Step]] = {

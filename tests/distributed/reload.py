@@ -8,7 +8,8 @@ import torch.distributed as dist
 
 from gpt.config.run import RunConfig
 from gpt.distributed.world import join
-from gpt.distributed.zero.engine import Engine, build_model
+from gpt.distributed.zero.build import build_model
+from gpt.distributed.zero.engine import Engine
 from gpt.run.heartbeat import Heartbeat
 from gpt.run.run_dir import RunDir
 from gpt.run.stop import StopFlag

@@ -9,12 +9,13 @@ import torch
 
 from gpt.config.run import RunConfig
 from gpt.distributed.world import join
-from gpt.distributed.zero.engine import _import_deepspeed, build_model
+from gpt.distributed.zero.build import build_model
+from gpt.distributed.zero.patches import import_deepspeed
 from gpt.model.flops import parameter_count
 
 run = RunConfig.model_validate(json.loads(sys.argv[1]))
 world = join(60)
-_import_deepspeed(world.device)  # what it maps is not counted
+import_deepspeed(world.device)  # what it maps is not counted
 status = Path("/proc/self/status").read_text()
 mapped = int(next(line for line in status.splitlines() if line.startswith("VmData")).split()[1]) * 1024
 limit = mapped + 4 * parameter_count(run.model) * 3 // 4  # in fp32 they take a third more

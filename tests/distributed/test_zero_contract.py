@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from gpt.config.run import RunConfig
-from gpt.distributed.zero.engine import deepspeed_config
+from gpt.distributed.zero.deepspeed_config import deepspeed_config
 
 
 def tiny(**fields: object) -> RunConfig:

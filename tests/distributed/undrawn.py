@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import gpt.distributed.zero.engine
+import gpt.distributed.zero.build
 import gpt.model.gpt
 from gpt.train import STOP, main
 
@@ -14,7 +14,7 @@ def refuse(*_: Any) -> None:
     raise AssertionError("initial weights are drawn, and nobody needs them")
 
 
-gpt.model.gpt.initialize = gpt.distributed.zero.engine.initialize = refuse
+gpt.model.gpt.initialize = gpt.distributed.zero.build.initialize = refuse
 STOP.install()
 main(Path(sys.argv[1]))
 sys.stdout.flush()

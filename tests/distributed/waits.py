@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt.config.run import RunConfig
 from gpt.distributed.world import join
-from gpt.distributed.zero.engine import Engine, build_model
+from gpt.distributed.zero.build import build_model
+from gpt.distributed.zero.engine import Engine
 from gpt.model.attention import Documents
 from gpt.training.metrics import Late
 from gpt.training.step import train_step

@@ -8,7 +8,8 @@ import torch
 
 from gpt.config.run import RunConfig
 from gpt.distributed.world import join, total
-from gpt.distributed.zero.engine import Engine, build_model
+from gpt.distributed.zero.build import build_model
+from gpt.distributed.zero.engine import Engine
 from gpt.model.attention import Documents
 
 run = RunConfig.model_validate(json.loads(sys.argv[1]))

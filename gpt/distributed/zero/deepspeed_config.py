@@ -1,0 +1,69 @@
+"""DeepSpeed's config, generated from the run's.
+
+ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054): stage 1 shards the optimizer's state over the ranks, stage 2
+the gradients too, stage 3 the weights too.
+"""
+
+from math import prod
+from typing import Any
+
+from gpt.config.model import ModelConfig
+from gpt.config.run import RunConfig
+from gpt.model.flops import parameter_table
+
+# Smaller messages do not fill a link: 32 MiB in bf16, near the 25 MB of torch's DDP.
+_BUCKET_NUMEL = 2**24
+
+
+def deepspeed_config(run: RunConfig, world_size: int, *, has_gpu: bool) -> dict[str, Any]:
+    """DeepSpeed's config for `run`: generated, never accepted from a user, since it ignores misspelt keys."""
+    accumulation = run.micro_batches(world_size)
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": run.batch.micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": run.optimizer.grad_clip,
+        "zero_optimization": _zero_optimization(run, has_gpu=has_gpu),
+        # With offload torch's AdamW updates on the host: unlike DeepSpeedCPUAdam it needs no compiler there.
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**62,
+    }
+    if run.precision == "bf16":
+        # Non-finite gradients skip the update instead of reaching the weights; off by default in bf16.
+        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
+    if run.precision == "fp16":
+        # Mixed Precision Training (arXiv:1710.03740, section 3.2), with the numbers of Apex.
+        config["fp16"] = {"enabled": True, "initial_scale_power": 16, "loss_scale_window": 1000}
+    if run.precision != "fp32" and accumulation > 1:
+        # Sums over micro-batches lose bits in 16 bits, DeepSpeed's default.
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+def _zero_optimization(run: RunConfig, *, has_gpu: bool) -> dict[str, Any]:
+    """The sizes follow the model: a block's gradients are reduced while the one before it computes."""
+    zero, block = run.zero, _block_numel(run.model)
+    config: dict[str, Any] = {
+        "stage": zero.stage,
+        "contiguous_gradients": True,
+        "overlap_comm": has_gpu,
+        "reduce_bucket_size": zero.bucket_numel or max(block, _BUCKET_NUMEL),
+    }
+    if zero.offload_optimizer == "cpu":
+        config["offload_optimizer"] = {"device": "cpu", "pin_memory": has_gpu}
+    if zero.stage < 3:
+        return config
+    vectors = [prod(shape) for _, shape in parameter_table(run.model) if len(shape) == 1]
+    config |= {
+        "stage3_prefetch_bucket_size": zero.prefetch_numel or block,
+        "stage3_param_persistence_threshold": zero.whole_below_numel or max(vectors, default=0),
+        "zero_quantized_weights": zero.quantized_weights,
+        "zero_quantized_gradients": zero.quantized_gradients,
+        "zero_hpz_partition_size": zero.secondary_shards,
+    }
+    if zero.offload_parameters == "cpu":
+        config["offload_param"] = {"device": "cpu", "pin_memory": has_gpu}
+    return config
+
+
+def _block_numel(model: ModelConfig) -> int:
+    return sum(prod(shape) for name, shape in parameter_table(model) if name.startswith("blocks.0."))
