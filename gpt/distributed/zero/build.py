@@ -15,9 +15,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def build_model(run: RunConfig, world: World, *, is_resumed: bool = False) -> GPT:
-    """The network of `run` with its initial weights, in place; at stage 3 no rank ever holds it whole.
+    """The network of `run` with its initial weights. At stage 3 no rank ever holds all of it.
 
-    Where it `is_resumed` the weights are without values: a checkpoint's take their place. Raises ConfigError
+    With `is_resumed` the weights stay uninitialized, because a checkpoint replaces them. Raises ConfigError
     when the attention kernel that the config names cannot run here.
     """
     dtype = DTYPES[run.precision]
@@ -29,7 +29,7 @@ def build_model(run: RunConfig, world: World, *, is_resumed: bool = False) -> GP
     with torch.device("meta"):
         model = GPT(run.model)
     model.place(world.device, dtype, world.sequence)
-    parameters = _cut_one_by_one(model, run, world)
+    parameters = _shard_one_by_one(model, run, world)
     if is_resumed:
         for _ in parameters:
             pass
@@ -38,8 +38,8 @@ def build_model(run: RunConfig, world: World, *, is_resumed: bool = False) -> GP
     return model
 
 
-def _cut_one_by_one(model: GPT, run: RunConfig, world: World) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Every parameter, whole while the caller fills it, and then cut into the ranks' shards."""
+def _shard_one_by_one(model: GPT, run: RunConfig, world: World) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Yield every parameter whole, for the caller to fill, and then shard it over the ranks."""
     deepspeed = import_deepspeed(world.device)
     deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False)
     config = deepspeed_config(run, world.size, has_gpu=world.device.type == "cuda")
@@ -49,7 +49,7 @@ def _cut_one_by_one(model: GPT, run: RunConfig, world: World) -> Iterator[tuple[
         parameter.data = parameter.data.to(device=world.device, dtype=DTYPES[run.precision])
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, parameter)
-        if planned is model.head.weight:  # where it is tied
+        if planned is model.head.weight:  # tied to the embedding
             model.head.weight = parameter
         deepspeed.zero.Init(
             torch.nn.ParameterList([parameter]), config_dict_or_path=config, dtype=DTYPES[run.precision]

@@ -16,25 +16,25 @@ _BUCKET_NUMEL = 2**24
 
 
 def deepspeed_config(run: RunConfig, world_size: int, *, has_gpu: bool) -> dict[str, Any]:
-    """DeepSpeed's config for `run`: generated, never accepted from a user, since it ignores misspelt keys."""
+    """DeepSpeed's config for `run`. Users never write it, because DeepSpeed ignores misspelt keys."""
     accumulation = run.micro_batches(world_size)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": run.batch.micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": run.optimizer.grad_clip,
         "zero_optimization": _zero_optimization(run, has_gpu=has_gpu),
-        # With offload torch's AdamW updates on the host: unlike DeepSpeedCPUAdam it needs no compiler there.
+        # With offload, torch's AdamW updates on the host: unlike DeepSpeedCPUAdam it needs no compiler.
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**62,
     }
     if run.precision == "bf16":
-        # Non-finite gradients skip the update instead of reaching the weights; off by default in bf16.
+        # Skip the update when a gradient is not finite; DeepSpeed does not check this in bf16 by default.
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
     if run.precision == "fp16":
-        # Mixed Precision Training (arXiv:1710.03740, section 3.2), with the numbers of Apex.
+        # Mixed Precision Training (arXiv:1710.03740, section 3.2), with Apex's initial scale and window.
         config["fp16"] = {"enabled": True, "initial_scale_power": 16, "loss_scale_window": 1000}
     if run.precision != "fp32" and accumulation > 1:
-        # Sums over micro-batches lose bits in 16 bits, DeepSpeed's default.
+        # DeepSpeed would sum micro-batches in 16 bits, which loses precision.
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
 

@@ -18,7 +18,7 @@ from gpt.config.run import RunConfig
 from gpt.distributed.world import World
 from gpt.distributed.zero.build import DTYPES
 from gpt.distributed.zero.deepspeed_config import deepspeed_config
-from gpt.distributed.zero.patches import check_overflow_once, import_deepspeed
+from gpt.distributed.zero.patches import check_overflow_once, import_deepspeed, keep_loss_scale_within_step
 from gpt.distributed.zero.state import FlatState, ShardedState, StatePart
 from gpt.model.gpt import GPT
 from gpt.optimizer.adamw import AdamW
@@ -34,7 +34,7 @@ class Engine:
     def __init__(self, model: GPT, run: RunConfig, world: World) -> None:
         deepspeed = import_deepspeed(world.device)
         self.run, self.world, self.model = run, world, model
-        self.initial_lr = 0.0  # where the warmup starts; `gpt.training.auto_warmup` may settle on more
+        self.initial_lr = 0.0  # where the warmup starts; gpt.training.auto_warmup may raise it
         self._engine, self._zero, _, _ = deepspeed.initialize(
             model=model,
             optimizer=build_optimizer(model, run.optimizer, DTYPES[run.precision]),
@@ -45,9 +45,9 @@ class Engine:
         if run.zero.stage < 3 and run.zero.offload_optimizer == "none":
             check_overflow_once(self._zero)
         if run.precision == "fp16":
-            # DeepSpeed raises it in the middle of a step and divides gradients of the old one by the new.
-            self._zero._update_scale = lambda has_overflow=False: None  # noqa: ARG005
+            keep_loss_scale_within_step(self._zero)
         self._ends_step = False
+        self._has_updates = False  # whether the state being loaded has seen an update
         kind = ShardedState if run.zero.stage == 3 else FlatState
         self._state = kind(self._zero, model, run, world)
         if isinstance(self._inner, MuonAdamW):
@@ -55,52 +55,54 @@ class Engine:
                 self._inner.exchanges[partition] = Exchange(wholes, world.rank, world.size)
 
     def forward_backward(self, loss_scale: float, *inputs: Any, is_last: bool) -> Tensor:
-        """The model's loss for one micro-batch, its gradient times `loss_scale` accumulated.
+        """Return the model's loss on one micro-batch and accumulate its gradient times `loss_scale`.
 
-        `is_last` says whether the step ends with it: in a batch ramp steps differ in their micro-batches.
-        DeepSpeed averages over ranks and micro-batches; both are multiplied in here, so that what is
-        left is the plain sum times `loss_scale`.
+        `is_last` marks the last micro-batch of the step; a batch ramp changes their number. DeepSpeed
+        averages over ranks and micro-batches. The loss is multiplied by both counts first, so that the
+        gradient is the plain sum times `loss_scale`.
         """
         self._ends_step = is_last
         self._engine.set_gradient_accumulation_boundary(is_last)
         loss: Tensor = self._engine(*inputs)
         average = self.world.size * self.run.micro_batches(self.world.size)
-        # 0 · loss: one that is not finite makes the gradient so, and the update is left out.
+        # 0 · loss makes the gradient non-finite when the loss is, so that the update is skipped.
         self._engine.backward(loss * (loss_scale * average + 0.0 * loss.detach()))
         return loss.detach()
 
-    def step(self, lr: float) -> None:
-        """Count one micro-batch; after the last of a step, clip and update with rate `lr`."""
+    def step(self, lr: float) -> dict[str, Tensor]:
+        """Count one micro-batch; after the last one of a step, clip the gradient and update with rate `lr`.
+
+        Returns the numbers of the step by their names in metrics.jsonl, as scalars on the device; nothing
+        before the last micro-batch.
+        """
         set_rate(self._inner, lr)
         self._engine.step()
         if not self._ends_step:
-            return
+            return {}
         if self.run.precision == "fp16":
             self._zero.loss_scaler.update_scale(self.was_skipped)
         if self.was_skipped and self.run.zero.stage < 3 and self.run.zero.offload_optimizer == "cpu":
-            # DeepSpeed leaves them where they accumulate in fp32: all later steps would be skipped, too.
+            # DeepSpeed keeps non-finite gradients when they accumulate in fp32: every later step would be
+            # skipped too.
             self._zero.averaged_gradients = dict.fromkeys(self._zero.averaged_gradients)
-
-    @property
-    def grad_norm(self) -> Tensor:
-        """Global norm of the last step's gradient before clipping, on the device; inf when not finite."""
+        # Over all ranks and before clipping; inf when the gradient is not finite.
         norm = self._engine.get_global_grad_norm()
-        return norm if isinstance(norm, Tensor) else torch.tensor(norm, device=self.world.device)
+        return {"train/grad_norm": torch.as_tensor(norm, device=self.world.device)}
 
     @property
     def was_skipped(self) -> bool:
-        """Whether the last step was left out because its gradient was not finite."""
+        """Whether the last step skipped its update because the gradient was not finite."""
         return bool(getattr(self._zero, "overflow", False))
 
     @property
     def optimizer_steps(self) -> int:
-        """Updates made so far, skipped steps left out."""
+        """The number of updates so far, without the skipped ones."""
         counts = [moments["step"] for moments in self._inner.state.values() if "step" in moments]
         return int(counts[0].item()) if counts else 0
 
     @property
     def scalars(self) -> dict[str, float]:
-        """What else is state: where the warmup started, and the dynamic loss scale of fp16."""
+        """The rest of the state: where the warmup started, and the dynamic loss scale of fp16."""
         scalars = {"initial_lr": self.initial_lr}
         if self.run.precision == "fp16":
             scaler = self._zero.loss_scaler
@@ -108,7 +110,7 @@ class Engine:
         return scalars
 
     def load_scalars(self, scalars: Mapping[str, float]) -> None:
-        """Continue with those of a checkpoint; a loss scale that is not there starts anew."""
+        """Continue with the scalars of a checkpoint; a loss scale that it lacks keeps its initial value."""
         self.initial_lr = scalars.get("initial_lr", 0.0)
         for name in _SCALER if self.run.precision == "fp16" else ():
             value = scalars.get(f"loss_scaler.{name}")
@@ -117,12 +119,12 @@ class Engine:
 
     @property
     def layout(self) -> Kind:
-        """How the state is cut over the ranks."""
+        """How the state is sharded over the ranks."""
         return self._state.kind
 
     @property
     def parameters(self) -> tuple[ParameterEntry, ...]:
-        """Every parameter, and where it stands in the state of its group."""
+        """Every parameter and its offset in the state of its group."""
         return self._state.parameters
 
     @property
@@ -131,12 +133,12 @@ class Engine:
         return self._state.groups
 
     def state(self) -> Iterator[StatePart]:
-        """This rank's part of the fp32 state without padding, in the order of its file: views, not copies."""
+        """This rank's part of the fp32 state, as views without padding, in the order of its file."""
         return self._state.parts()
 
     @contextmanager
-    def undone(self) -> Iterator[None]:
-        """After it the state is that of before, whatever steps were taken in it; for before the first one."""
+    def restored_afterwards(self) -> Iterator[None]:
+        """Restores the state on exit, whatever steps were taken inside. Only before the first update."""
         masters, scalars = [partition.detach().clone() for partition in self._state.partitions], self.scalars
         yield
         for partition, master in zip(self._state.partitions, masters, strict=True):
@@ -146,7 +148,7 @@ class Engine:
         self._state.refresh_weights()
 
     def prepare_load(self, optimizer_steps: int) -> None:
-        """Make sure that every tensor of `state()` exists, before it is filled from a checkpoint."""
+        """Create every tensor of `state()`, so that a checkpoint can fill them."""
         for partition in self._state.partitions:
             moments = self._inner.state[partition]
             if not moments:
@@ -156,7 +158,7 @@ class Engine:
         self._has_updates = optimizer_steps > 0
 
     def finish_load(self) -> None:
-        """Refresh the model's weights from the masters."""
+        """Refresh the model's weights from the loaded masters."""
         if not self._has_updates:
-            self._inner.state.clear()  # where the second moment starts is for the first update to say
+            self._inner.state.clear()  # the first update chooses where the second moment starts
         self._state.refresh_weights()

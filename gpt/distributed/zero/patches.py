@@ -1,8 +1,8 @@
 """What Outlast changes in DeepSpeed and torch, each change with its reason.
 
 Private in DeepSpeed 0.19 and used here: the list of optimizers that it knows, `check_overflow`,
-`scaled_global_norm`, `unscale_and_clip_grads`, `averaged_gradients` and the function that clips.
-tests/distributed/test_zero_contract.py fails when one of them changes its meaning.
+`scaled_global_norm`, `unscale_and_clip_grads`, `averaged_gradients`, the function that clips, and of fp16
+`_update_scale`. tests/distributed/test_zero_contract.py fails when one of them changes its meaning.
 """
 
 import logging
@@ -22,39 +22,40 @@ from gpt.optimizer.muon import MuonAdamW
 
 
 def import_deepspeed(device: torch.device) -> Any:
+    """The module deepspeed, with everything adapted that has to be before `initialize`."""
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-    # DeepSpeed's autotuner takes MLflow along where it is installed: 2 s of every start, for nothing.
+    # DeepSpeed's autotuner imports MLflow when it is installed, which costs every start 2 s.
     was_loaded = "mlflow" in sys.modules
     sys.modules.setdefault("mlflow", None)  # type: ignore[arg-type]
     import deepspeed
 
-    # It still calls this torch function by its old name, once a step.
+    # DeepSpeed calls this torch function by its old name once a step.
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*deprecated", category=FutureWarning)
     if not was_loaded:
         del sys.modules["mlflow"]
-    # Its Muon, which nothing here uses, decorates with torch.compile: that alone would load the compiler.
+    # DeepSpeed's Muon, which nothing here uses, is decorated with torch.compile and would load the compiler.
     with patch.object(torch, "compile", lambda *_, **__: lambda function: function):
         import deepspeed.runtime.zero.muon.original_muon
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # It warns of optimizers that it has not tested; ours are tested here, at every stage.
+    # DeepSpeed warns about optimizers that it has not tested; ours are tested here at every stage.
     known = deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS
     known.extend(kind for kind in (AdamW, MuonAdamW) if kind not in known)
     if device.type == "cpu":
-        # torch computes in fp16 on every CPU, if slowly; DeepSpeed asks for a fast one.
+        # torch computes in fp16 on every CPU, slowly; DeepSpeed requires a CPU that is fast at it.
         deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
-        # Its shared-memory collectives compile for 40 s at first use and raise without a compiler; to ask
-        # which ops could be built takes 2 s. gloo does without any of them.
+        # The shared-memory collectives compile for 40 s at first use and raise without a compiler, and the
+        # question which ops could be built takes 2 s. gloo needs none of them.
         deepspeed.ops.__compatible_ops__ = {}
     return deepspeed
 
 
 def check_overflow_once(zero: Any) -> None:
-    """Make stages 1 and 2 wait for the device once a step, for whether the gradient's norm is finite.
+    """Make stages 1 and 2 wait for the device once a step, to learn whether the gradient's norm is finite.
 
-    DeepSpeed scans every gradient for overflow, waits, then takes the norm of each group in fp64, with a
-    collective and two more waits each; where fp32 gradients accumulate it waits to know whether to clip. A
-    gradient that is not finite has no finite norm, so that one look at the whole norm is enough.
+    DeepSpeed scans every gradient for overflow, waits, and then computes the norm of each group in fp64, with
+    a collective and two more waits each; when gradients accumulate in fp32, it also waits to know whether to
+    clip. A non-finite gradient has no finite norm, so one look at the global norm is enough.
     """
     if not hasattr(zero, "averaged_gradients"):
         import deepspeed.runtime.bf16_optimizer
@@ -78,6 +79,14 @@ def check_overflow_once(zero: Any) -> None:
     zero.check_overflow = lambda partition_gradients=True: None  # noqa: ARG005
     zero.scaled_global_norm = scaled_global_norm
     zero.unscale_and_clip_grads = unscale_and_clip_grads
+
+
+def keep_loss_scale_within_step(zero: Any) -> None:
+    """Stop DeepSpeed from changing fp16's loss scale in the middle of a step; `Engine.step` changes it.
+
+    DeepSpeed would divide gradients that were computed with the old scale by the new one.
+    """
+    zero._update_scale = lambda has_overflow=False: None  # noqa: ARG005
 
 
 def _clip(input_tensors: Sequence[Tensor], max_norm: float, global_norm: Tensor, **_: Any) -> None:

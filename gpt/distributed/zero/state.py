@@ -25,7 +25,7 @@ from gpt.optimizer.parameter_groups import hyperparameters, parameter_entries, s
 
 @dataclass(frozen=True)
 class StatePart:
-    """A stretch of a group's fp32 state on this rank: elements `start` to `end` of its logical vector."""
+    """One state of a group on this rank in fp32: elements `start` to `end` of the group's flat vector."""
 
     group: str
     state: str
@@ -35,7 +35,7 @@ class StatePart:
 
 
 class FlatState:
-    """Stages 1 and 2: each group is one flat vector, cut into equal parts."""
+    """Stages 1 and 2: each group is one flat vector, sharded into equal parts."""
 
     kind: Kind = "flat"
 
@@ -44,7 +44,7 @@ class FlatState:
         self.partitions: list[Tensor] = [group["params"][0] for group in zero.optimizer.param_groups]
         sizes = [partition.numel() for partition in self.partitions]
         self.parameters, self.groups, self._layouts = _tables(self.kind, run, world, sizes)
-        # The closed form must be what DeepSpeed did.
+        # The computed layout must match the one that DeepSpeed made.
         by_name = dict(model.named_parameters())
         starts = {group.name: self._layouts[group.name].extents(world.rank)[0][0] for group in self.groups}
         for entry in self.parameters:
@@ -54,6 +54,7 @@ class FlatState:
                 assert reported == entry.offset + mapping.lp_fragment_address.start, entry.name
 
     def parts(self) -> Iterator[StatePart]:
+        """This rank's part of every state, without padding, in the order of its file."""
         for group, partition in zip(self.groups, self.partitions, strict=True):
             ((start, end),) = self._layouts[group.name].extents(self._world.rank)
             for state in group.states:
@@ -61,7 +62,7 @@ class FlatState:
                 yield StatePart(group.name, state, start, end, flat[: end - start])
 
     def wholes(self, group: str) -> Iterator[tuple[Tensor, list[Whole]]]:
-        """Each partition of `group` with the parameters that are cut in it."""
+        """Each fp32 partition of `group` with the parameters that have a shard in it."""
         layout = self._layouts[group]
         wholes = []
         for entry in (entry for entry in self.parameters if entry.group == group):
@@ -71,11 +72,12 @@ class FlatState:
         yield self.partitions[[entry.name for entry in self.groups].index(group)], wholes
 
     def refresh_weights(self) -> None:
+        """Copy the fp32 masters into the model's weights."""
         self._zero.update_lp_params()
 
 
 class ShardedState:
-    """Stage 3: each parameter is cut into equal parts."""
+    """Stage 3: each parameter is sharded into equal parts."""
 
     kind: Kind = "sharded"
 
@@ -87,6 +89,7 @@ class ShardedState:
         self.parameters, self.groups, self._layouts = _tables(self.kind, run, world, sizes)
 
     def parts(self) -> Iterator[StatePart]:
+        """This rank's part of every state, without padding, in the order of its file."""
         where = {name: (partition, at) for name, partition, at in self._places()}
         for group in self.groups:
             members = [entry for entry in self.parameters if entry.group == group.name]
@@ -98,7 +101,7 @@ class ShardedState:
                     yield StatePart(group.name, state, start, end, flat[at : at + end - start])
 
     def _places(self) -> Iterator[tuple[str, Tensor, int]]:
-        """Each parameter with the fp32 partition that holds its shard, and where the shard begins there."""
+        """Each parameter with the fp32 partition that holds its shard, and the offset of the shard there."""
         for partition, members in zip(self.partitions, self._zero.fp16_groups, strict=True):
             at = 0
             for parameter in members:
@@ -106,7 +109,7 @@ class ShardedState:
                 at += -(-parameter.ds_numel // self._world.size)
 
     def wholes(self, group: str) -> Iterator[tuple[Tensor, list[Whole]]]:
-        """Each partition of `group` with the parameters that are cut in it."""
+        """Each fp32 partition of `group` with the parameters that have a shard in it."""
         entries = {entry.name: entry for entry in self.parameters if entry.group == group}
         wholes: dict[Tensor, list[Whole]] = {}
         for name, partition, at in self._places():
@@ -122,19 +125,20 @@ class ShardedState:
         yield from wholes.items()
 
     def refresh_weights(self) -> None:
+        """Copy the fp32 masters into the model's weights."""
         zero = self._zero
         for i, flat in enumerate(zero.fp16_partitioned_groups_flat):
             flat.data.copy_(zero.fp32_partitioned_groups_flat[i].data)
             views = zero.unflatten(flat, zero.fp16_partitioned_groups[i])
             for part, view in zip(zero.fp16_partitioned_groups[i], views, strict=True):
                 part.data = view.data
-        if zero.persistent_parameters:  # small ones are kept whole on every rank: cut, then gather again
+        if zero.persistent_parameters:  # every rank keeps small ones whole: shard and gather them again
             zero.persistent_parameters[0].partition(zero.persistent_parameters)
         zero.checkpoint_event_epilogue()
 
 
 def _state_of(optimizer: torch.optim.Optimizer, partition: Tensor, state: str) -> Tensor:
-    """One state of a partition, flat; zeros where no update was made yet."""
+    """One state of a partition, flat; zeros before the first update."""
     if state == "master":
         return partition.data
     moments = optimizer.state.get(partition) or {}
@@ -144,7 +148,7 @@ def _state_of(optimizer: torch.optim.Optimizer, partition: Tensor, state: str) -
 def _whole(
     name: str, model: ModelConfig, shape: tuple[int, ...], places: Sequence[tuple[int, int, int]]
 ) -> Whole:
-    """A parameter for Muon; queries, keys and values, and gate and value, are matrices of their own."""
+    """A parameter for Muon; queries, keys and values, and gate and value, are separate matrices."""
     rows: tuple[int, ...] = (shape[0],)
     if name.endswith("attention.qkv.weight"):
         rows = tuple(heads * model.head_width for heads in (model.n_heads, model.kv_heads, model.kv_heads))
@@ -157,7 +161,7 @@ def _whole(
 def _tables(
     kind: Kind, run: RunConfig, world: World, partition_numels: list[int]
 ) -> tuple[tuple[ParameterEntry, ...], tuple[GroupEntry, ...], dict[str, GroupLayout]]:
-    """Parameters, groups and cuts in closed form."""
+    """Parameters, groups and layouts, computed from the config."""
     parameters = parameter_entries(run.model, run.optimizer)
     groups: list[GroupEntry] = []
     layouts = {}
