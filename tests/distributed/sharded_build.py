@@ -1,4 +1,4 @@
-"""Run by torchrun from test_sharded_build.py: build a network in less memory than its weights take."""
+"""Run by torchrun from test_sharded_build.py: builds a network in less memory than its weights take."""
 
 import json
 import resource
@@ -15,10 +15,10 @@ from gpt.model.flops import parameter_count
 
 run = RunConfig.model_validate(json.loads(sys.argv[1]))
 world = join(60)
-import_deepspeed(world.device)  # what it maps is not counted
+import_deepspeed(world.device)  # its own memory does not count
 status = Path("/proc/self/status").read_text()
 mapped = int(next(line for line in status.splitlines() if line.startswith("VmData")).split()[1]) * 1024
-limit = mapped + 4 * parameter_count(run.model) * 3 // 4  # in fp32 they take a third more
+limit = mapped + 4 * parameter_count(run.model) * 3 // 4  # a quarter less than the fp32 weights take
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 model = build_model(run, world)
 shards = sum(parameter.ds_tensor.numel() for parameter in model.parameters())  # type: ignore[attr-defined]

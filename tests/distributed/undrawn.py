@@ -1,4 +1,4 @@
-"""The worker, which fails where it would draw initial weights: a run that goes on has no use for them."""
+"""The worker, which fails when it draws initial weights: a resumed run does not need them."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ from gpt.train import STOP, main
 
 
 def refuse(*_: Any) -> None:
-    raise AssertionError("initial weights are drawn, and nobody needs them")
+    raise AssertionError("a resumed run draws initial weights")
 
 
 gpt.model.gpt.initialize = gpt.distributed.zero.build.initialize = refuse
