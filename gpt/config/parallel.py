@@ -22,8 +22,8 @@ class ZeroConfig(Section):
 
     stage: Literal[1, 2, 3] = Field(
         default=1,
-        description="Stage 1 shards the optimizer's state over the ranks, stage 2 also the gradients, stage 3 also "
-        "the weights.",
+        description="Stage 1 shards the optimizer's state over the ranks, stage 2 also the gradients, and "
+        "stage 3 also the weights.",
     )
     offload_optimizer: Literal["none", "cpu"] = Field(
         default="none",
@@ -37,7 +37,7 @@ class ZeroConfig(Section):
     )
     bucket_numel: Count | None = Field(
         default=None,
-        description="Number of gradient elements that are reduced at a time. Default: those of one block, but "
+        description="Number of gradient elements to reduce at a time. Default: those of one block, but "
         "at least 2^24.",
     )
     prefetch_numel: Count | None = Field(
@@ -52,16 +52,16 @@ class ZeroConfig(Section):
     )
     quantized_weights: bool = Field(
         default=False,
-        description="Gathers the weights in 8 bits (qwZ of ZeRO++, arXiv:2306.10209). Needs stage 3 on GPUs.",
+        description="Gathers weights in 8 bits (qwZ of ZeRO++, arXiv:2306.10209). Needs stage 3 on GPUs.",
     )
     quantized_gradients: bool = Field(
         default=False,
-        description="Reduces the gradients in 4 bits by an all-to-all (qgZ of ZeRO++). Needs stage 3 on GPUs.",
+        description="Reduces gradients in 4 bits by an all-to-all (qgZ of ZeRO++). Needs stage 3 on GPUs.",
     )
     secondary_shards: Count = Field(
         default=1,
-        description="Number of processes that together keep one more copy of the weights for the backward pass "
-        "(hpZ of ZeRO++), usually those of a node. 1 keeps no copy. Needs stage 3 on GPUs.",
+        description="Number of processes that together keep one more copy of the weights for the backward "
+        "pass (hpZ of ZeRO++), usually those of a node. 1 keeps no copy. Needs stage 3 on GPUs.",
     )
 
     @field_validator("stage", mode="before")
@@ -98,6 +98,6 @@ class ParallelConfig(Section):
 
     sequence: Count = Field(
         default=1,
-        description="Number of neighbouring processes that share each sequence, for contexts that are too long "
-        "for one process (DeepSpeed Ulysses, arXiv:2309.14509). They should be on one node.",
+        description="Number of neighbouring processes that share each sequence, for contexts that are too "
+        "long for one process (DeepSpeed Ulysses, arXiv:2309.14509). They should be on one node.",
     )

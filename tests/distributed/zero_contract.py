@@ -1,4 +1,4 @@
-"""Run by torchrun from test_zero_contract.py: checks the private attributes that gpt/distributed/zero uses."""
+"""Run by torchrun from test_zero_contract.py: checks the private attributes that Outlast uses."""
 
 import json
 import sys
