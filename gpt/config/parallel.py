@@ -1,4 +1,4 @@
-"""What the processes share of the training: the tables [zero] and [parallel]. Torch-free."""
+"""How the processes share the work: the tables [zero] and [parallel]. Torch-free."""
 
 from typing import Literal, Self
 
@@ -22,43 +22,46 @@ class ZeroConfig(Section):
 
     stage: Literal[1, 2, 3] = Field(
         default=1,
-        description="1 shards the optimizer's state over the ranks, 2 the gradients too, 3 the weights too.",
+        description="Stage 1 shards the optimizer's state over the ranks, stage 2 also the gradients, and "
+        "stage 3 also the weights.",
     )
     offload_optimizer: Literal["none", "cpu"] = Field(
         default="none",
-        description="cpu: master weights and moments live in the host's memory and are updated there "
+        description="With cpu, master weights and moments stay in host memory and are updated there "
         "(ZeRO-Offload, arXiv:2101.06840).",
     )
     offload_parameters: Literal["none", "cpu"] = Field(
         default="none",
-        description="cpu, stage 3 only: the weights' shards live in the host's memory (arXiv:2104.07857).",
+        description="With cpu, the shards of the weights stay in host memory (ZeRO-Infinity, "
+        "arXiv:2104.07857). Needs stage 3.",
     )
     bucket_numel: Count | None = Field(
         default=None,
-        description="Elements of the gradient that are reduced at a time. Default: those of a block, 2^24 at "
-        "least.",
+        description="Number of gradient elements to reduce at a time. Default: those of one block, but "
+        "at least 2^24.",
     )
     prefetch_numel: Count | None = Field(
         default=None,
-        description="Stage 3: elements of the weights that are gathered ahead. Default: those of a block.",
+        description="Number of weight elements that are gathered ahead of use. Default: those of one block. "
+        "Needs stage 3.",
     )
     whole_below_numel: Count | None = Field(
         default=None,
-        description="Stage 3: parameters with no more elements stay whole on every rank. Default: norms and "
-        "biases.",
+        description="Parameters with at most this many elements stay whole on every rank. Default: norms and "
+        "biases. Needs stage 3.",
     )
     quantized_weights: bool = Field(
         default=False,
-        description="ZeRO++ (arXiv:2306.10209), stage 3 on GPUs: weights are gathered in 8 bits (qwZ).",
+        description="Gathers weights in 8 bits (qwZ of ZeRO++, arXiv:2306.10209). Needs stage 3 on GPUs.",
     )
     quantized_gradients: bool = Field(
         default=False,
-        description="ZeRO++, stage 3 on GPUs: gradients are reduced in 4 bits, by an all-to-all (qgZ).",
+        description="Reduces gradients in 4 bits by an all-to-all (qgZ of ZeRO++). Needs stage 3 on GPUs.",
     )
     secondary_shards: Count = Field(
         default=1,
-        description="ZeRO++, stage 3 on GPUs: each group of this many processes, those of a node, keeps a "
-        "copy of the weights for the backward pass (hpZ). 1: no copies.",
+        description="Number of processes that together keep one more copy of the weights for the backward "
+        "pass (hpZ of ZeRO++), usually those of a node. 1 keeps no copy. Needs stage 3 on GPUs.",
     )
 
     @field_validator("stage", mode="before")
@@ -67,13 +70,13 @@ class ZeroConfig(Section):
         if stage == 0:
             raise ValueError(
                 "zero.stage = 0 is not offered: DeepSpeed then trains bf16 with another optimizer, whose "
-                "losses drift from those of the other stages. Use 1, which serves a single process too."
+                "losses drift from those of the other stages. Use 1, which also works with a single process."
             )
         return stage
 
     @property
     def is_plus_plus(self) -> bool:
-        """Whether any part of ZeRO++ is on."""
+        """Whether any part of ZeRO++ is enabled."""
         return self.quantized_weights or self.quantized_gradients or self.secondary_shards > 1
 
     @model_validator(mode="after")
@@ -91,10 +94,10 @@ class ZeroConfig(Section):
 
 
 class ParallelConfig(Section):
-    """What the ranks share beside the optimizer's state, the gradients and the weights."""
+    """How the ranks share the work on each sequence."""
 
     sequence: Count = Field(
         default=1,
-        description="Neighbouring processes that share each sequence, for contexts too long for one "
-        "(DeepSpeed Ulysses, arXiv:2309.14509). At best those of one node.",
+        description="Number of neighbouring processes that share each sequence, for contexts that are too "
+        "long for one process (DeepSpeed Ulysses, arXiv:2309.14509). They should be on one node.",
     )

@@ -1,12 +1,12 @@
 """Ranks, devices, and agreement between ranks.
 
-Everything that ranks must agree on (stop, save, an error, the count of scored tokens) goes through a gloo
-control group beside the training collectives, so that it needs no device and blocks no kernel.
+The ranks agree on everything else than gradients (stop, save, an error, the count of scored tokens) through a
+gloo control group, which needs no device and blocks no kernel.
 """
 
 import os
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -15,8 +15,10 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from data_pipeline.errors import OutlastError
-from gpt.model.sequence_parallel import WHOLE_SEQUENCES, SequenceGroup, sequence_group
+from gpt.distributed.mesh import DATA, SEQUENCE, Mesh
+from gpt.model.sequence_parallel import WHOLE_SEQUENCES, SequenceGroup
 from gpt.run.environment import WorkerEnvironment
+from gpt.run.heartbeat import wait_for_ranks
 from gpt.run.host_memory import keep_freed_memory
 
 T = TypeVar("T")
@@ -24,7 +26,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """This process among the others."""
+    """This process among all processes of the attempt."""
 
     rank: int
     size: int
@@ -33,18 +35,28 @@ class World:
     node: int
     device: torch.device
     control: dist.ProcessGroup
-    device_problem: str | None = None  # why this rank has no device, where it should have one
+    device_problem: str | None = None  # why this rank has no device although it should have one
     sequence: SequenceGroup = WHOLE_SEQUENCES
 
     @property
+    def mesh(self) -> Mesh:
+        """The arrangement of all ranks."""
+        return Mesh.over(self.size, **{SEQUENCE: self.sequence.size})
+
+    @property
     def data_rank(self) -> int:
-        """Which part of each batch is this rank's; those that share sequences have the same."""
-        return self.rank // self.sequence.size
+        """The index of this rank's part of each batch; ranks that share sequences have the same one."""
+        return self.mesh.coordinates(self.rank)[DATA]
 
     @property
     def data_size(self) -> int:
-        """Into how many parts batches are cut."""
-        return self.size // self.sequence.size
+        """The number of parts into which the ranks split each batch."""
+        return self.mesh.size(DATA)
+
+    @property
+    def is_counting(self) -> bool:
+        """Whether this rank counts its sequences: of the ranks that share them, only the first does."""
+        return self.mesh.is_first_outside(self.rank, DATA)
 
     @property
     def is_first(self) -> bool:
@@ -58,13 +70,15 @@ def join(timeout_s: float, sequence: int = 1, environment: WorkerEnvironment | N
     `sequence` ranks share each sequence.
     """
     local_rank = int(os.environ["LOCAL_RANK"])
-    # All ranks must choose the same backend, also where one node has lost its GPUs.
+    # All ranks must choose the same backend, even when one node has lost its GPUs.
     environment = environment or WorkerEnvironment.read()
     wanted = environment.gpus_per_node
     has_gpu = torch.cuda.is_available() if wanted is None else wanted > 0
     problem = None
     if has_gpu and local_rank >= torch.cuda.device_count():
-        problem = f"{torch.cuda.device_count()} GPUs are there, {wanted or local_rank + 1} were asked for"
+        problem = (
+            f"the node has {torch.cuda.device_count()} GPUs, and the run needs {wanted or local_rank + 1}"
+        )
     device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
     if has_gpu and problem is None:
         torch.cuda.set_device(device)
@@ -80,20 +94,30 @@ def join(timeout_s: float, sequence: int = 1, environment: WorkerEnvironment | N
     assert control is not None
     node = environment.node if environment.node is not None else int(os.environ.get("GROUP_RANK", "0"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    shared = sequence_group(sequence, timeout)
+    shared = _sequence_group(Mesh.over(size, **{SEQUENCE: sequence}), rank, timeout)
     return World(rank, size, local_rank, local_size, node, device, control, problem, shared)
 
 
-def _store(rank: int, size: int, timeout: timedelta) -> Store:
-    """The key-value store in which the ranks find each other, another one after each restart.
+def _sequence_group(mesh: Mesh, rank: int, timeout: timedelta) -> SequenceGroup:
+    """The ranks that share their sequences with `rank`. Collective."""
+    if mesh.size(SEQUENCE) == 1:
+        return WHOLE_SEQUENCES
+    groups = [(ranks, dist.new_group(ranks, timeout=timeout)) for ranks in mesh.groups(SEQUENCE)]
+    ranks, processes = next((ranks, processes) for ranks, processes in groups if rank in ranks)
+    return SequenceGroup(ranks.index(rank), len(ranks), processes)
 
-    On one node the agent keeps one store over restarts, and torch 2.13 no longer separates them: a new
-    worker would find the addresses of the dead and fail to connect. Over several nodes rank 0 serves a
-    fresh one (launcher.node.torchrun says why).
+
+def _store(rank: int, size: int, timeout: timedelta) -> Store:
+    """The key-value store through which the ranks find each other; each restart uses a fresh one.
+
+    On one node the agent keeps its store over restarts, and torch 2.13 does not separate them: a new worker
+    would read the addresses of dead ones and fail to connect. On several nodes rank 0 serves a fresh store
+    (launcher.node.torchrun says why).
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     is_agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = TCPStore(address, port, size, is_master=not is_agents and rank == 0, timeout=timeout)
+    is_server = not is_agents and rank == 0
+    store = wait_for_ranks(TCPStore, address, port, size, is_master=is_server, timeout=timeout)
     if not is_agents:
         return store
     return PrefixStore(f"restart-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
@@ -102,22 +126,22 @@ def _store(rank: int, size: int, timeout: timedelta) -> Store:
 def from_first(world: World, value: T) -> T:
     """Rank 0's `value`, on every rank."""
     box: list[Any] = [value]
-    dist.broadcast_object_list(box, src=0, group=world.control)
+    wait_for_ranks(dist.broadcast_object_list, box, src=0, group=world.control)
     return box[0]  # type: ignore[no-any-return]
 
 
 def gather(world: World, value: T) -> list[T]:
     """Every rank's `value`, in rank order, on every rank."""
     values: list[Any] = [None] * world.size
-    dist.all_gather_object(values, value, group=world.control)
+    wait_for_ranks(dist.all_gather_object, values, value, group=world.control)
     return values
 
 
 def agree(world: World, action: Callable[[], T]) -> T:
-    """`action()` on every rank; an error that one rank meets is raised by all.
+    """`action()` on every rank; when it raises on one rank, every rank raises.
 
-    Without this a rank that fails leaves the others in their next collective until it times out. Only
-    our own errors are agreed upon: any other is a crash, which the agent answers by a restart.
+    Otherwise the other ranks would wait in their next collective until it times out. Only Outlast's own
+    errors are agreed on: any other error is a crash, after which the agent restarts the workers.
     """
     error: OutlastError | None = None
     result: T | None = None
@@ -131,36 +155,20 @@ def agree(world: World, action: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-@dataclass(frozen=True)
-class Tick:
-    """What the ranks tell each other at a step boundary; values are summed over the ranks."""
-
-    loss_sum: float = 0.0
-    scored_ahead: float = 0.0
-    digest: float = 0.0
-    stop: float = 0.0
-    error: float = 0.0
-    save_due: float = 0.0
-    save_done: float = 0.0
-    save_failed: float = 0.0
+def total(world: World, *values: float) -> tuple[float, ...]:
+    """Each of `values` summed over the ranks, in fp64."""
+    summed = torch.tensor(values, dtype=torch.float64)
+    wait_for_ranks(dist.all_reduce, summed, group=world.control)
+    return tuple(summed.tolist())
 
 
-class PendingTick:
-    """A Tick under way: started at one boundary and read at the next, so that no step waits for it."""
-
-    def __init__(self, world: World, tick: Tick) -> None:
-        self._values = torch.tensor(astuple(tick), dtype=torch.float64)
-        self._work = dist.all_reduce(self._values, group=world.control, async_op=True)
-
-    def result(self) -> Tick:
-        """The sum over the ranks."""
-        assert self._work is not None
-        self._work.wait()
-        return Tick(*self._values.tolist())
+def barrier(world: World) -> None:
+    """Wait until every rank is here."""
+    wait_for_ranks(dist.barrier, group=world.control)
 
 
 class PendingGather:
-    """A few integers of every rank under way, like a PendingTick."""
+    """A few integers of every rank on their way: started at one step boundary and read at the next."""
 
     def __init__(self, world: World, *values: int) -> None:
         mine = torch.tensor(values, dtype=torch.int64)
@@ -170,12 +178,5 @@ class PendingGather:
     def result(self) -> list[tuple[int, ...]]:
         """The values of each rank, in rank order."""
         assert self._work is not None
-        self._work.wait()
+        wait_for_ranks(self._work.wait)
         return [tuple(values.tolist()) for values in self._all]
-
-
-def total(world: World, *values: float) -> tuple[float, ...]:
-    """Each of `values` summed over the ranks, in fp64."""
-    summed = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(summed, group=world.control)
-    return tuple(summed.tolist())

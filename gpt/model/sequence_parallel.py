@@ -10,7 +10,6 @@ gradients.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -64,14 +63,3 @@ class SequenceGroup:
 
 
 WHOLE_SEQUENCES = SequenceGroup()
-
-
-def sequence_group(size: int, timeout: timedelta) -> SequenceGroup:
-    """This rank's group of `size` neighbouring ranks, on one node if `size` permits. Collective."""
-    if size == 1:
-        return WHOLE_SEQUENCES
-    world, rank = dist.get_world_size(), dist.get_rank()
-    assert world % size == 0, f"{world} processes cannot be cut into groups of {size}"
-    firsts = range(0, world, size)
-    groups = [dist.new_group(list(range(first, first + size)), timeout=timeout) for first in firsts]
-    return SequenceGroup(rank % size, size, groups[rank // size])

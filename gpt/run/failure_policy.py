@@ -22,6 +22,7 @@ class Trigger(StrEnum):
     STOPPED_BY_PERSON = "Ctrl-C, `outlast stop` or `scancel`"
     FINISHED = "the last step is done"
     CANNOT_CONTINUE = "no intact checkpoint, or the input is wrong"
+    GRADIENT_NOT_FINITE = "the gradient of a step is not finite"
 
 
 class Action(StrEnum):
@@ -32,6 +33,7 @@ class Action(StrEnum):
     REQUEUE_ELSEWHERE = "requeue the job, excluding the node"
     END_JOB_RUN = "end this job run as failed"
     END = "end the job"
+    SKIP_UPDATE = "skip the update and train on"
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,9 @@ POLICIES: Mapping[Trigger, Policy] = {
     Trigger.STOPPED_BY_PERSON: Policy(Action.END),
     Trigger.FINISHED: Policy(Action.END),
     Trigger.CANNOT_CONTINUE: Policy(Action.END),
+    Trigger.GRADIENT_NOT_FINITE: Policy(
+        Action.SKIP_UPDATE
+    ),  # gpt.distributed.zero.engine has DeepSpeed do so
 }
 
 # Which trigger the exit code of a job run is, when no person has asked for a stop.

@@ -1,8 +1,9 @@
-"""Signs of life: a worker tells its node task how far it is, so that a hang is found and its culprit named.
+"""Heartbeats: workers report their progress to the node task, which detects hangs.
 
-A datagram to an abstract Unix socket a step: no file is left behind, nothing waits, and without a listener
-nothing happens. launcher/node/hang_watchdog.py acts on silence; here a worker only makes its stacks readable:
-SIGQUIT writes those of all threads to its log, also while it waits in a collective.
+A heartbeat is one datagram to an abstract Unix socket. It leaves no file behind, never blocks, and does
+nothing when nobody listens. launcher/node/hang_watchdog.py acts on silence. A worker also writes the stacks
+of all its threads to its log on SIGQUIT, even while it waits in a collective; `wait_for_ranks` marks those
+waits.
 """
 
 import faulthandler
@@ -11,15 +12,42 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import ParamSpec, Self, TypeVar
 
 from gpt.run.environment import WorkerEnvironment
 
 WAITING = "waiting for the other ranks to start"
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class HeartbeatMessage:
+    """What one heartbeat says. The field names are the keys of the JSON datagram."""
+
+    attempt: int  # 0 until the worker belongs to an attempt
+    rank: int
+    pid: int
+    step: int  # completed steps
+    doing: str
+    starting: bool  # the start has a timeout of its own
+
+    def encode(self) -> bytes:
+        """The datagram."""
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def decode(cls, datagram: bytes) -> Self:
+        """The message in `datagram`. Raises ValueError or TypeError when it is not one."""
+        return cls(**json.loads(datagram))
+
 
 class Heartbeat:
-    """This worker's line to its node task. `attempt` is 0 until the worker belongs to one."""
+    """Sends the heartbeats of this worker. `attempt` is 0 until the worker belongs to one."""
 
     def __init__(self) -> None:
         name = WorkerEnvironment.read().heartbeat
@@ -30,16 +58,18 @@ class Heartbeat:
         faulthandler.register(signal.SIGQUIT, file=sys.stderr, all_threads=True)
 
     def beat(self, step: int, doing: str, *, is_starting: bool = False) -> None:
-        """Alive: `step` steps are done, and now comes `doing`. `is_starting` asks for more patience."""
+        """Report that `step` steps are done and that `doing` comes next."""
         if self._address is None:
             return
-        sign = {
-            "attempt": self.attempt,
-            "rank": self._rank,
-            "pid": os.getpid(),
-            "step": step,
-            "doing": doing,
-            "starting": is_starting,
-        }
-        with suppress(OSError):  # a full queue, or nobody there: never a matter for training
-            self._socket.sendto(json.dumps(sign).encode(), self._address)
+        message = HeartbeatMessage(self.attempt, self._rank, os.getpid(), step, doing, is_starting)
+        with suppress(OSError):  # the queue is full or nobody listens: training goes on either way
+            self._socket.sendto(message.encode(), self._address)
+
+
+def wait_for_ranks(wait: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call `wait`, which returns only once other ranks have done their part.
+
+    The hang watchdog finds this function by its name in the stack of a worker and then knows that the worker
+    waits for others. Every collective and every wait of ours goes through here.
+    """
+    return wait(*args, **kwargs)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gpt.distributed.zero.engine import StatePart
+from gpt.distributed.zero.state import StatePart
 
 _PIECE = 1 << 24  # elements of a device's state that stand in host memory at a time: 64 MiB
 

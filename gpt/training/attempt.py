@@ -1,4 +1,4 @@
-"""How the workers claim an attempt together, and how rank 0 records its end.
+"""An attempt as its workers see it: they claim it together, and rank 0 records how it ends.
 
 The launcher acts on the attempt's result.json, never on an exit code of torchrun.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from gpt.checkpoint.format import committed
 from gpt.checkpoint.writer import remove_leftovers
+from gpt.config.run import RunConfig
 from gpt.distributed.world import World, agree, from_first, gather
 from gpt.run.attempts import Superseded, claim_number, owner_of
 from gpt.run.environment import WorkerEnvironment
@@ -21,8 +22,22 @@ from gpt.run.exit_codes import ExitCode
 from gpt.run.json_file import retry_on_oserror
 from gpt.run.records import Owner, Result, Worker
 from gpt.run.run_dir import RunDir
+from gpt.run.stop import StopFlag
+from gpt.training.start_clock import StartClock
 
 _EVENTS = {ExitCode.FINISHED: Event.FINISHED, ExitCode.STOPPED: Event.STOPPED}
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One attempt at a run, and this worker in it."""
+
+    run: RunConfig
+    run_dir: RunDir
+    world: World
+    number: int
+    clock: StartClock
+    stop: StopFlag
 
 
 @dataclass(frozen=True)
@@ -35,9 +50,9 @@ class AttemptOutcome:
 
 
 def claim(run_dir: RunDir, world: World, environment: WorkerEnvironment) -> int:
-    """Claim the attempt of this generation of workers; from now on each rank logs into the attempt's folder.
+    """Claim the next attempt for these workers and send each rank's output to the attempt's folder.
 
-    Collective. Raises Superseded, on every rank, when another job has taken the run over.
+    Collective. Raises Superseded on every rank when another job has taken the run over.
     """
     agree(world, lambda: _refuse_if_taken_over(run_dir, environment) if world.is_first else None)
     host = environment.node_name or socket.gethostname()
@@ -50,10 +65,10 @@ def claim(run_dir: RunDir, world: World, environment: WorkerEnvironment) -> int:
 
 
 def _claim_next(run_dir: RunDir, world: World, environment: WorkerEnvironment, workers: list[Worker]) -> int:
-    """Claim the next number and write its owner at once, so that every claimed number has one."""
-    remove_leftovers(run_dir.checkpoints)  # before anything is written: a full disk needs the room
+    """Claim the next number and write its owner at once, so that every attempt has an owner."""
+    remove_leftovers(run_dir.checkpoints)  # first of all, because a full disk needs the room
     number = retry_on_oserror(lambda: claim_number(run_dir))
-    remove_leftovers(run_dir.checkpoints)  # an older copy that was about to commit is now too late
+    remove_leftovers(run_dir.checkpoints)  # of an older copy, which can no longer commit
     checkpoints = committed(run_dir.checkpoints)
     owner = Owner(
         attempt=number,
@@ -73,7 +88,7 @@ def _claim_next(run_dir: RunDir, world: World, environment: WorkerEnvironment, w
 
 
 def finish(run_dir: RunDir, attempt: int, outcome: AttemptOutcome) -> None:
-    """Record how the attempt ended, for the launcher and for people. Rank 0 calls this once, at the end."""
+    """Record how the attempt ended. Rank 0 calls this once, at the end."""
     code, cause = outcome.exit_code, outcome.cause
     event = _EVENTS.get(code, Event.FAILED)
     record_event(run_dir.events, event, attempt=attempt, exit_code=code, cause=cause, step=outcome.step)
@@ -90,8 +105,7 @@ def log_line(text: str) -> None:
 def _refuse_if_taken_over(run_dir: RunDir, environment: WorkerEnvironment) -> None:
     """Raise Superseded when another job has made an attempt since this job run began.
 
-    Otherwise a copy of the run that was cut off and comes back would claim the newest number, and so pass for
-    the run.
+    Otherwise an older copy of the run, cut off for a while, would claim the newest number and become the run.
     """
     after = environment.after_attempt
     if after is None:

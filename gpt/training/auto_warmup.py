@@ -1,9 +1,9 @@
-"""`schedule.warmup = "auto"`: where the warmup starts, by the instability of the first update.
+"""`schedule.warmup = "auto"`: finds the learning rate at which the warmup starts.
 
-Kalra & Barkeshli 2024 (arXiv:2406.09405) start the warmup at the critical rate η_c of the
-initial network, above which the first update raises the loss (the loss catapult), instead of at zero. Up to
-there small rates only lose time: T_warmup · η_c / η_peak steps are saved. They find η_c by doubling and
-bisecting the rate, which is done here with the run's own optimizer, first batch and ZeRO stage.
+Kalra & Barkeshli 2024 (arXiv:2406.09405) start the warmup at the critical rate η_c of the initial network
+instead of at zero. Above η_c the first update raises the loss (the loss catapult); below it, small rates only
+lose time, so that T_warmup · η_c / η_peak steps are saved. They find η_c by doubling and bisecting the rate.
+The search here does so with the run's own optimizer, first batch and ZeRO stage.
 """
 
 import math
@@ -12,21 +12,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gpt.distributed.world import World, total
+from gpt.distributed.world import total
 from gpt.distributed.zero.engine import Engine
-from gpt.model.gpt import GPT, seed_dropout
+from gpt.model.gpt import seed_dropout
 from gpt.training.step import ModelInputs, train_step
 
 _DOUBLINGS = 10  # the search begins at peak / 2^10
-_BISECTIONS = 4  # after them the rate is known to 2^(1/16), 4%
-# An update that is left out says nothing of its rate; fp16's loss scale begins at 2^16 and falls with each.
-_MOST_SCALES = 20
+_BISECTIONS = 4  # afterwards the rate is known to a factor of 2^(1/16), 4%
+# A skipped update says nothing about its rate. fp16's loss scale starts at 2^16 and falls with each of them.
+_MAX_SKIPPED = 20
 
 
 def critical_rate(loss_after: Callable[[float], float], loss_before: float, peak_lr: float) -> float:
-    """The largest rate found up to `peak_lr` at which one update does not raise the loss.
+    """The largest rate up to `peak_lr` at which one update does not raise the loss, as far as searched.
 
-    0 where even the smallest one does: then the warmup starts as always.
+    0 when even the smallest rate raises it: then the warmup starts at zero as usual.
     """
     low, high = 0.0, peak_lr * 2.0**-_DOUBLINGS
     while _is_stable(loss_after(high), loss_before):
@@ -46,11 +46,9 @@ def _is_stable(loss_after: float, loss_before: float) -> bool:
     return math.isfinite(loss_after) and loss_after <= loss_before
 
 
-def initial_rate(
-    engine: Engine, model: GPT, micro_batches: list[ModelInputs], scored_tokens: float, world: World
-) -> float:
-    """Where the warmup of this run starts; the state is left as it was. Collective."""
-    run = engine.run
+def initial_rate(engine: Engine, micro_batches: list[ModelInputs], scored_tokens: float) -> float:
+    """The rate at which this run's warmup starts. Collective; the state stays as it is."""
+    run, model, world = engine.run, engine.model, engine.world
 
     def loss() -> float:
         model.eval()
@@ -61,8 +59,8 @@ def initial_rate(
         return summed / scored_tokens
 
     def loss_after(lr: float) -> float:
-        with engine.undone():
-            for _ in range(_MOST_SCALES):
+        with engine.restored_afterwards():
+            for _ in range(_MAX_SKIPPED):
                 seed_dropout(run.seed, 1, world.rank)
                 train_step(engine, micro_batches, lr, scored_tokens)
                 if not engine.was_skipped:

@@ -1,10 +1,13 @@
-"""The lines of metrics.jsonl, each written when its numbers have reached the host, a step late.
+"""The lines of metrics.jsonl. A step's line is written one step late, once its numbers are on the host.
 
-On a GPU a step is only queued when its Python code has run. Whoever reads its loss at once waits for it and
-leaves the device idle meanwhile; so the loss and the gradient norm of a step are read when the next one
-is queued.
+On a GPU a step is only queued when its Python code has run. Reading its loss at once would wait for the
+device and leave it idle afterwards, so the numbers of a step are read when the next step is queued.
+
+To add a number, return it by its name from `train_step` or `Engine.step`: it appears in every line. A number
+whose value differs between ranks also gets a row in `REDUCTIONS`; without one, rank 0's value is written.
 """
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -12,20 +15,37 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gpt.distributed.reduction import Reduction
 from gpt.distributed.world import World
 from gpt.run import record
 from gpt.run.attempts import is_superseded
 from gpt.run.run_dir import RunDir
 
+# How the values of the ranks become one, for every number that the ranks exchange at a step boundary.
+REDUCTIONS: Mapping[str, Reduction] = {
+    "train/loss": Reduction.SUM,
+    "data/digest": Reduction.SUM,
+    # What the ranks agree on besides metrics. Yes/no values are summed to the number of ranks that say yes.
+    "scored_ahead": Reduction.SUM,
+    "stop": Reduction.SUM,
+    "error": Reduction.SUM,
+    "save_due": Reduction.SUM,
+    "save_done": Reduction.SUM,
+    "save_failed": Reduction.SUM,
+}
+# Sums that are written divided by the scored tokens of the step, over all ranks.
+_PER_SCORED_TOKEN = frozenset({"train/loss"})
 
-class Late:
-    """Numbers on their way from the device to the host."""
 
-    def __init__(self, *numbers: Tensor) -> None:
-        stacked = torch.stack([number.detach().double() for number in numbers])
+class DeferredScalars:
+    """Named numbers on their way from the device to the host, in one copy."""
+
+    def __init__(self, numbers: Mapping[str, Tensor]) -> None:
+        self._names = tuple(numbers)
+        stacked = torch.stack([number.detach().double() for number in numbers.values()])
         self._arrived = None
         if stacked.is_cuda:
-            # pinned memory is the only one that a GPU copies to while the host goes on
+            # A GPU copies to the host without blocking it only when the memory is pinned.
             self._host = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True)
             self._host.copy_(stacked, non_blocking=True)
             self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -33,79 +53,89 @@ class Late:
         else:
             self._host = stacked
 
-    def read(self) -> list[float]:
-        """The numbers, once they are here."""
+    def read(self) -> dict[str, float]:
+        """The numbers by name; waits until they have arrived."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        numbers: list[float] = self._host.tolist()
-        return numbers
+        return dict(zip(self._names, self._host.tolist(), strict=True))
 
 
 @dataclass
-class Line:
-    """What is known of a step so far."""
+class _Line:
+    """What is known about a step so far."""
 
-    step: int
     fields: dict[str, float]
-    numbers: Late  # this rank's summed loss, the gradient norm
-    scored: float  # scored tokens of the step, over all ranks
+    numbers: DeferredScalars  # this rank's
+    scored_tokens: float  # of the step, over all ranks
 
 
-class Lines:
-    """The lines of one attempt; those that are not complete yet, at most two, wait here."""
+class MetricsWriter:
+    """Writes the lines of one attempt. At most two lines are incomplete at a time."""
 
     def __init__(self, run_dir: RunDir, world: World, attempt: int) -> None:
         self._run_dir, self._world, self._attempt = run_dir, world, attempt
-        self._open: dict[int, Line] = {}
-        self._unwritten: list[dict[str, float]] = []  # lines that a full disk did not take yet
+        self._open: dict[int, _Line] = {}
+        self._unwritten: list[dict[str, float]] = []  # lines that a full disk has not taken yet
         self._seconds: list[float] = []
 
-    def begin(self, line: Line) -> None:
-        """A step was queued."""
-        self._open[line.step] = line
+    def begin(
+        self, step: int, fields: dict[str, float], numbers: DeferredScalars, scored_tokens: float
+    ) -> None:
+        """Start the line of `step`, which has just been queued."""
+        self._open[step] = _Line(fields, numbers, scored_tokens)
 
     def add(self, step: int, **fields: float) -> None:
-        """More is known of `step`."""
+        """Add fields to the line of `step`."""
         self._open[step].fields.update(fields)
 
-    def loss_sum(self, step: int) -> float:
-        """This rank's summed loss of `step`, waited for; 0 where that line is complete."""
-        return self._open[step].numbers.read()[0] if step in self._open else 0.0
+    def to_reduce(self, step: int) -> dict[str, float]:
+        """This rank's numbers of `step` that differ between ranks; none when that line is complete.
 
-    def complete(self, step: int, loss_sum: float) -> None:
-        """Write the line of `step`, whose loss over all ranks is `loss_sum`; nothing where that was done."""
+        Waits for the device.
+        """
+        if step not in self._open:
+            return {}
+        numbers = self._open[step].numbers.read()
+        return {name: value for name, value in numbers.items() if name in REDUCTIONS}
+
+    def complete(self, step: int, reduced: Mapping[str, float]) -> None:
+        """Write the line of `step` with the numbers `reduced` over the ranks. Nothing if it is complete."""
         line = self._open.pop(step, None)
         if line is None:
             return
         self._seconds.append(line.fields["train/step_seconds"])
         if self._world.is_first:
-            _, grad_norm = line.numbers.read()
-            loss = {"train/loss": loss_sum / line.scored, "train/grad_norm": grad_norm}
-            self._unwritten.append({"step": step, **line.fields, **loss})
+            numbers = line.numbers.read()
+            for name in numbers.keys() & REDUCTIONS.keys():
+                divisor = line.scored_tokens if name in _PER_SCORED_TOKEN else 1.0
+                numbers[name] = reduced[name] / divisor
+            self._unwritten.append({"step": step, **line.fields, **numbers})
             self.write()
 
     def write(self) -> None:
-        """Append what is not in the record yet; what the disk does not take waits in memory."""
+        """Append the complete lines to metrics.jsonl; lines that a full disk refuses are kept in memory."""
         while self._unwritten and not is_superseded(self._run_dir, self._attempt):
             try:
                 record.append(self._run_dir.metrics, **self._unwritten[0])
             except OSError as error:
-                with suppress(OSError):  # the log may lie on the same full disk
+                with suppress(OSError):  # the log may be on the same full disk
                     print(
-                        f"{len(self._unwritten)} lines of the record wait for the disk: {error}", flush=True
+                        f"{len(self._unwritten)} lines of {self._run_dir.metrics.name} wait for the disk: "
+                        f"{error}",
+                        flush=True,
                     )
                 return
             del self._unwritten[0]
 
     @property
     def problem(self) -> str | None:
-        """Why the record does not cover all steps, on rank 0: no checkpoint may be ahead of it."""
+        """Why metrics.jsonl lacks steps, on rank 0; until it is complete, no checkpoint may be committed."""
         if not self._unwritten:
             return None
-        return f"{len(self._unwritten)} lines of the record cannot be written"
+        return f"{len(self._unwritten)} lines of {self._run_dir.metrics.name} cannot be written"
 
     def step_times(self) -> dict[str, float]:
-        """Median and 99th percentile of the seconds that steps took, since this was last asked."""
+        """The median and the 99th percentile of the step times since the last call."""
         seconds, self._seconds = self._seconds, []
         if not seconds:
             return {}

@@ -1,8 +1,8 @@
-"""A look at every node before training: what would cost hours later is found in a second now.
+"""Checks every node before training, in about a second.
 
-Each rank measures its device and its node; rank 0 compares. A node is bad when it lacks a device, cannot hold
-what a run needs, or stands out from the others: a slow device, another clock, other versions. What all nodes
-share is not a node's fault, and is left to preflight.
+Each rank measures its device and its node, and rank 0 compares. A node is bad when it lacks a device, is
+short of memory or disk, or differs from the others: a slow device, a wrong clock, other versions. A problem
+that all nodes share is not a bad node; preflight looks for those.
 """
 
 import platform
@@ -19,21 +19,24 @@ from statistics import median
 import torch
 import torch.distributed as dist
 
-from gpt.distributed.world import World, from_first, gather
+from gpt.distributed.world import World, barrier, from_first, gather
+from gpt.run.heartbeat import wait_for_ranks
+from gpt.run.host_memory import available_bytes
 
-LARGEST_CLOCK_OFFSET_S = 60.0  # tokens, metrics and logs are ordered by time; Kerberos gives up at 300 s
+LARGEST_CLOCK_OFFSET_S = 60.0  # metrics and logs are ordered by time; Kerberos gives up at 300 s
 SMALLEST_MEMORY_BYTES = 1 << 30
-SMALLEST_SCRATCH_BYTES = 128 << 20  # torch and NCCL put files there
-SMALLEST_FREE_GPU_FRACTION = 0.9  # less: a process of somebody else is on it
-# Of the fastest rank's speed. Cores are shared by what else runs on a node, GPUs are not.
+SMALLEST_SCRATCH_BYTES = 128 << 20  # torch and NCCL write files there
+SMALLEST_FREE_GPU_FRACTION = 0.9  # with less, another process is using the GPU
+# The slowest speed allowed, as a fraction of the fastest rank's. Other processes may share CPU cores, not
+# GPUs.
 SLOWEST_FRACTION = {"cuda": 0.7, "cpu": 0.1}
 _PACKAGES = ("torch", "deepspeed", "numpy")
 _ALL_REDUCE_BYTES = {"cuda": 64 << 20, "cpu": 4 << 20}
 
 
 @dataclass(frozen=True)
-class Report:
-    """What one rank found on its node; speeds in floating-point operations a second."""
+class RankReport:
+    """What one rank measured on its node."""
 
     node: str
     rank: int
@@ -47,7 +50,7 @@ class Report:
 
 @dataclass(frozen=True)
 class NodeFindings:
-    """Bad nodes with the reason, and the speed of a small all-reduce in bytes a second."""
+    """The bad nodes with their reasons, the slowest rank and the speed of a small all-reduce."""
 
     bad: dict[str, str]
     slowest_flops_per_second: float
@@ -55,26 +58,30 @@ class NodeFindings:
 
 
 def check_nodes(world: World, folder: Path, host: str) -> NodeFindings:
-    """Look at all nodes; the same findings on every rank. Collective; about a second.
+    """Check all nodes; every rank gets the same findings. Collective; takes about a second.
 
-    `folder` lies on the file system that all nodes share: its clock judges between two nodes.
+    `folder` must be on a file system that all nodes share: its clock decides which node's clock is wrong.
     """
-    dist.barrier(group=world.control)
+    barrier(world)
     clock_s = time.time()
-    judge_s = _file_clock_s(folder) if world.is_first else 0.0
-    reports = gather(world, _look(world, host, clock_s))
-    bad = from_first(world, compare(reports, world.device.type, judge_s) if world.is_first else {})
+    file_clock_s = _file_clock_s(folder) if world.is_first else 0.0
+    reports = gather(world, _measure(world, host, clock_s))
+    bad = from_first(world, compare(reports, world.device.type, file_clock_s) if world.is_first else {})
     slowest = min(report.flops_per_second for report in reports)
     return NodeFindings(bad, slowest, 0.0 if bad else _all_reduce_speed(world))
 
 
-def compare(reports: Sequence[Report], device_type: str, judge_s: float) -> dict[str, str]:
-    """Node → why it is bad. `judge_s` is the shared file system's time, which counts if any node has it."""
+def compare(reports: Sequence[RankReport], device_type: str, file_clock_s: float) -> dict[str, str]:
+    """Node → why it is bad.
+
+    `file_clock_s` is the time of the shared file system. It is the reference unless no node agrees with it;
+    then the median of the nodes is.
+    """
     bad: dict[str, str] = {}
     fastest = max(report.flops_per_second for report in reports)
     clocks = [report.clock_s for report in reports]
-    is_judge_right = any(abs(clock - judge_s) <= LARGEST_CLOCK_OFFSET_S for clock in clocks)
-    clock_s = judge_s if is_judge_right else median(clocks)
+    is_file_clock_right = any(abs(clock - file_clock_s) <= LARGEST_CLOCK_OFFSET_S for clock in clocks)
+    clock_s = file_clock_s if is_file_clock_right else median(clocks)
     usual = Counter(report.versions for report in reports).most_common(1)[0][0]
     for report in reports:
         offset_s = report.clock_s - clock_s
@@ -83,16 +90,16 @@ def compare(reports: Sequence[Report], device_type: str, judge_s: float) -> dict
         if reason is None and report.flops_per_second < SLOWEST_FRACTION[device_type] * fastest:
             reason = (
                 f"rank {report.rank} multiplies matrices at {report.flops_per_second / 1e9:.0f} GFLOP/s, "
-                f"the fastest at {fastest / 1e9:.0f}"
+                f"the fastest rank at {fastest / 1e9:.0f} GFLOP/s"
             )
         elif reason is None and abs(offset_s) > LARGEST_CLOCK_OFFSET_S:
-            reason = f"its clock is {offset_s:+.0f} s from the others'"
+            reason = f"its clock differs by {offset_s:+.0f} s from the others'"
         elif reason is None and others:
-            reason = f"it has {', '.join(others)}; the others: {', '.join(' '.join(pair) for pair in usual)}"
+            reason = f"it has {', '.join(others)}; the others have {', '.join(map(' '.join, usual))}"
         elif reason is None and report.memory_bytes < SMALLEST_MEMORY_BYTES:
-            reason = f"{report.memory_bytes >> 20} MiB of memory are free"
+            reason = f"only {report.memory_bytes >> 20} MiB of memory are free"
         elif reason is None and report.scratch_bytes < SMALLEST_SCRATCH_BYTES:
-            reason = f"{report.scratch_bytes >> 20} MiB are free in {tempfile.gettempdir()}"
+            reason = f"only {report.scratch_bytes >> 20} MiB are free in {tempfile.gettempdir()}"
         if reason is not None:
             bad.setdefault(report.node, reason)
     return bad
@@ -107,30 +114,30 @@ def _file_clock_s(folder: Path) -> float:
         path.unlink()
 
 
-def _look(world: World, host: str, clock_s: float) -> Report:
+def _measure(world: World, host: str, clock_s: float) -> RankReport:
     problem, speed = world.device_problem, 0.0
     if problem is None:
         try:
             speed = _matmul_speed(world.device)
-            problem = _crowd(world.device)
-        except RuntimeError as error:  # a device that is there and does not work
+            problem = _shared_gpu(world.device)
+        except RuntimeError as error:  # the device is present and does not work
             problem = f"{world.device}: {str(error).splitlines()[0]}"
     versions = [("python", platform.python_version())]
     versions += [(name, metadata.version(name)) for name in _PACKAGES]
-    return Report(
+    return RankReport(
         node=host,
         rank=world.rank,
         problem=problem,
         flops_per_second=speed,
         clock_s=clock_s,
-        memory_bytes=_available_memory_bytes(),
+        memory_bytes=available_bytes(),
         scratch_bytes=shutil.disk_usage(tempfile.gettempdir()).free,
         versions=tuple(versions),
     )
 
 
 def _matmul_speed(device: torch.device) -> float:
-    """The best of a few products of square matrices, in FLOP/s."""
+    """The best speed of a few products of square matrices, in FLOP/s."""
     is_gpu = device.type == "cuda"
     width, dtype = (8192, torch.bfloat16) if is_gpu else (512, torch.float32)
     a = torch.ones(width, width, device=device, dtype=dtype)
@@ -142,35 +149,28 @@ def _matmul_speed(device: torch.device) -> float:
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - started)
     if float(product[-1, -1]) != width:
-        raise RuntimeError(f"a product of ones is {float(product[-1, -1])} and not {width}")
+        raise RuntimeError(f"a product of matrices of ones gives {float(product[-1, -1])} instead of {width}")
     return 2 * width**3 / min(times)
 
 
-def _crowd(device: torch.device) -> str | None:
+def _shared_gpu(device: torch.device) -> str | None:
     if device.type != "cuda":
         return None
     free, whole = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device)
     if free >= SMALLEST_FREE_GPU_FRACTION * whole:
         return None
-    return f"{device} has {free >> 20} of {whole >> 20} MiB free: another process is on it"
-
-
-def _available_memory_bytes() -> int:
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return SMALLEST_MEMORY_BYTES
+    return f"{device} has {free >> 20} of {whole >> 20} MiB free: another process is using it"
 
 
 def _all_reduce_speed(world: World) -> float:
-    """Bytes a second of a small all-reduce over all ranks, the best of three."""
+    """The best speed of three small all-reduces over all ranks, in bytes a second."""
     size = _ALL_REDUCE_BYTES[world.device.type]
     values = torch.ones(size // 4, device=world.device)
     times = []
     for _ in range(3):
         started = time.perf_counter()
-        dist.all_reduce(values)
+        wait_for_ranks(dist.all_reduce, values)
         if world.device.type == "cuda":
             torch.cuda.synchronize(world.device)
         times.append(time.perf_counter() - started)

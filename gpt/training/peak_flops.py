@@ -1,4 +1,4 @@
-"""What the run's devices could do at most, which MFU is a share of."""
+"""The peak speed of the run's devices, the reference of MFU."""
 
 import time
 
@@ -10,9 +10,10 @@ from gpt.model.hardware import compute_dtype
 
 
 def peak_flops_per_second(world: World, precision: str, dtype: torch.dtype) -> float | None:
-    """FLOP/s of all ranks' devices together, None with a GPU that the table does not know. Collective.
+    """The FLOP/s of all ranks' devices together; None when a GPU is not in the table. Collective.
 
-    Of a GPU its data sheet's; of a CPU what a large matrix product reaches while all ranks compute one.
+    A GPU counts with the number in its data sheet. A CPU counts with the speed of a large matrix product,
+    measured while every rank computes one.
     """
     if world.device.type == "cuda":
         own = of_gpu(torch.cuda.get_device_name(world.device), precision)
@@ -23,14 +24,14 @@ def peak_flops_per_second(world: World, precision: str, dtype: torch.dtype) -> f
 
 
 def of_gpu(name: str, precision: str) -> float | None:
-    """The peak of the GPU that calls itself `name`, or None."""
+    """The peak of the GPU with this device name; None when it is not in the table."""
     words = name.replace("-", " ").split()
     fitting = [gpu for gpu in PEAK_FLOPS_PER_SECOND if set(gpu.split()) <= set(words)]
     return PEAK_FLOPS_PER_SECOND[max(fitting, key=len)][precision] if fitting else None
 
 
 def _measured(dtype: torch.dtype) -> float:
-    """The best of a few products, in the dtype in which a CPU really multiplies `dtype`."""
+    """The best speed of a few products, in the dtype that a CPU uses to multiply `dtype`."""
     width = 1024
     a = torch.ones(width, width, dtype=dtype)
     a = a.to(compute_dtype(a))

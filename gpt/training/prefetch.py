@@ -1,6 +1,6 @@
-"""Batches a few steps ahead of the one that computes, read in a thread.
+"""Batches read in a thread, a few steps ahead of the step that computes.
 
-A batch is a pure function of the step, so there is nothing to save or to rewind here.
+A batch is a pure function of the step, so a checkpoint stores nothing about it.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,14 +14,14 @@ from data_pipeline.sampling.batches import BatchReader
 from gpt.distributed.world import World
 from gpt.training.step import ModelInputs, model_inputs
 
-AHEAD = 2  # the count of scored tokens of step n + 2 is agreed on while step n + 1 computes
+AHEAD = 2  # the ranks agree on the scored tokens of step n + 2 while step n + 1 computes
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """This rank's part of one step, cut into micro-batches on the device.
+    """This rank's part of one step, split into micro-batches on the device.
 
-    Of ranks that share their sequences the first alone counts them.
+    Of the ranks that share sequences, only the first counts tokens and digest; the others have 0.
     """
 
     micro_batches: list[ModelInputs]
@@ -30,7 +30,7 @@ class Loaded:
 
 
 class Prefetcher:
-    """`get(step)` in rising order of steps; AHEAD more are read meanwhile."""
+    """Returns the steps in rising order and reads AHEAD more meanwhile."""
 
     def __init__(self, reader: BatchReader, world: World, micro_batch: int, first: int, last: int) -> None:
         self._reader, self._world, self._micro_batch, self._last = reader, world, micro_batch, last
@@ -40,27 +40,23 @@ class Prefetcher:
             self._start(step)
 
     def get(self, step: int) -> Loaded:
-        """This rank's part of `step`. Raises what reading it raised."""
+        """This rank's part of `step`. Raises the error that reading it raised."""
         if step + AHEAD <= self._last:
             self._start(step + AHEAD)
         return self._futures.pop(step).result()
 
     def peek(self, step: int) -> Loaded:
-        """This rank's part of `step`, which must have been started and is yet to be got."""
+        """This rank's part of `step`, which stays available to `get`."""
         return self._futures[step].result()
 
     def scored_tokens(self, step: int) -> int:
-        """Scored tokens of this rank at `step`, which must have been started; 0 past the last step."""
+        """The scored tokens of this rank at `step`, at most AHEAD steps from now; 0 past the last step."""
         return self.peek(step).scored_tokens if step <= self._last else 0
 
     def error(self, step: int) -> OutlastError | None:
-        """What of ours reading `step` raised, if anything."""
+        """Outlast's own error that reading `step` raised, if any."""
         error = self._futures[step].exception() if step <= self._last else None
         return error if isinstance(error, OutlastError) else None
-
-    def close(self) -> None:
-        """Stop reading."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _start(self, step: int) -> None:
         self._futures[step] = self._pool.submit(self._load, step)
@@ -69,16 +65,16 @@ class Prefetcher:
         world = self._world
         batch: Batch = self._reader.batch(step, world.data_rank, world.data_size)
         parts = [model_inputs(part, world.device) for part in batch.micro_batches(self._micro_batch)]
-        if world.sequence.rank > 0:
+        if not world.is_counting:
             return Loaded(parts, 0, 0)
         return Loaded(parts, int(batch.scored.sum()), digest(batch))
 
 
 def digest(batch: Batch) -> int:
-    """What was read, as a number to compare: it adds up over ranks to the same whatever the world size.
+    """A number that identifies what was read; its sum over the ranks does not depend on the world size.
 
-    32 bits of a hash for each sequence, its place in the global order included; their sum over a step of up
-    to two million sequences is exact in fp64.
+    Each sequence contributes 32 bits of a hash of its tokens and its global sequence number. The sum over a
+    step of up to two million sequences is exact in fp64.
     """
     rows = zip(batch.sequence_numbers.tolist(), batch.tokens, strict=True)
     return sum(

@@ -1,4 +1,4 @@
-"""`profile = "10:12"`: those steps of rank 0 as a trace of torch's profiler, for Perfetto."""
+"""`profile = "10:12"`: records these steps of rank 0 with torch's profiler, as a trace for Perfetto."""
 
 import gzip
 from typing import Any
@@ -11,7 +11,7 @@ from gpt.run.run_dir import RunDir
 
 
 class Profile:
-    """Traces the steps that the config names, where they are taken."""
+    """Traces the steps that the config names, on rank 0."""
 
     def __init__(self, run: RunConfig, run_dir: RunDir, world: World) -> None:
         self._steps = run.profiled_steps if world.is_first else range(0)
@@ -19,13 +19,13 @@ class Profile:
         self._profiler: Any = None
 
     def before(self, step: int) -> None:
-        """`step` is about to be taken."""
+        """Start the trace when `step` is the first one to profile."""
         if self._steps and step == self._steps[0]:
             self._profiler = torch.profiler.profile(record_shapes=True, with_stack=True)
             self._profiler.start()
 
     def after(self, step: int) -> None:
-        """`step` was queued."""
+        """Write the trace when `step` is the last one to profile."""
         if self._profiler is None or step < self._steps[-1]:
             return
         if self._device.type == "cuda":

@@ -11,22 +11,26 @@ from gpt.model.loss import IGNORED
 ModelInputs = tuple[Tensor, Tensor, Documents]
 
 
-def train_step(engine: Engine, micro_batches: list[ModelInputs], lr: float, scored_tokens: float) -> Tensor:
-    """Train on this rank's `micro_batches` and update with rate `lr`; the summed loss, in nats.
+def train_step(
+    engine: Engine, micro_batches: list[ModelInputs], lr: float, scored_tokens: float
+) -> dict[str, Tensor]:
+    """Train on this rank's `micro_batches`, update with rate `lr` and return the step's numbers by name.
 
-    The gradient is that of the mean over `scored_tokens`, the count over all ranks and micro-batches:
-    how a batch is cut, and how unequally its documents fall on the ranks, does not change it.
+    `train/loss` is the sum over this rank's tokens, in nats. The gradient is that of the mean over
+    `scored_tokens`, the count over all ranks and micro-batches; it therefore does not depend on how the batch
+    is split, or on how unequally its documents fall on the ranks.
     """
     losses = []
-    for number, inputs in enumerate(micro_batches, start=1):
-        is_last = number == len(micro_batches)
+    numbers: dict[str, Tensor] = {}
+    for index, inputs in enumerate(micro_batches, start=1):
+        is_last = index == len(micro_batches)
         losses.append(engine.forward_backward(1.0 / scored_tokens, *inputs, is_last=is_last))
-        engine.step(lr)
-    return torch.stack(losses).sum()
+        numbers = engine.step(lr)
+    return {"train/loss": torch.stack(losses).sum(), **numbers}
 
 
 def model_inputs(batch: Batch, device: torch.device) -> ModelInputs:
-    """Ids [B, T], targets [B, T] with IGNORED where not scored, and documents, on `device`."""
+    """Ids [B, T], targets [B, T] with IGNORED where they are not scored, and documents, on `device`."""
     tokens = torch.from_numpy(batch.tokens)
     targets = tokens[:, 1:].masked_fill(torch.from_numpy(~batch.scored), IGNORED)
     return (

@@ -30,7 +30,7 @@ from gpt.run.records import JobOutcome
 from gpt.run.run_dir import RunDir
 from gpt.run.stop import STOP_SIGNALS
 from launcher.cluster import ClusterConfig
-from launcher.node.hang_watchdog import Watch, culprits, gather, report
+from launcher.node.hang_watchdog import HangWatchdog, collect_reports, name_culprits, write_report
 from launcher.node.job_run import Turn
 from launcher.node.rendezvous import Place, find_place, meet, report_failure
 from launcher.node.tmpdir import make_scratch, remove_scratch
@@ -250,7 +250,7 @@ class _Node:
     def _train(self) -> int:
         """Run torchrun to its end, turning signals into stop requests; its exit code."""
         meeting = meet(self.place, self.submission)
-        watch = Watch(self.config.launch.hang_timeout_s, self.config.launch.start_timeout_s)
+        watch = HangWatchdog(self.config.launch.hang_timeout_s, self.config.launch.start_timeout_s)
         environment = worker_environment(
             self.cluster, self.place, self.turn.after, watch.name, dict(os.environ)
         )
@@ -276,7 +276,7 @@ class _Node:
             if time.monotonic() < next_look:
                 continue
             next_look = time.monotonic() + _LOOK_S
-            if watch.silent(alive := workers(torchrun.pid)):
+            if watch.is_any_silent(alive := workers(torchrun.pid)):
                 self._end_hang(watch, alive)
                 if self.hangs_at_start == self.config.launch.max_failures:
                     torchrun.kill()  # it would try a hundred times; another turn may get other nodes
@@ -301,7 +301,7 @@ class _Node:
         except OSError as error:  # our workers were told, and one that stops stops them all
             print(f"the stop request cannot be written: {error}", flush=True)
 
-    def _end_hang(self, watch: Watch, alive: Sequence[int]) -> None:
+    def _end_hang(self, watch: HangWatchdog, alive: Sequence[int]) -> None:
         """Find out who holds up the run, write it down, and end our workers: torchrun starts all again."""
         attempt = watch.attempt
         attempt_dir = self.run.attempt(attempt)
@@ -309,14 +309,14 @@ class _Node:
         silent_nodes: list[int] = []
         if attempt:
             try:
-                report(attempt_dir, self.place.node, suspects)
-                suspects, silent_nodes = gather(attempt_dir, self.place.nodes)
+                write_report(attempt_dir, self.place.node, suspects)
+                suspects, silent_nodes = collect_reports(attempt_dir, self.place.nodes)
             except OSError as error:
                 print(f"the report on the hang cannot be passed on: {error}", flush=True)
         # While they start, each node speaks for its own: the others' workers may not even be there.
         self.hangs_at_start += not attempt
         if self.place.is_first or not attempt:
-            culprit = culprits(suspects, silent_nodes)
+            culprit = name_culprits(suspects, silent_nodes)
             print(f"no sign of life for {watch.silence_s:.0f} s: {culprit}", flush=True)
             record_event(self.run.events, Event.HANG, attempt=attempt or None, culprit=culprit)
         for worker in alive:

@@ -1,8 +1,8 @@
-"""What a user would write without Outlast: torchrun, DeepSpeed and the same network, one step on random ids.
+"""A training script as one would write it without Outlast, for one step of the same network on random ids.
 
     torchrun --nproc-per-node=2 tests/benchmarks/bare_deepspeed.py RUN_CONFIG_JSON OUT
 
-Nothing is checked, saved or recorded. OUT gets the time (Unix seconds) at which the first step is done.
+It checks, saves and records nothing. It writes the time (Unix seconds) of the end of the step to OUT.
 """
 
 import os
@@ -19,15 +19,16 @@ import torch.distributed as dist
 
 from data_pipeline.sampling.batch import Batch
 from gpt.config.run import RunConfig
-from gpt.distributed.zero.engine import DTYPES, deepspeed_config
+from gpt.distributed.zero.build import DTYPES
+from gpt.distributed.zero.deepspeed_config import deepspeed_config
 from gpt.model.gpt import GPT
 from gpt.training.step import model_inputs
 
 
 def main(config: Path, out: Path) -> None:
-    """Train for one step and say when it was done."""
+    """Train for one step and write the time of its end."""
     run = RunConfig.model_validate_json(config.read_text())
-    deepspeed.ops.__compatible_ops__ = {}  # or its shared-memory collectives compile for 40 s
+    deepspeed.ops.__compatible_ops__ = {}  # otherwise its shared-memory collectives compile for 40 s
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
     torch.manual_seed(run.seed)
     model = GPT(run.model)

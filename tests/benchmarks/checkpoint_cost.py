@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 
 from gpt.config.run import RunConfig
 from gpt.distributed.world import join, total
-from gpt.distributed.zero.engine import Engine, build_model
+from gpt.distributed.zero.build import build_model
+from gpt.distributed.zero.engine import Engine
 from gpt.model.attention import Documents
 from gpt.run.heartbeat import Heartbeat
 from gpt.run.run_dir import RunDir

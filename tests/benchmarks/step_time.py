@@ -1,11 +1,11 @@
-"""One way to train a network for a few steps: how long a step takes, and the memory it took.
+"""Trains a network for a few steps in one of several ways, and measures the time and the memory of a step.
 
     torchrun --nproc-per-node=2 tests/benchmarks/step_time.py RUN_CONFIG_JSON WAY
 
 WAY is outlast (at the config's ZeRO stage), ddp (torch's, with fp32 masters), fsdp2 (torch's fully_shard) or
 bare (one process, no collectives). All train the same network on the same ids, with AdamW, gradient clipping
-and the gradient's norm. Rank 0 prints one JSON line. With OUTLAST_MEMORY=1 what is freed is given back at
-once, so that the process holds what its tensors do; that costs time.
+and the gradient's norm. Rank 0 prints one JSON line. With OUTLAST_MEMORY=1 the process returns freed memory
+at once, so that it holds no more than its tensors do; that costs time.
 """
 
 import json
@@ -25,7 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 import gpt.distributed.world
 from gpt.config.run import RunConfig
 from gpt.distributed.world import World, join
-from gpt.distributed.zero.engine import DTYPES, Engine, build_model
+from gpt.distributed.zero.build import DTYPES, build_model
+from gpt.distributed.zero.engine import Engine
 from gpt.model.attention import Documents
 from gpt.model.gpt import GPT
 from gpt.training.step import ModelInputs, train_step
@@ -40,14 +41,13 @@ def outlast(run: RunConfig, world: World) -> Step:
     engine = Engine(model, run, world)
 
     def step(batches: list[ModelInputs], scored: float) -> float:
-        train_step(engine, batches, 1e-4, scored)
-        return float(engine.grad_norm)
+        return float(train_step(engine, batches, 1e-4, scored)["train/grad_norm"])
 
     return step
 
 
 def with_masters(run: RunConfig, world: World, *, is_distributed: bool) -> Step:
-    """16-bit weights and gradients, fp32 masters for AdamW: what ZeRO shards, whole on every rank."""
+    """16-bit weights and gradients and fp32 masters for AdamW, as ZeRO has them, but whole on every rank."""
     dtype = DTYPES[run.precision]
     model = GPT(run.model)
     model.initialize(run.seed)
@@ -109,11 +109,11 @@ def main(run: RunConfig, way: str) -> None:
         gpt.distributed.world.keep_freed_memory = lambda: None
     world = join(120)
     if way == "outlast":
-        from gpt.distributed.zero.engine import _import_deepspeed
+        from gpt.distributed.zero.patches import import_deepspeed
 
-        _import_deepspeed(world.device)
+        import_deepspeed(world.device)
     before = kibibytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     steps: dict[str, Callable[[], Step]] = {
         "outlast": lambda: outlast(run, world),
         "ddp": lambda: with_masters(run, world, is_distributed=True),

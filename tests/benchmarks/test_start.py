@@ -1,6 +1,6 @@
-"""From the batch script of a requeued Slurm job to its first step, beside a bare torchrun + DeepSpeed script.
+"""The time from the batch script of a requeued Slurm job to its first step, next to a bare DeepSpeed script.
 
-Both are started by the same Slurm, two processes on one node, the same network; the bare script checks,
+The same Slurm starts both, with two processes on one node and the same network. The bare script checks,
 restores and records nothing. `pytest -m benchmark tests/benchmarks/test_start.py -s`
 """
 
@@ -26,7 +26,7 @@ exec srun {python} -m torch.distributed.run --nproc-per-node=2 {root}/tests/benc
 
 @pytest.mark.benchmark
 @pytest.mark.skipif(missing() is not None, reason=str(missing()))
-def test_our_share_of_a_restart_is_under_two_seconds(
+def test_outlast_adds_less_than_two_seconds_to_a_restart(
     new_slurm_run: Callable[..., SlurmRun],  # noqa: F811
     cluster: SlurmCluster,  # noqa: F811
 ) -> None:
@@ -37,12 +37,12 @@ def test_our_share_of_a_restart_is_under_two_seconds(
     run.wait_for_step(5)
     ours: list[float] = []
     bare: list[float] = []
-    for turn in range(1, ROUNDS + 1):
+    for job_run in range(1, ROUNDS + 1):
         cluster.run("scontrol", "requeue", run.job_id)
         wait_for(lambda: "BeginTime" in cluster.field(run.job_id, "Reason"))
-        bare.append(bare_start_s(run.folder / f"bare-{turn}", run.dir.config, cluster))
-        run.wait_for_turn(turn)
-        run.wait(lambda turn=turn: len(first_steps(run)) > turn)
+        bare.append(bare_start_s(run.folder / f"bare-{job_run}", run.dir.config, cluster))
+        run.wait_for_turn(job_run)
+        run.wait(lambda count=job_run: len(first_steps(run)) > count)
         began_at = float(began.read_text().split()[-1])
         ours.append(first_steps(run)[-1] - began_at)
         phases = [event for event in run.events("phase") if event["time"] > began_at]
@@ -52,7 +52,7 @@ def test_our_share_of_a_restart_is_under_two_seconds(
 
 
 def first_steps(run: SlurmRun) -> list[float]:
-    """When each turn's first step was done, Unix seconds."""
+    """The time at which each job run completed its first step, in Unix seconds."""
     return [event["time"] for event in run.events("phase") if event["name"] == "first_step"]
 
 

@@ -1,4 +1,4 @@
-"""Step time and memory beside torch's DDP and FSDP2, in one run. `pytest -m benchmark -s -k step_time`"""
+"""Step time and memory next to torch's DDP and FSDP2, in one run. `pytest -m benchmark -s -k step_time`"""
 
 import json
 import os
@@ -13,12 +13,12 @@ from gpt.config.run import RunConfig
 from launcher.preflight.memory import memory
 
 pytestmark = pytest.mark.benchmark
-ROUNDS = 2  # the machine's noise: the better of each
+ROUNDS = 2  # the faster one counts, because the machine is noisy
 GIVEN_BACK = {"OUTLAST_MEMORY": "1", "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 
 
 def config(stage: int, world: int, micro_batches: int = 1) -> RunConfig:
-    """About 27 M parameters: large enough that arithmetic, not Python, takes the time."""
+    """About 27 M parameters, so that arithmetic takes most of the time and Python little."""
     return RunConfig.model_validate(
         {
             "name": "step-time",
@@ -50,7 +50,7 @@ def run(way: str, run_config: RunConfig, world: int, **environment: str) -> dict
     return found
 
 
-def test_step_times_beside_torchs_own() -> None:
+def test_step_times_next_to_those_of_torch() -> None:
     ways = [("bare", 1, 1), ("outlast", 1, 1), ("ddp", 1, 2), ("outlast", 1, 2), ("outlast", 2, 2)]
     ways += [("outlast", 3, 2), ("fsdp2", 3, 2)]
     best: dict[tuple[str, int, int], dict[str, Any]] = {}
@@ -73,7 +73,7 @@ def test_step_times_beside_torchs_own() -> None:
             f"{peak / 2**20:>10.0f}{planned / 2**20:>9.0f}{misses[way, stage, world]:>8.1%}",
             flush=True,
         )
-    for way, stage, world in ways:  # they did train the same thing
+    for way, stage, world in ways:  # all ways trained the same network
         base = best["bare", 1, 1] if world == 1 else best["ddp", 1, 2]
         assert best[way, stage, world]["norm"] == pytest.approx(base["norm"], rel=0.02)
     assert max(map(abs, misses.values())) < 0.1

@@ -1,4 +1,4 @@
-"""The worker; rank 1 is asked to stop in the first round of the first evaluation."""
+"""The worker, in which rank 1 gets SIGTERM in the first round of the first evaluation."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Real runs of two or more processes: torchrun, DeepSpeed, gloo, on a small part of the packaged corpus."""
+"""Real runs of several processes, with torchrun, DeepSpeed and gloo, on a part of the packaged corpus."""
 
 import os
 import signal
@@ -19,6 +19,7 @@ from gpt.checkpoint.format import committed
 from gpt.checkpoint.reader import CheckpointReader
 from gpt.config.run import RunConfig
 from gpt.run import record
+from gpt.run.environment import Variable
 from gpt.run.json_file import read_json, write_json
 from gpt.run.run_dir import RunDir
 from tests.distributed.data import small_data_set
@@ -33,7 +34,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass
 class Run:
-    """A run directory without a launcher: what torchrun and the worker do, nothing else."""
+    """A run directory that torchrun and the workers use, without a launcher."""
 
     dir: RunDir
 
@@ -43,7 +44,7 @@ class Run:
         write_json(self.dir.config, _with_fields(tables, overrides))
 
     def torchrun(self, processes: int, max_restarts: int, *program: str) -> list[str]:
-        """The command that runs `program` on `processes` of this machine."""
+        """The command that runs `program` in `processes` processes on this machine."""
         command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
         command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", f"--max-restarts={max_restarts}"]
         command += ["--monitor-interval=0.1", "--shutdown-timeout=20"]
@@ -57,14 +58,14 @@ class Run:
         failpoints: Sequence[str] = (),
         program: Sequence[str] = ("-m", "gpt.train"),
     ) -> "subprocess.Popen[bytes]":
-        """The agent; `failpoints` holds one for each generation of its workers."""
+        """Start the agent; `failpoints` holds one failpoint for each generation of its workers."""
         command = self.torchrun(processes, max_restarts, *program, str(self.dir.path))
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OUTLAST_FAILPOINTS": ",".join(failpoints)}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", Variable.FAILPOINTS: ",".join(failpoints)}
         with (self.dir.path / "torchrun.log").open("ab") as log:
             return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
     def train(self, processes: int = 2, program: Sequence[str] = ("-m", "gpt.train")) -> dict[str, Any]:
-        """Train to the end; the result of the newest attempt."""
+        """Train to the end and return the result of the newest attempt."""
         agent = self.start(processes, program=program)
         try:
             agent.wait(timeout=180)
@@ -97,7 +98,7 @@ class Run:
         return owner
 
     def living_workers(self) -> list[int]:
-        """Process ids of this run's workers, of any attempt; the agent, which names them, is none."""
+        """The process ids of this run's workers in any attempt, without the agent."""
         pattern = f"gpt.train\0{self.dir.path}\0"
         lines = {int(entry.name): _command_line(entry) for entry in Path("/proc").glob("[0-9]*")}
         return [pid for pid, line in lines.items() if pattern in line and "torch.distributed.run" not in line]
@@ -117,7 +118,7 @@ class Run:
         return [step for step, _ in committed(self.dir.checkpoints)]
 
     def state(self, step: int) -> dict[str, np.ndarray]:
-        """Every state of every group at a checkpoint, without padding, whatever the world."""
+        """Every state of every group in a checkpoint, without padding."""
         reader = CheckpointReader(dict(committed(self.dir.checkpoints))[step])
         return {
             f"{group.name}.{state}": reader.read(group.name, state, 0, group.numel)
@@ -142,7 +143,7 @@ def same_state(first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray]
 
 
 def make_run(folder: Path, data_dir: Path, **overrides: Any) -> Run:
-    """A run directory of a tiny model; keyword `table__key` sets a field."""
+    """A run directory of a tiny model; the keyword `table__key` sets a field of the config."""
     tables: dict[str, Any] = {
         "name": "tiny",
         "precision": "fp32",
@@ -167,7 +168,7 @@ def make_run(folder: Path, data_dir: Path, **overrides: Any) -> Run:
 
 @pytest.fixture
 def new_run(tmp_path: Path, data_dir: Path) -> Iterator[Callable[..., Run]]:
-    """`make_run` in this test's folder; what is left of the runs is killed at the end."""
+    """`make_run` in this test's folder; workers that still run at the end are killed."""
     made: list[Run] = []
 
     def make(**overrides: Any) -> Run:

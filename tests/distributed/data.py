@@ -1,4 +1,4 @@
-"""A small data set for real runs: sixty chapters of the packaged corpus."""
+"""A small data set for real runs, made of sixty chapters of the packaged corpus."""
 
 import gzip
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Run by torchrun from test_sharded_build.py: build a network in less memory than its weights take."""
+"""Run by torchrun from test_sharded_build.py: builds a network in less memory than its weights take."""
 
 import json
 import resource
@@ -10,14 +10,15 @@ import torch
 from gpt.config.parameter_table import parameter_count
 from gpt.config.run import RunConfig
 from gpt.distributed.world import join
-from gpt.distributed.zero.engine import _import_deepspeed, build_model
+from gpt.distributed.zero.build import build_model
+from gpt.distributed.zero.patches import import_deepspeed
 
 run = RunConfig.model_validate(json.loads(sys.argv[1]))
 world = join(60)
-_import_deepspeed(world.device)  # what it maps is not counted
+import_deepspeed(world.device)  # its own memory does not count
 status = Path("/proc/self/status").read_text()
 mapped = int(next(line for line in status.splitlines() if line.startswith("VmData")).split()[1]) * 1024
-limit = mapped + 4 * parameter_count(run.model) * 3 // 4  # in fp32 they take a third more
+limit = mapped + 4 * parameter_count(run.model) * 3 // 4  # a quarter less than the fp32 weights take
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 model = build_model(run, world)
 shards = sum(parameter.ds_tensor.numel() for parameter in model.parameters())  # type: ignore[attr-defined]

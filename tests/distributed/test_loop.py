@@ -1,4 +1,4 @@
-"""What the loop itself leaves behind: a trace where one was asked for, and a score for each source."""
+"""What the training loop writes: metrics, a score for each source, and a trace on request."""
 
 import gzip
 import json
@@ -13,10 +13,10 @@ from gpt.config.run import RunConfig
 from tests.distributed.conftest import Run
 
 
-def test_a_profile_and_the_scores_of_a_mixture(
+def test_run_writes_its_profile_and_a_score_for_each_source(
     new_run: Callable[..., Run], data_dir: Path, tmp_path: Path
 ) -> None:
-    """One run for both. The sources are the same text, so that their scores and their mean are equal."""
+    """The sources have the same text, so that their scores and the mean are equal."""
     twin = tmp_path / "twin"
     twin.symlink_to(data_dir, target_is_directory=True)
     mixture = [{"path": str(data_dir), "weight": 0.7}, {"path": str(twin), "weight": 0.3}]
@@ -38,15 +38,28 @@ def test_a_profile_and_the_scores_of_a_mixture(
     assert line["train/step_seconds_p50"] <= line["train/step_seconds_p99"]
 
 
-def test_a_profile_that_ends_before_it_begins_is_refused() -> None:
+def test_number_added_where_it_is_computed_reaches_the_record(new_run: Callable[..., Run]) -> None:
+    """It costs no collective: one asynchronous all-reduce a step, and one to complete the last line."""
+    run = new_run(schedule__total_steps=3)
+    program = [str(Path(__file__).with_name("more_numbers.py"))]
+    assert run.train(2, program=program)["exit_code"] == 0
+    lines = run.metrics()
+    assert [line["train/twice_grad_norm"] for line in lines] == [
+        2 * line["train/grad_norm"] for line in lines
+    ]
+    assert [line["train/highest_rank"] for line in lines] == [1.0] * 3
+    assert [(run.dir.path / f"started-{rank}").read_text() for rank in (0, 1)] == ["4", "4"]
+
+
+def test_profile_that_ends_before_it_begins_is_refused() -> None:
     with pytest.raises(ValidationError, match="ends before it begins"):
         RunConfig.model_validate(
             {"name": "x", "data": {"path": "none"}, "schedule": {"total_steps": 9}, "profile": "5:4"}
         )
 
 
-def test_a_worker_loads_neither_the_compiler_nor_mlflow(new_run: Callable[..., Run], tmp_path: Path) -> None:
-    """Each would cost every start a second or two; torch and DeepSpeed load them unasked."""
+def test_worker_loads_neither_the_compiler_nor_mlflow(new_run: Callable[..., Run], tmp_path: Path) -> None:
+    """Each would add a second or two to every start. torch and DeepSpeed load them by default."""
     program = tmp_path / "worker.py"
     program.write_text(
         "import sys\n"

@@ -1,4 +1,4 @@
-"""The numbers of a run against a hand-written loop: any world, any cut of the batch, the same gradient."""
+"""A run has the numbers of a hand-written loop, for every world size and every split of the batch."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +22,7 @@ STEPS = 20
 
 
 class PlainOptimizer:
-    """The configured optimizer written with torch's own, on whole parameters of one process."""
+    """The configured optimizer, built from torch's own ones on the whole parameters of one process."""
 
     def __init__(self, run: RunConfig, model: GPT) -> None:
         self.run, self.model = run, model
@@ -80,9 +80,9 @@ class PlainOptimizer:
 def plain_loop(
     run: RunConfig, data_dir: Path, dtype: torch.dtype = torch.float32
 ) -> tuple[list[float], list[float], float]:
-    """Losses and gradient norms of one process that computes each whole batch at once; its score.
+    """Losses, gradient norms and validation loss of one process that computes each whole batch at once.
 
-    The network computes in `dtype`; what the optimizer sees is fp32 always.
+    The network computes in `dtype`; the optimizer always works in fp32.
     """
     masters = GPT(run.model)
     masters.initialize(run.seed)
@@ -113,7 +113,7 @@ def plain_loop(
 
 @torch.no_grad()
 def plain_score(run: RunConfig, model: GPT, data_dir: Path) -> float:
-    """The loss on the validation split, all of it at once."""
+    """The loss on the validation split, computed in one batch."""
     windows = EvaluationReader(
         data_dir, context=run.model.context, tokens=run.evaluation.tokens, document_mask=True
     )
@@ -126,14 +126,14 @@ MUON = {"optimizer__name": "muon"}
 GRADIENT = {"optimizer__second_moment_init": "gradient"}
 
 
-# The ramps: sequences of the first steps, before all 8.
+# `ramp` holds the number of sequences in the first steps; later steps have all 8.
 @pytest.mark.parametrize(
     ("stage", "processes", "micro_batch", "ramp", "fields"),
     [
         (1, 1, 8, [], {}),
         (1, 2, 1, [2, 2, 6], MUON),
         (2, 2, 2, [4, 4], MUP | GRADIENT),
-        # On one core each two processes compile for a minute.
+        # Two processes with one core each compile for a minute.
         pytest.param(3, 2, 4, [], MUON | GRADIENT | {"compile": True}, marks=pytest.mark.chaos),
         (3, 1, 2, [2, 6], MUP | {"compile": True}),
         (2, 3, 2, [], {"batch__global_batch_tokens": 12 * CONTEXT}),
@@ -141,7 +141,7 @@ GRADIENT = {"optimizer__second_moment_init": "gradient"}
         (3, 4, 2, [], {"parallel__sequence": 2, "model__n_kv_heads": 2}),
     ],
 )
-def test_losses_and_norms_are_those_of_a_plain_loop(
+def test_losses_and_gradient_norms_match_a_plain_loop(
     new_run: Callable[..., Run],
     data_dir: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -151,14 +151,14 @@ def test_losses_and_norms_are_those_of_a_plain_loop(
     ramp: list[int],
     fields: dict[str, Any],
 ) -> None:
-    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)  # torch's Muon iterates in bf16 always
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)  # torch's Muon always iterates in bf16
     run = new_run(
         **{
             "zero__stage": stage,
             "batch__micro_batch": micro_batch,
             "batch__warmup": [{"steps": 1, "global_batch_tokens": size * CONTEXT} for size in ramp],
             "schedule__total_steps": STEPS,
-            "optimizer__grad_clip": 0.5,  # low enough to clip on the way
+            "optimizer__grad_clip": 0.5,  # low enough that some steps clip
             **fields,
         }
     )
@@ -184,7 +184,7 @@ def test_losses_and_norms_are_those_of_a_plain_loop(
 
 
 @pytest.mark.parametrize(("stage", "processes"), [(1, 2), (3, 3)])
-def test_bf16_is_as_near_to_a_plain_loop_in_bf16_as_that_is_to_fp32(
+def test_bf16_run_is_closer_to_a_plain_bf16_loop_than_that_is_to_fp32(
     new_run: Callable[..., Run], data_dir: Path, stage: int, processes: int
 ) -> None:
     batch = {"batch__micro_batch": 2, "batch__global_batch_tokens": 12 * CONTEXT}
@@ -197,8 +197,8 @@ def test_bf16_is_as_near_to_a_plain_loop_in_bf16_as_that_is_to_fp32(
     assert np.abs(run.losses() - plain).max() < np.abs(plain - in_fp32).max() < 0.02
 
 
-def test_ranks_have_unequal_counts_of_scored_tokens(data_dir: Path) -> None:
-    """What makes the test above worth something: its batches are not evenly scored."""
+def test_ranks_score_unequal_numbers_of_tokens(data_dir: Path) -> None:
+    """Otherwise the tests above would pass with a mean over the ranks, too."""
     reader = BatchReader([(data_dir, 1.0)], context=32, global_batch=8, seed=1234)
     counts = [[int(reader.batch(step, r, 2).scored.sum()) for r in (0, 1)] for step in range(1, STEPS + 1)]
     assert any(first != second for first, second in counts)

@@ -1,4 +1,4 @@
-"""Nothing at run time needs a network: a run in a network of its own, in which there is nobody else."""
+"""A run needs no network: it works in a network namespace of its own, without any other host."""
 
 import fcntl
 import os
@@ -17,7 +17,7 @@ from tests.distributed.conftest import Run, make_run
 from tests.paths import ROOT
 from tests.toml_text import toml_text
 
-# The loopback interface alone, as the first thing inside: then the command that users type.
+# Inside, first bring up the loopback interface, and then run the command that users type.
 PROGRAM = """
 from tests.distributed.test_offline import raise_loopback
 raise_loopback()
@@ -40,7 +40,7 @@ def may_isolate() -> bool:
 
 
 @pytest.mark.skipif(not may_isolate(), reason="no right to make a network namespace here (unshare --net)")
-def test_a_run_needs_no_network(tmp_path: Path, data_dir: Path) -> None:
+def test_run_needs_no_network(tmp_path: Path, data_dir: Path) -> None:
     draft = make_run(tmp_path / "draft", data_dir, tracking__enabled=True)
     (draft.dir.path / "config.json").rename(tmp_path / "run.json")
     tables = read_json(tmp_path / "run.json") or {}
@@ -57,5 +57,5 @@ def test_a_run_needs_no_network(tmp_path: Path, data_dir: Path) -> None:
     assert done.returncode == 0, done.stderr
     run = Run(RunDir(tmp_path / "run"))
     assert len(run.losses()) == 8
-    # The command is not held up by the tracker, which sends the rest behind it.
+    # The command does not wait for the tracker, which sends the rest afterwards.
     run.wait(lambda: (read_json(run.dir.tracking) or {}).get("sent_step") == 8)

@@ -1,4 +1,4 @@
-"""A run is a pure function of (config, data, step): stops, kills and other worlds leave no trace in it."""
+"""A run is a pure function of (config, data, step): stops, kills and other world sizes do not change it."""
 
 import itertools
 import json
@@ -32,13 +32,13 @@ NewRun = Callable[..., Run]
 CopyRun = Callable[[Run], Run]
 UNDRAWN = [str(Path(__file__).with_name("undrawn.py"))]  # in place of -m gpt.train
 TIED = {"model__tie_embeddings": True}
-# fp16's loss scale as a long run may have it.
+# A loss scale of fp16 that a long run may have.
 SCALE = {"cur_scale": 4096.0, "cur_iter": 70.0, "last_overflow_iter": 50.0, "cur_hysteresis": 1.0}
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> Run:
-    """A run of eight steps with checkpoints at 4 and 8, its weights tied; tests take copies of it."""
+    """A run of eight steps with tied weights and checkpoints at 4 and 8. Tests copy it."""
     run = make_run(tmp_path_factory.mktemp("finished") / "run", data_dir, **TIED)
     assert run.train()["exit_code"] == 0
     return run
@@ -46,7 +46,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> Run:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> Callable[..., Run]:
-    """Finished runs of forty steps that nobody touched, one for each config."""
+    """Finished runs of forty steps without interruption, one for each config."""
     runs: dict[str, Run] = {}
 
     def find(**fields: Any) -> Run:
@@ -76,7 +76,7 @@ def copy_run(tmp_path: Path) -> CopyRun:
         (1, "bf16", 2),
         (2, "bf16", 4),
         (3, "bf16", 4),
-        pytest.param(1, "fp32", 4, marks=pytest.mark.chaos),  # as the others, and 27 s of the default run
+        pytest.param(1, "fp32", 4, marks=pytest.mark.chaos),  # 27 s, and like the others
     ],
 )
 def test_resume_continues_bit_for_bit(
@@ -89,7 +89,7 @@ def test_resume_continues_bit_for_bit(
     cut.wait(lambda: cut.steps() != [])
     agent.kill()
     agent.wait()
-    cut.wait(lambda: not cut.living_workers())  # the kernel ends them with their agent
+    cut.wait(lambda: not cut.living_workers())  # the kernel kills them with their agent
     saved = cut.steps()[-1]
     assert saved < 40
     assert cut.train()["exit_code"] == 0
@@ -99,12 +99,12 @@ def test_resume_continues_bit_for_bit(
     assert cut.metrics()[-1]["val/loss"] == whole.metrics()[-1]["val/loss"]
 
 
-def test_a_killed_worker_is_restarted_and_leaves_no_trace(undisturbed: NewRun, new_run: NewRun) -> None:
+def test_killed_worker_is_restarted_with_the_same_numbers(undisturbed: NewRun, new_run: NewRun) -> None:
     fields = {"zero__stage": 1, "precision": "fp32", "batch__micro_batch": 4}
     whole, killed = undisturbed(**fields), new_run(**fields, schedule__total_steps=40)
     agent = killed.start(max_restarts=3)
     killed.wait_for_step(random.Random(time.time()).randint(5, 30))
-    killed.wait(lambda: bool(killed.steps()))  # the first save may still be on its way to the disk
+    killed.wait(lambda: bool(killed.steps()))  # the first save may still be in flight
     killed.kill_worker(1)
     assert agent.wait(timeout=120) == 0, killed.logs()
     assert len(killed.dir.attempt_numbers()) == 2
@@ -113,7 +113,7 @@ def test_a_killed_worker_is_restarted_and_leaves_no_trace(undisturbed: NewRun, n
     assert same_state(killed.state(40), whole.state(40))
 
 
-def test_kills_along_a_save_leave_no_trace(undisturbed: NewRun, new_run: NewRun) -> None:
+def test_kills_during_a_save_do_not_change_the_run(undisturbed: NewRun, new_run: NewRun) -> None:
     fields = {"zero__stage": 2, "precision": "bf16", "batch__micro_batch": 4}
     whole = undisturbed(**fields)
     killed = new_run(**fields, schedule__total_steps=40, checkpoint__every_steps=6, checkpoint__keep_last=2)
@@ -136,12 +136,13 @@ def test_kills_along_a_save_leave_no_trace(undisturbed: NewRun, new_run: NewRun)
     ],
     ids=["short", "long"],
 )
-def test_the_state_is_the_same_through_stages_and_worlds(
+def test_state_is_the_same_at_every_stage_and_world_size(
     finished: Run, copy_run: CopyRun, data_dir: Path, way: Sequence[tuple[int, int]]
 ) -> None:
-    """`way` holds stages and worlds; together the two ways go through all nine.
+    """`way` lists pairs of stage and world size; together the two ways cover all nine pairs.
 
-    They do so in fp16, with its loss scale; at the end the network scores what it did before them.
+    The runs are in fp16 and carry its loss scale. At the end the network has the validation loss it began
+    with.
     """
     moved = copy_run(finished)
     folder = moved.dir.checkpoints / "step-00000008"
@@ -151,8 +152,8 @@ def test_the_state_is_the_same_through_stages_and_worlds(
     moved.configure(checkpoint__keep_last=20, batch__micro_batch=2, batch__global_batch_tokens=12 * 32)
     last = 8 + len(way) + 1
     moved.configure(precision="fp16", optimizer__peak_lr=1e-9, schedule__total_steps=last)
-    # As a resume allows it.
-    record_event(moved.dir.events, Event("config_changed"), config_fingerprint=index.config_fingerprint)
+    # As `outlast resume` records a change that it allows.
+    record_event(moved.dir.events, Event.CONFIG_CHANGED, config_fingerprint=index.config_fingerprint)
     original = finished.state(8)
     for step, (stage, processes) in enumerate(way, start=9):
         moved.configure(zero__stage=stage)
@@ -168,7 +169,7 @@ def test_the_state_is_the_same_through_stages_and_worlds(
         assert scalars_of(moved, step) == scalars, (stage, processes)
     assert moved.train(processes=2)["exit_code"] == 0
     assert scalars_of(moved, last) == {**scalars, "loss_scaler.cur_iter": SCALE["cur_iter"] + 1}
-    # The rate is next to nothing, and so is what fp16 rounds.
+    # The learning rate and the rounding errors of fp16 are tiny.
     assert moved.metrics()[-1]["val/loss"] == pytest.approx(finished.metrics()[-1]["val/loss"], rel=1e-5)
 
 
@@ -176,14 +177,14 @@ def scalars_of(run: Run, step: int) -> Mapping[str, float]:
     return read_index(dict(committed(run.dir.checkpoints))[step]).scalars
 
 
-def test_another_stage_and_world_takes_the_same_steps(new_run: NewRun) -> None:
+def test_resume_at_another_stage_and_world_size_takes_the_same_steps(new_run: NewRun) -> None:
     fields = {"schedule__name": "constant", "batch__micro_batch": 2, "batch__global_batch_tokens": 12 * 32}
     steady, moved = (new_run(**fields) for _ in range(2))
     steady.configure(data__skip=[[20, 24], [60, 72]])
     steady.train(processes=2)
     moved.configure(schedule__total_steps=4, data__skip=[[20, 24]])
     moved.train(processes=2)
-    # What the checkpoint passed over stays passed over; what the config names now comes to it.
+    # Sequences that the checkpoint skipped stay skipped, and those that the config names now are added.
     moved.configure(schedule__total_steps=8, zero__stage=3, data__skip=[[60, 72]])
     assert moved.train(processes=3, program=UNDRAWN)["exit_code"] == 0
     assert [event["step"] for event in moved.events("resumed")] == [4]
@@ -194,7 +195,7 @@ def test_another_stage_and_world_takes_the_same_steps(new_run: NewRun) -> None:
     assert behind == [12, 28, 40, 52, 76, 88, 100, 112]
 
 
-def test_saves_by_the_clock_are_apart_and_a_stop_request_saves_once_more(new_run: NewRun) -> None:
+def test_saves_by_time_keep_their_distance_and_a_stop_request_saves_again(new_run: NewRun) -> None:
     run = new_run(schedule__total_steps=10_000, checkpoint__every_steps=5000, evaluation__every_steps=5000)
     run.configure(checkpoint__every_minutes=0.02)
     agent = run.start()
@@ -212,17 +213,17 @@ def test_saves_by_the_clock_are_apart_and_a_stop_request_saves_once_more(new_run
 
 
 def ended(run: Run) -> float:
-    """When the newest attempt wrote its result."""
+    """The time at which the newest attempt wrote its result."""
     return (run.dir.attempt(run.dir.attempt_numbers()[-1]).result).stat().st_mtime
 
 
 def longest_stop(run: Run) -> float:
-    """Seconds in which a stop must be over: two steps, one and a half saves, one second."""
+    """The seconds that a stop may take: two steps, one and a half saves, and one second."""
     step = max(line["train/step_seconds"] for line in run.metrics()[-10:])
     return float(2 * step + 1.5 * run.events("checkpoint_saved")[-1]["seconds"] + 1.0)
 
 
-def test_a_signal_to_one_worker_stops_all_at_the_same_step(new_run: NewRun) -> None:
+def test_signal_to_one_worker_stops_all_at_the_same_step(new_run: NewRun) -> None:
     run = new_run(schedule__total_steps=10_000, checkpoint__every_steps=5000, evaluation__every_steps=5000)
     agent = run.start()
     run.wait_for_step(3)
@@ -235,7 +236,7 @@ def test_a_signal_to_one_worker_stops_all_at_the_same_step(new_run: NewRun) -> N
     assert run.steps() == [len(run.losses())]
 
 
-def test_a_bad_checkpoint_is_named_passed_over_and_set_aside(finished: Run, copy_run: CopyRun) -> None:
+def test_corrupt_checkpoint_is_reported_and_an_older_one_is_used(finished: Run, copy_run: CopyRun) -> None:
     damaged = copy_run(finished)
     path = damaged.dir.checkpoints / "step-00000008" / "rank-00001.safetensors"
     content = bytearray(path.read_bytes())
@@ -251,7 +252,9 @@ def test_a_bad_checkpoint_is_named_passed_over_and_set_aside(finished: Run, copy
     assert damaged.losses() == finished.losses()
 
 
-def test_no_intact_checkpoint_means_93_and_never_step_0(finished: Run, copy_run: CopyRun) -> None:
+def test_run_without_an_intact_checkpoint_ends_with_93_and_not_at_step_0(
+    finished: Run, copy_run: CopyRun
+) -> None:
     run = copy_run(finished)
     for _, folder in committed(run.dir.checkpoints):
         (folder / "checkpoint.json").write_text("{}")
@@ -260,14 +263,16 @@ def test_no_intact_checkpoint_means_93_and_never_step_0(finished: Run, copy_run:
     assert run.losses() == finished.losses()
 
 
-def test_checkpoints_that_are_gone_mean_93_and_never_step_0(finished: Run, copy_run: CopyRun) -> None:
+def test_run_with_deleted_checkpoints_ends_with_93_and_not_at_step_0(
+    finished: Run, copy_run: CopyRun
+) -> None:
     run = copy_run(finished)
     shutil.rmtree(run.dir.checkpoints)
     assert run.train()["exit_code"] == 93
     assert "none is intact" in run.result()["cause"]
 
 
-def test_checkpoints_that_are_gone_come_back_from_the_mirror(
+def test_deleted_checkpoints_are_restored_from_the_mirror(
     finished: Run, copy_run: CopyRun, tmp_path: Path
 ) -> None:
     run = copy_run(finished)
@@ -285,7 +290,7 @@ def test_checkpoints_that_are_gone_come_back_from_the_mirror(
     assert run.losses()[:8] == finished.losses()
 
 
-def test_attempts_without_progress_end_with_93(new_run: NewRun) -> None:
+def test_repeated_attempts_without_a_checkpoint_end_with_93(new_run: NewRun) -> None:
     run = new_run(schedule__total_steps=10_000, checkpoint__every_steps=5000, launch__max_failures=2)
     for _ in range(2):
         agent = run.start()
@@ -298,14 +303,14 @@ def test_attempts_without_progress_end_with_93(new_run: NewRun) -> None:
     assert "2 attempts in a row" in run.result()["cause"]
 
 
-def test_a_checkpoint_of_another_model_is_refused(finished: Run, copy_run: CopyRun) -> None:
+def test_checkpoint_of_another_model_is_refused(finished: Run, copy_run: CopyRun) -> None:
     run = copy_run(finished)
     run.configure(schedule__total_steps=12, model__d_ff=64)
     assert run.train()["exit_code"] == 2
     assert "blocks.0.ffn.up.weight is [256, 32] there and [128, 32] in the config" in run.result()["cause"]
 
 
-def test_every_sequence_of_an_epoch_is_seen_once_whatever_the_worlds(
+def test_every_sequence_of_an_epoch_is_seen_once_at_any_world_size(
     new_run: NewRun, data_dir: Path, tmp_path: Path
 ) -> None:
     reader = BatchReader([(data_dir, 1.0)], context=CONTEXT, global_batch=12, seed=1234)
@@ -344,12 +349,12 @@ def test_every_sequence_of_an_epoch_is_seen_once_whatever_the_worlds(
 
 
 def reader_place(reader: BatchReader, number: int) -> bytes:
-    """The text of a sequence: which place of the data set it is."""
+    """The tokens of a sequence, which identify its place in the data set."""
     step, row = divmod(number, 12)
     return reader.batch(step + 1, 0, 1).tokens[row].tobytes()
 
 
-def test_a_copy_that_was_cut_off_and_comes_back_ends_and_leaves_the_run_to_the_newer(new_run: NewRun) -> None:
+def test_older_copy_of_a_run_exits_without_writing_when_it_wakes_up(new_run: NewRun) -> None:
     fields = {"schedule__total_steps": 60, "checkpoint__every_steps": 5}
     whole, run = new_run(**fields), new_run(**fields)
     assert whole.train()["exit_code"] == 0
@@ -370,12 +375,14 @@ def test_a_copy_that_was_cut_off_and_comes_back_ends_and_leaves_the_run_to_the_n
         "Attempt 2 has taken the run over"
         in (run.dir.attempt(1).path / "node-0" / "rank-00000.log").read_text()
     )
-    assert run.events("failed") == []  # not a word of the older one stands in the run
+    assert run.events("failed") == []  # the older copy has written nothing
     assert run.losses() == whole.losses()
     assert same_state(run.state(60), whole.state(60))
 
 
-def test_an_evaluation_that_a_stop_cut_short_is_made_up_for(finished: Run, new_run: NewRun) -> None:
+def test_evaluation_that_a_stop_cut_short_is_repeated_after_the_resume(
+    finished: Run, new_run: NewRun
+) -> None:
     run = new_run(**TIED)
     asked_in_evaluation = Path(__file__).with_name("asked_in_evaluation.py")
     assert run.train(program=[str(asked_in_evaluation)])["exit_code"] == 75
@@ -394,7 +401,7 @@ def test_an_evaluation_that_a_stop_cut_short_is_made_up_for(finished: Run, new_r
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
-def test_a_full_and_a_read_only_disk_keep_the_old_checkpoints_and_training_goes_on(
+def test_training_continues_with_old_checkpoints_on_a_full_or_read_only_disk(
     new_run: NewRun, tmp_path: Path
 ) -> None:
     run = new_run(schedule__total_steps=10_000, checkpoint__every_steps=20, evaluation__every_steps=5000)
@@ -435,7 +442,7 @@ def test_a_full_and_a_read_only_disk_keep_the_old_checkpoints_and_training_goes_
         run.dir.stop.write_text("")
         assert agent.wait(timeout=60) == 0
         assert run.result()["exit_code"] == 75
-        assert run.losses()  # every step stands there once
+        assert run.losses()  # `losses` checks that every step is recorded once
     finally:
         agent.kill()
         run.wait(lambda: not run.living_workers())

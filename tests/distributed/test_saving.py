@@ -1,4 +1,4 @@
-"""Saves of real runs go on behind the steps: none waits, none is torn, and a stop is quick."""
+"""Real runs save in the background: steps do not wait for a save, and a stop discards it quickly."""
 
 import json
 import time
@@ -11,7 +11,7 @@ NewRun = Callable[..., Run]
 SLOW = {"checkpoint__max_mb_per_s": 0.1, "schedule__total_steps": 100_000, "evaluation__every_steps": 50_000}
 
 
-def test_steps_go_on_while_a_save_is_written_and_a_stop_waits_for_none(new_run: NewRun) -> None:
+def test_training_continues_during_a_save_and_a_stop_does_not_wait_for_it(new_run: NewRun) -> None:
     run = new_run(**SLOW, checkpoint__every_steps=10)
     agent = run.start()
     run.wait(lambda: len(run.events("checkpoint_skipped")) >= 3)

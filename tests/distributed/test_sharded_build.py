@@ -1,4 +1,4 @@
-"""A network at stage 3 is built without any rank holding it whole."""
+"""At stage 3 no rank ever holds the whole network, not even while it is built."""
 
 import os
 import subprocess
@@ -8,8 +8,8 @@ from pathlib import Path
 from tests.distributed.test_zero_contract import tiny
 
 
-def test_a_network_larger_than_the_memory_of_a_rank_is_built() -> None:
-    """100 M parameters are 400 MB in fp32; each process may take 300 MB more than after imports."""
+def test_network_that_exceeds_the_memory_of_a_rank_can_be_built() -> None:
+    """100 M parameters take 400 MB in fp32; each process may use 300 MB on top of its imports."""
     model = {"n_layers": 8, "d_model": 1024, "n_heads": 8, "context": 64, "vocab_size": 512}
     run = tiny(
         precision="bf16", zero={"stage": 3}, model=model, batch={"global_batch_tokens": 128, "micro_batch": 1}

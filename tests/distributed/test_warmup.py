@@ -1,4 +1,4 @@
-"""schedule.warmup = "auto" in a real run: what it settles on, and that it is settled once."""
+"""schedule.warmup = "auto" in a real run: which rate it chooses, and that it chooses once."""
 
 import shutil
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from tests.distributed.test_numbers import CPU, PlainOptimizer
 PEAK = 0.3
 
 
-def test_the_warmup_starts_at_the_edge_of_stability_and_is_settled_once(
+def test_warmup_starts_at_the_critical_rate_which_is_searched_once(
     new_run: Callable[..., Run], data_dir: Path
 ) -> None:
     run = new_run(zero__stage=3, schedule__warmup="auto", schedule__warmup_steps=6, optimizer__peak_lr=PEAK)
@@ -39,17 +39,19 @@ def test_the_warmup_starts_at_the_edge_of_stability_and_is_settled_once(
     assert run.losses() == pytest.approx(losses, rel=1e-4)
 
 
-def test_an_update_that_fp16_leaves_out_is_no_stable_one(new_run: Callable[..., Run]) -> None:
+def test_update_that_fp16_skips_does_not_count_as_stable(new_run: Callable[..., Run]) -> None:
     short = {"schedule__total_steps": 1, "schedule__warmup_steps": 1, "optimizer__peak_lr": PEAK}
     run = new_run(precision="fp16", model__z_loss=300.0, schedule__warmup="auto", **short)
     assert run.train(1)["exit_code"] == 0
-    assert [event["step"] for event in run.events("update_skipped")] == [1]  # the first scale is too large
+    assert [event["step"] for event in run.events("update_skipped")] == [
+        1
+    ]  # the initial loss scale is too large
     (chosen,) = run.events("warmup_chosen")
     assert 0 < chosen["initial_lr"] < PEAK
 
 
 def loss_after(run: RunConfig, data_dir: Path, lr: float) -> float:
-    """The loss on the first batch after one update of rate `lr`, by torch alone."""
+    """The loss on the first batch after one update with rate `lr`, computed by torch alone."""
     model = GPT(run.model)
     model.initialize(run.seed)
     model.place(CPU, torch.float32)

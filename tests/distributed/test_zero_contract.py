@@ -1,4 +1,4 @@
-"""What gpt/distributed/zero takes for granted about DeepSpeed's internals, on the installed version."""
+"""The installed DeepSpeed behaves as gpt/distributed/zero assumes about its internals."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from gpt.config.run import RunConfig
-from gpt.distributed.zero.engine import deepspeed_config
+from gpt.distributed.zero.deepspeed_config import deepspeed_config
 
 
 def tiny(**fields: object) -> RunConfig:
@@ -40,7 +40,7 @@ OFFLOAD = {"offload_optimizer": "cpu"}
         ("bf16", 2, {"stage": 3, "offload_parameters": "cpu"} | OFFLOAD, {}),
     ],
 )
-def test_the_private_attributes_mean_what_we_think(
+def test_private_attributes_of_deepspeed_have_the_assumed_meaning(
     precision: str, micro_batch: int, zero: dict[str, object], optimizer: dict[str, object]
 ) -> None:
     batch = {"global_batch_tokens": 128, "micro_batch": micro_batch}
@@ -53,8 +53,8 @@ def test_the_private_attributes_mean_what_we_think(
     assert done.stdout.count("the contract holds") == 2, done.stdout + done.stderr
 
 
-def test_a_step_waits_for_the_device_once() -> None:
-    """For DeepSpeed's look at whether the gradient is finite; for nothing of ours."""
+def test_step_waits_for_the_device_once() -> None:
+    """DeepSpeed waits to learn whether the gradient is finite; Outlast's own code never waits."""
     runs = [
         tiny(precision=precision, zero={"stage": stage}, batch=batch, optimizer={"name": name})
         for stage, precision, micro_batch, name in (
@@ -81,7 +81,7 @@ def test_a_step_waits_for_the_device_once() -> None:
     assert done.stdout.splitlines().count("waits 1") == len(runs), done.stdout
 
 
-def test_no_key_of_the_generated_config_is_unknown_to_deepspeed() -> None:
+def test_deepspeed_knows_every_key_of_the_generated_config() -> None:
     # DeepSpeed ignores misspelt top-level keys, so the names are looked up in its own constants.
     from deepspeed.runtime import constants
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -101,7 +101,7 @@ def test_no_key_of_the_generated_config_is_unknown_to_deepspeed() -> None:
     assert config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"] * 16 == 128
 
 
-def test_sizes_follow_the_model_and_can_be_overridden() -> None:
+def test_bucket_sizes_follow_the_model_and_can_be_overridden() -> None:
     config = deepspeed_config(tiny(zero={"stage": 3}), world_size=1, has_gpu=False)["zero_optimization"]
     block = 2 * 24 + 4 * 24 * 24 + 3 * 24 * 64  # two norms, attention, SwiGLU of width 64
     assert config["stage3_prefetch_bucket_size"] == block
@@ -127,7 +127,7 @@ def test_sizes_follow_the_model_and_can_be_overridden() -> None:
         ({"launch": {"hang_timeout_s": 1200}}, "hang_timeout_s = 1200 must be below launch.collective_tim"),
     ],
 )
-def test_what_does_not_go_together_is_refused(fields: dict[str, Any], message: str) -> None:
+def test_contradictory_fields_are_refused(fields: dict[str, Any], message: str) -> None:
     model = {"n_layers": 1, "d_model": 24, "n_heads": 3, "context": 16, "vocab_size": 40}
     if "model" in fields:
         fields = {**fields, "model": model | fields["model"] | {"mup_base_width": 8}}
@@ -135,7 +135,7 @@ def test_what_does_not_go_together_is_refused(fields: dict[str, Any], message: s
         tiny(**fields)
 
 
-def test_plus_plus_needs_gpus_and_whole_nodes() -> None:
+def test_zero_plus_plus_needs_gpus_and_whole_nodes() -> None:
     run = tiny(zero={"stage": 3, "secondary_shards": 3})
     assert "need GPUs" in (run.zero_problem(4, has_gpu=False) or "")
     assert "does not divide the 4 processes" in (run.zero_problem(4, has_gpu=True) or "")

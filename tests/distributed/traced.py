@@ -1,4 +1,4 @@
-"""The worker, with the sequence numbers that it reads written down: ATTEMPT-STEP-RANK in a folder."""
+"""The worker, which also writes the sequence numbers that it reads to files ATTEMPT-STEP-RANK in a folder."""
 
 import os
 import sys

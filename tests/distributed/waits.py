@@ -1,7 +1,7 @@
-"""Run from test_zero_contract.py: how often a step makes the host wait for a number of the device.
+"""Run from test_zero_contract.py: counts how often a step makes the host wait for a number on the device.
 
-On a CPU nothing is waited for, but the same operation stands in the same place: `_local_scalar_dense`, into
-which every `float(tensor)`, `bool(tensor)` and `.item()` turns.
+Nothing waits on a CPU, but the same operation runs there: `float(tensor)`, `bool(tensor)` and `.item()` all
+become `_local_scalar_dense`.
 """
 
 import json
@@ -13,9 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt.config.run import RunConfig
 from gpt.distributed.world import join
-from gpt.distributed.zero.engine import Engine, build_model
+from gpt.distributed.zero.build import build_model
+from gpt.distributed.zero.engine import Engine
 from gpt.model.attention import Documents
-from gpt.training.metrics import Late
+from gpt.training.metrics import DeferredScalars
 from gpt.training.step import train_step
 
 
@@ -36,8 +37,8 @@ for text in sys.argv[1:]:
     ends = torch.arange(1, run.batch.micro_batch + 1, dtype=torch.int32) * run.model.context
     inputs = (tokens[:, :-1], tokens[:, 1:], Documents.from_ends(ends.numpy()))
     batch = [inputs] * run.micro_batches(world.size)
-    for _ in range(3):  # stage 3 looks at its ranks while it learns in which order weights are used
+    for _ in range(3):  # stage 3 needs some steps to learn in which order weights are used
         train_step(engine, batch, 1e-3, scored_tokens=128.0)
     with Waits() as waits:
-        Late(train_step(engine, batch, 1e-3, scored_tokens=128.0), engine.grad_norm)  # as the loop does
+        DeferredScalars(train_step(engine, batch, 1e-3, scored_tokens=128.0))  # as the loop does
     print("waits", waits.count, flush=True)

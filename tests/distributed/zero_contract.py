@@ -1,4 +1,4 @@
-"""Run by torchrun from test_zero_contract.py: every private attribute that gpt/distributed/zero uses."""
+"""Run by torchrun from test_zero_contract.py: checks the private attributes that Outlast uses."""
 
 import json
 import sys
@@ -8,7 +8,8 @@ import torch
 
 from gpt.config.run import RunConfig
 from gpt.distributed.world import join, total
-from gpt.distributed.zero.engine import Engine, build_model
+from gpt.distributed.zero.build import build_model
+from gpt.distributed.zero.engine import Engine
 from gpt.model.attention import Documents
 
 run = RunConfig.model_validate(json.loads(sys.argv[1]))
@@ -16,7 +17,7 @@ world = join(60)
 model = build_model(run, world)
 # The constructor compares `_hp_mapping` of each parameter with the layout in closed form.
 engine = Engine(model, run, world)
-import deepspeed  # noqa: E402 - after the Engine has set it up
+import deepspeed  # noqa: E402 - the Engine must configure it first
 
 version = f"deepspeed {package_version('deepspeed')}"
 tokens = torch.randint(0, run.model.vocabulary, (run.batch.micro_batch, run.model.context + 1))
@@ -24,16 +25,18 @@ ends = range(run.model.context, tokens[:, 1:].numel() + 1, run.model.context)
 documents = Documents.from_ends(torch.tensor(list(ends), dtype=torch.int32).numpy())
 
 
-def take_step(scale: float) -> None:
+def take_step(scale: float) -> dict[str, torch.Tensor]:
+    """The numbers that the engine returned at the end of the step."""
     count = run.micro_batches(world.size)
     for number in range(count):
         inputs = (tokens[:, :-1], tokens[:, 1:], documents)
         engine.forward_backward(scale, *inputs, is_last=number == count - 1)
-        engine.step(1e-2)
+        numbers = engine.step(1e-2)
+    return numbers
 
 
 def weights() -> list[torch.Tensor]:
-    """Every parameter whole, gathered where stage 3 has cut it."""
+    """Every parameter whole; stage 3 gathers it from the ranks."""
     with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=run.zero.stage == 3):
         return [p.detach().clone() for p in model.parameters()]
 
@@ -41,17 +44,19 @@ def weights() -> list[torch.Tensor]:
 if run.precision == "fp16":
     found = []
     for window in (1000, 1):
-        with engine.undone():
+        with engine.restored_afterwards():
             engine.load_scalars({"loss_scaler.cur_iter": 5.0})
             engine._zero.loss_scaler.scale_window = window
-            take_step(1e-3)
+            norm = take_step(1e-3)["train/grad_norm"]
             moments = [part.tensor.clone() for part in engine.state() if part.state == "exp_avg"]
-            found.append((engine.scalars["loss_scaler.cur_scale"], engine.grad_norm, moments))
+            found.append((engine.scalars["loss_scaler.cur_scale"], norm, moments))
     engine._zero.loss_scaler.scale_window = 1000
     (scale, norm, moments), (scale_after, norm_after, moments_after) = found
     assert (scale, scale_after) == (2.0**16, 2.0**17), version
     assert norm == norm_after, f"{version}: the scale of the next step divides the norm of this one"
-    assert all(map(torch.equal, moments, moments_after)), f"{version}: …, and its gradients"
+    assert all(map(torch.equal, moments, moments_after)), (
+        f"{version}: the scale of the next step divides the gradients of this one"
+    )
 
 before = weights()
 assert engine.optimizer_steps == 0, version
@@ -61,9 +66,9 @@ assert engine.optimizer_steps == 1 and not engine.was_skipped, version
 assert not all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), version
 
 take_step(float("nan") if world.rank else 1e-3)  # on one rank only
-assert engine.was_skipped, f"{version}: `overflow` does not tell that a step was left out"
+assert engine.was_skipped, f"{version}: `overflow` does not report a skipped update"
 assert all(torch.equal(a, b) for a, b in zip(after, weights(), strict=True)), (
-    f"{version}: a gradient that is not finite reached a weight"
+    f"{version}: a non-finite gradient reached a weight"
 )
 assert engine.optimizer_steps == 1, version
 
@@ -71,7 +76,7 @@ if run.precision == "fp16":
     scale = {
         name.removeprefix("loss_scaler."): value for name, value in engine.scalars.items() if "scaler" in name
     }
-    # One step was taken and one left out, which used up the patience but not yet half the scale.
+    # After one update and one skipped update, the hysteresis is used up and the scale is still whole.
     expected = {"cur_scale": 2.0**16, "cur_iter": 2, "last_overflow_iter": 1, "cur_hysteresis": 1}
     assert scale == expected, f"{version}: {scale}"
     engine.load_scalars({**engine.scalars, "loss_scaler.cur_scale": 512.0})
@@ -79,7 +84,7 @@ if run.precision == "fp16":
 
 take_step(1e-3)
 assert engine.optimizer_steps == 2 and not engine.was_skipped, (
-    f"{version}: what was left out of one step spoils the next"
+    f"{version}: a skipped update also spoils the next step"
 )
 
 owned = 0
@@ -93,6 +98,6 @@ for part in engine.state():
 assert total(world, owned) == (sum(group.numel for group in engine.groups),), version
 engine.prepare_load(optimizer_steps=41)
 engine.finish_load()  # update_lp_params
-assert all(torch.all(p == 0.25) for p in weights()), f"{version}: masters do not reach the weights"
+assert all(torch.all(p == 0.25) for p in weights()), f"{version}: the masters do not reach the weights"
 assert engine.optimizer_steps == 41, version
 print("the contract holds", flush=True)

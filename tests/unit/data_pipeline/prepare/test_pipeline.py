@@ -25,8 +25,8 @@ from data_pipeline.prepare.progress import Progress
 from data_pipeline.prepare.worker_pool import encode_all
 from data_pipeline.sources.held_out import is_held_out
 from data_pipeline.tokenizer.encoding import Encoding, load_encoding
-from gpt.run.exit_codes import exit_code_of
 from data_pipeline.tokenizer.fast_encoder import EncoderChoice, FlatIds, TiktokenEncoder
+from gpt.run.exit_codes import exit_code_of
 from tests.paths import ROOT
 from tests.unit.data_pipeline.support import (
     config,

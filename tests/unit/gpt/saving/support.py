@@ -24,7 +24,7 @@ from gpt.config.data import DataConfig
 from gpt.config.optimizer import ScheduleConfig
 from gpt.config.run import CheckpointConfig, RunConfig
 from gpt.distributed.world import World
-from gpt.distributed.zero.engine import StatePart
+from gpt.distributed.zero.state import StatePart
 from gpt.run import record
 from gpt.run.heartbeat import Heartbeat
 from gpt.run.run_dir import RunDir

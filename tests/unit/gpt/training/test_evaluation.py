@@ -1,4 +1,4 @@
-"""The loss on the validation split: exact, and quick to leave."""
+"""The loss on the validation split is exact, and a stop request ends its computation soon."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -26,7 +26,7 @@ ROUNDS, CONTEXT = 20, 32
 
 
 class Model:
-    """Two nats for each scored token; asks for a stop in the round `asks_at`."""
+    """Two nats for each scored token. Requests a stop in the round `asks_at`."""
 
     def __init__(self, asks_at: int | None = None) -> None:
         self.stop, self.asks_at, self.rounds, self.is_training = StopFlag(), asks_at, 0, True
@@ -62,7 +62,7 @@ def scores(data: Path, world: World, model: Model, stop: StopFlag | None) -> dic
     return validation.measure(cast(Any, model), world, Heartbeat(), 5, stop)
 
 
-def test_it_scores_every_window_once(data: Path, alone: World) -> None:
+def test_evaluation_scores_every_window_once(data: Path, alone: World) -> None:
     model = Model()
     found = scores(data, alone, model, model.stop)
     assert found is not None
@@ -72,10 +72,10 @@ def test_it_scores_every_window_once(data: Path, alone: World) -> None:
     assert (model.rounds, model.is_training) == (ROUNDS, True)
 
 
-def test_without_a_scored_token_the_scores_are_zero(
+def test_scores_are_zero_without_a_scored_token(
     data: Path, alone: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Documents of nothing but their end, under the mask, as a data set that was adopted may have."""
+    """Under the document mask, an adopted data set may have documents of one end-of-text token only."""
     windows = EvaluationReader.windows
 
     def nothing_scored(self: EvaluationReader, *place: int) -> Batch:
@@ -88,14 +88,14 @@ def test_without_a_scored_token_the_scores_are_zero(
     assert (found["val/loss"], found["val/bits_per_byte"]) == (0.0, 0.0)
 
 
-def test_a_stop_request_ends_it_within_two_rounds(data: Path, alone: World) -> None:
+def test_stop_request_ends_the_evaluation_within_two_rounds(data: Path, alone: World) -> None:
     model = Model(asks_at=3)
     assert scores(data, alone, model, model.stop) is None
     assert model.rounds <= 5
     assert model.is_training
 
 
-def test_at_the_last_step_it_goes_to_its_end(data: Path, alone: World) -> None:
+def test_evaluation_of_the_last_step_ignores_a_stop_request(data: Path, alone: World) -> None:
     model = Model(asks_at=3)
     assert scores(data, alone, model, None) is not None
     assert model.rounds == ROUNDS

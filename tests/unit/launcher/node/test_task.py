@@ -163,7 +163,7 @@ time.sleep(600)
     hang, again = [line for line in record.read(run.events) if line["event"] == "hang"]
     host = os.uname().nodename
     assert hang["culprit"] == (
-        f"rank 1 on {host} does not wait for the others, they do for it; importing: state S in /proc"
+        f"the other ranks wait for rank 1 on {host}, which is not waiting; importing: state S in /proc"
     )
     assert hang["attempt"] is None  # it had claimed none
     assert again["culprit"] == hang["culprit"]  # and after two of them the turn is over

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gpt.config.run import RunConfig
-from gpt.distributed.zero.engine import DTYPES
+from gpt.distributed.zero.build import DTYPES
 from gpt.model import hardware
 from gpt.model.attention import Documents
 from gpt.model.flops import flops_per_token

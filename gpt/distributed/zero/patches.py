@@ -1,0 +1,94 @@
+"""What Outlast changes in DeepSpeed and torch, each change with its reason.
+
+Private in DeepSpeed 0.19 and used here: the list of optimizers that it knows, `check_overflow`,
+`scaled_global_norm`, `unscale_and_clip_grads`, `averaged_gradients`, the function that clips, and of fp16
+`_update_scale`. tests/distributed/test_zero_contract.py fails when one of them changes its meaning.
+"""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gpt.optimizer.build import OPTIMIZER_CLASSES
+
+
+def import_deepspeed(device: torch.device) -> Any:
+    """The module deepspeed, with everything adapted that has to be before `initialize`."""
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    # DeepSpeed's autotuner imports MLflow when it is installed, which costs every start 2 s.
+    was_loaded = "mlflow" in sys.modules
+    sys.modules.setdefault("mlflow", None)  # type: ignore[arg-type]
+    import deepspeed
+
+    # DeepSpeed calls this torch function by its old name once a step.
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*deprecated", category=FutureWarning)
+    if not was_loaded:
+        del sys.modules["mlflow"]
+    # DeepSpeed's Muon, which nothing here uses, is decorated with torch.compile and would load the compiler.
+    with patch.object(torch, "compile", lambda *_, **__: lambda function: function):
+        import deepspeed.runtime.zero.muon.original_muon
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed warns about optimizers that it has not tested; ours are tested here at every stage.
+    known = deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS
+    known.extend(kind for kind in OPTIMIZER_CLASSES.values() if kind not in known)
+    if device.type == "cpu":
+        # torch computes in fp16 on every CPU, slowly; DeepSpeed requires a CPU that is fast at it.
+        deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
+        # The shared-memory collectives compile for 40 s at first use and raise without a compiler, and the
+        # question which ops could be built takes 2 s. gloo needs none of them.
+        deepspeed.ops.__compatible_ops__ = {}
+    return deepspeed
+
+
+def check_overflow_once(zero: Any) -> None:
+    """Make stages 1 and 2 wait for the device once a step, to learn whether the gradient's norm is finite.
+
+    DeepSpeed scans every gradient for overflow, waits, and then computes the norm of each group in fp64, with
+    a collective and two more waits each; when gradients accumulate in fp32, it also waits to know whether to
+    clip. A non-finite gradient has no finite norm, so one look at the global norm is enough.
+    """
+    if not hasattr(zero, "averaged_gradients"):
+        import deepspeed.runtime.bf16_optimizer
+
+        deepspeed.runtime.bf16_optimizer.clip_tensors_by_global_norm = _clip
+        return
+
+    def scaled_global_norm(norm_type: float = 2) -> Tensor:
+        assert norm_type == 2
+        gradients = [g for group in zero.averaged_gradients.values() for g in group or () if g is not None]
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
+        total = torch.stack(norms).square().sum() if norms else torch.zeros((), device=zero.device)
+        dist.all_reduce(total, group=zero.dp_process_group)
+        return total.sqrt()
+
+    def unscale_and_clip_grads(gradients: Sequence[Tensor], scaled_norm: Tensor) -> None:
+        over = ((scaled_norm / zero.loss_scale + 1e-6) / zero.clip_grad).clamp(min=1.0)
+        for gradient in gradients:
+            gradient.mul_(1.0 / (over * zero.loss_scale))
+
+    zero.check_overflow = lambda partition_gradients=True: None  # noqa: ARG005
+    zero.scaled_global_norm = scaled_global_norm
+    zero.unscale_and_clip_grads = unscale_and_clip_grads
+
+
+def keep_loss_scale_within_step(zero: Any) -> None:
+    """Stop DeepSpeed from changing fp16's loss scale in the middle of a step; `Engine.step` changes it.
+
+    DeepSpeed would divide gradients that were computed with the old scale by the new one.
+    """
+    zero._update_scale = lambda has_overflow=False: None  # noqa: ARG005
+
+
+def _clip(input_tensors: Sequence[Tensor], max_norm: float, global_norm: Tensor, **_: Any) -> None:
+    scale = (max_norm / (global_norm + 1e-6)).clamp(max=1.0)
+    for tensor in input_tensors:
+        tensor.detach().mul_(scale)

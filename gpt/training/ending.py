@@ -1,0 +1,49 @@
+"""How an attempt ends: it finishes, or it saves and stops. Every function here is collective."""
+
+from data_pipeline.errors import CheckpointError
+from data_pipeline.sampling.skip_list import Ranges
+from gpt.distributed.world import from_first, total
+from gpt.run.attempts import Superseded
+from gpt.run.exit_codes import ExitCode
+from gpt.saving.saver import Saver
+from gpt.training.attempt import Attempt, AttemptOutcome
+
+
+def is_any_rank_asked_to_stop(attempt: Attempt) -> bool:
+    """Whether a stop was requested on any rank."""
+    (asked,) = total(attempt.world, attempt.stop.is_requested())
+    return asked > 0
+
+
+def finished(attempt: Attempt) -> AttemptOutcome:
+    """The outcome after the last step."""
+    last = attempt.run.total_steps
+    return AttemptOutcome(ExitCode.FINISHED, f"all {last} steps are done", last)
+
+
+def stopped(attempt: Attempt, step: int, what: str, exit_code: ExitCode = ExitCode.STOPPED) -> AttemptOutcome:
+    """The outcome after a stop at `step`; `what` says what was saved."""
+    reason = from_first(attempt.world, attempt.stop.reason) or "a signal to another rank"
+    return AttemptOutcome(exit_code, f"stopped at step {step} ({reason}); {what}", step)
+
+
+def save_and_end(
+    attempt: Attempt, saver: Saver, step: int, skipped: Ranges, *, problem: str | None, is_stopping: bool
+) -> AttemptOutcome:
+    """Save `step` and end the attempt. A stop discards a save that is still being written.
+
+    When the save fails after a stop request, the steps since the last checkpoint are lost, but the run can be
+    resumed. Without a stop request the error is raised.
+    """
+    if is_stopping:
+        saver.give_up()
+    try:
+        saver.save_and_wait(step, skipped, problem=problem)
+    except Superseded:
+        raise
+    except CheckpointError as error:
+        if not is_any_rank_asked_to_stop(attempt):
+            raise
+        return stopped(attempt, step, f"not saved: {error}", ExitCode.FAILED)
+    is_finished = step == attempt.run.total_steps
+    return finished(attempt) if is_finished else stopped(attempt, step, "everything is saved")
