@@ -10,9 +10,7 @@ import click
 
 from data_pipeline.errors import OutlastError
 from gpt.run.exit_codes import exit_code_of
-from launcher.cli import data, models
-from launcher.cli import inspecting as watching
-from launcher.cli import training as starting
+from launcher.cli import data, inspecting, models, training
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -31,17 +29,17 @@ def commands() -> None:
 
 
 for _command in (
-    starting.demo,
-    starting.plan,
-    starting.launch,
-    starting.resume,
-    starting.rehearse,
-    starting.sweep,
-    watching.status,
-    watching.logs,
-    watching.stop,
-    watching.checkpoints,
-    watching.ui,
+    training.demo,
+    training.plan,
+    training.launch,
+    training.resume,
+    training.rehearse,
+    training.sweep,
+    inspecting.status,
+    inspecting.logs,
+    inspecting.stop,
+    inspecting.checkpoints,
+    inspecting.ui,
     data.prepare,
     data.data,
     data.tokenizer,

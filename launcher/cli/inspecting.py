@@ -22,7 +22,8 @@ def status(run_dirs: tuple[str, ...], as_json: bool, watch: bool) -> int:
     import json
 
     from gpt.run.run_dir import RunDir
-    from launcher.commands.status import show, statuses
+    from launcher.commands.status import statuses
+    from launcher.commands.status_table import show
     from launcher.paths import absolute
     from launcher.runs.store import list_runs, open_run, runs_folder, sweep_runs
 
@@ -63,7 +64,7 @@ def logs(run_dir: str, follow: bool, attempt: int | None, node: int | None) -> i
 @click.option("--now", is_flag=True, help="End it at once, without saving.")
 def stop(run_dir: str, now: bool) -> int:
     """Save and stop a run; `outlast resume` continues it."""
-    from launcher.commands.launch import stop
+    from launcher.commands.stop import stop
 
     return stop(run_dir, now=now)
 

@@ -37,21 +37,9 @@ def demo(out: Path) -> int:
     help="Share of the accelerators' peak that the time assumes.",
 )
 def plan(run: str, cluster: str, overrides: tuple[str, ...], as_json: bool, mfu: float) -> int:
-    import json
+    from launcher.commands.plan import print_plan
 
-    from launcher.commands.launch import show_plan, show_warnings
-    from launcher.preflight.check import examine
-    from launcher.preflight.plan import plan
-    from launcher.runs.recipes import run_tables
-
-    tables, source = run_tables(run, overrides)
-    request = examine(tables, source, cluster, None)
-    show_warnings(request)
-    if as_json:
-        click.echo(json.dumps(plan(request.config, request.cluster, request.train_tokens, mfu).as_json()))
-    else:
-        show_plan(request, mfu)
-    return 0
+    return print_plan(run, cluster, overrides, as_json=as_json, mfu=mfu)
 
 
 @click.command(
@@ -115,7 +103,7 @@ def resume(
 
     The URL of a mirror in place of RUN_DIR brings the run from there first.
     """
-    from launcher.commands.launch import resume
+    from launcher.commands.resume import resume
 
     return resume(run_dir, cluster, overrides, step, attend=attend, allowed=allowed)
 

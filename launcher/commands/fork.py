@@ -73,7 +73,7 @@ def state_misfits(index: CheckpointIndex, config: RunConfig) -> list[str]:
     return misfits(index, entries, {entry.group: states(entry.group) for entry in entries})
 
 
-def plant(origin: Origin, run: RunDir, config: RunConfig, data_fingerprint: str) -> None:
+def seed_checkpoint(origin: Origin, run: RunDir, config: RunConfig, data_fingerprint: str) -> None:
     """Make `origin` the first checkpoint of the new run, as of the new run's config and data."""
     temporary = run.checkpoints / f"{UNCOMMITTED_PREFIX}{step_name(origin.index.step)}"
     temporary.mkdir()

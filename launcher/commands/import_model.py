@@ -15,7 +15,8 @@ from data_pipeline.config_file import with_overrides
 from data_pipeline.errors import ConfigError
 from gpt.huggingface.architectures import model_fields
 from gpt.run.json_file import read_json
-from launcher.commands.launch import command_line, show_warnings
+from launcher.commands.launch import command_line
+from launcher.commands.plan import show_warnings
 from launcher.paths import absolute
 from launcher.preflight.check import examine
 from launcher.runs.recipes import with_absolute_paths

@@ -5,8 +5,6 @@ another number of processes. Every step must have read the same sequences; the l
 for as long as the number of processes is the same, and the same within rounding afterwards.
 """
 
-import os
-import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,8 +23,11 @@ from gpt.run.json_file import read_json
 from gpt.run.records import JobOutcome
 from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig
-from launcher.commands.launch import command_line, show_warnings
-from launcher.commands.progress import Attendance, Display, Follower, outcome_of
+from launcher.commands.fault_injector import FaultInjector, kill_worker
+from launcher.commands.follow_job import Observer, follow_job
+from launcher.commands.launch import command_line
+from launcher.commands.plan import show_warnings
+from launcher.commands.record_follower import RecordFollower, Update
 from launcher.commands.submit import submit
 from launcher.paths import absolute
 from launcher.preflight.check import examine
@@ -64,20 +65,20 @@ def rehearse(run: str, cluster: str, overrides: Sequence[str], folder: Path | No
     runs = {name: create_run(folder / name, requests[name], command_line()) for name in requests}
 
     click.echo(f"[1/3] {steps} steps on {request.cluster.world_size} processes, undisturbed", err=True)
-    _must_be(_watch(runs["undisturbed"], request, "launch", None), 0)
+    _must_be(_train(runs["undisturbed"], request, "launch", None), ExitCode.FINISHED)
     click.echo("[2/3] the same, killed on the way", err=True)
     disturbed = runs["disturbed"]
-    killer = Killer(disturbed, request.cluster, stop_at=2 * steps // 3 if other is not None else None)
-    ended = _watch(disturbed, request, "launch", killer)
+    disturbance = _Disturbance(disturbed, request.cluster, 2 * steps // 3 if other is not None else None)
+    ended = _train(disturbed, request, "launch", disturbance.observe)
     if other is not None:
         _must_be(ended, ExitCode.STOPPED)
         click.echo(f"[3/3] resumed on {other.world_size} processes", err=True)
         resumed = Request(request.config, other, request.manifests, request.warnings)
         put_submission(disturbed, resumed, command_line())
-        ended = _watch(disturbed, resumed, "resume", None)
-    _must_be(ended, 0)
+        ended = _train(disturbed, resumed, "resume", None)
+    _must_be(ended, ExitCode.FINISHED)
 
-    checks = compare(runs["undisturbed"], disturbed, request, killer)
+    checks = compare(runs["undisturbed"], disturbed, request, disturbance.fault)
     _show(checks)
     click.echo(folder)
     return 0 if all(check.is_good for check in checks) else 1
@@ -102,46 +103,26 @@ def other_cluster(request: Request) -> ClusterConfig | None:
     return None
 
 
-class Killer:
-    """Kills the run once, some steps after its first checkpoint, as hard as it can be done from here.
+class _JobKill:
+    """Kills a run as hard as is possible from here.
 
-    Locally that is SIGKILL to a worker; in Slurm, whose processes are elsewhere, a requeue that asks nobody.
+    A local run loses a worker to SIGKILL. The processes of a Slurm job run on other machines; the job is
+    requeued without a chance to save.
     """
 
-    def __init__(self, run: RunDir, cluster: ClusterConfig, stop_at: int | None) -> None:
-        self.run, self.cluster, self.stop_at = run, cluster, stop_at
-        self.saved_step: int | None = None
-        self.killed_step: int | None = None
-        self.resumed_step: int | None = None
+    def __init__(self, run: RunDir, cluster: ClusterConfig) -> None:
+        self.run, self.cluster = run, cluster
         self._next_push = 0.0
 
-    def watch(self, events: Sequence[dict[str, Any]], step: int, say: Callable[[str], None]) -> None:
-        """Look at what happened, and act when it is time."""
-        for event in events:
-            if event["event"] == Event.CHECKPOINT_SAVED and self.saved_step is None:
-                self.saved_step = int(event["step"])
-            if event["event"] == Event.RESUMED and self.killed_step is not None and self.resumed_step is None:
-                self.resumed_step = int(event["step"])
-        if self.saved_step is not None and self.killed_step is None and step > self.saved_step:
-            self.killed_step = step
-            say(f">>> killed after step {step}; the last checkpoint is that of step {self.saved_step}")
-            self._kill()
-        if self.killed_step is not None and self.resumed_step is None:
-            self._push()
-        if self.resumed_step is not None and self.stop_at is not None and step >= self.stop_at:
-            request_stop(self.run, "the rehearsal")
-            self.stop_at = None
-
-    def _kill(self) -> None:
+    def kill(self) -> str:
+        """Kill the run, and say what was killed."""
         if self.cluster.kind == "slurm":
             slurm.requeue(self._job_id(), slurm.restarts(self._job_id()))
-            return
-        owner = read_json(self.run.attempt(self.run.attempt_numbers()[-1]).owner)
-        assert owner is not None
-        os.kill(owner["workers"][-1]["pid"], signal.SIGKILL)
+            return "the job"
+        return kill_worker(self.run)
 
-    def _push(self) -> None:
-        """Have a requeued job start at once: Slurm sets the two minutes' wait when the old turn has ended."""
+    def push(self) -> None:
+        """Start a requeued job at once; Slurm delays it by two minutes when its last job run has ended."""
         if self.cluster.kind == "slurm" and time.monotonic() >= self._next_push:
             self._next_push = time.monotonic() + _PUSH_S
             slurm.start_now(self._job_id())
@@ -152,7 +133,26 @@ class Killer:
         return str(job["job_id"])
 
 
-def compare(undisturbed: RunDir, disturbed: RunDir, request: Request, killer: Killer) -> list[Check]:
+class _Disturbance:
+    """Kills the run once; when it has resumed and reached `stop_at`, asks it to save and stop."""
+
+    def __init__(self, run: RunDir, cluster: ClusterConfig, stop_at: int | None) -> None:
+        self._run, self._stop_at = run, stop_at
+        self._job = _JobKill(run, cluster)
+        self.fault = FaultInjector(self._job.kill, steps_after_save=1)
+
+    def observe(self, update: Update, note: Callable[[str], None]) -> None:
+        """Act on what is new in the record."""
+        self.fault.observe(update, note)
+        if self.fault.is_down:
+            self._job.push()
+        has_resumed = self.fault.resumed_step is not None
+        if has_resumed and self._stop_at is not None and self.fault.step >= self._stop_at:
+            request_stop(self._run, "the rehearsal")
+            self._stop_at = None
+
+
+def compare(undisturbed: RunDir, disturbed: RunDir, request: Request, fault: FaultInjector) -> list[Check]:
     """What the two records show."""
     first, second = (
         {line["step"]: line for line in record.read(run.metrics)} for run in (undisturbed, disturbed)
@@ -168,8 +168,8 @@ def compare(undisturbed: RunDir, disturbed: RunDir, request: Request, killer: Ki
     checks = [
         Check(
             "killed, and continued from a checkpoint by itself",
-            killer.resumed_step is not None,
-            f"killed after step {killer.killed_step}, continued from step {killer.resumed_step}",
+            fault.resumed_step is not None,
+            f"killed after step {fault.killed_step}, continued from step {fault.resumed_step}",
         ),
         Check("every step once", sorted(second) == steps, f"{len(second)} of {len(steps)} steps"),
         _equal("the same sequences at every step", first, second, steps, "data/digest"),
@@ -207,25 +207,16 @@ def _shortened(tables: dict[str, Any], steps: int) -> dict[str, Any]:
     }
 
 
-def _watch(run: RunDir, request: Request, reason: str, killer: Killer | None) -> JobOutcome:
-    """Submit and show the run until it ends."""
-    follower = Follower(run)
-    with Display(request.config.total_steps) as display, Attendance(run, display) as attendance:
-        job = submit(run, reason)
-        if job.executor == "slurm":
-            display.note(f"Slurm job {job.job_id}; it begins when Slurm has nodes for it")
-        step = 0
-        for update in follower.updates(job):
-            display.show(update)
-            attendance.answer()
-            if update.metrics:
-                step = int(update.metrics[-1]["step"])
-            if killer is not None:
-                killer.watch(update.events, step, display.note)
-    return outcome_of(run, job)
+def _train(run: RunDir, request: Request, reason: str, observe: Observer | None) -> JobOutcome:
+    """Submit `run` and follow its job until it ends."""
+    follower = RecordFollower(run)
+    job = submit(run, reason)
+    if job.executor == "slurm":
+        click.echo(f"submitted Slurm job {job.job_id}; it starts when Slurm has nodes for it", err=True)
+    return follow_job(run, job, follower, request.config.total_steps, observe)
 
 
-def _must_be(outcome: JobOutcome, exit_code: int) -> None:
+def _must_be(outcome: JobOutcome, exit_code: ExitCode) -> None:
     if outcome.exit_code != exit_code:
         raise LaunchError(f"the rehearsal's run ended with {outcome.exit_code}: {outcome.cause}")
 

@@ -28,10 +28,10 @@ from launcher.preflight.plan import (
     mixture_of,
     plan,
     sequences,
-    size,
 )
 from launcher.preflight.slurm_site import check_site, check_tracker
 from launcher.request import Request
+from launcher.units import size
 
 READ_WHOLE_BYTES = 64 << 20  # data sets up to this size are checked byte for byte: 10 ms of xxh3
 EPOCHS_WARNING = 4.0  # repeating data beyond it buys little (Muennighoff et al., arXiv:2305.16264)

@@ -16,6 +16,7 @@ from gpt.model.flops import PEAK_FLOPS_PER_SECOND, flops_per_token, parameter_co
 from gpt.run.host_memory import LARGEST_SHARE, available_bytes
 from launcher.cluster import ACCELERATOR_MEMORY_GIB, ClusterConfig
 from launcher.preflight.memory import Memory, largest_micro_batch, memory, state_bytes
+from launcher.units import size
 
 _GIB = 2**30
 # The rest is the CUDA context's and NCCL's, one to two GiB, and lies between the allocator's blocks.
@@ -264,12 +265,3 @@ def table(plan: Plan) -> list[tuple[str, str]]:
         ("host memory a node, for saves", size(plan.host_copy_bytes)),
         ("disk for checkpoints", size(plan.disk_bytes)),
     ]
-
-
-def size(count: float) -> str:
-    """Bytes for people: 1.5 GiB."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"

@@ -19,7 +19,8 @@ from gpt.run.json_file import read_json, write_json
 from gpt.run.run_dir import RunDir
 from gpt.sidecars.checkpoint_mirror import Copier, follow
 from launcher.cluster import ClusterConfig
-from launcher.commands import launch
+from launcher.commands import follow_job
+from launcher.commands.resume import resume
 from launcher.preflight.check import examine
 from launcher.runs.recipes import run_tables
 from launcher.runs.store import create_run, read_config
@@ -213,54 +214,54 @@ def test_a_run_goes_on_from_its_mirror_alone_on_a_fresh_machine(
     if not place.startswith(s3):
         return  # a folder is copied by hand, or mounted
     monkeypatch.setenv("OUTLAST_RUNS", str(tmp_path / "fresh"))
-    monkeypatch.setattr(launch, "submit", submit_what_ends_well)
-    assert launch.resume(f"{place}/mine-0001", None, [], None, attend=None) == 0
+    monkeypatch.setattr(follow_job, "submit", submit_what_ends_well)
+    assert resume(f"{place}/mine-0001", None, [], None, attend=None) == 0
     fresh = RunDir(tmp_path / "fresh" / "mine-0001")
     assert read_config(fresh) == read_config(run)
     assert [step for step, _ in committed(fresh.checkpoints)] == [10]
     assert list(record.read(fresh.metrics)) == list(record.read(run.metrics))
     with pytest.raises(LaunchError, match="is there already"):
-        launch.resume(f"{place}/mine-0001", None, [], None, attend=None)
+        resume(f"{place}/mine-0001", None, [], None, attend=None)
     with pytest.raises(LaunchError, match=r"mine-0002 is no mirror of a run: it has no config\.json"):
-        launch.resume(f"{place}/mine-0002", None, [], None, attend=None)
+        resume(f"{place}/mine-0002", None, [], None, attend=None)
 
 
 def test_a_resume_takes_what_only_the_mirror_has(
     run: RunDir, place: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(launch, "submit", submit_what_ends_well)
+    monkeypatch.setattr(follow_job, "submit", submit_what_ends_well)
     save(run, 5, 10, 15)
     copy_all(run)
     shutil.rmtree(run.checkpoints / step_name(15))
     shutil.rmtree(run.checkpoints / step_name(5))
-    assert launch.resume(str(run.path), None, [], None, attend=None) == 0
+    assert resume(str(run.path), None, [], None, attend=None) == 0
     assert "step 15 is taken from the mirror" in capsys.readouterr().err
     assert [step for step, _ in committed(run.checkpoints)] == [10, 15]
-    assert launch.resume(str(run.path), None, [], 5, attend=None) == 0
+    assert resume(str(run.path), None, [], 5, attend=None) == 0
     assert [step for step, _ in committed(run.checkpoints)] == [5]
     assert Mirror.of(run, place).steps() == [5]  # a later resume must not come back to step 15
-    assert launch.resume(str(run.path), None, [], None, attend=None) == 0
+    assert resume(str(run.path), None, [], None, attend=None) == 0
     assert [step for step, _ in committed(run.checkpoints)] == [5]
 
 
 def test_a_copy_of_a_run_leaves_the_mirror_to_its_original(
     run: RunDir, place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(launch, "submit", submit_what_ends_well)
+    monkeypatch.setattr(follow_job, "submit", submit_what_ends_well)
     save(run, 5)
     copy_all(run)
     write_json(run.job, {"run_inode": run.path.stat().st_ino})
     copy = RunDir(Path(shutil.copytree(run.path, tmp_path / "copies" / "mine-0001")))
     with pytest.raises(ConfigError, match="is the mirror of the run that it was copied from"):
-        launch.resume(str(copy.path), None, [], None, attend=None)
+        resume(str(copy.path), None, [], None, attend=None)
     (tmp_path / "others").mkdir()
     elsewhere = f"checkpoint.mirror={tmp_path / 'others'}"
-    assert launch.resume(str(copy.path), None, [elsewhere], None, attend=None) == 0
+    assert resume(str(copy.path), None, [elsewhere], None, attend=None) == 0
     ours, theirs = (read_json(each.provenance) or {} for each in (copy, run))
     assert ours["run_id"] != theirs["run_id"]
     back = f"checkpoint.mirror={place}"
     with pytest.raises(ConfigError, match="is the mirror of another run"):
-        launch.resume(str(copy.path), None, [back], None, attend=None)
+        resume(str(copy.path), None, [back], None, attend=None)
     copier(run)  # the mirror is still the original's
 
 

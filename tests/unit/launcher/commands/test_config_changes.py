@@ -9,31 +9,31 @@ from data_pipeline.errors import ConfigError
 from gpt.checkpoint.format import read_index
 from gpt.config.resume_rules import RULES, config_fingerprint, rule_of
 from gpt.config.run import RunConfig
-from launcher.commands.config_changes import fingerprint_changes, judge
+from launcher.commands.config_changes import check_changes, fingerprint_changes
 from tests.unit.gpt.checkpoint.support import write_checkpoint
 
 
 def test_free_fields_change_in_silence_and_others_with_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
-    judge({"checkpoint.every_steps": [500, 100], "data.path": ["/a", "/b"], "zero.stage": [1, 3]}, [])
+    check_changes({"checkpoint.every_steps": [500, 100], "data.path": ["/a", "/b"], "zero.stage": [1, 3]}, [])
     assert capsys.readouterr().err == ""
-    judge({"schedule.total_steps": [20, 40]}, [])
+    check_changes({"schedule.total_steps": [20, 40]}, [])
     assert "warning: schedule.total_steps changes from 20 to 40" in capsys.readouterr().err
 
 
 def test_a_field_that_must_match_changes_only_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     changes = {"optimizer.peak_lr": [0.1, 0.2], "seed": [1, 2]}
     with pytest.raises(ConfigError) as error:
-        judge(changes, ["optimizer.peak_lr"])
+        check_changes(changes, ["optimizer.peak_lr"])
     (problem,) = error.value.problems
     assert problem.startswith("seed cannot change in the middle of a run: 1 → 2.")
     assert problem.endswith("insist with --allow-change seed.")
-    judge(changes, ["optimizer", "seed"])
+    check_changes(changes, ["optimizer", "seed"])
     assert "warning: optimizer.peak_lr changes from 0.1 to 0.2" in capsys.readouterr().err
 
 
 def test_an_allowance_for_what_does_not_change_is_an_error() -> None:
     with pytest.raises(ConfigError, match="--allow-change sed: that does not change; what changes: seed"):
-        judge({"seed": [1, 2]}, ["seed", "sed"])
+        check_changes({"seed": [1, 2]}, ["seed", "sed"])
 
 
 def run_config(**fields: object) -> RunConfig:
@@ -48,10 +48,10 @@ def test_other_data_is_named_and_needs_an_allowance(tmp_path: Path) -> None:
     assert fingerprint_changes(None, config, "e", {"f"}) == {}
     change = fingerprint_changes(index, config, "e", {"c"})
     with pytest.raises(ConfigError, match="data cannot change in the middle of a run: d → e"):
-        judge(change, [])
-    judge(change, ["data"])
+        check_changes(change, [])
+    check_changes(change, ["data"])
     with pytest.raises(ConfigError, match=r"data\.document_mask cannot change"):  # the data, not its table
-        judge({**change, "data.document_mask": [True, False]}, ["data"])
+        check_changes({**change, "data.document_mask": [True, False]}, ["data"])
     accepting = config.model_copy(update={"data": config.data.model_copy(update={"changed_from": ("d",)})})
     assert fingerprint_changes(index, accepting, "e", {"c"}) == {}
 
@@ -60,8 +60,8 @@ def test_a_checkpoint_of_a_config_that_the_run_never_had_is_refused(tmp_path: Pa
     index = read_index(write_checkpoint(tmp_path))
     change = fingerprint_changes(index, run_config(), "d", {"b", "a"})
     with pytest.raises(ConfigError, match=r"saved under another config \(c\) than the run's own \(a or b\)"):
-        judge(change, [])
-    judge(change, ["config"])
+        check_changes(change, [])
+    check_changes(change, ["config"])
 
 
 def test_every_field_of_a_run_config_is_classed_and_every_rule_has_a_field() -> None:

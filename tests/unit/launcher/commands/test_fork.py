@@ -17,7 +17,9 @@ from gpt.run import record
 from gpt.run.records import Job
 from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig
-from launcher.commands import launch
+from launcher.commands import follow_job
+from launcher.commands.launch import launch
+from launcher.commands.resume import resume
 from launcher.preflight.check import examine
 from launcher.runs.recipes import run_tables
 from launcher.runs.store import create_run, read_config
@@ -39,7 +41,7 @@ def origin(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> RunDi
         end_job(run, 0, "done")
         return job
 
-    monkeypatch.setattr(launch, "submit", submit)
+    monkeypatch.setattr(follow_job, "submit", submit)
     tables, source = run_tables("tiny", [f"data.path={data}"])
     request = examine(tables, source, ClusterConfig(kind="local"), tmp_path / "origin")
     run = create_run(tmp_path / "origin", request, ["outlast"])
@@ -59,7 +61,7 @@ def launch_from(origin: RunDir, data: Path, at: str, *settings: str) -> RunDir:
     folder = origin.path.with_name("branch")
     overrides = [f"data.path={data}", *settings]
     start = f"{origin.path}{at}"
-    assert launch.launch("tiny", "local", overrides, folder, origin=start, dry_run=False, attend=False) == 0
+    assert launch("tiny", "local", overrides, folder, origin=start, dry_run=False, attend=False) == 0
     return RunDir(folder)
 
 
@@ -139,5 +141,5 @@ def test_a_resume_into_an_optimizer_with_other_states_is_refused_before_anything
     before = origin.config.read_bytes()
     muon, allowed = ["optimizer.name=muon"], ["optimizer"]
     with pytest.raises(ConfigError, match="step 10 does not fit this config: its optimizer keeps blocks"):
-        launch.resume(str(origin.path), None, muon, None, attend=False, allowed=allowed)
+        resume(str(origin.path), None, muon, None, attend=False, allowed=allowed)
     assert origin.config.read_bytes() == before
