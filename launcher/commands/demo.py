@@ -1,8 +1,8 @@
-"""`outlast demo`: the whole road in a few minutes, explained to a stranger, with a real kill on the way.
+"""`outlast demo`: prepares data, trains a small GPT, kills a worker on the way, scores and samples the model.
 
-Everything here goes through the same code as anyone's run: `prepare`, `launch`, the local executor. What is
-staged is the kill alone. It claims nothing that it did not just measure, and fails (exit 1) when the kill
-did not lead to a restart or the model does not beat gzip.
+The demo uses the same code as any other run: `prepare`, `launch` and the local scheduler. It reports only
+what it has measured, and fails with exit code 1 when the kill does not lead to a restart or when the model
+does not beat gzip.
 """
 
 import gzip
@@ -45,18 +45,18 @@ from launcher.units import duration, size
 
 PROMPT = "And it came to pass"
 VAL_FRACTION = 0.05
-_STEPS_AFTER_SAVE = 5  # so that the kill destroys work which the restart must do again
+_STEPS_AFTER_SAVE = 5  # the kill then destroys five steps, which the restart has to train again
 
 
 def demo(out: Path) -> int:
     """Run the demo in folder `out`; the exit code."""
     started = time.monotonic()
     out = absolute(out)
-    _stage(1, "Prepare: text becomes token shards")
+    _stage(1, "Prepare: turn text into token shards")
     data = out / "data"
     manifest = _prepare(data)
 
-    _stage(2, "Launch: check everything, then start two processes")
+    _stage(2, "Launch: check the run, then start two training processes")
     settings = [f"data.path={data}", f"evaluation.tokens={manifest.val_tokens}"]
     tables, source = run_tables(str(recipe_path("demo")), settings)
     folder = next_run_folder("demo", out / "runs")
@@ -65,25 +65,25 @@ def demo(out: Path) -> int:
     needs = plan(request.config, request.cluster, request.train_tokens)
     model = request.config.model
     _print(
-        f"A GPT with {needs.parameters:,} parameters ({model.n_layers} layers, width {model.d_model}: "
-        f"RMSNorm, RoPE, SwiGLU) reads {needs.tokens:,} tokens in {needs.steps} steps.",
-        f"DeepSpeed ZeRO-{request.config.zero.stage} shards the optimizer's state over {needs.world_size} "
-        f"processes ({request.config.precision}, gloo). A checkpoint takes {size(needs.checkpoint_bytes)}.",
+        f"A GPT with {needs.parameters:,} parameters ({model.n_layers} layers, width {model.d_model}, "
+        f"RMSNorm, RoPE, SwiGLU) trains on {needs.tokens:,} tokens in {needs.steps} steps.",
+        f"DeepSpeed ZeRO-{request.config.zero.stage} shards the optimizer state over {needs.world_size} "
+        f"processes ({request.config.precision}, gloo). A checkpoint has {size(needs.checkpoint_bytes)}.",
     )
     run = create_run(folder, request, command_line())
     _print(f"Run directory: {run.path}")
 
-    _stage(3, "Train, and lose a worker on the way")
+    _stage(3, "Train: one worker is killed on the way")
     outcome, fault = _train_with_a_kill(run, request.config.total_steps)
     if outcome.exit_code != 0:
         _print(f"The run did not finish: {outcome.cause}")
         return outcome.exit_code
     problems = [problem for problem in (_restart_problem(run, fault),) if problem]
 
-    _stage(4, "Score: bits per byte of text that it never saw")
+    _stage(4, "Score: compress text that the model has never seen")
     problems += _score(run, data, manifest)
 
-    _stage(5, f"Sample: how it continues {PROMPT!r}")
+    _stage(5, f"Sample: let the model continue {PROMPT!r}")
     command = sample_command(run.path, PROMPT, max_tokens=120, temperature=0.7, seed=1)
     sampled = subprocess.run(command, capture_output=True, text=True)
     if sampled.returncode != 0:
@@ -93,15 +93,15 @@ def demo(out: Path) -> int:
     click.echo()
     for problem in problems:
         click.echo(f"FAILED: {problem}")
-    # As this command was typed, where the shell would not find it by its name alone.
+    # The examples use the path that was typed when the shell does not find `outlast` by its name.
     outlast = "outlast" if shutil.which("outlast") else sys.argv[0]
     _print(
-        f"{'Done' if not problems else 'Ended'} in {duration(time.monotonic() - started)}. Now:",
-        f"  {outlast} status {run.path}",
-        f"  {outlast} logs {run.path}          what each process said",
-        f"  {outlast} verify {run.path}        every byte of every checkpoint",
-        f"  {outlast} ui {run.path}            the curves in MLflow",
-        f"  {outlast} resume {run.path} --set schedule.total_steps={2 * needs.steps}    train on",
+        f"{'Done' if not problems else 'Ended'} after {duration(time.monotonic() - started)}. Next, try:",
+        f"  {outlast} status {run.path}    # state, loss and speed",
+        f"  {outlast} logs {run.path}    # the output of each process",
+        f"  {outlast} verify {run.path}    # read back every byte of every checkpoint",
+        f"  {outlast} ui {run.path}    # the curves in MLflow",
+        f"  {outlast} resume {run.path} --set schedule.total_steps={2 * needs.steps}    # train longer",
     )
     click.echo(run.path)
     return 1 if problems else 0
@@ -110,9 +110,9 @@ def demo(out: Path) -> int:
 def _prepare(data: Path) -> Manifest:
     corpus = packaged_corpus()
     _print(
-        f"The King James Bible, packaged with Outlast ({size(corpus.stat().st_size)}), is cut into tokens by "
-        "a byte-level BPE of 4,096 ids.",
-        f"{VAL_FRACTION:.0%} of the documents are held out: the model never trains on them.",
+        f"A byte-level BPE tokenizer with 4,096 ids encodes the King James Bible, which is packaged with "
+        f"Outlast ({size(corpus.stat().st_size)}).",
+        f"{VAL_FRACTION:.0%} of the documents are held out for validation: the model never trains on them.",
     )
     tables = {
         "sources": [str(corpus)],
@@ -122,7 +122,10 @@ def _prepare(data: Path) -> Manifest:
         "workers": len(os.sched_getaffinity(0)),
     }
     manifest = prepare_with_progress(validate(DataPrepConfig, tables, "demo"))
-    _print(f"{manifest.train_tokens:,} tokens to train on, {manifest.val_tokens:,} held out: {data}")
+    _print(
+        f"The data set in {data} has {manifest.train_tokens:,} training tokens and {manifest.val_tokens:,} "
+        "validation tokens."
+    )
     return manifest
 
 
@@ -155,7 +158,7 @@ def _score(run: RunDir, data: Path, manifest: Manifest) -> list[str]:
     if not scores:
         return ["the run recorded no val/loss"]
     text = held_out_text(data, manifest)
-    # The model does not score a document's first token; here each counts in full, as a plain id would.
+    # The model does not predict the first token of a document. Count it at the cost of a uniform guess.
     documents = sum(shard.documents for shard in manifest.val)
     nats = float(scores[-1]["val/loss"]) * (manifest.val_tokens - documents)
     nats += documents * math.log(manifest.encoding.vocab_size)
@@ -165,16 +168,16 @@ def _score(run: RunDir, data: Path, manifest: Manifest) -> list[str]:
         "gzip -9": 8 * len(gzip.compress(text, 9)) / len(text),
         "xz -9e": 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text),
     }
-    _print(f"The held-out text has {len(text):,} bytes. Bits that each needs for one of them:")
+    _print(f"The held-out text has {len(text):,} bytes. Bits per byte, lower is better:")
     for name, bits in rows.items():
         _print(f"  {name:<12}{bits:.3f}")
     if ours >= rows["gzip -9"]:
-        return [f"{ours:.3f} bits per byte do not beat gzip's {rows['gzip -9']:.3f}"]
+        return [f"the model needs {ours:.3f} bits per byte, gzip needs {rows['gzip -9']:.3f}"]
     return []
 
 
 def held_out_text(data: Path, manifest: Manifest) -> bytes:
-    """The text of the validation split, its documents one after the other as the model sees them."""
+    """The text of the validation split: its documents in the order in which the model reads them."""
     encoding = load_encoding(data)
     ids = np.empty(manifest.val_tokens, np.int64)
     TokenStream(data, manifest, "val").read(0, ids)

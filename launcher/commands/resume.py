@@ -148,16 +148,16 @@ def _without_other_total(tables: dict[str, Any], overrides: Sequence[str]) -> di
 
 
 def _index(folder: Path | None) -> CheckpointIndex | None:
-    """The index of the checkpoint in `folder`, if there is one and it is whole."""
+    """The index of the checkpoint in `folder`, unless it is missing or corrupt."""
     if folder is None:
         return None
-    with suppress(Corrupt):  # the worker names it and takes an older one
+    with suppress(Corrupt):  # the workers report it and use an older checkpoint
         return read_index(folder)
     return None
 
 
 def _refuse_late_skips(config: RunConfig, index: CheckpointIndex) -> None:
-    """Refuse ranges of data.skip that the checkpoint to continue from has read; the worker would too."""
+    """Refuse ranges of data.skip that were already read before `index`, as the workers would."""
     places = config.batch_sizes.until(index.step)
     SkipList(index.skipped).extended(config.data.skip, index.step, places)
 

@@ -199,7 +199,7 @@ def test_the_mirror_of_another_run_of_that_name_is_left_alone(
 ) -> None:
     save(run, 5)
     copy_all(run)
-    with pytest.raises(ConfigError, match="is the mirror of another run of this name"):
+    with pytest.raises(ConfigError, match="is the mirror of another run with this name"):
         make_run(tmp_path / "elsewhere" / "mine-0001", data, place)
     run.provenance.write_text('{"run_id": "another"}')
     with pytest.raises(MirrorError, match="is the mirror of another run"):
@@ -306,10 +306,10 @@ def test_what_is_pruned_while_it_is_copied_is_no_failure(
 @pytest.mark.parametrize(
     ("mirror", "words"),
     [
-        ("{folder}/none", "is no folder. Make it, or mount what it is on."),
-        ("{folder}", "is where the run itself lies; use another place."),
+        ("{folder}/none", "is not a folder. Create it, or mount its file system."),
+        ("{folder}", "already holds the run itself. Use another folder."),
         ("nosuch://x", "checkpoint.mirror: nosuch://x/new: ValueError Protocol not known: nosuch"),
-        ("s3://no-such-bucket/x", "s3://no-such-bucket/x: there is no such bucket."),
+        ("s3://no-such-bucket/x", "s3://no-such-bucket/x: this bucket does not exist."),
     ],
 )
 @pytest.mark.usefixtures("s3")

@@ -137,9 +137,9 @@ def test_a_wrong_config_is_exit_code_2_and_every_problem_a_line(tmp_path: Path, 
         (["resume", "nowhere"], 2, "error: nowhere is not a run directory: it has no config.json."),
         (["stop", "nowhere"], 2, "error: nowhere is not a run directory: it has no config.json."),
         (["logs", "nowhere"], 2, "error: nowhere is not a run directory: it has no config.json."),
-        (["verify", "nowhere"], 2, "error: nowhere is neither a run (config.json) nor a data set"),
+        (["verify", "nowhere"], 2, "error: nowhere is neither a run directory (with config.json) nor a"),
         (["ui", "nowhere"], 2, "no run in {cwd}/nowhere has been tracked yet."),
-        (["prepare", "x.jsonl"], 2, "error: --tokenizer and --out must be given, or a DATA.toml in place of"),
+        (["prepare", "x.jsonl"], 2, "error: --tokenizer and --out must be given. Alternatively, give"),
         (["tokenizer", "train", "x", "--vocab-size", "300", "--out", "no/b"], 2, "error: --out no/b: there"),
         (["schema", "ran"], 2, "'ran' is not one of 'run', 'cluster', 'data'"),
         ([], 2, "Usage: outlast"),
@@ -177,14 +177,14 @@ def test_prepare_then_verify_then_a_flipped_byte(tmp_path: Path) -> None:
     done = outlast("prepare", "data.toml", "--workers", "1", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'd'}\n"), done.stderr
     clean = outlast("verify", "d", cwd=tmp_path)
-    assert (clean.returncode, clean.stdout, clean.stderr) == (0, "", "data set: every byte is as written\n")
+    assert (clean.returncode, clean.stdout, clean.stderr) == (0, "", "data set: every byte is intact\n")
     shard = tmp_path / "d" / "train-00000.bin"
     shard.write_bytes(b"\xff" + shard.read_bytes()[1:])
     bad = outlast("verify", "d", cwd=tmp_path)
     assert bad.returncode == 1
     [line] = bad.stdout.splitlines()
     assert line.startswith("d/train-00000.bin: byte 0: its bytes changed")
-    assert bad.stderr == "data set: 1 bad files\n"
+    assert bad.stderr == "data set: 1 corrupt files\n"
 
 
 def test_stop_waits_until_the_run_has_saved_and_status_says_so(tmp_path: Path, run: RunDir) -> None:
