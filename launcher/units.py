@@ -1,4 +1,4 @@
-"""Bytes and durations as people read them."""
+"""Numbers as people read them: bytes, durations, counts."""
 
 
 def size(count: float) -> str:
@@ -15,3 +15,8 @@ def duration(seconds: float) -> str:
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+def processes(count: int) -> str:
+    """A number of processes, with the noun in singular or plural."""
+    return f"{count} process" if count == 1 else f"{count} processes"

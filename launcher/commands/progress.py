@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from gpt.run.events import Event
 from launcher.commands.record_follower import Update
-from launcher.units import duration, size
+from launcher.units import duration, processes, size
 
 _PLAIN_LINE_S = 10.0
 _RECENT_STEPS = 20  # the remaining time is estimated from the mean of these
@@ -83,7 +83,7 @@ class Display:
             case Event.ATTEMPT_STARTED:
                 self._attempts += 1
                 what = "started" if self._attempts == 1 else "restarted the workers"
-                return f"attempt {event['attempt']} {what} on {event['world_size']} processes"
+                return f"attempt {event['attempt']} {what} on {processes(event['world_size'])}"
             case Event.RESUMED:
                 return f"resumed from the checkpoint of step {event['step']}"
             case Event.CHECKPOINT_SAVED:

@@ -205,8 +205,8 @@ def host_memory_warning(config: RunConfig, cluster: ClusterConfig) -> str | None
     return (
         f"checkpoint.asynchronous needs {size(copies)} of host memory on each node for a copy of the "
         f"training state, but training leaves only {size(max(0, left))} ({which}). Training will wait while "
-        "a checkpoint is written. Use more memory or more nodes, or accept this with checkpoint.asynchronous = "
-        "false."
+        "a checkpoint is written. Use more memory or more nodes, or set checkpoint.asynchronous = false to "
+        "accept this."
     )
 
 

@@ -54,7 +54,7 @@ def test_losses_at_another_world_size_must_agree_within_the_tolerance(
 ) -> None:
     off = LOSS_TOLERANCE["fp16"] / 2
     good = loss_check(tmp_path, request_of_fp16, [9.0, 8.0, 7.0, 6.0, 5.0 + off], None)
-    assert (good.is_good, good.name) == (True, "losses equal within 0.0025 on 1 processes")
+    assert (good.is_good, good.name) == (True, "losses equal within 0.0025 on 1 process")
     (tmp_path / "again").mkdir()
     bad = loss_check(tmp_path / "again", request_of_fp16, [9.0, 8.0, 7.0, 6.0, 5.0 + 4 * off], None)
     assert not bad.is_good

@@ -117,7 +117,7 @@ def test_stop_does_not_wait_for_ever_for_a_scheduler_that_is_silent(
     assert stop(str(run.path), now=False) == 1
     assert 210 <= scheduler.now < 220
     said = capsys.readouterr().err
-    assert "nobody says here how slurm job 7 of login1 stands. The request stays" in said
+    assert "the state of slurm job 7 on login1 is unknown from here. The stop request remains in" in said
     assert read_json(run.stop)
 
 
