@@ -80,12 +80,12 @@ def _delete(there: dict[int, Path], steps: Sequence[int]) -> None:
     if pinned:
         raise LaunchError(f"step {', '.join(pinned)} is pinned. Use --unpin first.")
     going = dict.fromkeys(steps)
-    if any(_is_whole(there[step]) for step in going):
+    if any(_is_intact(there[step]) for step in going):
         staying = [folder for step, folder in reversed(there.items()) if step not in going]
-        whole = list(islice(filter(_is_whole, staying), _FEWEST))
-        if len(whole) < _FEWEST:
+        intact = list(islice(filter(_is_intact, staying), _FEWEST))
+        if len(intact) < _FEWEST:
             raise LaunchError(
-                f"only {len(whole)} intact checkpoints would remain; at least {_FEWEST} must. To delete the "
+                f"only {len(intact)} intact checkpoints would remain; at least {_FEWEST} must. To delete the "
                 "whole run, delete its folder."
             )
     for step in going:
@@ -101,7 +101,7 @@ def _remove(folder: Path) -> None:
 
 
 def _set_aside(run: RunDir) -> list[Path]:
-    """Folders that no longer count as checkpoints: corrupt ones, and those of a rewound run."""
+    """Folders that no longer count as checkpoints: corrupt or rewound ones."""
     return sorted(run.checkpoints.glob(".b*-step-*"))
 
 
@@ -120,7 +120,7 @@ def _delete_set_aside(run: RunDir) -> None:
         click.echo(f"no checkpoints are set aside in {run.checkpoints}", err=True)
 
 
-def _is_whole(folder: Path) -> bool:
+def _is_intact(folder: Path) -> bool:
     return next(verify(folder), None) is None
 
 

@@ -1,7 +1,7 @@
 """Changes of a run's config on resume: which are allowed, and which need `--allow-change FIELD`.
 
-After a field that must match has changed, the run's numbers are no longer those of one config. The run's
-events record each such change.
+Once a field that must match has changed, a single config no longer explains the run's numbers. Each such
+change is therefore recorded as an event.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -38,7 +38,7 @@ def check_changes(changes: Mapping[str, Any], allowed: Sequence[str]) -> None:
     """Print a warning for each of the `changes` (name → old, new) that affects the run's numbers.
 
     Raises ConfigError for changes of fields that must match, unless they are in `allowed`, which holds names
-    of fields and of whole tables.
+    of fields and of tables.
     """
     problems = [
         f"--allow-change {name}: this field does not change. Changed fields: {', '.join(changes) or 'none'}."

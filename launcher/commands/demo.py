@@ -25,6 +25,7 @@ from data_pipeline.prepare.pipeline import DataPrepConfig
 from data_pipeline.sources.documents import packaged_corpus
 from data_pipeline.tokenizer.encoding import load_encoding
 from gpt.run import record
+from gpt.run.exit_codes import ExitCode
 from gpt.run.records import JobOutcome
 from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig
@@ -75,7 +76,7 @@ def demo(out: Path) -> int:
 
     _stage(3, "Train: one worker is killed on the way")
     outcome, fault = _train_with_a_kill(run, request.config.total_steps)
-    if outcome.exit_code != 0:
+    if outcome.exit_code != ExitCode.FINISHED:
         _print(f"The run did not finish: {outcome.cause}")
         return outcome.exit_code
     problems = [problem for problem in (_restart_problem(run, fault),) if problem]

@@ -34,7 +34,7 @@ def launch(
 ) -> int:
     """Check the run, make its directory and submit it; the exit code.
 
-    `origin` is the RUN_DIR[@STEP] whose state the run begins with. `attend` says whether to follow the job;
+    `origin` is the RUN_DIR[@STEP] to start from. `attend` says whether to follow the job;
     None follows a local job only.
     """
     tables, source = run_tables(run, overrides)

@@ -1,4 +1,4 @@
-"""The logs of a run in one stream: those of torchrun under submission/, those of the ranks under attempts/.
+"""The logs of a run in one stream: torchrun writes under submission/, the ranks write under attempts/.
 
 Each line is prefixed with its origin. The lines of one file keep their order. Workers write no timestamps, so
 the files are printed one after the other; with `--follow`, new lines are printed as they arrive.

@@ -15,7 +15,7 @@ from launcher.runs.store import open_run, python_module, read_config, runs_folde
 def sample_command(folder: Path, prompt: str, **options: float | None) -> list[str]:
     """The command that continues `prompt` with the run or the export in `folder`, on standard output.
 
-    `options` are those of `outlast sample`; None means the default.
+    `options` are the options of `outlast sample`; None means the default.
     """
     given = {name.replace("_", "-"): value for name, value in options.items() if value is not None}
     arguments = [f"--{name}={value}" for name, value in given.items()]

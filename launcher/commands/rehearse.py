@@ -38,7 +38,7 @@ from launcher.runs.store import create_run, next_run_folder, put_submission
 from launcher.scheduler import slurm
 from launcher.units import processes
 
-_PUSH_S = 3.0
+_PUSH_S = 3.0  # repeated, because Slurm ignores it until the last job run has ended
 # The largest allowed difference between the losses of a step on two numbers of processes, which add in
 # different orders.
 # fp32: measured 3e-7 relative after a few steps. bf16 rounds by 2^-8 = 4e-3 relative: 2e-2 is five roundings.
@@ -191,7 +191,7 @@ def compare(undisturbed: RunDir, disturbed: RunDir, request: Request, fault: Fau
 
 
 def _skipped_by_one(undisturbed: RunDir, disturbed: RunDir, steps: Sequence[int]) -> int | None:
-    """The first of `steps` whose update only one of the two runs skipped, if there is one.
+    """The first of `steps` at which only one of the two runs skipped its update, if there is one.
 
     In fp16 a gradient may overflow on one number of processes only. From the next step on, one run is an
     update ahead of the other, and their losses cannot be compared.
