@@ -75,13 +75,13 @@ def _resume(
 ) -> int:
     refuse_while_alive(run)
     request = _request(run, cluster, overrides)
+    present = read_config(run)
     mirror = request.config.checkpoint.mirror
     if mirror is not None:
         fetch_newer(run, mirror, step)
     checkpoints = dict(committed(run.checkpoints))
     newest = max(checkpoints, default=0)
     index = _index(checkpoints.get(newest if step is None else step))
-    present = read_config(run)
     changes = _changes(run, present, request, index)
     check_changes(changes, allowed)
     if index is not None and (problems := state_misfits(index, request.config)):

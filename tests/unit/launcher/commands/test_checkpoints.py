@@ -65,7 +65,7 @@ def test_a_check_verifies_every_byte_and_names_the_corrupt_file(
 def test_a_pinned_checkpoint_is_not_deleted_until_it_is_unpinned(run: RunDir) -> None:
     call(run, pin=(5,))
     assert is_pinned(run.checkpoints / "step-00000005")
-    with pytest.raises(LaunchError, match="step 5 is pinned. Use --unpin first"):
+    with pytest.raises(LaunchError, match=r"step 5 is pinned\. Use --unpin first"):
         call(run, delete=(5,))
     call(run, unpin=(5,), delete=(5,))
     assert [step for step, _ in committed(run.checkpoints)] == [10, 15]
