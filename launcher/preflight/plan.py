@@ -125,7 +125,7 @@ def _shares(config: RunConfig, train_tokens: Sequence[int]) -> tuple[Share, ...]
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
-    """Bytes of one checkpoint: master weights and optimizer states, all in fp32."""
+    """Bytes of one checkpoint: master weights and moments, all in fp32."""
     moments = config.optimizer.model_copy(update={"moments": "fp32"})
     return state_bytes(config.model_copy(update={"optimizer": moments}))
 
