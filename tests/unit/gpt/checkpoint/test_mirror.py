@@ -15,7 +15,7 @@ from gpt.checkpoint.mirror import Mirror, MirrorError
 from gpt.checkpoint.writer import Pace, prune
 from gpt.config.run import CheckpointConfig
 from gpt.run import record
-from gpt.run.json_file import read_json, write_json
+from gpt.run.json_file import read_json
 from gpt.run.run_dir import RunDir
 from gpt.sidecars.checkpoint_mirror import Copier, follow
 from launcher.cluster import ClusterConfig
@@ -25,7 +25,7 @@ from launcher.preflight.check import examine
 from launcher.runs.recipes import run_tables
 from launcher.runs.store import create_run, read_config
 from tests.unit.gpt.checkpoint.support import write_checkpoint
-from tests.unit.launcher.support import make_data, submit_what_ends_well
+from tests.unit.launcher.support import give_job, make_data, submit_what_ends_well
 from tests.unit.s3_support import s3_bucket
 
 
@@ -250,9 +250,9 @@ def test_a_copy_of_a_run_leaves_the_mirror_to_its_original(
     monkeypatch.setattr(follow_job, "submit", submit_what_ends_well)
     save(run, 5)
     copy_all(run)
-    write_json(run.job, {"run_inode": run.path.stat().st_ino})
+    give_job(run, alive=False)
     copy = RunDir(Path(shutil.copytree(run.path, tmp_path / "copies" / "mine-0001")))
-    with pytest.raises(ConfigError, match="is the mirror of the run that it was copied from"):
+    with pytest.raises(ConfigError, match="is the mirror of the original run"):
         resume(str(copy.path), None, [], None, attend=None)
     (tmp_path / "others").mkdir()
     elsewhere = f"checkpoint.mirror={tmp_path / 'others'}"
