@@ -69,7 +69,7 @@ def demo(out: Path) -> int:
         f"A GPT with {needs.parameters:,} parameters ({model.n_layers} layers, width {model.d_model}, "
         f"RMSNorm, RoPE, SwiGLU) trains on {needs.tokens:,} tokens in {needs.steps} steps.",
         f"DeepSpeed ZeRO-{request.config.zero.stage} shards the optimizer state over {needs.world_size} "
-        f"processes ({request.config.precision}, gloo). A checkpoint has {size(needs.checkpoint_bytes)}.",
+        f"processes ({request.config.precision}, gloo). A checkpoint takes {size(needs.checkpoint_bytes)}.",
     )
     run = create_run(folder, request, command_line())
     _print(f"Run directory: {run.path}")
