@@ -11,7 +11,7 @@ from gpt.run.events import Event, record_event
 from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig
 from launcher.commands.fault_injector import FaultInjector
-from launcher.commands.rehearse import LOSS_TOLERANCE, Check, compare
+from launcher.commands.rehearsal_checks import LOSS_TOLERANCE, Check, compare
 from launcher.preflight.check import examine
 from launcher.request import Request
 from launcher.runs.recipes import run_tables
