@@ -1,4 +1,4 @@
-# Each target does its own set-up in .venv; PYTHON picks the interpreter (3.11 or newer).
+# Each target sets up .venv by itself. PYTHON selects the interpreter (3.11 or newer).
 PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= demo
@@ -9,7 +9,7 @@ KILLS ?= 20
 demo: .venv/.installed
 	$(BIN)/outlast demo --out $(OUT)
 
-# On several cores at once, where a test that takes long is left to itself.
+# Runs on up to four cores; worksteal moves waiting tests to idle cores.
 test: .venv/.installed-for-tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
@@ -22,7 +22,7 @@ format: .venv/.installed-for-tests
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# On a real Slurm that the tests start; as root, with Debian's slurmctld, slurmd, slurm-client and munge.
+# Needs root and the Debian packages slurmctld, slurmd, slurm-client and munge: the tests start a real Slurm.
 slurm: .venv/.installed-for-tests
 	$(BIN)/python -m pytest -m 'slurm and not chaos and not benchmark'
 
@@ -36,15 +36,15 @@ clean:
 	rm -rf .venv demo build *.egg-info
 
 .venv/.installed: pyproject.toml
-	@echo "Installing Outlast and what it needs in .venv (once; a few minutes)"
+	@echo "Installing Outlast and its dependencies in .venv (once; takes a few minutes)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --editable .
 	touch $@
 
-# flash-attn's kernels need a GPU to build for; its Python layer is tested on the CPU without them.
-# megatron-core reads our shards in the tests; of what it asks for, nothing more than that is needed.
+# flash-attn is installed without its CUDA kernels, which need a GPU: the tests run its Python layer on the CPU.
+# megatron-core is installed without its dependencies: the tests use only its reader of indexed data sets.
 .venv/.installed-for-tests: .venv/.installed
-	@echo "Installing what the tests need"
+	@echo "Installing the dependencies of the tests"
 	$(BIN)/pip install --quiet --editable '.[test]'
 	$(BIN)/pip install --quiet --no-deps 'megatron-core==0.16.*'
 	FLASH_ATTENTION_FORCE_BUILD=TRUE FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE \

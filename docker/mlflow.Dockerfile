@@ -1,4 +1,4 @@
-# The MLflow server alone, in the version that the project pins.
+# The MLflow server only, in the version range that Outlast pins.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 FROM ${BASE_IMAGE}
 RUN pip install --no-cache-dir 'mlflow>=3.17,<4'

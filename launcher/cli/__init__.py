@@ -1,7 +1,7 @@
-"""The command tree: names, options, help, exit codes. What a command does is imported when it runs.
+"""The command tree: names, options, help texts, exit codes.
 
-`outlast --help` must answer in under 0.3 s, so nothing here imports more than click; nothing anywhere in
-`launcher` imports torch.
+`outlast --help` must answer in under 0.3 s, so a command's implementation is imported only when it runs.
+Nothing in `launcher` imports torch.
 """
 
 import sys
@@ -9,39 +9,46 @@ import sys
 import click
 
 from data_pipeline.errors import OutlastError
-from gpt.run.exit_codes import exit_code_of
-from launcher.cli import data, models
-from launcher.cli import inspecting as watching
-from launcher.cli import training as starting
+from gpt.run.exit_codes import ExitCode, exit_code_of
+from launcher.cli import data, inspecting, models, training
+
+_SHOWN_CODES = (
+    ExitCode.FINISHED,
+    ExitCode.BAD_INPUT,
+    ExitCode.STOPPED,
+    ExitCode.DO_NOT_RESTART,
+    ExitCode.FAILED,
+)
+_HELP = """Pretraining runs that outlast their machines.
+
+\b
+Try it:        outlast demo
+Your own run:  outlast prepare SOURCE… --tokenizer outlast-4k --out DATA
+               outlast launch RUN.toml --cluster local --set data.path=DATA
+
+\b
+Exit codes:
+""" + "\n".join(f"{code:>4}  {code.meaning}" for code in _SHOWN_CODES)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(help=_HELP, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="outlast")
 def commands() -> None:
-    """Pretraining runs that outlast their machines.
-
-    \b
-    First:   outlast demo
-    Yours:   outlast prepare SOURCE… --tokenizer outlast-4k --out DATA
-             outlast launch RUN.toml --cluster local --set data.path=DATA
-
-    Exit codes: 0 done; 2 the input is wrong; 75 stopped with everything saved, start again to
-    continue; 93 do not restart; 1 anything else.
-    """
+    """The group of all commands."""
 
 
 for _command in (
-    starting.demo,
-    starting.plan,
-    starting.launch,
-    starting.resume,
-    starting.rehearse,
-    starting.sweep,
-    watching.status,
-    watching.logs,
-    watching.stop,
-    watching.checkpoints,
-    watching.ui,
+    training.demo,
+    training.plan,
+    training.launch,
+    training.resume,
+    training.rehearse,
+    training.sweep,
+    inspecting.status,
+    inspecting.logs,
+    inspecting.stop,
+    inspecting.checkpoints,
+    inspecting.ui,
     data.prepare,
     data.data,
     data.tokenizer,
@@ -55,12 +62,12 @@ for _command in (
 
 
 def main() -> None:
-    """The `outlast` command: runs it and exits with its code."""
+    """Run the `outlast` command and exit with its code."""
     sys.exit(run(sys.argv[1:]))
 
 
 def run(arguments: list[str]) -> int:
-    """The exit code of one command; errors meant for users are lines on standard error."""
+    """Run one command and return its exit code; errors meant for users are lines on standard error."""
     try:
         return int(commands.main(arguments, prog_name="outlast", standalone_mode=False) or 0)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -76,8 +83,12 @@ def run(arguments: list[str]) -> int:
             click.echo(f"error: {line}", err=True)
         return exit_code_of(error)
     except BrokenPipeError:
-        sys.stderr.close()  # or the interpreter complains while it flushes
+        sys.stderr.close()  # otherwise the interpreter prints an error when it flushes
         return 1
-    except (NotADirectoryError, IsADirectoryError, PermissionError) as error:  # what was named is not usable
+    except (
+        NotADirectoryError,
+        IsADirectoryError,
+        PermissionError,
+    ) as error:  # an argument names an unusable path
         click.echo(f"error: {error.filename}: {error.strerror}", err=True)
         return 2

@@ -1,4 +1,4 @@
-"""The commands for runs that are there: status, logs, stop, checkpoints, ui."""
+"""The commands for existing runs: status, logs, stop, checkpoints, ui."""
 
 from pathlib import Path
 
@@ -8,21 +8,22 @@ from launcher.cli.options import example
 
 
 @click.command(
-    short_help="Show runs and how they are doing.",
+    short_help="Show the state and progress of runs.",
     epilog=example("outlast status", "outlast status runs/demo-0001 --json"),
 )
 @click.argument("run_dirs", nargs=-1, metavar="[RUN_DIR…]")
-@click.option("--json", "as_json", is_flag=True, help="A JSON list, one object a run.")
-@click.option("--watch", is_flag=True, help="Show it again every few seconds, until Ctrl-C.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list with one object per run.")
+@click.option("--watch", is_flag=True, help="Refresh every few seconds until Ctrl-C.")
 def status(run_dirs: tuple[str, ...], as_json: bool, watch: bool) -> int:
-    """Show runs: state, step, loss, speed, last checkpoint, restarts. Default: all of $OUTLAST_RUNS.
+    """Show the state, step, loss, speed, last checkpoint and restarts of runs.
 
-    A sweep's folder stands for all of its runs.
+    Without arguments, shows all runs in $OUTLAST_RUNS. The folder of a sweep shows all its runs.
     """
     import json
 
     from gpt.run.run_dir import RunDir
-    from launcher.commands.status import show, statuses
+    from launcher.commands.status import statuses
+    from launcher.commands.status_table import show
     from launcher.paths import absolute
     from launcher.runs.store import list_runs, open_run, runs_folder, sweep_runs
 
@@ -31,25 +32,23 @@ def status(run_dirs: tuple[str, ...], as_json: bool, watch: bool) -> int:
         return [run for several in named for run in several] or list_runs()
 
     if as_json and watch:
-        raise click.UsageError("--watch shows the table again and again; --json is for one look")
+        raise click.UsageError("--watch refreshes the table and cannot be combined with --json.")
     if as_json:
         click.echo(json.dumps([row.as_json() for row in statuses(find())], indent=2))
     elif watch or find():
         show(find, watch=watch)
     else:
-        click.echo(f"no runs in {runs_folder()}", err=True)
+        click.echo(f"There are no runs in {runs_folder()}.", err=True)
     return 0
 
 
-@click.command(
-    short_help="Print what the processes wrote.", epilog=example("outlast logs runs/demo-0001 --follow")
-)
+@click.command(short_help="Print the logs of a run.", epilog=example("outlast logs runs/demo-0001 --follow"))
 @click.argument("run_dir")
-@click.option("--follow", is_flag=True, help="Go on until the job ends.")
-@click.option("--attempt", type=int, metavar="N", help="Default: the newest.")
-@click.option("--node", type=int, metavar="N", help="Default: all.")
+@click.option("--follow", is_flag=True, help="Keep printing new lines until the job ends.")
+@click.option("--attempt", type=int, metavar="N", help="The attempt to print. Default: the newest.")
+@click.option("--node", type=int, metavar="N", help="The node to print. Default: all.")
 def logs(run_dir: str, follow: bool, attempt: int | None, node: int | None) -> int:
-    """Print what the processes of a run wrote, each line with its origin."""
+    """Print the logs of a run's processes, each line with its origin."""
     from launcher.commands.logs import lines
     from launcher.runs.store import open_run
 
@@ -60,29 +59,37 @@ def logs(run_dir: str, follow: bool, attempt: int | None, node: int | None) -> i
 
 @click.command(short_help="Save and stop a run.", epilog=example("outlast stop runs/demo-0001"))
 @click.argument("run_dir")
-@click.option("--now", is_flag=True, help="End it at once, without saving.")
+@click.option("--now", is_flag=True, help="Stop at once without saving.")
 def stop(run_dir: str, now: bool) -> int:
-    """Save and stop a run; `outlast resume` continues it."""
-    from launcher.commands.launch import stop
+    """Save a checkpoint and stop the run. `outlast resume` continues it."""
+    from launcher.commands.stop import stop
 
     return stop(run_dir, now=now)
 
 
 @click.command(
-    short_help="List, pin and delete checkpoints.",
+    short_help="List, pin, delete and verify checkpoints.",
     epilog=example(
         "outlast checkpoints runs/demo-0001 --check", "outlast checkpoints runs/demo-0001 --pin 60"
     ),
 )
 @click.argument("run_dir")
-@click.option("--pin", type=int, multiple=True, metavar="STEP", help="Keep it whatever retention says.")
-@click.option("--unpin", type=int, multiple=True, metavar="STEP", help="Leave it to retention again.")
-@click.option("--delete", type=int, multiple=True, metavar="STEP", help="Delete it; two stay always.")
+@click.option("--pin", type=int, multiple=True, metavar="STEP", help="Never prune this checkpoint.")
+@click.option("--unpin", type=int, multiple=True, metavar="STEP", help="Allow pruning again.")
 @click.option(
-    "--delete-set-aside", is_flag=True, help="Delete bad ones, and those that `resume --step` put aside."
+    "--delete",
+    type=int,
+    multiple=True,
+    metavar="STEP",
+    help="Delete this checkpoint. Two intact ones always remain.",
 )
-@click.option("--check", is_flag=True, help="Read every byte now; exit 1 if one is bad.")
-@click.option("--json", "as_json", is_flag=True, help="A JSON list, one object a checkpoint.")
+@click.option(
+    "--delete-set-aside",
+    is_flag=True,
+    help="Delete the corrupt checkpoints and those that `resume --step` set aside.",
+)
+@click.option("--check", is_flag=True, help="Verify every byte now. Exits with 1 if a checkpoint is corrupt.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list with one object per checkpoint.")
 def checkpoints(
     run_dir: str,
     pin: tuple[int, ...],
@@ -92,7 +99,7 @@ def checkpoints(
     check: bool,
     as_json: bool,
 ) -> int:
-    """List a run's checkpoints: step, size, when, by how many processes, pinned or not, verified or not."""
+    """List, pin, unpin, delete and verify the checkpoints of a run."""
     from launcher.commands.checkpoints import checkpoints
     from launcher.runs.store import open_run
 
@@ -108,12 +115,12 @@ def checkpoints(
 
 
 @click.command(
-    short_help="Open the MLflow UI.", epilog=example("outlast ui", "outlast ui runs/demo-0001 --port 5001")
+    short_help="Serve the MLflow UI.", epilog=example("outlast ui", "outlast ui runs/demo-0001 --port 5001")
 )
 @click.argument("folder", required=False, metavar="[RUN_DIR | RUNS_DIR]", type=click.Path(path_type=Path))
-@click.option("--port", type=int, default=5000, show_default=True)
+@click.option("--port", type=int, default=5000, show_default=True, help="The local port to serve on.")
 def ui(folder: Path | None, port: int) -> int:
-    """Open the MLflow UI over the tracked runs of a folder; default: $OUTLAST_RUNS."""
+    """Serve the MLflow UI for a run or for a folder of runs. Default: $OUTLAST_RUNS."""
     from launcher.commands.model_tools import ui
 
     return ui(folder, port)

@@ -1,4 +1,4 @@
-"""The commands that turn checkpoints into models and models into runs: sample, export, import."""
+"""The commands that use checkpoints as models, and models as runs: sample, export, import."""
 
 from pathlib import Path
 
@@ -8,41 +8,69 @@ from launcher.cli.options import cluster_option, example, set_option
 
 
 @click.command(
-    short_help="Let a checkpoint or an export write.",
+    short_help="Generate text from a checkpoint or an export.",
     epilog=example('outlast sample runs/demo-0001 --prompt "In the beginning"'),
 )
 @click.argument("folder", metavar="RUN_DIR|EXPORT")
-@click.option("--prompt", default="", metavar="TEXT", help="What the text begins with.")
-@click.option("--max-tokens", type=click.IntRange(min=1), default=200, show_default=True)
+@click.option("--prompt", default="", metavar="TEXT", help="The text to continue.")
 @click.option(
-    "--temperature", type=click.FloatRange(min=0.0), default=0.8, show_default=True, help="0: the likeliest."
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    default=200,
+    show_default=True,
+    help="The largest number of tokens to generate.",
 )
-@click.option("--top-k", type=click.IntRange(min=1), metavar="N", help="Only the N likeliest tokens.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0.0),
+    default=0.8,
+    show_default=True,
+    help="Divides the logits; 0 always takes the most likely token.",
+)
+@click.option(
+    "--top-k", type=click.IntRange(min=1), metavar="N", help="Sample from the N most likely tokens only."
+)
 @click.option(
     "--top-p",
     type=click.FloatRange(min=0.0, max=1.0, min_open=True),
     metavar="P",
-    help="Only the likeliest tokens that make up P of the probability.",
+    help="Sample from the most likely tokens that together have probability P.",
 )
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--step", type=click.IntRange(min=0), metavar="N", help="Default: the newest intact one.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seeds the sampling.")
+@click.option(
+    "--step",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="The checkpoint to use. Default: the newest intact one.",
+)
 def sample(folder: str, prompt: str, **options: float | None) -> int:
-    """Let a run's checkpoint, or an exported folder, write until it ends its text; printed as it is drawn."""
+    """Generate text from a checkpoint or an export, and print it token by token."""
     from launcher.commands.model_tools import sample
 
     return sample(folder, prompt, **options)
 
 
 @click.command(
-    short_help="Write a checkpoint for transformers.",
+    short_help="Export a checkpoint for transformers.",
     epilog=example("outlast export runs/demo-0001 exported", "outlast export runs/demo-0001 out --step 60"),
 )
 @click.argument("run_dir")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--step", type=click.IntRange(min=0), metavar="N", help="Default: the newest intact one.")
-@click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), default="bf16", show_default=True)
+@click.option(
+    "--step",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="The checkpoint to use. Default: the newest intact one.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["bf16", "fp16", "fp32"]),
+    default="bf16",
+    show_default=True,
+    help="The data type of the weights.",
+)
 def export(run_dir: str, out: Path, step: int | None, dtype: str) -> int:
-    """Write a checkpoint as a folder that transformers loads: weights, config and tokenizer."""
+    """Export a checkpoint to the folder OUT, which transformers can load: weights, config and tokenizer."""
     from launcher.commands.model_tools import export
 
     return export(run_dir, out, step, dtype)
@@ -50,7 +78,7 @@ def export(run_dir: str, out: Path, step: int | None, dtype: str) -> int:
 
 @click.command(
     "import",
-    short_help="Make a run from a transformers model.",
+    short_help="Create a run from a transformers model.",
     epilog=example(
         "outlast import gpt2/ runs/mine --data data/mine --set schedule.total_steps=1000",
         "outlast resume runs/mine",
@@ -58,11 +86,16 @@ def export(run_dir: str, out: Path, step: int | None, dtype: str) -> int:
 )
 @click.argument("hf_dir", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.argument("run_dir", type=click.Path(path_type=Path))
-@click.option("--data", required=True, metavar="DIR", help="A data directory, prepared with its tokenizer.")
+@click.option(
+    "--data",
+    required=True,
+    metavar="DIR",
+    help="A data directory that was prepared with the model's tokenizer.",
+)
 @cluster_option
 @set_option
 def import_(hf_dir: Path, run_dir: Path, data: str, cluster: str, overrides: tuple[str, ...]) -> int:
-    """Make a run that continues the pretraining of a GPT-2, Llama, Mistral or Qwen3 folder."""
+    """Create a run that continues pretraining from a GPT-2, Llama, Mistral or Qwen3 folder."""
     from launcher.commands.import_model import import_run
 
     return import_run(hf_dir, run_dir, data, cluster, overrides)

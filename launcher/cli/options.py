@@ -1,23 +1,30 @@
-"""What the commands have in common: options, and how their examples are shown."""
+"""Options that several commands share, and the layout of their examples."""
 
 import click
 
-RUN_HELP = "RUN is a recipe's name or a TOML file."
+RUN_HELP = "RUN is the name of a recipe or a TOML file."
 set_option = click.option(
     "--set",
     "overrides",
     multiple=True,
     metavar="A.B=C",
-    help="Set a field of the run config; may be repeated.",
+    help="Set a field of the run config. Can be repeated.",
 )
 cluster_option = click.option(
-    "--cluster", default="local", show_default=True, metavar="C", help="A file, or a name in cluster_configs."
+    "--cluster",
+    default="local",
+    show_default=True,
+    metavar="C",
+    help="A TOML file, or a name in cluster_configs.",
 )
 detach_option = click.option(
-    "--follow/--detach", "attend", default=None, help="Stay until the job ends (default: local jobs only)."
+    "--follow/--detach",
+    "attend",
+    default=None,
+    help="Show progress until the job ends, or return at once. Default: follow local jobs only.",
 )
 
 
 def example(*lines: str) -> str:
-    """An epilog that click does not rewrap."""
+    """An epilog with examples, which click does not rewrap."""
     return "\b\nExample:\n" + "\n".join(f"  {line}" for line in lines)

@@ -1,4 +1,4 @@
-"""The commands that start something to train: demo, plan, launch, resume, rehearse, sweep."""
+"""The commands that plan and start training: demo, plan, launch, resume, rehearse, sweep."""
 
 from pathlib import Path
 
@@ -8,67 +8,70 @@ from launcher.cli.options import RUN_HELP, cluster_option, detach_option, exampl
 
 
 @click.command(
-    short_help="See it work: train, kill, restart, sample.", epilog=example("outlast demo --out demo")
+    short_help="Train a small model, kill it, watch it recover.", epilog=example("outlast demo --out demo")
 )
 @click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, metavar="DIR"
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("demo"),
+    show_default=True,
+    metavar="DIR",
+    help="The folder for the demo's data and run.",
 )
 def demo(out: Path) -> int:
-    """Prepare, train, kill, restart, sample: the whole road in a few minutes, without a network."""
+    """Prepare data, train a small GPT, kill a worker, recover, and sample text.
+
+    Takes a few minutes on a CPU and needs no network.
+    """
     from launcher.commands.demo import demo
 
     return demo(out)
 
 
 @click.command(
-    short_help="Show what a run will need.",
+    short_help="Show the memory, time and disk that a run needs.",
     epilog=example("outlast plan demo --cluster local --set data.path=data/mine"),
-    help=f"Show what a run will need: parameters, memory a rank, time, steps, disk. {RUN_HELP}",
+    help=f"Show what a run needs: steps, compute, time, memory per rank, disk. Starts nothing. {RUN_HELP}",
 )
 @click.argument("run")
 @cluster_option
 @set_option
-@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 @click.option(
     "--mfu",
     type=click.FloatRange(min=0, max=1, min_open=True),
     default=0.4,
     show_default=True,
-    help="Share of the accelerators' peak that the time assumes.",
+    help="The fraction of the accelerators' peak FLOPs that the time estimate assumes.",
 )
 def plan(run: str, cluster: str, overrides: tuple[str, ...], as_json: bool, mfu: float) -> int:
-    import json
+    from launcher.commands.plan import print_plan
 
-    from launcher.commands.launch import show_plan, show_warnings
-    from launcher.preflight.check import examine
-    from launcher.preflight.plan import plan
-    from launcher.runs.recipes import run_tables
-
-    tables, source = run_tables(run, overrides)
-    request = examine(tables, source, cluster, None)
-    show_warnings(request)
-    if as_json:
-        click.echo(json.dumps(plan(request.config, request.cluster, request.train_tokens, mfu).as_json()))
-    else:
-        show_plan(request, mfu)
-    return 0
+    return print_plan(run, cluster, overrides, as_json=as_json, mfu=mfu)
 
 
 @click.command(
-    short_help="Check everything, then train.",
+    short_help="Check a new run, then train it.",
     epilog=example("outlast launch my-run.toml --cluster local --set batch.micro_batch=4"),
-    help=f"Check everything, then run here or submit; prints the run directory last. {RUN_HELP}",
+    help="Check everything, then train on this machine or submit to Slurm. The run directory is the last "
+    f"line of standard output. {RUN_HELP}",
 )
 @click.argument("run")
 @cluster_option
 @set_option
 @click.option(
-    "--run-dir", type=click.Path(path_type=Path), metavar="DIR", help="Default: $OUTLAST_RUNS/NAME-NNNN."
+    "--run-dir",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="The run directory to create. Default: $OUTLAST_RUNS/NAME-NNNN.",
 )
 @click.option(
-    "--from", "origin", metavar="RUN_DIR[@STEP]", help="Begin with the state of another run's checkpoint."
+    "--from",
+    "origin",
+    metavar="RUN_DIR[@STEP]",
+    help="Start from the weights, optimizer state and step of another run's checkpoint.",
 )
-@click.option("--dry-run", is_flag=True, help="Check and plan; start and write nothing.")
+@click.option("--dry-run", is_flag=True, help="Check and print the plan, but write and start nothing.")
 @detach_option
 def launch(
     run: str,
@@ -85,22 +88,27 @@ def launch(
 
 
 @click.command(
-    short_help="Continue a run.",
+    short_help="Continue a run from its newest checkpoint.",
     epilog=example(
         "outlast resume runs/demo-0001 --set schedule.total_steps=400",
         "outlast resume s3://bucket/runs/demo-0001",
     ),
 )
 @click.argument("run_dir")
-@click.option("--cluster", metavar="C", help="Default: where it ran last.")
+@click.option("--cluster", metavar="C", help="Default: the cluster that the run used last.")
 @set_option
-@click.option("--step", type=click.IntRange(min=1), metavar="N", help="Continue from an older checkpoint.")
+@click.option(
+    "--step",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Continue from the checkpoint of step N; later ones are set aside.",
+)
 @click.option(
     "--allow-change",
     "allowed",
     multiple=True,
     metavar="FIELD",
-    help="Let a field change that must match (`data`: the data itself); may be repeated.",
+    help="Allow a change of a field that normally must match (`data`: the data itself). Can be repeated.",
 )
 @detach_option
 def resume(
@@ -111,47 +119,61 @@ def resume(
     allowed: tuple[str, ...],
     attend: bool | None,
 ) -> int:
-    """Continue a run from its newest checkpoint, also on another number of processes.
+    """Continue a run from its newest checkpoint, on the same or another number of processes.
 
-    The URL of a mirror in place of RUN_DIR brings the run from there first.
+    RUN_DIR can also be the URL of the run's mirror: the run is then downloaded first.
     """
-    from launcher.commands.launch import resume
+    from launcher.commands.resume import resume
 
     return resume(run_dir, cluster, overrides, step, attend=attend, allowed=allowed)
 
 
 @click.command(
-    short_help="Prove on your cluster that a run survives.",
+    short_help="Test on your cluster that a run survives failures.",
     epilog=example("outlast rehearse gpt2-124m --cluster my-cluster.toml --set data.path=data/mine"),
 )
 @click.argument("run", metavar="RUN")
 @cluster_option
 @set_option
-@click.option("--run-dir", type=click.Path(path_type=Path), metavar="DIR", help="Default: among the runs.")
 @click.option(
-    "--steps", type=click.IntRange(min=8), default=24, show_default=True, help="Of each of two runs."
+    "--run-dir", type=click.Path(path_type=Path), metavar="DIR", help="Default: $OUTLAST_RUNS/rehearsal-NNNN."
+)
+@click.option(
+    "--steps",
+    type=click.IntRange(min=8),
+    default=24,
+    show_default=True,
+    help="The number of steps of each of the two runs.",
 )
 def rehearse(run: str, cluster: str, overrides: tuple[str, ...], run_dir: Path | None, steps: int) -> int:
-    """Train a short version of RUN twice, one of them killed, resumed and resized, and compare."""
+    """Train a short version of RUN twice and compare the results.
+
+    One of the two is killed, recovers, is stopped, and resumes on another number of processes.
+    RUN is the name of a recipe or a TOML file.
+    """
     from launcher.commands.rehearse import rehearse
 
     return rehearse(run, cluster, overrides, run_dir, steps)
 
 
 @click.command(
-    short_help="Run a grid over config fields.",
+    short_help="Train a grid of config values.",
     epilog=example("outlast sweep sweep.toml --cluster my-cluster.toml", "outlast sweep runs/sweep-0001"),
 )
 @click.argument("source", metavar="SWEEP.toml | SWEEP_DIR", type=click.Path(path_type=Path, exists=True))
-@click.option("--cluster", metavar="C", help="A file, or a name in cluster_configs. Default: local.")
-@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Default: among the runs.")
-@click.option("--results", is_flag=True, help="Start nothing; show what came out, the best first.")
-@click.option("--json", "as_json", is_flag=True, help="With --results: a JSON list.")
+@click.option("--cluster", metavar="C", help="A TOML file, or a name in cluster_configs. Default: local.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="DIR", help="Default: $OUTLAST_RUNS/NAME-NNNN."
+)
+@click.option("--results", is_flag=True, help="Start nothing. Show the results, best first.")
+@click.option("--json", "as_json", is_flag=True, help="With --results: print a JSON list.")
 @detach_option
 def sweep(
     source: Path, cluster: str | None, out: Path | None, results: bool, as_json: bool, attend: bool | None
 ) -> int:
-    """Run every combination of some fields' values: on Slurm as one array, here one after the other.
+    """Train every combination of the given values: on Slurm as one job array, on this machine one by one.
+
+    Repeat the command with the sweep's folder to start what has not finished.
 
     \b
     SWEEP.toml:  run = "my-run.toml"

@@ -1,4 +1,4 @@
-"""`outlast checkpoints`: what a run has saved, what of it is whole, and what stays for ever."""
+"""`outlast checkpoints`: lists, pins, deletes and verifies the checkpoints of a run."""
 
 import json
 import shutil
@@ -19,9 +19,9 @@ from gpt.checkpoint.format import PIN_NAME, Corrupt, committed, is_pinned, read_
 from gpt.run import record
 from gpt.run.events import Event
 from gpt.run.run_dir import UNCOMMITTED_PREFIX, RunDir
-from launcher.preflight.plan import size
+from launcher.units import size
 
-_FEWEST = 2  # the newest, and one for the case that it turns out to be bad
+_FEWEST = 2  # the newest, and one more in case the newest turns out to be corrupt
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def checkpoints(
     check: bool,
     as_json: bool,
 ) -> int:
-    """Pin, unpin and delete, then list; 1 when `check` (reading every byte) finds a bad one."""
+    """Pin, unpin and delete, then list; 1 when `check`, which verifies every byte, finds a corrupt one."""
     there = dict(committed(run.checkpoints))
     _refuse_unknown(there, [*pin, *unpin, *delete])
     for step in pin:
@@ -71,22 +71,22 @@ def _refuse_unknown(there: dict[int, Path], steps: Sequence[int]) -> None:
     unknown = [str(step) for step in steps if step not in there]
     if unknown:
         known = ", ".join(map(str, there)) or "none"
-        raise LaunchError(f"there is no checkpoint of step {', '.join(unknown)}; there are: {known}.")
+        raise LaunchError(f"there is no checkpoint of step {', '.join(unknown)}. Available steps: {known}.")
 
 
 def _delete(there: dict[int, Path], steps: Sequence[int]) -> None:
-    """Remove the checkpoints of `steps`; of those that are whole enough stay, bad ones may always go."""
+    """Delete the checkpoints of `steps`. Corrupt ones can always go; _FEWEST intact ones must remain."""
     pinned = [str(step) for step in steps if is_pinned(there[step])]
     if pinned:
-        raise LaunchError(f"step {', '.join(pinned)} is pinned; --unpin it first.")
+        raise LaunchError(f"step {', '.join(pinned)} is pinned. Use --unpin first.")
     going = dict.fromkeys(steps)
-    if any(_is_whole(there[step]) for step in going):
+    if any(_is_intact(there[step]) for step in going):
         staying = [folder for step, folder in reversed(there.items()) if step not in going]
-        whole = list(islice(filter(_is_whole, staying), _FEWEST))
-        if len(whole) < _FEWEST:
+        intact = list(islice(filter(_is_intact, staying), _FEWEST))
+        if len(intact) < _FEWEST:
             raise LaunchError(
-                f"{len(whole)} of the checkpoints that would stay are whole; at least {_FEWEST} stay. To "
-                "give the run up, delete its folder."
+                f"only {len(intact)} intact checkpoints would remain; at least {_FEWEST} must. To delete the "
+                "whole run, delete its folder."
             )
     for step in going:
         _remove(there[step])
@@ -101,26 +101,26 @@ def _remove(folder: Path) -> None:
 
 
 def _set_aside(run: RunDir) -> list[Path]:
-    """What stands beside the checkpoints and counts no more: bad ones, and those of a course that is left."""
+    """Folders that no longer count as checkpoints: corrupt or rewound ones."""
     return sorted(run.checkpoints.glob(".b*-step-*"))
 
 
 def _delete_set_aside(run: RunDir) -> None:
-    """Remove what was set aside, and say so; a pin counts for what bears it there too."""
+    """Delete the folders that were set aside, unless one of them is pinned."""
     folders = _set_aside(run)
     pinned = [folder for folder in folders if is_pinned(folder)]
     if pinned:
         pins = ", ".join(str(folder / PIN_NAME) for folder in pinned)
-        raise LaunchError(f"pinned before it was set aside, so that nothing is deleted: remove {pins} first.")
+        raise LaunchError(f"nothing was deleted: a folder that was set aside is pinned. Remove {pins} first.")
     for folder in folders:
         freed = size(_bytes_in(folder))
         _remove(folder)
         click.echo(f"deleted: {folder}, {freed}", err=True)
     if not folders:
-        click.echo(f"nothing is set aside in {run.checkpoints}", err=True)
+        click.echo(f"no checkpoints are set aside in {run.checkpoints}", err=True)
 
 
-def _is_whole(folder: Path) -> bool:
+def _is_intact(folder: Path) -> bool:
     return next(verify(folder), None) is None
 
 
@@ -129,7 +129,7 @@ def _list(run: RunDir, *, check: bool) -> list[Listed]:
     read_back = {line["step"] for line in record.read(run.events) if line["event"] == Event.CHECKPOINT_SAVED}
     rows = []
     for step, folder in committed(run.checkpoints):
-        with suppress(FileNotFoundError):  # pruned meanwhile
+        with suppress(FileNotFoundError):  # it was pruned meanwhile
             rows.append(_listed(step, folder, losses.get(step), is_read_back=step in read_back, check=check))
     return rows
 
@@ -163,11 +163,11 @@ def _bytes_in(folder: Path) -> int:
 
 
 def _show_set_aside(run: RunDir) -> None:
-    """Nothing removes it but the user."""
+    """Name the folders that were set aside; only the user deletes them."""
     for folder in _set_aside(run):
         with suppress(FileNotFoundError):
             freed = size(_bytes_in(folder))
-            click.echo(f"set aside, until --delete-set-aside: {folder}, {freed}", err=True)
+            click.echo(f"set aside ({freed}): {folder}; --delete-set-aside deletes it", err=True)
 
 
 def _show(rows: Sequence[Listed]) -> None:

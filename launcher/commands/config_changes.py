@@ -1,7 +1,7 @@
-"""Changes of a run that goes on: those that must not be are refused, unless they are asked for by name.
+"""Changes of a run's config on resume: which are allowed, and which need `--allow-change FIELD`.
 
-A field that must match can still be changed by who names it (`--allow-change FIELD`): the numbers of the
-run are then no longer those of one config, which its events say.
+Once a field that must match has changed, a single config no longer explains the run's numbers. Each such
+change is therefore recorded as an event.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -14,17 +14,17 @@ from gpt.checkpoint.format import CheckpointIndex
 from gpt.config.resume_rules import RULES, Change, rule_of
 from gpt.config.run import RunConfig
 
-DATA = "data"  # the data itself, by its fingerprint
-CONFIG = "config"  # a config that is not the one of config.json's history, by its fingerprint
+DATA = "data"  # the data itself, compared by its fingerprint
+CONFIG = "config"  # the config under which the checkpoint was saved, compared by its fingerprint
 
 
 def fingerprint_changes(
     index: CheckpointIndex | None, config: RunConfig, data: str, configs: Collection[str]
 ) -> dict[str, Any]:
-    """What no field tells: a checkpoint of other data than `config` accepts, or not of the run's `configs`.
+    """Changes that no field shows: the checkpoint was trained on other data, or saved under a foreign config.
 
-    `data` is the fingerprint of the data, `configs` are those of the run's config now and before changes
-    that were allowed; None where there is no checkpoint.
+    `data` is the fingerprint of the data now. `configs` are the fingerprints of the run's config now and
+    before each change that a user allowed. `index` is None when the run has no checkpoint.
     """
     changes = {}
     if index is not None and index.data_fingerprint not in (data, *config.data.changed_from):
@@ -34,13 +34,14 @@ def fingerprint_changes(
     return changes
 
 
-def judge(changes: Mapping[str, Any], allowed: Sequence[str]) -> None:
-    """Warn of `changes` (name → old, new) that matter; raise ConfigError for those that are not `allowed`.
+def check_changes(changes: Mapping[str, Any], allowed: Sequence[str]) -> None:
+    """Print a warning for each of the `changes` (name → old, new) that affects the run's numbers.
 
-    `allowed` holds fields, or tables of which every field may change.
+    Raises ConfigError for changes of fields that must match, unless they are in `allowed`, which holds names
+    of fields and of tables.
     """
     problems = [
-        f"--allow-change {name}: that does not change; what changes: {', '.join(changes) or 'nothing'}."
+        f"--allow-change {name}: this field does not change. Changed fields: {', '.join(changes) or 'none'}."
         for name in allowed
         if not any(_covers(name, field) for field in changes)
     ]
@@ -50,7 +51,9 @@ def judge(changes: Mapping[str, Any], allowed: Sequence[str]) -> None:
             continue
         if change is Change.WARNED or any(_covers(name, field) for name in allowed):
             click.echo(
-                f"warning: {field} changes from {old} to {new}; the run follows it from here", err=True
+                f"warning: {field} changes from {old} to {new}. The new value takes effect from the resumed "
+                "step onwards.",
+                err=True,
             )
         else:
             problems.append(_refusal(field, old, new))
@@ -62,12 +65,12 @@ def _refusal(field: str, old: object, new: object) -> str:
     if field == CONFIG:
         return (
             f"the checkpoint was saved under another config ({old}) than the run's own ({new}): config.json "
-            "was edited, or the checkpoint put there by hand. Restore it, launch another run --from this "
-            f"one, or insist with --allow-change {CONFIG}."
+            "was edited, or the checkpoint was copied from another run. Restore the file, launch a new run "
+            f"with --from this one, or allow the change with --allow-change {CONFIG}."
         )
     return (
         f"{field} cannot change in the middle of a run: {old} → {new}. "
-        f"A run with another value is another run: launch it, or insist with --allow-change {field}."
+        f"Launch a new run with this value, or allow the change with --allow-change {field}."
     )
 
 

@@ -1,4 +1,4 @@
-"""The commands around data: prepare, inspect, tokenizer train, verify. The work is data_pipeline's."""
+"""The commands for data: prepare, inspect, tokenizer train, verify. `data_pipeline` does the work."""
 
 import time
 from collections.abc import Sequence
@@ -24,8 +24,7 @@ from gpt.run.run_dir import RunDir
 from launcher.cluster import load_cluster
 
 _PLAIN_LINE_S = 10.0
-# Of a document that is shown.
-_SHOWN_CHARACTERS = 600
+_SHOWN_CHARACTERS = 600  # of each decoded document
 
 
 def prepare(
@@ -35,7 +34,7 @@ def prepare(
     cluster: str | None = None,
     tasks: int | None = None,
 ) -> int:
-    """Make a data directory from DATA.toml or from sources; the exit code. Its folder is the last line."""
+    """Prepare a data directory from DATA.toml or from sources; the exit code. Prints its folder last."""
     if len(sources) == 1 and sources[0].endswith(".toml"):
         path = Path(sources[0])
         tables, name = {**read_toml(path), **options}, path.name
@@ -43,7 +42,7 @@ def prepare(
         missing = [f"--{key}" for key in ("tokenizer", "out") if key not in options]
         if missing:
             raise ConfigError(
-                f"{' and '.join(missing)} must be given, or a DATA.toml in place of the sources."
+                f"{' and '.join(missing)} must be given. Alternatively, give a DATA.toml instead of sources."
             )
         tables, name = {"sources": list(sources), **options}, "command line"
     config = validate(DataPrepConfig, with_overrides(tables, overrides), name)
@@ -54,38 +53,40 @@ def prepare(
         where = load_cluster(cluster)
         encode = Spread(where, tasks or where.nodes, config.workers)
     made = prepare_with_progress(config, encode)
-    _say_counts(made)
+    _print_counts(made)
     for reason, count in made.skipped.items():
-        click.echo(f"{count:,} documents left out: {reason}", err=True)
+        click.echo(f"{count:,} documents were left out: {reason}", err=True)
     click.echo(config.out.absolute())
     return 0
 
 
-def _say_counts(made: Manifest) -> None:
+def _print_counts(made: Manifest) -> None:
     click.echo(
-        f"{made.train_tokens:,} tokens to train on, {made.val_tokens:,} held out, "
-        f"{made.documents:,} documents, {made.encoding.name}",
+        f"{made.train_tokens:,} training tokens and {made.val_tokens:,} validation tokens from "
+        f"{made.documents:,} documents, tokenizer {made.encoding.name}",
         err=True,
     )
 
 
 def adopt(prefixes: Sequence[str], val: Sequence[str], options: dict[str, Any]) -> int:
-    """Make existing Megatron files a data set where they lie; the exit code. Its folder is the last line."""
+    """Make existing Megatron files a data set without copying them; the exit code. Prints its folder last."""
     from data_pipeline.prepare.adopt import adopt
 
     foreign = sorted(set(options) - {"tokenizer"})
     if foreign:
-        raise ConfigError(f"--adopt writes beside existing files and does not take --{', --'.join(foreign)}.")
+        raise ConfigError(
+            f"--adopt uses existing files as they are and cannot be combined with --{', --'.join(foreign)}."
+        )
     if "tokenizer" not in options:
-        raise ConfigError("--tokenizer must be given: the files do not say which one made their ids.")
+        raise ConfigError("--tokenizer must be given: the files do not record which tokenizer encoded them.")
     folder, made = adopt(prefixes, val, options["tokenizer"], warn=lambda text: click.echo(text, err=True))
-    _say_counts(made)
+    _print_counts(made)
     click.echo(folder)
     return 0
 
 
 def inspect(folder: Path, documents: int, seed: int) -> int:
-    """Print what a data set holds: counts, lengths of documents, and some of them decoded."""
+    """Print a data set's token counts, document lengths, and some decoded documents."""
     from rich.table import Table
 
     from data_pipeline.inspect import length_histogram, sample_documents
@@ -98,7 +99,7 @@ def inspect(folder: Path, documents: int, seed: int) -> int:
         console.width = 110
     splits: list[data_manifest.Split] = ["train", "val"]
     found = {split: length_histogram(folder, made, split) for split in splits}
-    counts = Table("split", "tokens", "documents", "longest", "shards", "bytes")
+    counts = Table("split", "tokens", "documents", "longest document", "shards", "bytes")
     for split in splits:
         shards = made.shards(split)
         row = [
@@ -110,12 +111,14 @@ def inspect(folder: Path, documents: int, seed: int) -> int:
         ]
         counts.add_row(split, *(f"{value:,}" for value in row))
     console.print(counts)
-    console.print(f"tokenizer {made.encoding.name}, {made.encoding.vocab_size:,} ids, stored as {made.dtype}")
+    console.print(
+        f"tokenizer {made.encoding.name} with {made.encoding.vocab_size:,} ids, stored as {made.dtype}"
+    )
     for reason, count in made.skipped.items():
-        console.print(f"left out: {count:,} × {reason}", markup=False)
+        console.print(f"{count:,} documents were left out: {reason}", markup=False)
     for source in made.sources:
-        console.print(f"source {source['name']}, {source['size_bytes']:,} bytes", markup=False)
-    histogram = Table("tokens a document", "train", "val", "")
+        console.print(f"source {source['name']}: {source['size_bytes']:,} bytes", markup=False)
+    histogram = Table("tokens per document", "train", "val", "")
     most = max((*found["train"].counts, *found["val"].counts), default=0)
     for power in range(max(len(found["train"].counts), len(found["val"].counts))):
         train, val = (sum(found[split].counts[power : power + 1]) for split in splits)
@@ -129,7 +132,7 @@ def inspect(folder: Path, documents: int, seed: int) -> int:
 
 
 def prepare_with_progress(config: DataPrepConfig, encode: EncodeAll = encode_all) -> Manifest:
-    """The manifest of `config.out`, made with a bar on a terminal and with plain lines elsewhere."""
+    """Prepare `config.out` with a bar on a terminal and plain lines elsewhere; returns its manifest."""
     console = Console(stderr=True, highlight=False)
     bar = Bar(
         TextColumn("tokenizing"),
@@ -152,18 +155,18 @@ def prepare_with_progress(config: DataPrepConfig, encode: EncodeAll = encode_all
         if not console.is_terminal and time.monotonic() >= next_line:
             next_line = time.monotonic() + _PLAIN_LINE_S
             share = progress.bytes_done / max(1, progress.bytes_total)
-            console.print(f"{share:.0%} of the text, {progress.tokens:,} tokens")
+            console.print(f"tokenized {share:.0%} of the text, {progress.tokens:,} tokens")
 
     with bar:
         return prepare_data(config, show, encode)
 
 
 def train_encoding(sources: Sequence[str], vocab_size: int, out: Path) -> int:
-    """Learn a byte-level BPE of `vocab_size` ids from `sources`; its file is the last line."""
+    """Train a byte-level BPE with `vocab_size` ids on `sources`; the exit code. Prints its file last."""
     from data_pipeline.tokenizer.train import train_tokenizer
 
     if not out.absolute().parent.is_dir():
-        raise ConfigError(f"--out {out}: there is no folder {out.absolute().parent}")
+        raise ConfigError(f"--out {out}: the folder {out.absolute().parent} does not exist. Create it first.")
     encoding = train_tokenizer(sources, vocab_size, out)
     click.echo(f"{encoding.vocab_size:,} ids, fingerprint {encoding.fingerprint[:12]}", err=True)
     click.echo(out.absolute())
@@ -171,7 +174,7 @@ def train_encoding(sources: Sequence[str], vocab_size: int, out: Path) -> int:
 
 
 def verify(folder: Path) -> int:
-    """One line `path: byte offset: reason` for each bad file of a data set or a run; 1 when there is one."""
+    """Print `path: byte offset: reason` for each corrupt file of a data set or run; 1 when there is one."""
     if (folder / "config.json").exists():
         checkpoints = checkpoint_format.committed(RunDir(folder).checkpoints)
         bad = [found for _, path in checkpoints for found in checkpoint_format.verify(path)]
@@ -180,13 +183,15 @@ def verify(folder: Path) -> int:
         bad = [checkpoint_format.BadFile(*found) for found in verify_data(folder)]
         checked = "data set"
     else:
-        raise LaunchError(f"{folder} is neither a run (config.json) nor a data set ({FILE_NAME}).")
+        raise LaunchError(
+            f"{folder} is neither a run directory (with config.json) nor a data set (with {FILE_NAME})."
+        )
     named: set[Path] = set()
     for found in bad:
-        if found.path not in named:  # the first bad place of a file is enough to name it
+        if found.path not in named:  # one line per file: the first corrupt place
             named.add(found.path)
             click.echo(f"{found.path}: byte {found.offset}: {found.reason}")
     click.echo(
-        f"{checked}: {len(named)} bad files" if bad else f"{checked}: every byte is as written", err=True
+        f"{checked}: {len(named)} corrupt files" if bad else f"{checked}: every byte is intact", err=True
     )
     return 1 if bad else 0

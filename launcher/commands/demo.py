@@ -1,8 +1,8 @@
-"""`outlast demo`: the whole road in a few minutes, explained to a stranger, with a real kill on the way.
+"""`outlast demo`: prepares data, trains a small GPT, kills a worker on the way, scores and samples the model.
 
-Everything here goes through the same code as anyone's run: `prepare`, `launch`, the local executor. What is
-staged is the kill alone. It claims nothing that it did not just measure, and fails (exit 1) when the kill
-did not lead to a restart or the model does not beat gzip.
+The demo uses the same code as any other run: `prepare`, `launch` and the local scheduler. It reports only
+what it has measured, and fails with exit code 1 when the kill does not lead to a restart or when the model
+does not beat gzip.
 """
 
 import gzip
@@ -10,13 +10,10 @@ import lzma
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
@@ -28,70 +25,39 @@ from data_pipeline.dataset.token_stream import TokenStream
 from data_pipeline.prepare.config import DataPrepConfig
 from data_pipeline.tokenizer.encoding import load_encoding
 from gpt.run import record
-from gpt.run.events import Event
-from gpt.run.json_file import read_json
+from gpt.run.exit_codes import ExitCode
 from gpt.run.records import JobOutcome
 from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig
 from launcher.commands.data import prepare_with_progress
-from launcher.commands.launch import command_line, show_warnings
+from launcher.commands.fault_injector import FaultInjector, kill_worker
+from launcher.commands.follow_job import follow_job
+from launcher.commands.launch import command_line
 from launcher.commands.model_tools import sample_command
-from launcher.commands.progress import Attendance, Display, Follower, Update, duration, outcome_of
+from launcher.commands.plan import show_warnings
+from launcher.commands.record_follower import RecordFollower
 from launcher.commands.submit import submit
 from launcher.paths import absolute
 from launcher.preflight.check import examine
-from launcher.preflight.plan import plan, size
+from launcher.preflight.plan import plan
 from launcher.runs.recipes import recipe_path, run_tables
 from launcher.runs.store import create_run, next_run_folder
+from launcher.units import duration, size
 
 PROMPT = "And it came to pass"
 VAL_FRACTION = 0.05
-_STEPS_AFTER_SAVE = 5  # so that the kill destroys work which the restart must do again
-
-
-@dataclass
-class Saboteur:
-    """Kills one worker of a run, once: some steps after the first checkpoint."""
-
-    run: RunDir
-    display: Display
-    saved_step: int | None = None
-    killed_attempt: int | None = None
-    killed_step: int | None = None
-
-    def watch(self, update: Update) -> None:
-        """See what happened, and strike when it is time."""
-        for event in update.events:
-            if event["event"] == Event.CHECKPOINT_SAVED and self.saved_step is None:
-                self.saved_step = int(event["step"])
-        if self.saved_step is None or self.killed_attempt is not None or not update.metrics:
-            return
-        step = int(update.metrics[-1]["step"])
-        if step >= self.saved_step + _STEPS_AFTER_SAVE:
-            self._kill(step)
-
-    def _kill(self, step: int) -> None:
-        attempt = self.run.attempt_numbers()[-1]
-        owner = read_json(self.run.attempt(attempt).owner)
-        assert owner is not None, "a step was made without an owner"
-        worker = max(owner["workers"], key=lambda worker: int(worker["rank"]))
-        os.kill(worker["pid"], signal.SIGKILL)
-        self.killed_attempt, self.killed_step = attempt, step
-        self.display.note(
-            f">>> kill -9 of worker {worker['rank']} (process {worker['pid']}) after step {step}; the last "
-            f"checkpoint is that of step {self.saved_step}. Nobody will help."
-        )
+_STEPS_AFTER_SAVE = 5  # the kill then destroys five steps, which the restart has to train again
 
 
 def demo(out: Path) -> int:
     """Run the demo in folder `out`; the exit code."""
     started = time.monotonic()
     out = absolute(out)
-    _stage(1, "Prepare: text becomes token shards")
+    _stage(1, "Prepare: turn text into token shards")
     data = out / "data"
     manifest = _prepare(data)
 
-    _stage(2, "Launch: check everything, then start two processes")
+    _stage(2, "Launch: check the run, then start two training processes")
     settings = [f"data.path={data}", f"evaluation.tokens={manifest.val_tokens}"]
     tables, source = run_tables(str(recipe_path("demo")), settings)
     folder = next_run_folder("demo", out / "runs")
@@ -99,44 +65,44 @@ def demo(out: Path) -> int:
     show_warnings(request)
     needs = plan(request.config, request.cluster, request.train_tokens)
     model = request.config.model
-    _say(
-        f"A GPT with {needs.parameters:,} parameters ({model.n_layers} layers, width {model.d_model}: "
-        f"RMSNorm, RoPE, SwiGLU) reads {needs.tokens:,} tokens in {needs.steps} steps.",
-        f"DeepSpeed ZeRO-{request.config.zero.stage} shards the optimizer's state over {needs.world_size} "
+    _print(
+        f"A GPT with {needs.parameters:,} parameters ({model.n_layers} layers, width {model.d_model}, "
+        f"RMSNorm, RoPE, SwiGLU) trains on {needs.tokens:,} tokens in {needs.steps} steps.",
+        f"DeepSpeed ZeRO-{request.config.zero.stage} shards the optimizer state over {needs.world_size} "
         f"processes ({request.config.precision}, gloo). A checkpoint takes {size(needs.checkpoint_bytes)}.",
     )
     run = create_run(folder, request, command_line())
-    _say(f"Run directory: {run.path}")
+    _print(f"Run directory: {run.path}")
 
-    _stage(3, "Train, and lose a worker on the way")
-    outcome, saboteur = _train_with_a_kill(run, request.config.total_steps)
-    if outcome.exit_code != 0:
-        _say(f"The run did not finish: {outcome.cause}")
+    _stage(3, "Train: one worker is killed on the way")
+    outcome, fault = _train_with_a_kill(run, request.config.total_steps)
+    if outcome.exit_code != ExitCode.FINISHED:
+        _print(f"The run did not finish: {outcome.cause}")
         return outcome.exit_code
-    problems = [problem for problem in (_restart_problem(run, saboteur),) if problem]
+    problems = [problem for problem in (_restart_problem(run, fault),) if problem]
 
-    _stage(4, "Score: bits per byte of text that it never saw")
+    _stage(4, "Score: compress text that the model has never seen")
     problems += _score(run, data, manifest)
 
-    _stage(5, f"Sample: how it continues {PROMPT!r}")
+    _stage(5, f"Sample: let the model continue {PROMPT!r}")
     command = sample_command(run.path, PROMPT, max_tokens=120, temperature=0.7, seed=1)
     sampled = subprocess.run(command, capture_output=True, text=True)
     if sampled.returncode != 0:
         problems.append(f"sampling failed:\n{sampled.stderr.rstrip()}")
-    _say(*sampled.stdout.strip().splitlines())
+    _print(*sampled.stdout.strip().splitlines())
 
     click.echo()
     for problem in problems:
         click.echo(f"FAILED: {problem}")
-    # As this command was typed, where the shell would not find it by its name alone.
+    # The examples use the path that was typed when the shell does not find `outlast` by its name.
     outlast = "outlast" if shutil.which("outlast") else sys.argv[0]
-    _say(
-        f"{'Done' if not problems else 'Ended'} in {duration(time.monotonic() - started)}. Now:",
-        f"  {outlast} status {run.path}",
-        f"  {outlast} logs {run.path}          what each process said",
-        f"  {outlast} verify {run.path}        every byte of every checkpoint",
-        f"  {outlast} ui {run.path}            the curves in MLflow",
-        f"  {outlast} resume {run.path} --set schedule.total_steps={2 * needs.steps}    train on",
+    _print(
+        f"{'Done' if not problems else 'Ended'} after {duration(time.monotonic() - started)}. Next, try:",
+        f"  {outlast} status {run.path}    # state, loss and speed",
+        f"  {outlast} logs {run.path}    # the output of each process",
+        f"  {outlast} verify {run.path}    # read back every byte of every checkpoint",
+        f"  {outlast} ui {run.path}    # the curves in MLflow",
+        f"  {outlast} resume {run.path} --set schedule.total_steps={2 * needs.steps}    # train longer",
     )
     click.echo(run.path)
     return 1 if problems else 0
@@ -144,10 +110,10 @@ def demo(out: Path) -> int:
 
 def _prepare(data: Path) -> Manifest:
     corpus = packaged_corpus()
-    _say(
-        f"The King James Bible, packaged with Outlast ({size(corpus.stat().st_size)}), is cut into tokens by "
-        "a byte-level BPE of 4,096 ids.",
-        f"{VAL_FRACTION:.0%} of the documents are held out: the model never trains on them.",
+    _print(
+        f"A byte-level BPE tokenizer with 4,096 ids encodes the King James Bible, which is packaged with "
+        f"Outlast ({size(corpus.stat().st_size)}).",
+        f"{VAL_FRACTION:.0%} of the documents are held out for validation: the model never trains on them.",
     )
     tables = {
         "sources": [str(corpus)],
@@ -157,40 +123,33 @@ def _prepare(data: Path) -> Manifest:
         "workers": len(os.sched_getaffinity(0)),
     }
     manifest = prepare_with_progress(validate(DataPrepConfig, tables, "demo"))
-    _say(f"{manifest.train_tokens:,} tokens to train on, {manifest.val_tokens:,} held out: {data}")
+    _print(
+        f"The data set in {data} has {manifest.train_tokens:,} training tokens and {manifest.val_tokens:,} "
+        "validation tokens."
+    )
     return manifest
 
 
-def _train_with_a_kill(run: RunDir, total_steps: int) -> tuple[JobOutcome, Saboteur]:
-    follower = Follower(run)
+def _train_with_a_kill(run: RunDir, total_steps: int) -> tuple[JobOutcome, FaultInjector]:
+    fault = FaultInjector(lambda: kill_worker(run), steps_after_save=_STEPS_AFTER_SAVE)
+    follower = RecordFollower(run)
     job = submit(run, "launch")
-    with Display(total_steps) as display, Attendance(run, display) as attendance:
-        saboteur = Saboteur(run, display)
-        for update in follower.updates(job):
-            display.show(update)
-            saboteur.watch(update)
-            attendance.answer()
-    return outcome_of(run, job), saboteur
+    return follow_job(run, job, follower, total_steps, fault.observe), fault
 
 
-def _restart_problem(run: RunDir, saboteur: Saboteur) -> str | None:
-    """Why the kill did not lead to a restart from a checkpoint, or None; says what happened."""
-    if saboteur.killed_attempt is None:
+def _restart_problem(run: RunDir, fault: FaultInjector) -> str | None:
+    """Why the kill did not lead to a restart from a checkpoint, or None; prints what happened."""
+    if fault.killed_step is None:
         return "the run ended before a worker could be killed"
-    resumed = [
-        event
-        for event in record.read(run.events)
-        if event["event"] == Event.RESUMED
-        and event.get("attempt", saboteur.killed_attempt + 1) > saboteur.killed_attempt
-    ]
-    if run.attempt_numbers()[-1] == saboteur.killed_attempt or not resumed:
-        return "no attempt continued from a checkpoint after the kill"
+    if fault.resumed_step is None:
+        return "no attempt resumed from a checkpoint after the kill"
     steps = [int(line["step"]) for line in record.read(run.metrics)]
     if steps != list(range(1, len(steps) + 1)):
         return "the record does not hold every step exactly once"
-    _say(
-        f"Worker killed after step {saboteur.killed_step}; restarted by itself from the checkpoint of step "
-        f"{resumed[0]['step']}; every one of the {len(steps)} steps stands in the record once."
+    _print(
+        f"The worker was killed after step {fault.killed_step}. Outlast restarted the workers from the "
+        f"checkpoint of step {fault.resumed_step}.",
+        f"The record holds each of the {len(steps)} steps exactly once.",
     )
     return None
 
@@ -200,7 +159,7 @@ def _score(run: RunDir, data: Path, manifest: Manifest) -> list[str]:
     if not scores:
         return ["the run recorded no val/loss"]
     text = held_out_text(data, manifest)
-    # The model does not score a document's first token; here each counts in full, as a plain id would.
+    # The model does not predict the first token of a document. Count it at the cost of a uniform guess.
     documents = sum(shard.documents for shard in manifest.val)
     nats = float(scores[-1]["val/loss"]) * (manifest.val_tokens - documents)
     nats += documents * math.log(manifest.encoding.vocab_size)
@@ -210,16 +169,16 @@ def _score(run: RunDir, data: Path, manifest: Manifest) -> list[str]:
         "gzip -9": 8 * len(gzip.compress(text, 9)) / len(text),
         "xz -9e": 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text),
     }
-    _say(f"The held-out text has {len(text):,} bytes. Bits that each needs for one of them:")
+    _print(f"The held-out text has {len(text):,} bytes. Bits per byte, lower is better:")
     for name, bits in rows.items():
-        _say(f"  {name:<12}{bits:.3f}")
+        _print(f"  {name:<12}{bits:.3f}")
     if ours >= rows["gzip -9"]:
-        return [f"{ours:.3f} bits per byte do not beat gzip's {rows['gzip -9']:.3f}"]
+        return [f"the model needs {ours:.3f} bits per byte, gzip needs {rows['gzip -9']:.3f}"]
     return []
 
 
 def held_out_text(data: Path, manifest: Manifest) -> bytes:
-    """The text of the validation split, its documents one after the other as the model sees them."""
+    """The text of the validation split: its documents in the order in which the model reads them."""
     encoding = load_encoding(data)
     ids = np.empty(manifest.val_tokens, np.int64)
     TokenStream(data, manifest, "val").read(0, ids)
@@ -230,6 +189,6 @@ def _stage(number: int, title: str) -> None:
     click.echo(f"\n[{number}/5] {title}")
 
 
-def _say(*sentences: Any) -> None:
-    for sentence in sentences:
-        click.echo(f"      {sentence}")
+def _print(*lines: str) -> None:
+    for line in lines:
+        click.echo(f"      {line}")

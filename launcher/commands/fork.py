@@ -1,8 +1,8 @@
-"""`launch --from RUN_DIR[@STEP]`: a new run that begins with the state of another run's checkpoint.
+"""`launch --from RUN_DIR[@STEP]`: a new run that starts from another run's checkpoint.
 
-The new run's own config decides everything from that step on (schedule, data, batch); what it takes over is
-the weights, the moments and the count of steps. The files are checked in full and then shared by hard links
-where the file system allows it, else copied.
+The new run takes over the weights, the optimizer state and the step. Its own config decides everything else:
+schedule, data, batch. The files are verified completely, then hard-linked if the file system allows it, else
+copied.
 """
 
 import shutil
@@ -39,21 +39,20 @@ class Origin:
 
 
 def find_origin(text: str, config: RunConfig) -> Origin:
-    """The checkpoint that `RUN_DIR[@STEP]` means, checked byte by byte against `config`.
+    """The checkpoint that `RUN_DIR[@STEP]` names, verified byte by byte.
 
-    Raises ConfigError when there is none, a byte of it is bad, or its network or
-    optimizer keeps another state.
+    Raises ConfigError when it does not exist, is corrupt, or does not fit `config`.
     """
     name, at, number = text.rpartition("@")
     step = int(number) if at and number.isdigit() else None
     run = open_run(name if step is not None else text)
     steps: Mapping[int, Path] = dict(committed(run.checkpoints))
     if not steps:
-        raise ConfigError(f"--from {text}: {run.path} has no checkpoint yet")
+        raise ConfigError(f"--from {text}: {run.path} has no checkpoint yet.")
     folder = steps.get(max(steps) if step is None else step)
     if folder is None:
         known = ", ".join(map(str, steps))
-        raise ConfigError(f"--from {text}: there is no checkpoint of step {step}; there are {known}")
+        raise ConfigError(f"--from {text}: there is no checkpoint of step {step}. Available steps: {known}.")
     for bad in verify(folder):
         raise ConfigError(f"--from {text}: {bad.path}: byte {bad.offset}: {bad.reason}. Choose another step.")
     index = read_index(folder)
@@ -61,25 +60,25 @@ def find_origin(text: str, config: RunConfig) -> Origin:
         raise ConfigError([f"--from {text}: {problem}" for problem in problems])
     if index.step >= config.total_steps:
         raise ConfigError(
-            f"--from {text}: step {index.step} is not before the end of this run, schedule.total_steps = "
-            f"{config.total_steps}."
+            f"--from {text}: step {index.step} is not before the end of the new run, schedule.total_steps = "
+            f"{config.total_steps}. Raise it, or choose an earlier step."
         )
     return Origin(folder, index)
 
 
 def state_misfits(index: CheckpointIndex, config: RunConfig) -> list[str]:
-    """Why a run of `config` cannot go on from the state of a checkpoint, in words."""
+    """Why a run of `config` cannot continue from the state of a checkpoint, one sentence per problem."""
     entries = parameter_entries(config.model, config.optimizer)
     return misfits(index, entries, {entry.group: states(entry.group, config.optimizer) for entry in entries})
 
 
-def plant(origin: Origin, run: RunDir, config: RunConfig, data_fingerprint: str) -> None:
-    """Make `origin` the first checkpoint of the new run, as of the new run's config and data."""
+def seed_checkpoint(origin: Origin, run: RunDir, config: RunConfig, data_fingerprint: str) -> None:
+    """Make `origin` the first checkpoint of the new run, under the new run's config and data."""
     temporary = run.checkpoints / f"{UNCOMMITTED_PREFIX}{step_name(origin.index.step)}"
     temporary.mkdir()
     for rank, entry in enumerate(origin.index.files):
         _share(origin, rank, temporary / entry.name)
-    # Sequence numbers of other data mean nothing here.
+    # Skipped sequence numbers refer to the data that they were read from.
     skipped = origin.index.skipped if origin.index.data_fingerprint == data_fingerprint else ()
     changes = {
         "data_fingerprint": data_fingerprint,
@@ -95,7 +94,7 @@ def plant(origin: Origin, run: RunDir, config: RunConfig, data_fingerprint: str)
 
 
 def _share(origin: Origin, rank: int, target: Path) -> None:
-    """Have a file of `origin` at `target` too. Raises CheckpointError where a copy of it is not the same."""
+    """Link or copy a file of `origin` to `target`. Raises CheckpointError when a copy differs."""
     entry = origin.index.files[rank]
     try:
         target.hardlink_to(origin.folder / entry.name)
@@ -105,6 +104,6 @@ def _share(origin: Origin, rank: int, target: Path) -> None:
     record.sync(target)
     for bad in verify_file(target, entry, rank_tensors(origin.index, rank), origin.index.chunk_bytes):
         raise CheckpointError(
-            f"{target} is not what was copied from {origin.folder}: byte {bad.offset}: {bad.reason}. "
-            "Look at the disk, then launch into another folder."
+            f"{target} differs from its source in {origin.folder}: byte {bad.offset}: {bad.reason}. "
+            "Check the disk, then launch with another --run-dir."
         )

@@ -1,7 +1,7 @@
-"""`outlast import HF_DIR RUN_DIR`: a run that begins with the weights of a transformers folder.
+"""`outlast import HF_DIR RUN_DIR`: a new run that starts from the weights of a transformers folder.
 
-The [model] table comes from the folder's config.json, all else from defaults and `--set`. Everything is
-checked before a file is written; the weights are read by a child, since that needs torch.
+The [model] table comes from the folder's config.json, everything else from defaults and `--set`. All of it is
+checked before a file is written. A child process reads the weights, because that needs torch.
 """
 
 import shutil
@@ -15,7 +15,8 @@ from data_pipeline.config_file import with_overrides
 from data_pipeline.errors import ConfigError
 from gpt.huggingface.architectures import model_fields
 from gpt.run.json_file import read_json
-from launcher.commands.launch import command_line, show_warnings
+from launcher.commands.launch import command_line
+from launcher.commands.plan import show_warnings
 from launcher.paths import absolute
 from launcher.preflight.check import examine
 from launcher.runs.recipes import with_absolute_paths
@@ -23,11 +24,11 @@ from launcher.runs.store import create_run, python_module
 
 
 def import_run(hf_dir: Path, run_dir: Path, data: str, cluster: str, overrides: Sequence[str]) -> int:
-    """Make the run directory with its step 0, for `outlast resume` to start; the exit code."""
+    """Create the run directory with a checkpoint of step 0, from which `outlast resume` starts."""
     config = read_json(hf_dir / "config.json")
     if config is None:
         raise ConfigError(
-            f"{hf_dir} has no config.json; name a folder that transformers' save_pretrained wrote."
+            f"{hf_dir} has no config.json. Give a folder that transformers' save_pretrained wrote."
         )
     folder = absolute(run_dir)
     tables = {"name": folder.name, "model": model_fields(config), "data": {"path": data}}
@@ -37,9 +38,9 @@ def import_run(hf_dir: Path, run_dir: Path, data: str, cluster: str, overrides: 
     run = create_run(folder, request, command_line())
     command = python_module("gpt.huggingface.importer", str(hf_dir.absolute()), str(run.path))
     code = subprocess.run(command).returncode
-    if code != 0:  # nothing has trained here yet
+    if code != 0:  # the new run directory holds nothing that is worth keeping
         shutil.rmtree(run.path)
         return code
-    click.echo(f"`outlast resume {run_dir}` starts it", err=True)
+    click.echo(f"start training with: outlast resume {run_dir}", err=True)
     click.echo(run.path)
     return 0

@@ -1,7 +1,7 @@
-"""The output of a run, merged: torchrun's and the early workers' in submission/, each rank's in attempts/.
+"""The logs of a run in one stream: torchrun writes under submission/, the ranks write under attempts/.
 
-Lines carry where they come from. Order within a file is kept; between files it is that of arrival when
-followed, and file by file otherwise (the workers' lines carry no time of their own).
+Each line is prefixed with its origin. The lines of one file keep their order. Workers write no timestamps, so
+the files are printed one after the other; with `--follow`, new lines are printed as they arrive.
 """
 
 import time
@@ -15,11 +15,11 @@ from launcher.runs.store import read_cluster
 from launcher.scheduler.jobs import Lookout
 
 _POLL_S = 0.3
-_PIECE_BYTES = 1 << 20
+_LONGEST_LINE_BYTES = 1 << 20  # a longer line is printed in parts
 
 
 def log_files(run: RunDir, attempt: int | None, node: int | None) -> list[tuple[str, Path]]:
-    """Label and path of the logs of `attempt` (default: the newest submission and attempt) and `node`."""
+    """Label and path of the logs of `attempt` (default: the newest submission and attempt) on `node`."""
     node_name = "node-*" if node is None else f"node-{node}"
     files = []
     numbers = run.attempt_numbers()
@@ -34,7 +34,7 @@ def log_files(run: RunDir, attempt: int | None, node: int | None) -> list[tuple[
         numbers = [attempt]
     else:
         raise LaunchError(
-            f"there is no attempt {attempt}; there are: {', '.join(map(str, numbers)) or 'none'}"
+            f"there is no attempt {attempt}. Available attempts: {', '.join(map(str, numbers)) or 'none'}."
         )
     for number in numbers:
         for path in sorted(run.attempt(number).path.glob(f"{node_name}/*.log")):
@@ -43,10 +43,10 @@ def log_files(run: RunDir, attempt: int | None, node: int | None) -> list[tuple[
 
 
 def lines(run: RunDir, *, follow: bool, attempt: int | None, node: int | None) -> Iterator[str]:
-    """The log lines, each with its origin; with `follow` until the job has ended, new attempts included."""
+    """The log lines with their origins; `follow` waits for more until the job ends, over all attempts."""
     if node is not None and node not in (there := _nodes(run, attempt)):
         raise LaunchError(
-            f"there is no node {node}; there are: {', '.join(map(str, sorted(there))) or 'none'}"
+            f"there is no node {node}. Available nodes: {', '.join(map(str, sorted(there))) or 'none'}."
         )
     offsets: dict[Path, int] = {}
     watched, lookout = None, None
@@ -64,7 +64,7 @@ def lines(run: RunDir, *, follow: bool, attempt: int | None, node: int | None) -
 
 
 def _nodes(run: RunDir, attempt: int | None) -> set[int]:
-    """The nodes that have written in `attempt`; for the newest also those that will, once they start."""
+    """The nodes with logs of `attempt`; by default also the nodes that have not started yet."""
     names = (name for _, path in log_files(run, attempt, None) for name in (path.stem, path.parent.name))
     there = {int(name.removeprefix("node-")) for name in names if name.startswith("node-")}
     return there | set(range(read_cluster(run).nodes)) if attempt is None else there
@@ -74,7 +74,7 @@ def _new_lines(path: Path, offsets: dict[Path, int], is_last: bool) -> Iterator[
     with path.open("rb") as file:
         file.seek(offsets.get(path, 0))
         for raw in file:
-            if not raw.endswith(b"\n") and not is_last and len(raw) < _PIECE_BYTES:
-                return  # the rest of this line is on its way
+            if not raw.endswith(b"\n") and not is_last and len(raw) < _LONGEST_LINE_BYTES:
+                return  # the process has not finished this line
             offsets[path] = offsets.get(path, 0) + len(raw)
             yield raw.decode(errors="replace").rstrip("\n")

@@ -1,4 +1,4 @@
-"""Commands that need torch or MLflow: each is a child process, so that the launcher needs neither."""
+"""Commands that need torch or MLflow. Each runs in a child process, so the launcher imports neither."""
 
 import os
 import subprocess
@@ -13,9 +13,9 @@ from launcher.runs.store import open_run, python_module, read_config, runs_folde
 
 
 def sample_command(folder: Path, prompt: str, **options: float | None) -> list[str]:
-    """The command that lets a run, or an export, in `folder` continue `prompt` on standard output.
+    """The command that continues `prompt` with the run or the export in `folder`, on standard output.
 
-    `options` are those of `outlast sample`, by name; None is left to its default.
+    `options` are the options of `outlast sample`; None means the default.
     """
     given = {name.replace("_", "-"): value for name, value in options.items() if value is not None}
     arguments = [f"--{name}={value}" for name, value in given.items()]
@@ -23,13 +23,13 @@ def sample_command(folder: Path, prompt: str, **options: float | None) -> list[s
 
 
 def sample(folder: str, prompt: str, **options: float | None) -> int:
-    """Print a text that a run's checkpoint, or an export, writes; the child's exit code."""
+    """Generate text from a run's checkpoint or from an export; the child's exit code."""
     path = Path(folder) if is_exported(Path(folder)) else open_run(folder).path
     return subprocess.run(sample_command(path, prompt, **options)).returncode
 
 
 def export(folder: str, out: Path, step: int | None, dtype: str) -> int:
-    """Write a run's checkpoint as a folder that transformers loads; the child's exit code."""
+    """Export a run's checkpoint to a folder that transformers loads; the child's exit code."""
     arguments = [str(open_run(folder).path), str(out), f"--dtype={dtype}"]
     if step is not None:
         arguments.append(f"--step={step}")
@@ -37,7 +37,7 @@ def export(folder: str, out: Path, step: int | None, dtype: str) -> int:
 
 
 def tracking_uri(folder: Path) -> str:
-    """Where the run in `folder`, or the runs in it, are tracked."""
+    """The MLflow URI of the run in `folder`, or of the runs in it."""
     if (folder / "config.json").exists():
         run = open_run(folder)
         uri = read_config(run).tracking.uri
@@ -48,7 +48,7 @@ def tracking_uri(folder: Path) -> str:
 
 
 def ui(folder: Path | None, port: int) -> int:
-    """Serve the MLflow UI until Ctrl-C; a tracking server that runs already is only named."""
+    """Serve the MLflow UI until Ctrl-C. If the runs use a tracking server, print its address instead."""
     folder = absolute(folder or runs_folder())
     uri = tracking_uri(folder)
     if uri.startswith(("http://", "https://")):
@@ -58,9 +58,9 @@ def ui(folder: Path | None, port: int) -> int:
     if uri.startswith("sqlite:///") and not database.exists():
         raise LaunchError(
             f"{database} does not exist: no run in {folder} has been tracked yet. "
-            "Give a run directory, or the folder of the runs."
+            "Give a run directory or a folder of runs."
         )
-    click.echo(f"http://127.0.0.1:{port}  (Ctrl-C ends it; data: {uri})")
+    click.echo(f"http://127.0.0.1:{port}  (reads {uri}; press Ctrl-C to stop)")
     arguments = ["--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port)]
     try:
         return subprocess.run(python_module("mlflow", "server", *arguments), env=dict(os.environ)).returncode

@@ -1,15 +1,12 @@
-"""`outlast rehearse`: proves on the user's own cluster that a run survives, before the real one is queued.
+"""`outlast rehearse`: tests on the user's own cluster that a run survives failures.
 
-A short version of the run is trained twice: undisturbed, and killed, resumed, stopped and resumed on
-another number of processes. Every step must have read the same sequences; the losses must be the same bits
-for as long as the number of processes is the same, and the same within rounding afterwards.
+A short version of the run is trained twice: once undisturbed, and once killed, recovered, stopped and resumed
+on another number of processes. Both must read the same sequences at every step. Their losses must agree bit
+for bit on the same number of processes, and within rounding afterwards.
 """
 
-import os
-import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +15,17 @@ from rich.console import Console
 from rich.table import Table
 
 from data_pipeline.errors import LaunchError
-from gpt.run import record
-from gpt.run.events import Event
 from gpt.run.exit_codes import ExitCode
 from gpt.run.json_file import read_json
 from gpt.run.records import JobOutcome
 from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig
-from launcher.commands.launch import command_line, show_warnings
-from launcher.commands.progress import Attendance, Display, Follower, outcome_of
+from launcher.commands.fault_injector import FaultInjector, kill_worker
+from launcher.commands.follow_job import Observer, follow_job
+from launcher.commands.launch import command_line
+from launcher.commands.plan import show_warnings
+from launcher.commands.record_follower import RecordFollower, Update
+from launcher.commands.rehearsal_checks import Check, compare
 from launcher.commands.submit import submit
 from launcher.paths import absolute
 from launcher.preflight.check import examine
@@ -35,23 +34,13 @@ from launcher.runs.recipes import run_tables
 from launcher.runs.stop_request import request_stop
 from launcher.runs.store import create_run, next_run_folder, put_submission
 from launcher.scheduler import slurm
+from launcher.units import processes
 
-_PUSH_S = 3.0
-# Sums in another order: measured 3e-7 relative in fp32 after a few steps, in bf16 a rounding is 4e-3.
-LOSS_TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing that was to be shown, and what was seen."""
-
-    name: str
-    is_good: bool
-    seen: str
+_PUSH_S = 3.0  # repeated, because Slurm ignores it until the last job run has ended
 
 
 def rehearse(run: str, cluster: str, overrides: Sequence[str], folder: Path | None, steps: int) -> int:
-    """Rehearse `run` on `cluster` in `folder`; 0 when all went as it must, else 1."""
+    """Rehearse `run` on `cluster` in `folder`; 0 when every check passes, else 1."""
     folder = absolute(folder or next_run_folder("rehearsal"))
     tables, source = run_tables(run, overrides)
     short = _shortened(tables, steps)
@@ -60,31 +49,34 @@ def rehearse(run: str, cluster: str, overrides: Sequence[str], folder: Path | No
     show_warnings(request)
     other = other_cluster(request)
     if other is None:
-        click.echo("warning: no other number of processes divides the global batch; not rehearsed", err=True)
+        click.echo(
+            "warning: no smaller number of processes divides the global batch; the rehearsal does not resize",
+            err=True,
+        )
     runs = {name: create_run(folder / name, requests[name], command_line()) for name in requests}
 
-    click.echo(f"[1/3] {steps} steps on {request.cluster.world_size} processes, undisturbed", err=True)
-    _must_be(_watch(runs["undisturbed"], request, "launch", None), 0)
-    click.echo("[2/3] the same, killed on the way", err=True)
+    click.echo(f"[1/3] training {steps} steps on {processes(request.cluster.world_size)}", err=True)
+    _must_be(_train(runs["undisturbed"], request, "launch", None), ExitCode.FINISHED)
+    click.echo("[2/3] training the same steps, with a kill on the way", err=True)
     disturbed = runs["disturbed"]
-    killer = Killer(disturbed, request.cluster, stop_at=2 * steps // 3 if other is not None else None)
-    ended = _watch(disturbed, request, "launch", killer)
+    disturbance = _Disturbance(disturbed, request.cluster, 2 * steps // 3 if other is not None else None)
+    ended = _train(disturbed, request, "launch", disturbance.observe)
     if other is not None:
         _must_be(ended, ExitCode.STOPPED)
-        click.echo(f"[3/3] resumed on {other.world_size} processes", err=True)
+        click.echo(f"[3/3] resuming on {processes(other.world_size)}", err=True)
         resumed = Request(request.config, other, request.manifests, request.warnings)
         put_submission(disturbed, resumed, command_line())
-        ended = _watch(disturbed, resumed, "resume", None)
-    _must_be(ended, 0)
+        ended = _train(disturbed, resumed, "resume", None)
+    _must_be(ended, ExitCode.FINISHED)
 
-    checks = compare(runs["undisturbed"], disturbed, request, killer)
+    checks = compare(runs["undisturbed"], disturbed, request, disturbance.fault)
     _show(checks)
     click.echo(folder)
     return 0 if all(check.is_good for check in checks) else 1
 
 
 def other_cluster(request: Request) -> ClusterConfig | None:
-    """`request.cluster` with another number of processes on which its global batch can be cut, or None."""
+    """`request.cluster` with fewer processes, among which the global batch divides evenly, or None."""
     cluster = request.cluster
     candidates: list[dict[str, Any]] = [{"nodes": nodes} for nodes in range(cluster.nodes - 1, 0, -1)]
     candidates += [
@@ -102,46 +94,26 @@ def other_cluster(request: Request) -> ClusterConfig | None:
     return None
 
 
-class Killer:
-    """Kills the run once, some steps after its first checkpoint, as hard as it can be done from here.
+class _JobKill:
+    """Kills a run as hard as is possible from here.
 
-    Locally that is SIGKILL to a worker; in Slurm, whose processes are elsewhere, a requeue that asks nobody.
+    A local run loses a worker to SIGKILL. The processes of a Slurm job run on other machines; the job is
+    requeued without a chance to save.
     """
 
-    def __init__(self, run: RunDir, cluster: ClusterConfig, stop_at: int | None) -> None:
-        self.run, self.cluster, self.stop_at = run, cluster, stop_at
-        self.saved_step: int | None = None
-        self.killed_step: int | None = None
-        self.resumed_step: int | None = None
+    def __init__(self, run: RunDir, cluster: ClusterConfig) -> None:
+        self.run, self.cluster = run, cluster
         self._next_push = 0.0
 
-    def watch(self, events: Sequence[dict[str, Any]], step: int, say: Callable[[str], None]) -> None:
-        """Look at what happened, and act when it is time."""
-        for event in events:
-            if event["event"] == Event.CHECKPOINT_SAVED and self.saved_step is None:
-                self.saved_step = int(event["step"])
-            if event["event"] == Event.RESUMED and self.killed_step is not None and self.resumed_step is None:
-                self.resumed_step = int(event["step"])
-        if self.saved_step is not None and self.killed_step is None and step > self.saved_step:
-            self.killed_step = step
-            say(f">>> killed after step {step}; the last checkpoint is that of step {self.saved_step}")
-            self._kill()
-        if self.killed_step is not None and self.resumed_step is None:
-            self._push()
-        if self.resumed_step is not None and self.stop_at is not None and step >= self.stop_at:
-            request_stop(self.run, "the rehearsal")
-            self.stop_at = None
-
-    def _kill(self) -> None:
+    def kill(self) -> str:
+        """Kill the run, and say what was killed."""
         if self.cluster.kind == "slurm":
             slurm.requeue(self._job_id(), slurm.restarts(self._job_id()))
-            return
-        owner = read_json(self.run.attempt(self.run.attempt_numbers()[-1]).owner)
-        assert owner is not None
-        os.kill(owner["workers"][-1]["pid"], signal.SIGKILL)
+            return "the job"
+        return kill_worker(self.run)
 
-    def _push(self) -> None:
-        """Have a requeued job start at once: Slurm sets the two minutes' wait when the old turn has ended."""
+    def push(self) -> None:
+        """Start a requeued job at once; Slurm delays it by two minutes when its last job run has ended."""
         if self.cluster.kind == "slurm" and time.monotonic() >= self._next_push:
             self._next_push = time.monotonic() + _PUSH_S
             slurm.start_now(self._job_id())
@@ -152,50 +124,27 @@ class Killer:
         return str(job["job_id"])
 
 
-def compare(undisturbed: RunDir, disturbed: RunDir, request: Request, killer: Killer) -> list[Check]:
-    """What the two records show."""
-    first, second = (
-        {line["step"]: line for line in record.read(run.metrics)} for run in (undisturbed, disturbed)
-    )
-    steps = sorted(first)
-    worlds = [event for event in record.read(disturbed.events) if event["event"] == Event.ATTEMPT_STARTED]
-    resumes = [event for event in record.read(disturbed.events) if event["event"] == Event.RESUMED]
-    changed_at = steps[-1]
-    if worlds[-1]["world_size"] != worlds[0]["world_size"]:
-        changed_at = int(resumes[-1]["step"])
-    same = [step for step in steps if step <= changed_at]
-    later = [step for step in steps if step > changed_at]
-    checks = [
-        Check(
-            "killed, and continued from a checkpoint by itself",
-            killer.resumed_step is not None,
-            f"killed after step {killer.killed_step}, continued from step {killer.resumed_step}",
-        ),
-        Check("every step once", sorted(second) == steps, f"{len(second)} of {len(steps)} steps"),
-        _equal("the same sequences at every step", first, second, steps, "data/digest"),
-        _equal(f"the same losses, bit for bit, up to step {changed_at}", first, second, same, "train/loss"),
-    ]
-    if later:
-        tolerance = LOSS_TOLERANCE[request.config.precision]
-        off = max(
-            abs(first[step]["train/loss"] - second[step]["train/loss"]) for step in later if step in second
-        )
-        name = f"the same losses within {tolerance:g} on {worlds[-1]['world_size']} processes"
-        checks.append(
-            Check(name, off <= tolerance, f"largest difference {off:.2g}, steps {later[0]}–{later[-1]}")
-        )
-    return checks
+class _Disturbance:
+    """Kills the run once; when it has resumed and reached `stop_at`, asks it to save and stop."""
 
+    def __init__(self, run: RunDir, cluster: ClusterConfig, stop_at: int | None) -> None:
+        self._run, self._stop_at = run, stop_at
+        self._job = _JobKill(run, cluster)
+        self.fault = FaultInjector(self._job.kill, steps_after_save=1)
 
-def _equal(
-    name: str, first: dict[int, Any], second: dict[int, Any], steps: Sequence[int], metric: str
-) -> Check:
-    wrong = [step for step in steps if first[step].get(metric) != second.get(step, {}).get(metric)]
-    return Check(name, not wrong, f"{len(steps)} steps" if not wrong else f"differs at step {wrong[0]}")
+    def observe(self, update: Update, note: Callable[[str], None]) -> None:
+        """Act on what is new in the record."""
+        self.fault.observe(update, note)
+        if self.fault.is_down:
+            self._job.push()
+        has_resumed = self.fault.resumed_step is not None
+        if has_resumed and self._stop_at is not None and self.fault.step >= self._stop_at:
+            request_stop(self._run, "the rehearsal")
+            self._stop_at = None
 
 
 def _shortened(tables: dict[str, Any], steps: int) -> dict[str, Any]:
-    """The run with `steps` steps, three checkpoints, and its warmup within them; its size stays."""
+    """The tables of the run with `steps` steps, a checkpoint each quarter, and no tracking."""
     schedule = {key: value for key, value in tables.get("schedule", {}).items() if key != "total_tokens"}
     warmup = min(int(schedule.get("warmup_steps", 0)), steps)
     return {
@@ -207,32 +156,23 @@ def _shortened(tables: dict[str, Any], steps: int) -> dict[str, Any]:
     }
 
 
-def _watch(run: RunDir, request: Request, reason: str, killer: Killer | None) -> JobOutcome:
-    """Submit and show the run until it ends."""
-    follower = Follower(run)
-    with Display(request.config.total_steps) as display, Attendance(run, display) as attendance:
-        job = submit(run, reason)
-        if job.executor == "slurm":
-            display.note(f"Slurm job {job.job_id}; it begins when Slurm has nodes for it")
-        step = 0
-        for update in follower.updates(job):
-            display.show(update)
-            attendance.answer()
-            if update.metrics:
-                step = int(update.metrics[-1]["step"])
-            if killer is not None:
-                killer.watch(update.events, step, display.note)
-    return outcome_of(run, job)
+def _train(run: RunDir, request: Request, reason: str, observe: Observer | None) -> JobOutcome:
+    """Submit `run` and follow its job until it ends."""
+    follower = RecordFollower(run)
+    job = submit(run, reason)
+    if job.executor == "slurm":
+        click.echo(f"submitted Slurm job {job.job_id}; it starts when Slurm has nodes for it", err=True)
+    return follow_job(run, job, follower, request.config.total_steps, observe)
 
 
-def _must_be(outcome: JobOutcome, exit_code: int) -> None:
+def _must_be(outcome: JobOutcome, exit_code: ExitCode) -> None:
     if outcome.exit_code != exit_code:
-        raise LaunchError(f"the rehearsal's run ended with {outcome.exit_code}: {outcome.cause}")
+        raise LaunchError(f"a rehearsal run ended with exit code {int(outcome.exit_code)}: {outcome.cause}")
 
 
 def _show(checks: Sequence[Check]) -> None:
     table = Table(box=None, pad_edge=False)
-    for heading in ("", "what", "seen"):
+    for heading in ("", "check", "measured"):
         table.add_column(heading, no_wrap=True)
     for check in checks:
         table.add_row("pass" if check.is_good else "FAIL", check.name, check.seen)

@@ -1,20 +1,9 @@
-"""What is going on with runs, from their directories and their jobs: one summary each, no torch.
+"""The status of runs, one summary for each, gathered from their directories and their jobs."""
 
-Reads the last lines of a record, never the whole of a long one, so that a hundred runs take a moment.
-"""
-
-import json
-import os
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.live import Live
-from rich.table import Table
 
 from data_pipeline.errors import OutlastError
 from data_pipeline.sampling.batch_schedule import BatchSizes
@@ -23,22 +12,22 @@ from gpt.run.events import Event
 from gpt.run.exit_codes import ExitCode
 from gpt.run.records import Job, JobOutcome
 from gpt.run.run_dir import RunDir
-from launcher.commands.progress import duration
+from launcher.commands.record_summary import EventIndex, last_metrics
 from launcher.runs.job_record import read_job, read_outcome
 from launcher.runs.store import read_config
 from launcher.scheduler import slurm
 from launcher.scheduler.jobs import standings
 from launcher.scheduler.slurm import Standing
 
-_TAIL_BYTES = 1 << 18  # about a thousand steps
-_WATCH_S = 5.0  # squeue is a shared service
-_UNREADABLE = (OutlastError, OSError)  # what a hand, another version or another user's rights make of a run
+UNREADABLE = "unreadable"  # the state of a run whose files cannot be read
+# A file was edited by hand, was written by another version, or belongs to another user.
+_READ_ERRORS = (OutlastError, OSError)
 _OUTCOME_STATES = {ExitCode.FINISHED: "finished", ExitCode.STOPPED: "stopped"}
 
 
 @dataclass(frozen=True)
 class Status:
-    """One run at one moment; None where nothing is known yet."""
+    """One run at one moment; None means that the value is not known yet."""
 
     run_dir: str
     state: str
@@ -62,7 +51,7 @@ class Status:
     job_id: str | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """The same as one JSON object."""
+        """The status as one JSON object."""
         return asdict(self)
 
 
@@ -73,9 +62,9 @@ def status(run: RunDir) -> Status:
 
 
 def statuses(runs: Sequence[RunDir]) -> list[Status]:
-    """The status of each run; the scheduler is asked once for all.
+    """The status of each run, with one query to the scheduler for all of them.
 
-    One that cannot be read is "unreadable", with the reason, and stands in the way of no other.
+    A run that cannot be read has the state UNREADABLE and the reason; the other runs are not affected.
     """
     jobs: dict[Path, Job] = {}
     without_outcome: list[Path] = []
@@ -86,7 +75,7 @@ def statuses(runs: Sequence[RunDir]) -> list[Status]:
                 if read_outcome(run, job) is None and job.executor == "slurm":
                     without_outcome.append(run.path)
                 jobs[run.path] = job
-        except _UNREADABLE as error:
+        except _READ_ERRORS as error:
             broken[run.path] = error
     standing = standings((run, jobs[run.path]) for run in runs if run.path in jobs)
     forgotten = {path: jobs[path].job_id for path in without_outcome if standing[path] == Standing("ended")}
@@ -98,8 +87,8 @@ def statuses(runs: Sequence[RunDir]) -> list[Status]:
             if run.path in broken:
                 raise broken[run.path]
             found.append(_status(run, jobs.get(run.path), standing.get(run.path)))
-        except _UNREADABLE as error:
-            found.append(Status(str(run.path), "unreadable", reason=str(error)))
+        except _READ_ERRORS as error:
+            found.append(Status(str(run.path), UNREADABLE, reason=str(error)))
     return found
 
 
@@ -107,11 +96,11 @@ def _status(run: RunDir, job: Job | None, standing: Standing | None) -> Status:
     config = read_config(run)
     outcome = read_outcome(run, job) if job is not None else None
     word, reason = _state(run, outcome, standing)
-    line, scored = _last_lines(run)
+    line, scored = last_metrics(run.metrics)
     step = int(line.get("step", 0))
     is_going = word in ("running", "stopping")
     checkpoints = committed(run.checkpoints)
-    events = _Events(run.events)
+    events = EventIndex(run.events)
     return Status(
         run_dir=str(run.path),
         state=word,
@@ -137,7 +126,7 @@ def _status(run: RunDir, job: Job | None, standing: Standing | None) -> Status:
 
 
 def _left_s(sizes: BatchSizes, total_steps: int, line: dict[str, Any]) -> float | None:
-    """Seconds to the last step, at the rate of the last one; None before the first."""
+    """Seconds until the last step, at the speed of the newest one; None before the first step."""
     step = int(line.get("step", 0))
     seconds: float | None = line.get("train/step_seconds")
     if step == 0 or seconds is None:
@@ -146,71 +135,8 @@ def _left_s(sizes: BatchSizes, total_steps: int, line: dict[str, Any]) -> float 
     return seconds * left / sizes.at(step)
 
 
-def show(find: Callable[[], Sequence[RunDir]], *, watch: bool) -> None:
-    """The table on standard output; `watch`: again and again in its place, until Ctrl-C, with new runs."""
-    console = Console()
-    if not console.is_terminal:
-        console.width = 180  # a pipe has no width to keep to
-    if not watch:
-        console.print(table(find()))
-        return
-    with suppress(KeyboardInterrupt), Live(table(find()), console=console, auto_refresh=False) as live:
-        while True:
-            time.sleep(_WATCH_S)
-            live.update(table(find()), refresh=True)
-
-
-def table(runs: Sequence[RunDir]) -> Table:
-    """The runs as a table for people; one that cannot be read says why in its row."""
-    result = Table(box=None, pad_edge=False, caption_justify="left")
-    problems = []
-    for heading in (
-        "run",
-        "state",
-        "reason",
-        "step",
-        "loss",
-        "val loss",
-        "tokens/s",
-        "MFU",
-        "attention",
-        "saved",
-        "restarts",
-        "lost",
-        "left",
-        "seen",
-    ):
-        result.add_column(
-            heading, justify="left" if heading in ("run", "state", "reason") else "right", no_wrap=True
-        )
-    for run, now in zip(runs, statuses(runs), strict=True):
-        if now.state == "unreadable":
-            result.add_row(run.path.name, f"unreadable: {now.reason}")
-            continue
-        result.add_row(
-            run.path.name,
-            now.state,
-            now.reason or "",
-            f"{now.step}/{now.total_steps}",
-            _number(now.loss, ".4f"),
-            _number(now.val_loss, ".4f"),
-            _number(now.tokens_per_second, ",.0f"),
-            _number(now.mfu, ".1%"),
-            now.attention or "–",
-            _number(now.checkpoint_step, "d"),
-            str(max(0, now.attempts - 1)),
-            duration(now.lost_s) if now.lost_s else "–",
-            duration(now.eta_s) if now.eta_s is not None else "–",
-            f"{duration(time.time() - now.updated_at)} ago" if now.updated_at is not None else "–",
-        )
-        if now.save_problem is not None:
-            problems.append(f"{run.path.name}: {now.save_problem}")
-    result.caption = "\n".join(problems) or None
-    return result
-
-
 def _state(run: RunDir, outcome: JobOutcome | None, standing: Standing | None) -> tuple[str, str]:
-    """The state in a word, and the scheduler's reason (where a job runs, why it waits or has ended)."""
+    """The state, and the scheduler's reason for it: where a job runs, why it waits, or why it ended."""
     if standing is None:
         return ("created" if not run.attempt_numbers() else "copied"), ""
     if outcome is not None:
@@ -222,81 +148,15 @@ def _state(run: RunDir, outcome: JobOutcome | None, standing: Standing | None) -
     return "cancelled" if standing.slurm_state == "CANCELLED" else "lost", standing.slurm_state
 
 
-def _save_problem(events: "_Events") -> str | None:
-    """Why the newest checkpoint that was due is not there, if it is not."""
+def _save_problem(events: EventIndex) -> str | None:
+    """Why the newest checkpoint that was due could not be saved; None when it was."""
     newest = events.last(Event.CHECKPOINT_SAVED, Event.CHECKPOINT_FAILED, Event.CHECKPOINT_SKIPPED)
     if not newest or newest["event"] == Event.CHECKPOINT_SAVED:
         return None
-    return f"step {newest['step']} is not saved: {newest['reason']}"
+    return f"the checkpoint of step {newest['step']} was not saved: {newest['reason']}"
 
 
-def _mirror_problem(events: "_Events") -> str | None:
-    """Why the newest checkpoint is not at the mirror, if it could not be copied."""
+def _mirror_problem(events: EventIndex) -> str | None:
+    """Why the newest checkpoint could not be copied to the mirror; None when it was."""
     newest = events.last(Event.MIRRORED, Event.MIRROR_FAILED)
     return f"not mirrored: {newest['reason']}" if newest.get("event") == Event.MIRROR_FAILED else None
-
-
-class _Events:
-    """A run's events by name: the file is read once, and parsed only where a line is asked for."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            self._content = path.read_bytes()
-        except FileNotFoundError:
-            self._content = b""
-
-    def count(self, name: Event) -> int:
-        """How many there are of one name."""
-        return self._content.count(_mark(name))
-
-    def each(self, name: Event) -> Iterator[dict[str, Any]]:
-        """Those of one name, the oldest first."""
-        at = self._content.find(_mark(name))
-        while at != -1:
-            yield from self._line(at)
-            at = self._content.find(_mark(name), at + 1)
-
-    def last(self, *names: Event) -> dict[str, Any]:
-        """The newest of those of these names; empty where there is none."""
-        at = max(self._content.rfind(_mark(name)) for name in names)
-        return next(self._line(at), {}) if at != -1 else {}
-
-    def _line(self, at: int) -> Iterator[dict[str, Any]]:
-        start, end = self._content.rfind(b"\n", 0, at) + 1, self._content.find(b"\n", at)
-        with suppress(ValueError):  # torn by a kill
-            yield json.loads(self._content[start : end if end != -1 else None])
-
-
-def _mark(name: Event) -> bytes:
-    return f'"event": "{name.value}"'.encode()
-
-
-def _last_lines(run: RunDir) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The last whole line of the record, and the last one with a validation loss; empty where there is none.
-
-    Only these two are parsed: at a hundred runs a parse of every line in reach takes seconds.
-    """
-    try:
-        with run.metrics.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
-            whole = file.read().split(b"\n")[:-1]
-    except FileNotFoundError:
-        return {}, {}
-    newest: dict[str, Any] = {}
-    for raw in reversed(whole):
-        if newest and b'"val/loss"' not in raw:
-            continue
-        try:
-            line = json.loads(raw)
-        except ValueError:
-            continue  # torn by a kill, or cut where the tail begins
-        if not isinstance(line, dict):
-            continue
-        newest = newest or line
-        if "val/loss" in line:
-            return newest, line
-    return newest, {}
-
-
-def _number(value: float | None, form: str) -> str:
-    return format(value, form) if value is not None else "–"

@@ -30,8 +30,10 @@ from gpt.run.exit_codes import ExitCode
 from gpt.run.json_file import write_json
 from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig
-from launcher.commands.launch import command_line, show_warnings
-from launcher.commands.progress import Follower, watch
+from launcher.commands.follow_job import follow_job
+from launcher.commands.launch import command_line
+from launcher.commands.plan import show_warnings
+from launcher.commands.record_follower import RecordFollower
 from launcher.commands.status import statuses
 from launcher.commands.submit import submit, submit_together
 from launcher.paths import absolute
@@ -209,7 +211,10 @@ def _run(home: RunDir, attend: bool | None) -> int:
     )
     if attend:
         for run, job in zip(waiting, jobs, strict=True):
-            if watch(run, job, Follower(run), read_config(run).total_steps).exit_code == ExitCode.STOPPED:
+            if (
+                follow_job(run, job, RecordFollower(run), read_config(run).total_steps).exit_code
+                == ExitCode.STOPPED
+            ):
                 click.echo("the others go on; `outlast stop RUN_DIR` ends one", err=True)
                 break
         show_results(home.path)
@@ -249,8 +254,8 @@ def _one_after_the_other(runs: Sequence[RunDir]) -> int:
     code = ExitCode.FINISHED
     for number, run in enumerate(runs, 1):
         click.echo(f"[{number}/{len(runs)}] {run.path.name}", err=True)
-        follower = Follower(run)
-        outcome = watch(run, submit(run, "sweep"), follower, read_config(run).total_steps)
+        follower = RecordFollower(run)
+        outcome = follow_job(run, submit(run, "sweep"), follower, read_config(run).total_steps)
         if outcome.exit_code == ExitCode.STOPPED:
             click.echo(f"{outcome.cause}; `outlast sweep {run.path.parent}` continues", err=True)
             return ExitCode.STOPPED

@@ -1,6 +1,6 @@
-"""All that can be known before a job queues, all problems at once, each with its remedy.
+"""Checks everything that can be known before a job queues, and reports all problems at once with remedies.
 
-Runs on a login node: no torch, no GPU, no network. Refuses to start anything and writes nothing.
+Runs on a login node, without torch, GPU or network. Starts nothing and writes nothing.
 """
 
 import os
@@ -29,14 +29,14 @@ from launcher.preflight.plan import (
     mixture_of,
     plan,
     sequences,
-    size,
 )
 from launcher.preflight.slurm_site import check_site, check_tracker
 from launcher.request import Request
+from launcher.units import size
 
-READ_WHOLE_BYTES = 64 << 20  # data sets up to this size are checked byte for byte: 10 ms of xxh3
-EPOCHS_WARNING = 4.0  # repeating data beyond it buys little (Muennighoff et al., arXiv:2305.16264)
-_UNSET = "/nowhere"  # stands in for a missing data.path while everything else is checked
+READ_WHOLE_BYTES = 64 << 20  # data sets up to this size are verified byte by byte: 10 ms of xxh3
+EPOCHS_WARNING = 4.0  # more epochs improve the loss little (Muennighoff et al., arXiv:2305.16264)
+_UNSET = "/nowhere"  # replaces a missing data.path while everything else is checked
 
 
 def examine(
@@ -47,11 +47,11 @@ def examine(
     *,
     is_new: bool = True,
 ) -> Request:
-    """The launch that `tables` (read from `source`) asks for, into the run directory `folder`.
+    """Check a launch of the config `tables`, which were read from `source`, into the run directory `folder`.
 
-    `is_new`: the folder is to be made; else the run is there and goes on. Without a folder nothing is asked
-    of this machine: the request is only to be planned. Raises ConfigError with every problem of run config,
-    cluster, data, machine, site and folder.
+    `is_new` says whether the folder is yet to be created, or holds a run that continues. Without a folder
+    the request is only planned, and neither this machine nor the site is checked. Raises ConfigError with
+    every problem of run config, cluster, data, machine, site and folder.
     """
     findings = Findings()
     run = _read_run(tables, source, findings)
@@ -88,48 +88,50 @@ def examine(
 
 
 def check_data(config: RunConfig, manifests: Sequence[Manifest], findings: Findings) -> None:
-    """A resolved `config` against the data that it reads."""
+    """Check a resolved `config` against the data that it reads."""
     if len({manifest.encoding.fingerprint for manifest in manifests}) > 1:
-        findings.problem("the sources of data.mixture have different tokenizers; prepare them with one.")
+        findings.problem(
+            "the sources of data.mixture have different tokenizers. Prepare all of them with the same one."
+        )
     too_short = False
     for source, manifest in zip(config.data.sources, manifests, strict=True):
         vocabulary, train = manifest.encoding.vocab_size, manifest.train_tokens
         if config.model.vocabulary < vocabulary:
             findings.problem(
-                f"model.vocab_size = {config.model.vocabulary} is less than the {vocabulary} ids of "
-                f"{source.path}. Leave model.vocab_size out, or use at least {vocabulary}."
+                f"model.vocab_size = {config.model.vocabulary} is smaller than the {vocabulary} token ids of "
+                f"{source.path}. Remove model.vocab_size, or set it to at least {vocabulary}."
             )
         if train <= config.model.context:
             findings.problem(
-                f"{source.path} has {train} training tokens, not one sequence of model.context = "
+                f"{source.path} has {train} training tokens, too few for one sequence of model.context = "
                 f"{config.model.context} (+ 1 target). Prepare more text, or use a shorter context."
             )
             too_short = True
             continue
         if manifest.val_tokens <= config.model.context:
             findings.problem(
-                f"{source.path} has {manifest.val_tokens} validation tokens, not one sequence of "
+                f"{source.path} has {manifest.val_tokens} validation tokens, too few for one sequence of "
                 f"model.context = {config.model.context} (+ 1 target). "
-                "Prepare it with --val-fraction 0.01, or more."
+                "Prepare it with --val-fraction 0.01 or more."
             )
         elif manifest.val_tokens < config.evaluation.tokens:
             findings.warnings.append(
                 f"evaluation.tokens = {config.evaluation.tokens} is more than the {manifest.val_tokens} "
-                f"validation tokens of {source.path}; all of them are scored."
+                f"validation tokens of {source.path}; each evaluation uses all of them."
             )
     if not too_short:
         _check_epochs(config, manifests, findings)
 
 
 def _check_epochs(config: RunConfig, manifests: Sequence[Manifest], findings: Findings) -> None:
-    """How often the run reads each source, by the order itself."""
+    """Check how many epochs of each source the run reads, counted in its actual order."""
     train = [manifest.train_tokens for manifest in manifests]
     mixture = mixture_of(config, train)
     numbers = sequences(config)
     if mixture.end is not None and numbers > mixture.end:
         findings.problem(
-            f"the run reads {numbers} sequences, and all sources that have a weight then come to their "
-            f"max_epochs after {mixture.end}. Train on fewer tokens, prepare more, raise a max_epochs, or "
+            f"the run reads {numbers} sequences, but after {mixture.end} all sources with a weight have "
+            "reached their max_epochs. Train on fewer tokens, prepare more, raise a max_epochs, or "
             "give another source a weight."
         )
         return
@@ -139,30 +141,31 @@ def _check_epochs(config: RunConfig, manifests: Sequence[Manifest], findings: Fi
         epochs = tokens / of_source
         if limit is not None and count > int(limit * windows_in(of_source, config.model.context)):
             findings.problem(
-                f"the run reads {source.path} {epochs:.2f} times: {tokens} tokens of {of_source}. "
-                f"data.max_epochs = {limit:g}. Train on fewer tokens, prepare more, or raise it."
+                f"the run reads {epochs:.2f} epochs of {source.path} ({tokens} tokens, the source has "
+                f"{of_source}), but data.max_epochs = {limit:g}. Train on fewer tokens, prepare more, or "
+                "raise data.max_epochs."
             )
         elif epochs > EPOCHS_WARNING:
             findings.warnings.append(
-                f"the run reads {source.path} {epochs:.1f} times; beyond {EPOCHS_WARNING:.0f} epochs "
-                "repeated data teaches little."
+                f"the run reads {epochs:.1f} epochs of {source.path}; after {EPOCHS_WARNING:.0f} epochs, "
+                "repeated data improves the model little."
             )
 
 
 def check_disk(config: RunConfig, folder: Path, findings: Findings) -> None:
-    """Whether the checkpoints that `config` keeps, and one on its way, fit the disk of `folder`."""
+    """Check that the checkpoints that `config` keeps, and one being written, fit on the disk of `folder`."""
     parent = nearest_existing(folder)
-    # What the run has saved already makes room when it is pruned.
+    # Pruning frees the space of the checkpoints that the run has already saved.
     saved = sum(file.stat().st_size for file in (folder / "checkpoints").glob("step-*/*"))
     free = shutil.disk_usage(parent).free + saved
     needed = plan(config, ClusterConfig(kind="local"), None).disk_bytes
     kept = " + ".join(f"{name} {count}" for name, count in checkpoint_counts(config).items())
     sentence = (
         f"checkpoints need {size(needed)} ({size(checkpoint_bytes(config))} each × "
-        f"(checkpoint.{kept} + 1)), {parent} has {size(free)} free."
+        f"(checkpoint.{kept} + 1)); {parent} has {size(free)} free."
     )
     if free < needed:
-        findings.problem(f"{sentence} Use another --run-dir, or keep fewer.")
+        findings.problem(f"{sentence} Use another --run-dir, or keep fewer checkpoints.")
     elif free < 2 * needed:
         findings.warnings.append(sentence)
 
@@ -193,7 +196,7 @@ def check_machine(cluster: ClusterConfig, findings: Findings) -> bool:
 
 
 def nearest_existing(path: Path) -> Path:
-    """`path`, or the closest folder above it that exists."""
+    """`path`, or its closest parent folder that exists."""
     path = path.absolute()
     while not path.exists():
         path = path.parent
@@ -204,7 +207,7 @@ def _read_run(tables: dict[str, Any], source: str, findings: Findings) -> RunCon
     data = tables.get("data", {})
     if isinstance(data, dict) and "path" not in data and "mixture" not in data:
         findings.problem(
-            f"{source}: data.path is not set: give the folder that `outlast prepare` made, "
+            f"{source}: data.path is not set. Give the folder that `outlast prepare` created, "
             "for example --set data.path=data/mine"
         )
         tables = {**tables, "data": {**data, "path": _UNSET}}
@@ -224,7 +227,7 @@ def _read_cluster(name: str, findings: Findings) -> ClusterConfig | None:
 
 
 def _readable_data(tables: dict[str, Any]) -> DataConfig | None:
-    """What to read, also of a run config that is wrong elsewhere."""
+    """The [data] table, also when other tables of the run config are invalid; None when it is invalid."""
     try:
         return validate(DataConfig, tables.get("data", {}), "data")
     except ConfigError:
@@ -248,8 +251,8 @@ def _read_data(path: Path, findings: Findings, is_full: bool) -> list[Manifest]:
 def _check_folder(folder: Path, findings: Findings) -> None:
     parent = nearest_existing(folder)
     if (folder / "config.json").exists():
-        findings.problem(f"{folder} is a run already. `outlast resume {folder}` continues it.")
+        findings.problem(f"{folder} already is a run directory. `outlast resume {folder}` continues it.")
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        findings.problem(f"{folder} exists and is not an empty folder. Give another --run-dir.")
+        findings.problem(f"{folder} exists and is not empty. Give another --run-dir.")
     elif not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        findings.problem(f"{parent} is not a folder that you may write to. Give another --run-dir.")
+        findings.problem(f"you cannot write to {parent}. Give another --run-dir.")

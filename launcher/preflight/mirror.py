@@ -1,4 +1,4 @@
-"""Checks a run's mirror (checkpoint.mirror) before the launch."""
+"""Checks the mirror of a run (checkpoint.mirror) before the launch."""
 
 from pathlib import Path
 
@@ -12,21 +12,25 @@ from launcher.runs.job_record import is_copy
 
 
 def check_mirror(run: RunDir, config: RunConfig, findings: Findings, *, is_new: bool) -> None:
-    """Whether the mirror can be asked, and is not another run's."""
+    """Find out whether the mirror is reachable and belongs to no other run."""
     place = config.checkpoint.mirror
     if place is None:
         return
     if not is_remote(place):
         if not Path(place).is_dir():
-            findings.problem(f"checkpoint.mirror = {place} is no folder. Make it, or mount what it is on.")
+            findings.problem(
+                f"checkpoint.mirror = {place} is not a folder. Create it, or mount its file system."
+            )
             return
         if Path(place).resolve() == run.path.resolve().parent:
-            findings.problem(f"checkpoint.mirror = {place} is where the run itself lies; use another place.")
+            findings.problem(f"checkpoint.mirror = {place} already holds the run itself. Use another folder.")
             return
     try:
         mirror = Mirror.of(run, place)
         if not mirror.has_bucket():
-            findings.problem(f"checkpoint.mirror = {place}: there is no such bucket. Make it, or correct it.")
+            findings.problem(
+                f"checkpoint.mirror = {place}: this bucket does not exist. Create it, or correct the name."
+            )
             return
         is_taken = mirror.run_id() is not None
         if not is_new and not is_copy(run):
@@ -36,11 +40,11 @@ def check_mirror(run: RunDir, config: RunConfig, findings: Findings, *, is_new: 
         return
     if is_new and is_taken:
         findings.problem(
-            f"{mirror.place} is the mirror of another run of this name. `outlast resume {mirror.place}` "
-            "continues that; a new run needs another --run-dir or checkpoint.mirror."
+            f"{mirror.place} is the mirror of another run with this name. Continue that run with `outlast "
+            f"resume {mirror.place}`, or give the new run another --run-dir or checkpoint.mirror."
         )
     elif is_taken and is_copy(run):
         findings.problem(
-            f"{run.path} is a copy, and {mirror.place} is the mirror of the run that it was copied from. A "
-            "copy is a run of its own: give it another checkpoint.mirror with --set, or another name."
+            f"{run.path} is a copy, and {mirror.place} is the mirror of the original run. Give the copy "
+            "another checkpoint.mirror with --set, or another name."
         )

@@ -1,6 +1,7 @@
-"""What a run will need: parameters, memory a rank, steps, disk. Pure: config in, numbers out.
+"""What a run needs: parameters, memory per rank, time, disk. Pure functions of config and cluster.
 
-Time rests on an assumed share of the accelerator's peak (MFU), memory on launcher/preflight/memory.py.
+The time estimate assumes a fraction of the accelerator's peak FLOPs (MFU). The memory estimate is that of
+launcher/preflight/memory.py.
 """
 
 import re
@@ -17,18 +18,19 @@ from gpt.model.flops import PEAK_FLOPS_PER_SECOND, flops_per_token
 from gpt.run.host_memory import LARGEST_SHARE, available_bytes
 from launcher.cluster import ACCELERATOR_MEMORY_GIB, ClusterConfig
 from launcher.preflight.memory import Memory, largest_micro_batch, memory, state_bytes
+from launcher.units import size
 
 _GIB = 2**30
-# The rest is the CUDA context's and NCCL's, one to two GiB, and lies between the allocator's blocks.
+# The CUDA context and NCCL take one to two GiB of the rest; fragmentation takes the remainder.
 USABLE_FRACTION = 0.92
-# Of well-tuned runs: the GPU hours that Llama 2 reports (arXiv:2307.09288, table 2) come to 0.42 to 0.46.
+# Well-tuned runs reach it: the GPU hours of Llama 2 (arXiv:2307.09288, table 2) imply 0.42 to 0.46.
 ASSUMED_MFU = 0.4
-_PROCESS_BYTES = 1 << 29  # Python, torch and DeepSpeed before anything is trained: 358 MiB on a CPU
+_PROCESS_BYTES = 1 << 29  # Python, torch and DeepSpeed before training starts: measured 358 MiB on a CPU
 
 
 @dataclass(frozen=True)
 class Share:
-    """What the run reads of one source, exactly."""
+    """What the run reads from one source."""
 
     path: str
     sequences: int
@@ -38,7 +40,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Plan:
-    """The needs of one run on one cluster."""
+    """What one run needs on one cluster."""
 
     parameters: int
     world_size: int
@@ -58,7 +60,7 @@ class Plan:
     disk_bytes: int
 
     def as_json(self) -> dict[str, Any]:
-        """The same as one JSON object."""
+        """The plan as one JSON object."""
         return asdict(self)
 
 
@@ -68,9 +70,9 @@ def plan(
     train_tokens: Sequence[int] | None,
     mfu: float = ASSUMED_MFU,
 ) -> Plan:
-    """The needs of a resolved `config` on `cluster`; `train_tokens` are the sizes of its training data.
+    """What a run of the resolved `config` needs on `cluster`; `train_tokens` are the sizes of its sources.
 
-    Time and the largest micro-batch are known where the cluster's accelerator is.
+    Time and the largest micro-batch are None unless the cluster file names an accelerator.
     """
     tokens, world_size = config.batch.sizes.until(config.total_steps), cluster.world_size
     flops, available = float(flops_per_token(config.model)) * tokens, _available_bytes(cluster)
@@ -99,12 +101,12 @@ def plan(
 
 
 def sequences(config: RunConfig) -> int:
-    """How many sequence numbers the run comes to, those that it passes over included."""
+    """How many sequence numbers the run uses, including the skipped ones."""
     return SkipList(config.data.skip).numbers_consumed(config.batch_sizes.until(config.total_steps))
 
 
 def mixture_of(config: RunConfig, train_tokens: Sequence[int]) -> Mixture:
-    """The order in which the run reads its sources, of `train_tokens` each and at least one sequence."""
+    """The order in which the run reads its sources; each must hold at least one sequence."""
     return Mixture(
         [windows_in(tokens, config.model.context) for tokens in train_tokens],
         [source.weight for source in config.data.sources],
@@ -129,7 +131,7 @@ def checkpoint_bytes(config: RunConfig) -> int:
 
 
 def checkpoint_counts(config: RunConfig) -> dict[str, int]:
-    """Most checkpoints that stand on disk at a time, by the field that keeps them."""
+    """The largest number of checkpoints on disk at a time, by the field that keeps them."""
     checkpoint = config.checkpoint
     for_ever = config.total_steps // checkpoint.keep_every if checkpoint.keep_every is not None else 0
     counts = {"keep_last": checkpoint.keep_last, "keep_best": checkpoint.keep_best, "keep_every": for_ever}
@@ -137,13 +139,13 @@ def checkpoint_counts(config: RunConfig) -> dict[str, int]:
 
 
 def gpu_hours(flops: float, accelerator: str, precision: str, mfu: float) -> float:
-    """Hours of one `accelerator` for so many FLOPs at that share of its peak in `precision`."""
-    model = accelerator.partition("-")[0].upper()  # a100-80gb: its memory does not matter here
+    """GPU hours that `flops` take on `accelerator` at the fraction `mfu` of its peak in `precision`."""
+    model = accelerator.partition("-")[0].upper()  # the memory size in a100-80gb does not matter
     return flops / (PEAK_FLOPS_PER_SECOND[model][precision] * mfu) / 3600
 
 
 def memory_problem(config: RunConfig, cluster: ClusterConfig) -> str | None:
-    """Why the training state cannot fit the cluster's accelerator, or None (also where it is not known)."""
+    """Why the training state does not fit on the cluster's accelerator; None if it fits or is unknown."""
     available = _available_bytes(cluster)
     if available is None:
         return None
@@ -152,13 +154,13 @@ def memory_problem(config: RunConfig, cluster: ClusterConfig) -> str | None:
         return None
     return (
         f"the training state needs {size(needed.state)} on each of {cluster.world_size} ranks "
-        f"(zero.stage = {config.zero.stage}), {cluster.accelerator} has {size(available)} for it. "
+        f"(zero.stage = {config.zero.stage}), but {cluster.accelerator} has only {size(available)} for it. "
         "Use more GPUs, a higher zero.stage, or a smaller model."
     )
 
 
 def memory_warning(config: RunConfig, cluster: ClusterConfig) -> str | None:
-    """Why a step will probably not fit, though the training state does."""
+    """Why a step probably does not fit in memory although the training state does; None otherwise."""
     available = _available_bytes(cluster)
     if available is None or memory_problem(config, cluster) is not None:
         return None
@@ -172,23 +174,23 @@ def memory_warning(config: RunConfig, cluster: ClusterConfig) -> str | None:
         else "use model.recompute = 'full', a higher zero.stage or more GPUs"
     )
     return (
-        f"a step needs about {size(needed.peak)} on each rank, of which {size(needed.activations)} for the "
-        f"activations of batch.micro_batch = {config.batch.micro_batch}; {cluster.accelerator} has "
+        f"a step needs about {size(needed.peak)} on each rank, including {size(needed.activations)} for the "
+        f"activations of batch.micro_batch = {config.batch.micro_batch}, but {cluster.accelerator} has only "
         f"{size(available)} for it: {advice}."
     )
 
 
 def host_copy_bytes(config: RunConfig, cluster: ClusterConfig) -> int:
-    """Host memory of a node for the copies of the state from which asynchronous saves are written."""
+    """Host memory per node for the copy of the training state from which asynchronous saves write."""
     if not config.checkpoint.asynchronous:
         return 0
     return checkpoint_bytes(config) * cluster.processes // cluster.world_size
 
 
 def host_memory_warning(config: RunConfig, cluster: ClusterConfig) -> str | None:
-    """Why saves will probably be synchronous: the nodes lack the memory for a copy of the state.
+    """Why saves will probably be synchronous: the nodes lack host memory for a copy of the training state.
 
-    What a node has is known of Slurm nodes whose mem is given, and of this machine.
+    The memory of a node is known for this machine, and for Slurm nodes if the cluster file sets `mem`.
     """
     copies = host_copy_bytes(config, cluster)
     if cluster.kind == "local":
@@ -201,19 +203,20 @@ def host_memory_warning(config: RunConfig, cluster: ClusterConfig) -> str | None
     if copies <= LARGEST_SHARE * left:
         return None
     return (
-        f"checkpoint.asynchronous needs {size(copies)} of host memory on each node for a copy of the state; "
-        f"beside training {size(max(0, left))} are left ({which}). Training will wait while a checkpoint is "
-        "written. Give more memory or nodes, or set checkpoint.asynchronous = false to say that you know."
+        f"checkpoint.asynchronous needs {size(copies)} of host memory on each node for a copy of the "
+        f"training state, but training leaves only {size(max(0, left))} ({which}). Training will wait while "
+        "a checkpoint is written. Use more memory or more nodes, or set checkpoint.asynchronous = false to "
+        "accept this."
     )
 
 
 def _host_bytes(config: RunConfig, cluster: ClusterConfig) -> int:
-    """Host memory of one process beside the copy of its state."""
+    """Host memory of one process, without the copy of its state."""
     bytes_of_training = 0
     if not cluster.gpus_per_node:
         bytes_of_training = memory(config, cluster.world_size, on_cpu=True).peak
     elif config.zero.offload_optimizer == "cpu":
-        # ZeRO-Offload also keeps the fp32 gradient of its part there.
+        # ZeRO-Offload also keeps the fp32 gradients of its partition in host memory.
         bytes_of_training = (state_bytes(config) + 4 * parameter_count(config.model)) // cluster.world_size
     return _PROCESS_BYTES + bytes_of_training
 
@@ -233,43 +236,34 @@ def _available_bytes(cluster: ClusterConfig) -> float | None:
 
 
 def table(plan: Plan) -> list[tuple[str, str]]:
-    """The plan as rows for people."""
+    """The plan as rows of name and value."""
     return [
         ("parameters", f"{plan.parameters:,}"),
-        ("processes", f"{plan.world_size}, {plan.micro_batches} micro-batches each a step"),
+        ("processes", f"{plan.world_size}, with {plan.micro_batches} micro-batches per step each"),
         ("steps", f"{plan.steps:,}"),
         ("tokens", f"{plan.tokens:,}" + (f" ({plan.epochs:.2f} epochs)" if plan.epochs is not None else "")),
         *(
-            (f"of {share.path}", f"{share.sequences:,} sequences, {share.epochs:.2f} epochs")
+            (f"  from {share.path}", f"{share.sequences:,} sequences, {share.epochs:.2f} epochs")
             for share in (plan.sources if len(plan.sources) > 1 else ())
         ),
         ("compute", f"{plan.flops:.3g} FLOPs"),
         *(
-            [("time", f"{plan.days:.2f} days, {plan.gpu_hours:,.0f} GPU hours at MFU {plan.assumed_mfu:.0%}")]
+            [("time", f"{plan.days:.2f} days, {plan.gpu_hours:,.0f} GPU hours at {plan.assumed_mfu:.0%} MFU")]
             if plan.days is not None
             else []
         ),
-        ("memory a rank, weights", size(plan.memory.weights)),
-        ("memory a rank, optimizer", size(plan.memory.optimizer)),
-        ("memory a rank, gradients", size(plan.memory.gradients)),
-        ("memory a rank, activations", size(plan.memory.activations)),
-        ("memory a rank, working buffers", size(plan.memory.workspace)),
-        ("memory a rank, at its peak", f"about {size(plan.memory.peak)}"),
+        ("memory per rank: weights", size(plan.memory.weights)),
+        ("memory per rank: optimizer", size(plan.memory.optimizer)),
+        ("memory per rank: gradients", size(plan.memory.gradients)),
+        ("memory per rank: activations", size(plan.memory.activations)),
+        ("memory per rank: buffers", size(plan.memory.workspace)),
+        ("memory per rank: peak", f"about {size(plan.memory.peak)}"),
         *(
             [("largest micro-batch that fits", str(plan.largest_micro_batch))]
             if plan.largest_micro_batch is not None
             else []
         ),
-        ("one checkpoint", size(plan.checkpoint_bytes)),
-        ("host memory a node, for saves", size(plan.host_copy_bytes)),
-        ("disk for checkpoints", size(plan.disk_bytes)),
+        ("size of one checkpoint", size(plan.checkpoint_bytes)),
+        ("host memory per node for saves", size(plan.host_copy_bytes)),
+        ("disk space for checkpoints", size(plan.disk_bytes)),
     ]
-
-
-def size(count: float) -> str:
-    """Bytes for people: 1.5 GiB."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"

@@ -12,10 +12,11 @@ from gpt.config.run import RunConfig
 from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig, time_limit_min
 from launcher.preflight.findings import Findings
-from launcher.preflight.plan import checkpoint_bytes, size
+from launcher.preflight.plan import checkpoint_bytes
 from launcher.scheduler import slurm
 from launcher.scheduler.sbatch import submission_text
 from launcher.scheduler.slurm import Preemption
+from launcher.units import size
 
 # What one node writes to a parallel file system while all others do; a site's own speed shows in the events.
 SAVE_BYTES_PER_SECOND = 1e9

@@ -157,11 +157,11 @@ def test_the_adopt_command_adopts_and_refuses_conflicting_options(files: Path) -
     prefix = _prefix(files, "train-00000")
     arguments = ["prepare", "--adopt", prefix, "--tokenizer", "outlast-4k"]
     refused = run.invoke(commands, [*arguments, "--out", "x"], standalone_mode=False)
-    assert "does not take --out" in str(refused.exception)
+    assert "cannot be combined with --out" in str(refused.exception)
     refused = run.invoke(commands, arguments[:3], standalone_mode=False)
     assert "--tokenizer must be given" in str(refused.exception)
     refused = run.invoke(commands, ["prepare", "x", "--adopt-val", "y"], standalone_mode=False)
-    assert "--adopt-val goes with --adopt" in str(refused.exception)
+    assert "--adopt-val needs --adopt" in str(refused.exception)
     val = ["--adopt-val", _prefix(files, "val-00000")]
     done = run.invoke(commands, [*arguments, *val], standalone_mode=False)
     assert done.exception is None

@@ -15,16 +15,17 @@ from gpt.checkpoint.mirror import Mirror, MirrorError
 from gpt.checkpoint.writer import Pace, prune
 from gpt.config.run import CheckpointConfig
 from gpt.run import record
-from gpt.run.json_file import read_json, write_json
+from gpt.run.json_file import read_json
 from gpt.run.run_dir import RunDir
 from gpt.sidecars.checkpoint_mirror import Copier, follow
 from launcher.cluster import ClusterConfig
-from launcher.commands import launch
+from launcher.commands import follow_job
+from launcher.commands.resume import resume
 from launcher.preflight.check import examine
 from launcher.runs.recipes import run_tables
 from launcher.runs.store import create_run, read_config
 from tests.unit.gpt.checkpoint.support import write_checkpoint
-from tests.unit.launcher.support import make_data, submit_what_ends_well
+from tests.unit.launcher.support import give_job, make_data, submit_what_ends_well
 from tests.unit.s3_support import s3_bucket
 
 
@@ -198,7 +199,7 @@ def test_the_mirror_of_another_run_of_that_name_is_left_alone(
 ) -> None:
     save(run, 5)
     copy_all(run)
-    with pytest.raises(ConfigError, match="is the mirror of another run of this name"):
+    with pytest.raises(ConfigError, match="is the mirror of another run with this name"):
         make_run(tmp_path / "elsewhere" / "mine-0001", data, place)
     run.provenance.write_text('{"run_id": "another"}')
     with pytest.raises(MirrorError, match="is the mirror of another run"):
@@ -213,54 +214,54 @@ def test_a_run_goes_on_from_its_mirror_alone_on_a_fresh_machine(
     if not place.startswith(s3):
         return  # a folder is copied by hand, or mounted
     monkeypatch.setenv("OUTLAST_RUNS", str(tmp_path / "fresh"))
-    monkeypatch.setattr(launch, "submit", submit_what_ends_well)
-    assert launch.resume(f"{place}/mine-0001", None, [], None, attend=None) == 0
+    monkeypatch.setattr(follow_job, "submit", submit_what_ends_well)
+    assert resume(f"{place}/mine-0001", None, [], None, attend=None) == 0
     fresh = RunDir(tmp_path / "fresh" / "mine-0001")
     assert read_config(fresh) == read_config(run)
     assert [step for step, _ in committed(fresh.checkpoints)] == [10]
     assert list(record.read(fresh.metrics)) == list(record.read(run.metrics))
     with pytest.raises(LaunchError, match="is there already"):
-        launch.resume(f"{place}/mine-0001", None, [], None, attend=None)
+        resume(f"{place}/mine-0001", None, [], None, attend=None)
     with pytest.raises(LaunchError, match=r"mine-0002 is no mirror of a run: it has no config\.json"):
-        launch.resume(f"{place}/mine-0002", None, [], None, attend=None)
+        resume(f"{place}/mine-0002", None, [], None, attend=None)
 
 
 def test_a_resume_takes_what_only_the_mirror_has(
     run: RunDir, place: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(launch, "submit", submit_what_ends_well)
+    monkeypatch.setattr(follow_job, "submit", submit_what_ends_well)
     save(run, 5, 10, 15)
     copy_all(run)
     shutil.rmtree(run.checkpoints / step_name(15))
     shutil.rmtree(run.checkpoints / step_name(5))
-    assert launch.resume(str(run.path), None, [], None, attend=None) == 0
+    assert resume(str(run.path), None, [], None, attend=None) == 0
     assert "step 15 is taken from the mirror" in capsys.readouterr().err
     assert [step for step, _ in committed(run.checkpoints)] == [10, 15]
-    assert launch.resume(str(run.path), None, [], 5, attend=None) == 0
+    assert resume(str(run.path), None, [], 5, attend=None) == 0
     assert [step for step, _ in committed(run.checkpoints)] == [5]
     assert Mirror.of(run, place).steps() == [5]  # a later resume must not come back to step 15
-    assert launch.resume(str(run.path), None, [], None, attend=None) == 0
+    assert resume(str(run.path), None, [], None, attend=None) == 0
     assert [step for step, _ in committed(run.checkpoints)] == [5]
 
 
 def test_a_copy_of_a_run_leaves_the_mirror_to_its_original(
     run: RunDir, place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(launch, "submit", submit_what_ends_well)
+    monkeypatch.setattr(follow_job, "submit", submit_what_ends_well)
     save(run, 5)
     copy_all(run)
-    write_json(run.job, {"run_inode": run.path.stat().st_ino})
+    give_job(run, alive=False)
     copy = RunDir(Path(shutil.copytree(run.path, tmp_path / "copies" / "mine-0001")))
-    with pytest.raises(ConfigError, match="is the mirror of the run that it was copied from"):
-        launch.resume(str(copy.path), None, [], None, attend=None)
+    with pytest.raises(ConfigError, match="is the mirror of the original run"):
+        resume(str(copy.path), None, [], None, attend=None)
     (tmp_path / "others").mkdir()
     elsewhere = f"checkpoint.mirror={tmp_path / 'others'}"
-    assert launch.resume(str(copy.path), None, [elsewhere], None, attend=None) == 0
+    assert resume(str(copy.path), None, [elsewhere], None, attend=None) == 0
     ours, theirs = (read_json(each.provenance) or {} for each in (copy, run))
     assert ours["run_id"] != theirs["run_id"]
     back = f"checkpoint.mirror={place}"
     with pytest.raises(ConfigError, match="is the mirror of another run"):
-        launch.resume(str(copy.path), None, [back], None, attend=None)
+        resume(str(copy.path), None, [back], None, attend=None)
     copier(run)  # the mirror is still the original's
 
 
@@ -305,10 +306,10 @@ def test_what_is_pruned_while_it_is_copied_is_no_failure(
 @pytest.mark.parametrize(
     ("mirror", "words"),
     [
-        ("{folder}/none", "is no folder. Make it, or mount what it is on."),
-        ("{folder}", "is where the run itself lies; use another place."),
+        ("{folder}/none", "is not a folder. Create it, or mount its file system."),
+        ("{folder}", "already holds the run itself. Use another folder."),
         ("nosuch://x", "checkpoint.mirror: nosuch://x/new: ValueError Protocol not known: nosuch"),
-        ("s3://no-such-bucket/x", "s3://no-such-bucket/x: there is no such bucket."),
+        ("s3://no-such-bucket/x", "s3://no-such-bucket/x: this bucket does not exist."),
     ],
 )
 @pytest.mark.usefixtures("s3")

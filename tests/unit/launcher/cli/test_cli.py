@@ -1,4 +1,4 @@
-"""The command line as a user meets it: real child processes, their exit codes, standard output and errors."""
+"""The command line as users see it: exit codes, standard output and standard error of child processes."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def outlast(*arguments: str, cwd: Path, timeout_s: float = 60) -> subprocess.Com
 
 
 def seconds_of(*arguments: str, cwd: Path, tries: int = 3) -> float:
-    """The least of some tries, in seconds of processor time, which a loaded machine does not stretch."""
+    """The least CPU time of some tries, in seconds; a loaded machine does not stretch CPU time."""
     times = []
     for _ in range(tries):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -66,7 +66,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[RunDir]:
-    """A run that waits to be stopped, then says 75."""
+    """A run that waits to be stopped, then ends with exit code 75."""
     worker = """
 if rank == 0:
     number = claim()
@@ -90,7 +90,7 @@ def test_a_dry_run_answers_in_under_a_second(tmp_path: Path, data: Path) -> None
     assert seconds_of("launch", "tiny", "--set", f"data.path={data}", "--dry-run", cwd=tmp_path) < 1.0
 
 
-def test_exactly_the_commands_that_exist_are_listed() -> None:
+def test_help_lists_exactly_these_commands() -> None:
     assert sorted(name for name, _ in leaves(commands)) == [
         "checkpoints", "data inspect", "demo", "export", "import", "launch", "logs", "plan", "prepare",
         "rehearse", "resume", "sample", "schema", "status", "stop", "sweep", "tokenizer train", "ui",
@@ -105,7 +105,7 @@ def test_every_command_explains_itself_with_an_example(name: str, command: click
     assert f"Example:\n    outlast {name}" in help_text
 
 
-def test_a_dry_run_writes_nothing_and_names_the_run_directory_last(tmp_path: Path, data: Path) -> None:
+def test_a_dry_run_writes_nothing_and_prints_the_run_directory_last(tmp_path: Path, data: Path) -> None:
     done = outlast("launch", "tiny", "--set", f"data.path={data}", "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(tmp_path / "runs" / "tiny-0001")
@@ -113,7 +113,7 @@ def test_a_dry_run_writes_nothing_and_names_the_run_directory_last(tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_wrong_config_is_exit_code_2_and_every_problem_a_line(tmp_path: Path, data: Path) -> None:
+def test_an_invalid_config_ends_with_2_and_one_line_per_problem(tmp_path: Path, data: Path) -> None:
     settings = [f"data.path={data}", "model.n_layer=3", "batch.micro_batch=0"]
     done = outlast("launch", "tiny", *(f"--set={setting}" for setting in settings), cwd=tmp_path)
     assert done.returncode == 2
@@ -137,24 +137,22 @@ def test_a_wrong_config_is_exit_code_2_and_every_problem_a_line(tmp_path: Path, 
         (["resume", "nowhere"], 2, "error: nowhere is not a run directory: it has no config.json."),
         (["stop", "nowhere"], 2, "error: nowhere is not a run directory: it has no config.json."),
         (["logs", "nowhere"], 2, "error: nowhere is not a run directory: it has no config.json."),
-        (["verify", "nowhere"], 2, "error: nowhere is neither a run (config.json) nor a data set"),
+        (["verify", "nowhere"], 2, "error: nowhere is neither a run directory (with config.json) nor a"),
         (["ui", "nowhere"], 2, "no run in {cwd}/nowhere has been tracked yet."),
-        (["prepare", "x.jsonl"], 2, "error: --tokenizer and --out must be given, or a DATA.toml in place of"),
-        (["tokenizer", "train", "x", "--vocab-size", "300", "--out", "no/b"], 2, "error: --out no/b: there"),
+        (["prepare", "x.jsonl"], 2, "error: --tokenizer and --out must be given. Alternatively, give"),
+        (["tokenizer", "train", "x", "--vocab-size", "300", "--out", "no/b"], 2, "error: --out no/b: the"),
         (["schema", "ran"], 2, "'ran' is not one of 'run', 'cluster', 'data'"),
         ([], 2, "Usage: outlast"),
     ],
 )  # fmt: skip
-def test_a_usage_error_says_what_is_wrong(
-    tmp_path: Path, arguments: list[str], code: int, words: str
-) -> None:
+def test_a_usage_error_is_explained(tmp_path: Path, arguments: list[str], code: int, words: str) -> None:
     done = outlast(*arguments, cwd=tmp_path)
     assert done.returncode == code
     assert words.format(cwd=tmp_path) in done.stderr.replace("\n  ", " ")
     assert "Traceback" not in done.stderr
 
 
-def test_plan_speaks_to_people_and_to_programs(tmp_path: Path, data: Path) -> None:
+def test_plan_prints_json(tmp_path: Path, data: Path) -> None:
     done = outlast("plan", "tiny", "--set", f"data.path={data}", "--json", cwd=tmp_path)
     content = json.loads(done.stdout)
     assert (content["parameters"], content["world_size"], content["steps"]) == (631_104, 2, 20)
@@ -177,14 +175,14 @@ def test_prepare_then_verify_then_a_flipped_byte(tmp_path: Path) -> None:
     done = outlast("prepare", "data.toml", "--workers", "1", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'd'}\n"), done.stderr
     clean = outlast("verify", "d", cwd=tmp_path)
-    assert (clean.returncode, clean.stdout, clean.stderr) == (0, "", "data set: every byte is as written\n")
+    assert (clean.returncode, clean.stdout, clean.stderr) == (0, "", "data set: every byte is intact\n")
     shard = tmp_path / "d" / "train-00000.bin"
     shard.write_bytes(b"\xff" + shard.read_bytes()[1:])
     bad = outlast("verify", "d", cwd=tmp_path)
     assert bad.returncode == 1
     [line] = bad.stdout.splitlines()
     assert line.startswith("d/train-00000.bin: byte 0: its bytes changed")
-    assert bad.stderr == "data set: 1 bad files\n"
+    assert bad.stderr == "data set: 1 corrupt files\n"
 
 
 def test_stop_waits_until_the_run_has_saved_and_status_says_so(tmp_path: Path, run: RunDir) -> None:
@@ -202,11 +200,11 @@ def test_stop_waits_until_the_run_has_saved_and_status_says_so(tmp_path: Path, r
     again = outlast("stop", str(run.path), cwd=tmp_path)
     assert again.returncode == 2
     assert again.stderr == (
-        f"error: {run.path} is not running. `outlast status {run.path}` says how it ended.\n"
+        f"error: {run.path} is not running. `outlast status {run.path}` shows how it ended.\n"
     )
 
 
-def test_stop_now_is_done_when_it_is_done(tmp_path: Path, run: RunDir) -> None:
+def test_stop_now_waits_until_the_run_has_ended(tmp_path: Path, run: RunDir) -> None:
     start(run)
     wait_for(lambda: run.attempt_numbers())
     done = outlast("stop", str(run.path), "--now", cwd=tmp_path)
@@ -227,7 +225,7 @@ def test_logs_follow_a_run_to_its_end(tmp_path: Path, run: RunDir) -> None:
     assert follower.returncode == 0
 
 
-def test_a_garbled_file_is_named_and_is_exit_code_2(tmp_path: Path, run: RunDir) -> None:
+def test_a_garbled_file_is_named_and_ends_with_2(tmp_path: Path, run: RunDir) -> None:
     run.job.write_text(json.dumps({"run_inode": run.path.stat().st_ino, "pid": "many"}))
     done = outlast("resume", str(run.path), cwd=tmp_path)
     assert done.returncode == 2
@@ -239,7 +237,7 @@ def test_a_garbled_file_is_named_and_is_exit_code_2(tmp_path: Path, run: RunDir)
     assert f"{run.job} holds list, not an object" in done.stderr
 
 
-def test_a_run_that_cannot_be_read_is_a_row_beside_the_others(tmp_path: Path, run: RunDir) -> None:
+def test_status_lists_unreadable_runs_with_the_others(tmp_path: Path, run: RunDir) -> None:
     for name in ("broken", "moved"):
         shutil.copytree(run.path, run.path.with_name(name))
     broken = RunDir(run.path.with_name("broken"))
@@ -258,7 +256,7 @@ def test_a_run_that_cannot_be_read_is_a_row_beside_the_others(tmp_path: Path, ru
     assert rows["waiting"]["total_steps"] == 10
 
 
-def test_an_unexpected_error_keeps_its_traceback_and_is_exit_code_1(tmp_path: Path) -> None:
+def test_an_unexpected_error_keeps_its_traceback_and_ends_with_1(tmp_path: Path) -> None:
     program = PROGRAM.replace("main()", "sys.modules['launcher.commands.status'] = None; main()")
     done = subprocess.run(
         [sys.executable, "-c", program, "status"],

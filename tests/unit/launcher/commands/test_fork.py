@@ -1,4 +1,4 @@
-"""`launch --from`: a new run begins with another one's state, or is refused before anything is made."""
+"""`launch --from`: a new run starts from another run's checkpoint, or is refused before a file is written."""
 
 import errno
 from pathlib import Path
@@ -13,33 +13,30 @@ from data_pipeline.errors import CheckpointError, ConfigError
 from gpt.checkpoint.format import committed, verify
 from gpt.checkpoint.reader import CheckpointReader
 from gpt.config.resume_rules import config_fingerprint
-from gpt.run import record
+from gpt.run.events import Event, read_events
 from gpt.run.records import Job
 from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig
-from launcher.commands import launch
+from launcher.commands import follow_job
+from launcher.commands.launch import launch
+from launcher.commands.resume import resume
 from launcher.preflight.check import examine
 from launcher.runs.recipes import run_tables
 from launcher.runs.store import create_run, read_config
 from tests.unit.gpt.checkpoint.support import flat_state, write_checkpoint
-from tests.unit.launcher.support import end_job, give_job, make_data
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
+from tests.unit.launcher.support import end_job, give_job
 
 
 @pytest.fixture
 def origin(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
-    """A run with checkpoints of steps 5 and 10; what is submitted here ends well at once."""
+    """A run with checkpoints of steps 5 and 10; every job that is submitted succeeds at once."""
 
     def submit(run: RunDir, _reason: str) -> Job:
         job = give_job(run, alive=False)
         end_job(run, 0, "done")
         return job
 
-    monkeypatch.setattr(launch, "submit", submit)
+    monkeypatch.setattr(follow_job, "submit", submit)
     tables, source = run_tables("tiny", [f"data.path={data}"])
     request = examine(tables, source, ClusterConfig(kind="local"), tmp_path / "origin")
     run = create_run(tmp_path / "origin", request, ["outlast"])
@@ -51,19 +48,19 @@ def origin(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> RunDi
 
 
 def refuse(path: Path, _to: Path) -> NoReturn:
-    """A hard link to another file system."""
+    """Fail like a hard link across file systems."""
     raise OSError(errno.EXDEV, "Invalid cross-device link", str(path))
 
 
 def launch_from(origin: RunDir, data: Path, at: str, *settings: str) -> RunDir:
-    folder = origin.path.with_name("branch")
+    folder = origin.path.with_name("fork")
     overrides = [f"data.path={data}", *settings]
     start = f"{origin.path}{at}"
-    assert launch.launch("tiny", "local", overrides, folder, origin=start, dry_run=False, attend=False) == 0
+    assert launch("tiny", "local", overrides, folder, origin=start, dry_run=False, attend=False) == 0
     return RunDir(folder)
 
 
-def test_a_new_run_begins_with_the_state_of_another_ones_step(origin: RunDir, data: Path) -> None:
+def test_a_new_run_starts_from_a_checkpoint_of_another_run(origin: RunDir, data: Path) -> None:
     run = launch_from(origin, data, "@5", "optimizer.peak_lr=1e-4")
     ((step, folder),) = committed(run.checkpoints)
     assert step == 5
@@ -74,11 +71,11 @@ def test_a_new_run_begins_with_the_state_of_another_ones_step(origin: RunDir, da
         for state in group.states:
             whole = reader.read(group.name, state, 0, group.numel)
             assert np.array_equal(whole, flat_state(group.name, state, group.numel))
-    (branched,) = [line for line in record.read(run.events) if line["event"] == "branched"]
-    assert (branched["run"], branched["step"]) == ("origin", 5)
+    (forked,) = read_events(run.events, Event.FORKED)
+    assert (forked["run"], forked["step"]) == ("origin", 5)
 
 
-def test_on_another_file_system_the_files_are_copied_synced_and_read_again(
+def test_across_file_systems_the_files_are_copied_synced_and_verified(
     origin: RunDir, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[str] = []
@@ -92,7 +89,7 @@ def test_on_another_file_system_the_files_are_copied_synced_and_read_again(
     assert sorted(synced) == [f"rank-0000{rank}.safetensors" for rank in range(3)]
 
 
-def test_a_copy_that_is_not_the_same_is_no_checkpoint(
+def test_a_copy_that_differs_is_never_committed(
     origin: RunDir, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def copy_badly(source: Path, target: Path) -> None:
@@ -102,9 +99,9 @@ def test_a_copy_that_is_not_the_same_is_no_checkpoint(
 
     monkeypatch.setattr(Path, "hardlink_to", refuse)
     monkeypatch.setattr("launcher.commands.fork.shutil", SimpleNamespace(copyfile=copy_badly))
-    with pytest.raises(CheckpointError, match=r"rank-00000\.safetensors is not what was copied from"):
+    with pytest.raises(CheckpointError, match=r"rank-00000\.safetensors differs from its source in"):
         launch_from(origin, data, "@5")
-    assert committed(RunDir(origin.path.with_name("branch")).checkpoints) == []
+    assert committed(RunDir(origin.path.with_name("fork")).checkpoints) == []
 
 
 @pytest.mark.parametrize(
@@ -121,23 +118,26 @@ def test_a_copy_that_is_not_the_same_is_no_checkpoint(
             "model.n_layers=1",
             "parameter blocks.1.attention.output.weight is [64, 64] there and absent in the",
         ),
-        ("schedule.total_steps=10", "step 10 is not before the end of this run, schedule.total_steps = 10"),
+        (
+            "schedule.total_steps=10",
+            "step 10 is not before the end of the new run, schedule.total_steps = 10",
+        ),
     ],
 )
-def test_a_state_that_the_new_config_cannot_take_is_refused_before_anything_is_made(
+def test_a_checkpoint_that_does_not_fit_the_new_config_is_refused_before_a_file_is_written(
     origin: RunDir, data: Path, setting: str, words: str
 ) -> None:
     with pytest.raises(ConfigError) as error:
         launch_from(origin, data, "", setting)
     assert words in str(error.value)
-    assert not origin.path.with_name("branch").exists()
+    assert not origin.path.with_name("fork").exists()
 
 
-def test_a_resume_into_an_optimizer_with_other_states_is_refused_before_anything_changes(
+def test_a_resume_with_another_optimizer_is_refused_before_a_file_changes(
     origin: RunDir,
 ) -> None:
     before = origin.config.read_bytes()
     muon, allowed = ["optimizer.name=muon"], ["optimizer"]
     with pytest.raises(ConfigError, match="step 10 does not fit this config: its optimizer keeps blocks"):
-        launch.resume(str(origin.path), None, muon, None, attend=False, allowed=allowed)
+        resume(str(origin.path), None, muon, None, attend=False, allowed=allowed)
     assert origin.config.read_bytes() == before

@@ -18,7 +18,7 @@ from gpt.run.json_file import read_json, write_json
 from gpt.run.records import Job, JobOutcome
 from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig
-from launcher.commands.progress import outcome_of
+from launcher.commands.follow_job import outcome_of
 from launcher.node.rendezvous import Place, find_place
 from launcher.node.torchrun import worker_environment
 from launcher.process_tree import identity

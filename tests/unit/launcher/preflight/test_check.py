@@ -1,4 +1,4 @@
-"""What is found before anything starts: each problem in its words, all of them at once, exit code 2."""
+"""Checks before a launch: every problem is reported at once, with its remedy and exit code 2."""
 
 import shutil
 from collections.abc import Callable, Sequence
@@ -43,7 +43,7 @@ def refused(ask: Callable[[], object]) -> Sequence[str]:
     return error.value.problems
 
 
-def test_a_good_request_is_resolved_with_the_datas_vocabulary(data: Path, tmp_path: Path) -> None:
+def test_a_valid_request_takes_its_vocabulary_from_the_data(data: Path, tmp_path: Path) -> None:
     request = ask(data, tmp_path / "run")
     assert request.config.model.vocab_size == 4096
     assert request.config.model.d_ff == 192  # 8/3 × 64 = 170.7, rounded up to a multiple of 64
@@ -52,8 +52,8 @@ def test_a_good_request_is_resolved_with_the_datas_vocabulary(data: Path, tmp_pa
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_every_recipe_is_complete_but_for_its_data(name: str, data: Path) -> None:
-    # the data set is too small for the context of the large ones
+def test_every_recipe_needs_only_data(name: str, data: Path) -> None:
+    # The data set is too small for the context of the large recipes.
     tables, source = run_tables(name, [f"data.path={data}", "model.context=64"])
     assert examine(tables, source, LOCAL, None).config.name == name
 
@@ -63,7 +63,7 @@ def test_an_unknown_key_suggests_the_nearest(data: Path, tmp_path: Path) -> None
     assert found == ["tiny.toml: unknown key 'model.n_layer'; did you mean 'model.n_layers'?"]
 
 
-def test_a_batch_that_does_not_divide_names_the_nearest_that_does(data: Path, tmp_path: Path) -> None:
+def test_a_batch_that_does_not_divide_suggests_the_nearest_that_does(data: Path, tmp_path: Path) -> None:
     found = refused(lambda: ask(data, tmp_path / "run", "batch.global_batch_tokens=1000"))
     assert found == [
         "batch.global_batch_tokens = 1000 is not a multiple of micro_batch 2 × context 64 × 2 processes "
@@ -72,7 +72,7 @@ def test_a_batch_that_does_not_divide_names_the_nearest_that_does(data: Path, tm
     ]
 
 
-def test_sequences_that_cannot_be_shared_say_what_can(data: Path, tmp_path: Path) -> None:
+def test_an_invalid_sequence_parallelism_lists_the_valid_ones(data: Path, tmp_path: Path) -> None:
     [problem] = refused(lambda: ask(data, tmp_path / "run", "parallel.sequence=3"))
     assert problem.endswith(
         "parallel.sequence = 3 must divide model.n_heads = 4 and model.context = 64, and divide "
@@ -91,7 +91,7 @@ def test_sequences_that_cannot_be_shared_say_what_can(data: Path, tmp_path: Path
     ]
 
 
-def test_a_batch_that_must_stay_names_the_processes_and_micro_batches_that_cut_it(data: Path) -> None:
+def test_a_batch_that_does_not_divide_suggests_processes_and_micro_batches(data: Path) -> None:
     tokens = "batch.global_batch_tokens=1536"  # 24 sequences of 64
     cluster = ClusterConfig(kind="local", processes_per_node=8)
     [problem] = refused(lambda: ask(data, None, tokens, cluster=cluster))
@@ -101,7 +101,7 @@ def test_a_batch_that_must_stay_names_the_processes_and_micro_batches_that_cut_i
     )
 
 
-def test_a_batch_ramp_is_checked_and_counted_step_by_step(data: Path, tmp_path: Path) -> None:
+def test_a_batch_warmup_is_checked_and_counted_step_by_step(data: Path, tmp_path: Path) -> None:
     def warmup(*sizes: int) -> str:
         stages = ", ".join(f"{{steps = 2, global_batch_tokens = {size}}}" for size in sizes)
         return f"batch.warmup=[{stages}]"
@@ -125,10 +125,10 @@ def test_a_batch_ramp_is_checked_and_counted_step_by_step(data: Path, tmp_path: 
         assert examine(tables, "t", LOCAL, None).config.total_steps == steps
 
 
-def test_missing_data_says_how_to_give_it(tmp_path: Path) -> None:
+def test_a_missing_data_path_is_explained(tmp_path: Path) -> None:
     tables, source = run_tables("tiny", [])
     assert refused(lambda: examine(tables, source, LOCAL, tmp_path / "run")) == [
-        "tiny.toml: data.path is not set: give the folder that `outlast prepare` made, for example "
+        "tiny.toml: data.path is not set. Give the folder that `outlast prepare` created, for example "
         "--set data.path=data/mine"
     ]
 
@@ -139,7 +139,7 @@ def test_a_folder_without_a_manifest_is_not_a_data_set(tmp_path: Path) -> None:
     assert problem.startswith(f"{tmp_path / 'raw'} is not a data set")
 
 
-def test_a_flipped_byte_in_a_shard_names_the_file_and_the_place(data: Path, tmp_path: Path) -> None:
+def test_a_flipped_byte_in_a_shard_is_reported_with_its_place(data: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(data, tmp_path / "copy")
     shard = copy / "train-00000.bin"
     content = bytearray(shard.read_bytes())
@@ -149,7 +149,7 @@ def test_a_flipped_byte_in_a_shard_names_the_file_and_the_place(data: Path, tmp_
     assert problem.startswith(f"{shard}: byte 0: its bytes changed")
 
 
-def test_large_data_sets_are_read_whole_where_data_verify_says_so(
+def test_large_data_sets_are_verified_only_when_data_verify_is_full(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("launcher.preflight.check.READ_WHOLE_BYTES", 0)
@@ -171,7 +171,7 @@ def test_a_truncated_shard_is_named(data: Path, tmp_path: Path) -> None:
     assert refused(lambda: ask(copy, tmp_path / "run")) == [f"{shard}: {size - 2} bytes, should be {size}"]
 
 
-def test_an_encoding_that_did_not_make_the_shards_is_named(data: Path, tmp_path: Path) -> None:
+def test_a_foreign_encoding_is_named(data: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(data, tmp_path / "copy")
     encoding = copy / "encoding.json"
     encoding.write_text(encoding.read_text().replace("outlast-4k", "outlast-9k", 1))
@@ -183,13 +183,15 @@ def test_a_mixture_of_two_tokenizers_is_refused(data: Path, tmp_path: Path) -> N
     other = make_data(tmp_path / "other", tokenizer_of="wholly other words, another vocabulary ")
     tables = read_tables("mixture", data, other)
     found = refused(lambda: examine(tables, "mine.toml", LOCAL, tmp_path / "run"))
-    assert found == ["the sources of data.mixture have different tokenizers; prepare them with one."]
+    assert found == [
+        "the sources of data.mixture have different tokenizers. Prepare all of them with the same one."
+    ]
 
 
-def test_a_vocabulary_smaller_than_the_datas_is_refused(data: Path, tmp_path: Path) -> None:
+def test_a_vocabulary_smaller_than_that_of_the_data_is_refused(data: Path, tmp_path: Path) -> None:
     assert refused(lambda: ask(data, tmp_path / "run", "model.vocab_size=4000")) == [
-        f"model.vocab_size = 4000 is less than the 4096 ids of {data}. Leave model.vocab_size out, or use at "
-        "least 4096."
+        f"model.vocab_size = 4000 is smaller than the 4096 token ids of {data}. Remove model.vocab_size, or "
+        "set it to at least 4096."
     ]
 
 
@@ -199,41 +201,39 @@ def test_a_context_longer_than_the_data_is_refused(data: Path, tmp_path: Path) -
     )
     tokens = read_manifest(data).train_tokens
     assert found == [
-        f"{data} has {tokens} training tokens, not one sequence of model.context = 1048576 (+ 1 target). "
-        "Prepare "
-        "more text, or use a shorter context."
+        f"{data} has {tokens} training tokens, too few for one sequence of model.context = 1048576 (+ 1 "
+        "target). Prepare more text, or use a shorter context."
     ]
 
 
 def test_data_without_a_validation_split_is_refused(tmp_path: Path) -> None:
     data = make_data(tmp_path / "data", val_fraction=0.0)
     assert refused(lambda: ask(data, tmp_path / "run")) == [
-        f"{data} has 0 validation tokens, not one sequence of model.context = 64 (+ 1 target). Prepare "
-        "it with "
-        "--val-fraction 0.01, or more."
+        f"{data} has 0 validation tokens, too few for one sequence of model.context = 64 (+ 1 target). "
+        "Prepare it with --val-fraction 0.01 or more."
     ]
 
 
-def test_reading_the_data_often_warns_and_too_often_is_refused(data: Path, tmp_path: Path) -> None:
+def test_many_epochs_warn_and_more_than_max_epochs_are_refused(data: Path, tmp_path: Path) -> None:
     tokens = read_manifest(data).train_tokens
     steps = 10 * tokens // 1024
     epochs = steps * 1024 / tokens
     warnings = ask(data, tmp_path / "run", f"schedule.total_steps={steps}").warnings
     assert (
-        f"the run reads {data} {epochs:.1f} times; beyond 4 epochs repeated data teaches little." in warnings
-    )
+        f"the run reads {epochs:.1f} epochs of {data}; after 4 epochs, repeated data improves the model "
+        "little."
+    ) in warnings
     assert ask(data, tmp_path / "run", "evaluation.tokens=1024").warnings == ()
     found = refused(
         lambda: ask(data, tmp_path / "run", f"schedule.total_steps={steps}", "data.max_epochs=2.5")
     )
     assert found == [
-        f"the run reads {data} {epochs:.2f} times: {steps * 1024} tokens of {tokens}. data.max_epochs = "
-        "2.5. Train "
-        "on fewer tokens, prepare more, or raise it."
+        f"the run reads {epochs:.2f} epochs of {data} ({steps * 1024} tokens, the source has {tokens}), but "
+        "data.max_epochs = 2.5. Train on fewer tokens, prepare more, or raise data.max_epochs."
     ]
 
 
-def test_a_mixture_with_a_schedule_is_counted_source_by_source(data: Path) -> None:
+def test_a_mixture_with_a_schedule_is_counted_for_each_source(data: Path) -> None:
     assert (read_manifest(data).train_tokens - 1) // 64 == 170
     mixture = f"{{path = '{data}', weight = 1, max_epochs = 0.5}}, {{path = '{data}', weight = 3}}"
     tables, _ = run_tables("tiny", [f"data.mixture=[{mixture}]"])  # 320 sequences
@@ -249,66 +249,61 @@ def test_a_mixture_with_a_schedule_is_counted_source_by_source(data: Path) -> No
     assert [share.sequences for share in found.sources] == [85, 320 - 85]
     assert [share.epochs for share in found.sources] == [85 / 170, 235 / 170]
     assert refused(lambda: examine(with_last_weights([1, 0]), "t", LOCAL, None)) == [
-        "the run reads 320 sequences, and all sources that have a weight then come to their max_epochs after "
-        "205. Train on fewer tokens, prepare more, raise a max_epochs, or give another source a weight."
+        "the run reads 320 sequences, but after 205 all sources with a weight have reached their max_epochs. "
+        "Train on fewer tokens, prepare more, raise a max_epochs, or give another source a weight."
     ]
 
 
-def test_scoring_more_than_there_is_warns(data: Path, tmp_path: Path) -> None:
+def test_more_evaluation_tokens_than_the_data_has_warn(data: Path, tmp_path: Path) -> None:
     tokens = read_manifest(data).val_tokens
     [warning] = ask(data, tmp_path / "run", "evaluation.tokens=99999999").warnings
     assert warning == (
-        f"evaluation.tokens = 99999999 is more than the {tokens} validation tokens of {data}; all of "
-        "them are "
-        "scored."
+        f"evaluation.tokens = 99999999 is more than the {tokens} validation tokens of {data}; each "
+        "evaluation uses all of them."
     )
 
 
-def test_too_little_host_memory_for_the_copy_of_a_save_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_host_memory_for_asynchronous_saves_warns(monkeypatch: pytest.MonkeyPatch) -> None:
     tables, _ = run_tables("gpt2-124m", ["data.path=/nowhere"])
     config = RunConfig.model_validate(tables).resolve(50257)
     copies = plan(config, LOCAL, None).host_copy_bytes
     assert copies == 12 * plan(config, LOCAL, None).parameters
     nodes = ClusterConfig(kind="slurm", nodes=2, gpus_per_node=4, mem="2800M")
     assert plan(config, nodes, None).host_copy_bytes == copies // 2
-    warning = host_memory_warning(config, nodes)  # 752 MiB beside four processes of half a GiB
+    warning = host_memory_warning(config, nodes)  # 2800 MiB less four processes of half a GiB
     assert warning is not None
-    assert (
-        "on each node for a copy of the state; beside training 752.0 MiB are left (mem = 2800M)." in warning
-    )
+    assert "training state, but training leaves only 752.0 MiB (mem = 2800M)." in warning
     for mem in ("4G", "4096", "0", None):
         assert host_memory_warning(config, nodes.model_copy(update={"mem": mem})) is None
     checkpoint = config.checkpoint.model_copy(update={"asynchronous": False})
     assert host_memory_warning(config.model_copy(update={"checkpoint": checkpoint}), nodes) is None
     monkeypatch.setattr("launcher.preflight.plan.available_bytes", lambda: 6 << 30)
-    warning = host_memory_warning(config, LOCAL)  # whose processor trains, and keeps all of the state
+    warning = host_memory_warning(config, LOCAL)  # its CPU trains, so the host holds the whole state
     assert warning is not None
     assert "(free on this machine)" in warning
     monkeypatch.setattr("launcher.preflight.plan.available_bytes", lambda: 600 << 30)
     assert host_memory_warning(config, LOCAL) is None
 
 
-def test_a_run_directory_that_is_a_run_is_refused(data: Path, tmp_path: Path) -> None:
+def test_an_existing_run_directory_is_refused(data: Path, tmp_path: Path) -> None:
     create_run(tmp_path / "run", ask(data, tmp_path / "run"), ["outlast"])
     assert refused(lambda: ask(data, tmp_path / "run")) == [
-        f"{tmp_path / 'run'} is a run already. `outlast resume {tmp_path / 'run'}` continues it."
+        f"{tmp_path / 'run'} already is a run directory. `outlast resume {tmp_path / 'run'}` continues it."
     ]
 
 
 def test_a_run_directory_with_other_files_is_refused(data: Path) -> None:
-    assert refused(lambda: ask(data, data)) == [
-        f"{data} exists and is not an empty folder. Give another --run-dir."
-    ]
+    assert refused(lambda: ask(data, data)) == [f"{data} exists and is not empty. Give another --run-dir."]
 
 
 def test_a_run_directory_below_a_file_is_refused(data: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert refused(lambda: ask(data, tmp_path / "file" / "run")) == [
-        f"{tmp_path / 'file'} is not a folder that you may write to. Give another --run-dir."
+        f"you cannot write to {tmp_path / 'file'}. Give another --run-dir."
     ]
 
 
-def test_a_full_disk_is_refused_before_a_nearly_full_one_warns(
+def test_a_full_disk_is_refused_and_a_nearly_full_one_warns(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = ask(data, None).config
@@ -350,7 +345,7 @@ def test_more_processes_than_cores_warn() -> None:
     assert warning.startswith("4096 processes share ")
 
 
-def test_a_state_that_does_not_fit_the_gpu_is_refused(data: Path) -> None:
+def test_a_training_state_that_does_not_fit_on_the_gpu_is_refused(data: Path) -> None:
     cluster = ClusterConfig(kind="slurm", gpus_per_node=1, accelerator="a100-40gb")
     big = ["model.n_layers=32", "model.d_model=4096", "model.n_heads=32", "precision=bf16"]
     [problem] = refused(lambda: ask(data, None, *big, cluster=cluster))
@@ -359,12 +354,11 @@ def test_a_state_that_does_not_fit_the_gpu_is_refused(data: Path) -> None:
     parameters = 32 * (4 * 4096**2 + 3 * 4096 * 10944) + 2 * 4096 * 4096 + 65 * 4096
     assert problem == (
         f"the training state needs {20 * parameters / 2**30:.1f} GiB on each of 1 ranks (zero.stage = "
-        "1), a100-40gb "
-        "has 36.8 GiB for it. Use more GPUs, a higher zero.stage, or a smaller model."
+        "1), but a100-40gb has only 36.8 GiB for it. Use more GPUs, a higher zero.stage, or a smaller model."
     )
 
 
-def test_all_problems_of_run_cluster_data_and_folder_come_at_once(data: Path, tmp_path: Path) -> None:
+def test_all_problems_of_run_cluster_data_and_folder_are_reported_at_once(data: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(data, tmp_path / "copy")
     (copy / "train-00000.idx").unlink()
     (tmp_path / "run").mkdir()
@@ -376,7 +370,7 @@ def test_all_problems_of_run_cluster_data_and_folder_come_at_once(data: Path, tm
         "tiny.toml: optimizer.peak_lr = -1: input should be greater than 0",
         "--cluster lcal: neither a file nor a known cluster; did you mean 'local'?",
         f"{copy / 'train-00000.idx'}: missing",
-        f"{tmp_path / 'run'} exists and is not an empty folder. Give another --run-dir.",
+        f"{tmp_path / 'run'} exists and is not empty. Give another --run-dir.",
     ]
 
 
@@ -385,7 +379,7 @@ def test_an_unknown_recipe_suggests_the_nearest() -> None:
         run_tables("tinny", [])
 
 
-def test_data_paths_are_taken_against_the_callers_folder(
+def test_data_paths_are_relative_to_the_current_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -394,7 +388,7 @@ def test_data_paths_are_taken_against_the_callers_folder(
     assert mixture == [{"path": str(tmp_path / "d"), "weight": 1}]
 
 
-def test_a_run_directory_holds_config_cluster_provenance_and_code_and_not_its_own_path(
+def test_a_run_directory_holds_config_cluster_provenance_and_code_but_not_its_own_path(
     data: Path, tmp_path: Path
 ) -> None:
     request = ask(data, tmp_path / "run")
@@ -412,7 +406,7 @@ def test_a_run_directory_holds_config_cluster_provenance_and_code_and_not_its_ow
         assert str(run.path) not in path.read_text()
 
 
-def test_runs_are_numbered_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_directories_are_numbered_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OUTLAST_RUNS", str(tmp_path))
     assert next_run_folder("a") == tmp_path / "a-0001"
     for name in ("a-0001", "a-0009", "a-b-0011", "a-x"):

@@ -20,10 +20,12 @@ from gpt.run.exit_codes import exit_code_of
 from gpt.run.json_file import read_json, write_json
 from gpt.run.records import Job
 from gpt.run.run_dir import RunDir
-from launcher.commands import launch
+from launcher.commands.follow_job import follow_job
 from launcher.commands.logs import lines
-from launcher.commands.progress import Follower, watch
+from launcher.commands.record_follower import RecordFollower
+from launcher.commands.resume import resume
 from launcher.commands.status import statuses
+from launcher.commands.stop import stop
 from launcher.runs.recipes import run_tables
 from launcher.runs.stop_request import request_stop
 from launcher.scheduler import slurm
@@ -85,7 +87,7 @@ def test_a_job_that_comes_back_into_the_queue_while_it_is_stopped_is_taken_out(
     run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     scheduler = Scheduler(monkeypatch, {0: "RUNNING", 8: "COMPLETING", 12: "PENDING"})
-    assert launch.stop(str(run.path), now=False) == 0
+    assert stop(str(run.path), now=False) == 0
     assert capsys.readouterr().err == "saving, then stopping\ntaken out of the queue; it had not begun\n"
     outcome = read_json(run.submission(1).outcome)
     assert outcome is not None
@@ -104,7 +106,7 @@ def test_a_job_that_starts_just_then_is_left_to_see_the_request_itself(
         before(job_id)
 
     monkeypatch.setattr(slurm, "cancel_waiting", start_just_before)
-    assert launch.stop(str(run.path), now=False) == 1  # this stand-in wrote no outcome
+    assert stop(str(run.path), now=False) == 1  # this stand-in wrote no outcome
     assert not (run.submission(1).outcome).exists()
 
 
@@ -112,10 +114,10 @@ def test_stop_does_not_wait_for_ever_for_a_scheduler_that_is_silent(
     run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     scheduler = Scheduler(monkeypatch, {0: "RUNNING", 30: "SILENT", 60: "RUNNING", 90: "SILENT"})
-    assert launch.stop(str(run.path), now=False) == 1
+    assert stop(str(run.path), now=False) == 1
     assert 210 <= scheduler.now < 220
     said = capsys.readouterr().err
-    assert "nobody says here how slurm job 7 of login1 stands. The request stays" in said
+    assert "the state of slurm job 7 on login1 is unknown from here. The stop request remains in" in said
     assert read_json(run.stop)
 
 
@@ -130,7 +132,7 @@ def test_ctrl_c_takes_a_watched_job_out_of_the_queue(run: RunDir, monkeypatch: p
 
     monkeypatch.setattr(time, "sleep", press)
     job = give_job(run, "slurm", "login1")
-    outcome = watch(run, job, Follower(run), total_steps=10)
+    outcome = follow_job(run, job, RecordFollower(run), total_steps=10)
     assert outcome.exit_code == 75
     assert outcome.cause == "taken out of the queue; it had not begun"
     assert 20 < scheduler.times_of("scancel")[0] < 26
@@ -141,7 +143,7 @@ def test_the_schedulers_own_stop_takes_nothing_out_of_the_queue(
 ) -> None:
     scheduler = Scheduler(monkeypatch, {0: "PENDING", 60: "COMPLETED"})
     request_stop(run, "SIGTERM", requeue=True)
-    watch(run, give_job(run, "slurm", "login1"), Follower(run), total_steps=10)
+    follow_job(run, give_job(run, "slurm", "login1"), RecordFollower(run), total_steps=10)
     assert scheduler.times_of("scancel") == []
 
 
@@ -174,7 +176,7 @@ def test_a_run_whose_job_may_live_for_all_that_slurm_says_is_not_started_again(
 ) -> None:
     Scheduler(monkeypatch, {0: "SILENT"})
     with pytest.raises(LaunchError) as error:
-        launch.resume(str(run.path), None, [], None, attend=None)
+        resume(str(run.path), None, [], None, attend=None)
     assert exit_code_of(error.value) == 2
     assert str(error.value) == (
         f"whether Slurm job 7 of {run.path} has ended cannot be known here: squeue and scontrol do not "

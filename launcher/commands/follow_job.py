@@ -1,0 +1,71 @@
+"""Submits a run's job and follows it until it ends: progress on the terminal, signals as stop requests."""
+
+from collections.abc import Callable
+from typing import TextIO
+
+import click
+
+from gpt.run.exit_codes import ExitCode
+from gpt.run.records import Job, JobOutcome
+from gpt.run.run_dir import RunDir
+from launcher.cluster import ClusterConfig
+from launcher.commands.progress import Display
+from launcher.commands.record_follower import RecordFollower, Update
+from launcher.commands.signal_guard import SignalGuard
+from launcher.commands.submit import submit
+from launcher.runs.job_record import read_outcome
+
+# Is called with every update and with a function that prints a line above the progress bar.
+Observer = Callable[[Update, Callable[[str], None]], None]
+
+
+def submit_and_follow(
+    run: RunDir,
+    total_steps: int,
+    cluster: ClusterConfig,
+    reason: str,
+    attend: bool | None,
+    claim: TextIO | None = None,
+) -> int:
+    """Submit `run` and follow its job if `attend` says so, by default a local job only; the exit code.
+
+    Prints the run directory last. `claim`, the right to start the run, is given up once the job exists.
+    """
+    follower = RecordFollower(run)
+    job: Job = submit(run, reason)
+    if claim is not None:
+        claim.close()  # from here on job.json refuses a second start
+    stays = cluster.kind == "local" if attend is None else attend
+    code = 0
+    if stays:
+        outcome = follow_job(run, job, follower, total_steps)
+        code = outcome.exit_code
+        click.echo(outcome.cause if code == 0 else f"exit code {code}: {outcome.cause}", err=True)
+        if code == ExitCode.STOPPED:
+            click.echo(f"continue with: outlast resume {run.path}", err=True)
+    else:
+        click.echo(
+            f"submitted {job.executor} job {job.job_id}; check it with: outlast status {run.path}", err=True
+        )
+    click.echo(run.path)
+    return code
+
+
+def follow_job(
+    run: RunDir, job: Job, follower: RecordFollower, total_steps: int, observe: Observer | None = None
+) -> JobOutcome:
+    """Show the progress of `job` until it ends, and return how it ended. Ctrl-C saves and stops it."""
+    with Display(total_steps) as display, SignalGuard(run, display.note) as guard:
+        for update in follower.updates(job):
+            display.show(update)
+            if observe is not None:
+                observe(update, display.note)
+            guard.answer()
+    return outcome_of(run, job)
+
+
+def outcome_of(run: RunDir, job: Job) -> JobOutcome:
+    """How an ended `job` ended; a job that left no outcome counts as failed."""
+    folder = run.submission(job.submission).path
+    lost = f"the job ended without reporting an outcome, as when its node fails; its logs are in {folder}"
+    return read_outcome(run, job) or JobOutcome(exit_code=ExitCode.FAILED, cause=lost, attempt=None)

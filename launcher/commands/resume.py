@@ -1,0 +1,195 @@
+"""`outlast resume`: checks what may have changed since the run stopped, then submits it again.
+
+Whatever is refused is refused before a file changes. Training itself happens in processes that outlive the
+command.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TextIO
+
+import click
+
+from data_pipeline.config_file import with_overrides
+from data_pipeline.dataset.manifest import joint_fingerprint
+from data_pipeline.durable import fsync_folder
+from data_pipeline.errors import ConfigError, LaunchError
+from data_pipeline.remote import is_remote
+from data_pipeline.sampling.skip_list import SkipList
+from gpt.checkpoint.format import BadFile, CheckpointIndex, Corrupt, committed, read_index, verify
+from gpt.checkpoint.mirror import Mirror
+from gpt.config.resume_rules import config_fingerprint
+from gpt.config.run import RunConfig
+from gpt.run.events import Event, earlier_config_fingerprints, record_event
+from gpt.run.json_file import read_json
+from gpt.run.run_dir import REWOUND_PREFIX, RunDir
+from launcher.commands.config_changes import DATA, check_changes, fingerprint_changes
+from launcher.commands.follow_job import submit_and_follow
+from launcher.commands.fork import state_misfits
+from launcher.commands.launch import command_line
+from launcher.commands.plan import show_warnings
+from launcher.preflight.check import examine
+from launcher.request import Request
+from launcher.runs.mirror import fetch_newer, fetch_run
+from launcher.runs.recipes import with_absolute_paths
+from launcher.runs.store import (
+    changed_fields,
+    open_run,
+    put_submission,
+    read_cluster,
+    read_config,
+    runs_folder,
+)
+from launcher.scheduler.jobs import claim_start, refuse_while_alive
+
+
+def resume(
+    folder: str,
+    cluster: str | None,
+    overrides: Sequence[str],
+    step: int | None,
+    *,
+    attend: bool | None,
+    allowed: Sequence[str] = (),
+) -> int:
+    """Continue a run from its newest checkpoint, or from the one of `step`; the exit code.
+
+    `allowed` names fields that may change although they must match.
+    """
+    run = fetch_run(folder, runs_folder()) if is_remote(folder) else open_run(folder)
+    with claim_start(run) as claim:
+        return _resume(run, cluster, overrides, step, attend, allowed, claim)
+
+
+def _resume(
+    run: RunDir,
+    cluster: str | None,
+    overrides: Sequence[str],
+    step: int | None,
+    attend: bool | None,
+    allowed: Sequence[str],
+    claim: TextIO,
+) -> int:
+    refuse_while_alive(run)
+    request = _request(run, cluster, overrides)
+    present = read_config(run)
+    mirror = request.config.checkpoint.mirror
+    if mirror is not None:
+        fetch_newer(run, mirror, step)
+    checkpoints = dict(committed(run.checkpoints))
+    newest = max(checkpoints, default=0)
+    index = _index(checkpoints.get(newest if step is None else step))
+    changes = _changes(run, present, request, index)
+    check_changes(changes, allowed)
+    if index is not None and (problems := state_misfits(index, request.config)):
+        raise ConfigError([f"step {index.step} does not fit this config: {problem}" for problem in problems])
+    if step is None and newest >= request.config.total_steps:
+        bad = next(verify(checkpoints[newest]), None)
+        if bad is None:
+            click.echo(f"the run has finished: step {newest} of {request.config.total_steps}", err=True)
+            click.echo(run.path)
+            return 0
+        click.echo(f"the last checkpoint is corrupt; its steps are trained again: {_where(bad)}", err=True)
+    if "data.skip" in changes and index is not None:
+        _refuse_late_skips(request.config, index)
+    if index is not None and DATA in changes:
+        request = _accepting(request, index.data_fingerprint)
+    if step is not None:
+        _rewind(run, step, mirror)
+    show_warnings(request)
+    if changes:
+        _record_changes(run, present, changes, index)
+    put_submission(run, request, command_line())
+    return submit_and_follow(run, request.config.total_steps, request.cluster, "resume", attend, claim)
+
+
+def _request(run: RunDir, cluster: str | None, overrides: Sequence[str]) -> Request:
+    """The run's config with `overrides`, checked for `cluster` (default: the last one)."""
+    before = read_json(run.config) or {}
+    # config.json has either total_steps or total_tokens; setting one of them replaces the other.
+    tables = with_absolute_paths(with_overrides(_without_other_total(before, overrides), overrides))
+    where = cluster if cluster is not None else read_cluster(run)
+    return examine(tables, "config.json", where, run.path, is_new=False)
+
+
+def _changes(
+    run: RunDir, present: RunConfig, request: Request, index: CheckpointIndex | None
+) -> dict[str, Any]:
+    """What differs from the run's `present` config and from its checkpoint: dotted name → [old, new].
+
+    `present` was read by this version, so a field that is newer than the run has its default on both sides.
+    """
+    before, after = (
+        config.model_dump(mode="json", exclude_none=True) for config in (present, request.config)
+    )
+    data = joint_fingerprint(request.manifests)
+    configs = {config_fingerprint(present), *earlier_config_fingerprints(run.events)}
+    return changed_fields(before, after) | fingerprint_changes(index, request.config, data, configs)
+
+
+def _record_changes(
+    run: RunDir, present: RunConfig, changes: Mapping[str, Any], index: CheckpointIndex | None
+) -> None:
+    """Record `changes` with the fingerprint of the config that the checkpoint was saved under."""
+    # When that checkpoint is corrupt, an older one is used, which the present config saved.
+    fingerprint = index.config_fingerprint if index is not None else config_fingerprint(present)
+    record_event(run.events, Event.CONFIG_CHANGED, changes=changes, config_fingerprint=fingerprint)
+
+
+def _without_other_total(tables: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    names = {"schedule.total_steps": "total_tokens", "schedule.total_tokens": "total_steps"}
+    given = {override.partition("=")[0].strip() for override in overrides}
+    dropped = {other for name, other in names.items() if name in given}
+    schedule = {key: value for key, value in tables["schedule"].items() if key not in dropped}
+    return {**tables, "schedule": schedule}
+
+
+def _index(folder: Path | None) -> CheckpointIndex | None:
+    """The index of the checkpoint in `folder`, unless it is missing or corrupt."""
+    if folder is None:
+        return None
+    with suppress(Corrupt):  # the workers report it and use an older checkpoint
+        return read_index(folder)
+    return None
+
+
+def _refuse_late_skips(config: RunConfig, index: CheckpointIndex) -> None:
+    """Refuse ranges of data.skip that were already read before `index`, as the workers would."""
+    places = config.batch_sizes.until(index.step)
+    SkipList(index.skipped).extended(config.data.skip, index.step, places)
+
+
+def _accepting(request: Request, fingerprint: str) -> Request:
+    """`request` for a run whose checkpoints may come from the data of `fingerprint` too."""
+    before = request.config.data
+    data = before.model_copy(update={"changed_from": (*before.changed_from, fingerprint)})
+    return replace(request, config=request.config.model_copy(update={"data": data}))
+
+
+def _rewind(run: RunDir, step: int, mirror: str | None) -> None:
+    """Make the checkpoint of `step` the newest: later ones are put aside under names that do not count."""
+    checkpoints = committed(run.checkpoints)
+    steps = [number for number, _ in checkpoints]
+    if step not in steps:
+        there = ", ".join(map(str, steps)) or "none"
+        raise LaunchError(f"there is no checkpoint of step {step}; there are: {there}.")
+    click.echo(f"reading every byte of the checkpoint of step {step}", err=True)
+    bad = next(verify(dict(checkpoints)[step]), None)
+    if bad is not None:
+        there = ", ".join(str(number) for number in steps if number != step) or "none"
+        raise LaunchError(f"the checkpoint of step {step} is bad: {_where(bad)}. There are also: {there}.")
+    aside = f"{REWOUND_PREFIX}{int(time.time())}-"
+    if mirror is not None:
+        Mirror.of(run, mirror).set_later_aside(step)
+    for number, path in checkpoints:
+        if number > step:
+            path.rename(path.with_name(aside + path.name))
+            click.echo(f"step {number} is put aside as checkpoints/{aside}{path.name}", err=True)
+    fsync_folder(run.checkpoints)
+
+
+def _where(bad: BadFile) -> str:
+    return f"{bad.path}: byte {bad.offset}: {bad.reason}"

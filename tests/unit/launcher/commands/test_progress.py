@@ -1,0 +1,40 @@
+"""The progress display."""
+
+import io
+
+from rich.console import Console
+
+from gpt.run.events import Event, record_event
+from gpt.run.run_dir import RunDir
+from launcher.commands.progress import Display
+from launcher.commands.record_follower import RecordFollower
+from tests.unit.launcher.commands.support import record_step
+from tests.unit.launcher.support import give_job
+
+
+def test_the_display_prints_restarts_saves_and_scores_as_plain_lines(run: RunDir) -> None:
+    display = Display(10)
+    output = io.StringIO()
+    display.console = Console(file=output, width=200)
+    follower = RecordFollower(run)
+    record_event(run.events, Event.ATTEMPT_STARTED, attempt=3, world_size=2)
+    record_event(run.events, Event.CHECKPOINT_SAVED, step=4, seconds=1.25, bytes=3 << 20)
+    record_event(run.events, Event.CHECKPOINT_REJECTED, path="step-8", reason="missing")
+    record_event(run.events, Event.ATTEMPT_STARTED, attempt=4, world_size=2)
+    record_event(run.events, Event.RESUMED, step=4)
+    record_event(run.events, Event.UPDATE_SKIPPED, step=5, reason="non-finite gradient")
+    record_event(run.events, Event.PHASE, name="data", seconds=1.0)
+    record_step(run, 5)
+    record_step(run, 6, **{"val/loss": 1.5, "val/bits_per_byte": 0.75})
+    [update] = follower.updates(give_job(run, alive=False))
+    display.show(update)
+    assert output.getvalue().splitlines() == [
+        "attempt 3 started on 2 processes",
+        "saved the checkpoint of step 4: 3.0 MiB in 1.2 s",
+        "warning: step-8 failed verification and is not used: missing",
+        "attempt 4 restarted the workers on 2 processes",
+        "resumed from the checkpoint of step 4",
+        "warning: step 5 did not update the weights: non-finite gradient",
+        "step 6: validation loss 1.5000, 0.7500 bits per byte",
+        "step 6/10  loss 8.400  100 tokens/s  0:08 left",
+    ]

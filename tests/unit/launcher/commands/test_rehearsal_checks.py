@@ -1,0 +1,68 @@
+"""What a rehearsal compares."""
+
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from gpt.config.run import RunConfig
+from gpt.run import record
+from gpt.run.events import Event, record_event
+from gpt.run.run_dir import RunDir
+from launcher.cluster import ClusterConfig
+from launcher.commands.fault_injector import FaultInjector
+from launcher.commands.rehearsal_checks import LOSS_TOLERANCE, Check, compare
+from launcher.preflight.check import examine
+from launcher.request import Request
+from launcher.runs.recipes import run_tables
+
+
+def test_every_precision_has_a_loss_tolerance() -> None:
+    assert set(LOSS_TOLERANCE) == set(get_args(RunConfig.model_fields["precision"].annotation))
+
+
+@pytest.fixture
+def request_of_fp16(data: Path) -> Request:
+    tables, source = run_tables("tiny", [f"data.path={data}", "precision=fp16"])
+    return examine(tables, source, ClusterConfig(kind="local"), None)
+
+
+def write_run(folder: Path, losses: list[float], *, worlds: tuple[int, ...], skipped: int | None) -> RunDir:
+    """A record of one step for each of `losses`; from step 3 on by the last of `worlds`."""
+    folder.mkdir()
+    run = RunDir(folder)
+    for number, world in enumerate(worlds, 1):
+        record_event(run.events, Event.ATTEMPT_STARTED, attempt=number, world_size=world)
+        if number > 1:
+            record_event(run.events, Event.RESUMED, attempt=number, step=2)
+    for step, loss in enumerate(losses, 1):
+        record.append(run.metrics, step=step, **{"train/loss": loss, "data/digest": f"{step}"})
+    if skipped is not None:
+        record_event(run.events, Event.UPDATE_SKIPPED, step=skipped, reason="non-finite gradient")
+    return run
+
+
+def loss_check(tmp_path: Path, request: Request, losses: list[float], skipped: int | None) -> Check:
+    first = write_run(tmp_path / "first", [9.0, 8.0, 7.0, 6.0, 5.0], worlds=(2,), skipped=None)
+    second = write_run(tmp_path / "second", losses, worlds=(2, 1), skipped=skipped)
+    fault = FaultInjector(lambda: "a worker", steps_after_save=1)
+    return compare(first, second, request, fault)[-1]
+
+
+def test_losses_at_another_world_size_must_agree_within_the_tolerance(
+    tmp_path: Path, request_of_fp16: Request
+) -> None:
+    off = LOSS_TOLERANCE["fp16"] / 2
+    good = loss_check(tmp_path, request_of_fp16, [9.0, 8.0, 7.0, 6.0, 5.0 + off], None)
+    assert (good.is_good, good.name) == (True, "losses equal within 0.0025 on 1 process")
+    (tmp_path / "again").mkdir()
+    bad = loss_check(tmp_path / "again", request_of_fp16, [9.0, 8.0, 7.0, 6.0, 5.0 + 4 * off], None)
+    assert not bad.is_good
+
+
+def test_losses_are_compared_only_up_to_an_update_that_one_run_skipped(
+    tmp_path: Path, request_of_fp16: Request
+) -> None:
+    check = loss_check(tmp_path, request_of_fp16, [9.0, 8.0, 7.0, 6.0, 6.0], 4)
+    assert check.is_good
+    assert check.seen == "largest difference 0, steps 3–4; only one run skipped the update of step 4"

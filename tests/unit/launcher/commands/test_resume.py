@@ -1,0 +1,123 @@
+"""Resuming a run: what may change, from which checkpoint, and what is refused before a file changes."""
+
+import pytest
+
+from data_pipeline.errors import ConfigError, LaunchError
+from gpt.checkpoint.format import committed
+from gpt.run.events import Event, read_events
+from gpt.run.exit_codes import exit_code_of
+from gpt.run.json_file import read_json, write_json
+from gpt.run.run_dir import REWOUND_PREFIX, RunDir
+from launcher.commands import follow_job
+from launcher.commands.resume import resume as resume_run
+from tests.unit.launcher.commands.support import commit, spoil
+from tests.unit.launcher.support import submit_what_ends_well
+
+
+def resume(run: RunDir, *overrides: str, step: int | None = None) -> int:
+    return resume_run(str(run.path), None, overrides, step, attend=None)
+
+
+def test_resuming_a_finished_run_changes_nothing(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    commit(run, 10, 20)
+    before = run.config.read_bytes()
+    assert resume(run) == 0
+    shown = capsys.readouterr()
+    assert shown.err.endswith("the run has finished: step 20 of 20\n")
+    assert shown.out == f"{run.path}\n"
+    assert run.config.read_bytes() == before
+    assert not run.job.exists()
+
+
+def test_a_finished_run_with_a_corrupt_last_checkpoint_trains_its_last_steps_again(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(follow_job, "submit", submit_what_ends_well)
+    commit(run, 10, 20)
+    path = spoil(run, 20)
+    assert resume(run) == 0
+    assert (
+        f"the last checkpoint is corrupt; its steps are trained again: {path}: byte 0:"
+        in capsys.readouterr().err
+    )
+    assert run.job.exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("seed=7", "seed cannot change in the middle of a run: 1234 → 7."),
+        ("model.n_layers=3", "model.n_layers cannot change in the middle of a run: 2 → 3."),
+        ("optimizer.peak_lr=0.5", "optimizer.peak_lr cannot change in the middle of a run: 0.003 → 0.5."),
+        ("batch.global_batch_tokens=2048", "batch.global_batch_tokens cannot change in the middle of a run"),
+    ],
+)
+def test_fields_that_must_match_cannot_change_on_resume(run: RunDir, setting: str, words: str) -> None:
+    before = run.config.read_bytes()
+    with pytest.raises(ConfigError) as error:
+        resume(run, setting)
+    assert error.value.problems[0].startswith(words)
+    assert exit_code_of(error.value) == 2
+    assert run.config.read_bytes() == before
+
+
+def test_allowed_changes_are_submitted_and_recorded(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(follow_job, "submit", submit_what_ends_well)
+    assert resume(run, "schedule.total_tokens=40960", "checkpoint.keep_last=5", "zero.stage=2") == 0
+    config = read_json(run.config)
+    assert config is not None
+    assert (config["schedule"]["total_tokens"], config["checkpoint"]["keep_last"]) == (40960, 5)
+    assert "total_steps" not in config["schedule"]
+    [changed] = read_events(run.events, Event.CONFIG_CHANGED)
+    assert changed["changes"] == {
+        "checkpoint.keep_last": [3, 5],
+        "schedule.total_steps": [20, None],
+        "schedule.total_tokens": [None, 40960],
+        "zero.stage": [1, 2],
+    }
+    assert "warning: schedule.total_tokens changes from None to 40960" in capsys.readouterr().err
+
+
+def test_skipped_sequences_must_come_after_the_resumed_step(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(follow_job, "submit", submit_what_ends_well)
+    commit(run, 5)
+    commit(run, 10, skipped=((100, 120),))
+    with pytest.raises(ConfigError) as error:
+        resume(run, "data.skip=[[150, 160], [160, 190], [500, 501]]")
+    assert error.value.problems == [
+        "data.skip: [150, 190] begins among the first 180 sequences, which the run has read by step 10. "
+        "Resume from an earlier checkpoint (outlast resume --step), or begin the range at 180 or later."
+    ]
+    assert resume(run, "data.skip=[[150, 190]]", step=5) == 0
+    assert (read_json(run.config) or {})["data"]["skip"] == [[150, 190]]
+
+
+def test_resuming_from_an_older_step_sets_later_checkpoints_aside(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(follow_job, "submit", submit_what_ends_well)
+    commit(run, 5, 10, 15)
+    with pytest.raises(LaunchError, match=r"^there is no checkpoint of step 7; there are: 5, 10, 15\.$"):
+        resume(run, step=7)
+    spoil(run, 10)
+    with pytest.raises(LaunchError, match=r"step 10 is bad: .*: byte 0: .*\. There are also: 5, 15\.$"):
+        resume(run, step=10)
+    assert [number for number, _ in committed(run.checkpoints)] == [5, 10, 15]
+    assert resume(run, step=5) == 0
+    names = sorted(entry.name for entry in run.checkpoints.iterdir())
+    assert names[-1] == "step-00000005"
+    assert [name.rpartition("step-")[2] for name in names[:-1]] == ["00000010", "00000015"]
+    assert all(name.startswith(REWOUND_PREFIX) for name in names[:-1])
+
+
+def test_a_run_created_before_a_field_existed_can_be_resumed(run: RunDir) -> None:
+    tables = read_json(run.config)
+    assert tables is not None
+    del tables["optimizer"]["eps"]
+    write_json(run.config, tables)
+    commit(run, int(tables["schedule"]["total_steps"]))
+    assert resume(run) == 0
