@@ -43,9 +43,9 @@ LAYERS: Mapping[str, tuple[tuple[str, ...], ...]] = {
         ("sidecars", "train", "export", "sample"),
     ),
     "launcher": (
-        ("paths", "process_tree"),
+        ("paths", "process_tree", "units", "findings"),
         ("cluster",),
-        ("request",),
+        ("cluster_file", "request"),
         ("runs",),
         ("scheduler",),
         ("preflight", "node"),

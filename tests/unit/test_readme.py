@@ -372,3 +372,17 @@ def test_recipes_are_in_the_table_of_sizes() -> None:
     assert {
         name for name in recipe_names() if name not in ("tiny", "demo") and f"`{name}`" not in text
     } == set()
+
+
+# The checks can fail
+
+
+def test_unknown_commands_options_and_fields_are_found() -> None:
+    with pytest.raises(AssertionError, match="no such command: lunch"):
+        command_of(["lunch", "tiny"])
+    command, words = command_of(["launch", "tiny", "--dry"])
+    with pytest.raises(click.NoSuchOption):
+        command.make_parser(click.Context(command)).parse_args(words)
+    assert is_field(RunConfig, ["schedule", "total_steps"])
+    assert not is_field(RunConfig, ["schedule", "steps"])
+    assert not is_field(RunConfig, ["seed", "value"])
