@@ -34,6 +34,7 @@ from gpt.run.run_dir import (
 from launcher.cli import commands
 from launcher.cluster import ClusterConfig, cluster_names
 from launcher.commands.sweep import SweepConfig
+from launcher.preflight.plan import plan
 from launcher.runs.recipes import recipe_names, run_tables
 from tests.paths import ROOT
 from tests.unit.test_architecture import LAYERS, layer_of
@@ -367,11 +368,38 @@ def test_the_glossary_defines_the_terms_of_the_project() -> None:
     )
 
 
-def test_recipes_are_in_the_table_of_sizes() -> None:
-    text = section("How big, how long, how much")
-    assert {
-        name for name in recipe_names() if name not in ("tiny", "demo") and f"`{name}`" not in text
-    } == set()
+def gib(size_bytes: float) -> str:
+    return f"{size_bytes / 2**30:.1f} GiB"
+
+
+def short(count: float) -> str:
+    """A number of tokens as the table writes it: 300 B, 2 T."""
+    unit, name = next(pair for pair in ((1e12, "T"), (1e9, "B"), (1, "")) if count >= 0.99 * pair[0])
+    return f"{count / unit:.0f} {name}".strip()
+
+
+def test_the_table_of_sizes_is_what_plan_computes() -> None:
+    table = [row for row in rows(section("How big, how long, how much")) if row[0].startswith("`")]
+    assert {row[0].strip("`") for row in table} == set(recipe_names()) - {"tiny", "demo", "transformer-base"}
+    for name, parameters, tokens, gpus, *others in table:
+        settings = ["data.path=nowhere", *["model.recompute=full"] * (name == "`llama-70b`")]
+        tables, source = run_tables(name.strip("`"), settings)
+        config = validate(RunConfig, tables, source)
+        count = int(gpus.replace(",", ""))
+        cluster = ClusterConfig(kind="slurm", nodes=count // 8, gpus_per_node=8, accelerator="h100-80gb")
+        needs = plan(config.resolve(config.model.vocabulary), cluster, None)
+        assert needs.days is not None and needs.gpu_hours is not None
+        billions = needs.parameters / 1e9
+        assert parameters == (f"{billions:.1f} B" if billions >= 1 else f"{1000 * billions:.0f} M")
+        assert tokens == short(needs.tokens)
+        assert others == [
+            f"{needs.days:.1f}",
+            f"{needs.gpu_hours:,.0f}",
+            str(config.zero.stage),
+            f"{config.batch.micro_batch}, {needs.largest_micro_batch}",
+            gib(needs.memory.peak),
+            gib(needs.checkpoint_bytes),
+        ]
 
 
 # The checks can fail
