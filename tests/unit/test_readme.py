@@ -32,7 +32,7 @@ from gpt.run.run_dir import (
     SubmissionDir,
 )
 from launcher.cli import commands
-from launcher.cluster import ClusterConfig, cluster_names
+from launcher.cluster import ClusterConfig
 from launcher.commands.sweep import SweepConfig
 from launcher.preflight.plan import plan
 from launcher.runs.recipes import recipe_names, run_tables
@@ -50,6 +50,7 @@ DOCUMENTS = [
     ),
 ]
 TOP_LEVEL = ("gpt", "launcher", "data_pipeline", "tests", "docker", "cluster_configs")
+CLUSTERS = {path.stem for path in (ROOT / "cluster_configs").glob("*.toml")}
 CONFIGS: dict[str, type[Section]] = {
     "RUN.toml": RunConfig,
     "CLUSTER.toml": ClusterConfig,
@@ -147,7 +148,7 @@ def test_a_command_line_has_a_command_and_options_that_exist(line: str, is_call:
     if isinstance(run := values.get("run"), str) and command.name in ("launch", "plan", "rehearse"):
         assert run == "RUN" or run.endswith(".toml") or run in recipe_names()
     if (cluster := values.get("cluster")) is not None:
-        assert cluster == "C" or cluster.endswith(".toml") or cluster in cluster_names()
+        assert cluster == "C" or cluster.endswith(".toml") or cluster in CLUSTERS
     for setting in values.get("overrides") or ():
         if command.name != "prepare" and setting != "FIELD=VALUE":
             assert is_field(RunConfig, setting.partition("=")[0].split(".")), setting
