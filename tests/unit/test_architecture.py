@@ -22,7 +22,7 @@ from tests.paths import ROOT
 
 PACKAGES = ("launcher", "gpt", "data_pipeline")
 
-# From the ground up. A layer imports only layers below it, and the members of one layer do not know each
+# From the lowest layer up. A layer imports only layers below it, and the members of one layer do not know each
 # other. A name is a sub-package, or a file that lies directly in the package.
 LAYERS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "data_pipeline": (
