@@ -22,8 +22,8 @@ from tests.paths import ROOT
 
 PACKAGES = ("launcher", "gpt", "data_pipeline")
 
-# From the lowest layer up. A layer imports only layers below it, and the members of one layer do not know each
-# other. A name is a sub-package, or a file that lies directly in the package.
+# From the lowest layer up. A layer imports only layers below it, and the members of one layer do not import
+# each other. A name is a sub-package, or a file that lies directly in the package.
 LAYERS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "data_pipeline": (
         ("errors", "corpus", "encodings"),
