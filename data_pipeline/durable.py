@@ -1,22 +1,39 @@
-"""Files and names that survive a crash: the one place that knows fsync's rules."""
+"""Writes and renames that survive a power loss: the rules of fsync.
+
+Three steps make a new file durable, in this order: fsync the file, rename it to its final name, fsync the
+parent folder. Without the first step the name may point to an empty file after a crash, without the last one
+the name itself may be lost. Readers never see a half-written file, because the rename is atomic.
+"""
 
 import os
 from pathlib import Path
+from typing import IO, Any
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Write `content` so that a reader finds the old file or the new one whole, also after a crash."""
+    """Write `content` to `path`; after a crash a reader finds either the old file or the complete new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with temporary.open("wb") as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+        fsync_file(file)
     temporary.replace(path)
     fsync_folder(path.parent)
 
 
+def rename_durably(source: Path, target: Path) -> None:
+    """Rename `source`, whose content is already durable, to `target`, so that the new name is durable too."""
+    source.rename(target)
+    fsync_folder(target.parent)
+
+
+def fsync_file(file: IO[Any]) -> None:
+    """Flush the open `file` and wait until its content is on disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
 def fsync_folder(path: Path) -> None:
-    """Make the names in the folder `path` durable."""
+    """Wait until the names in the folder `path` are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

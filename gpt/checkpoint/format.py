@@ -31,9 +31,8 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from data_pipeline.config_file import Section
 from data_pipeline.errors import CheckpointError
 from data_pipeline.sampling.skip_list import Ranges, SkipList
-from gpt.checkpoint.layout import GroupLayout, Kind
+from gpt.checkpoint.layout import PLACEMENTS, GroupLayout, Kind
 
-FORMAT_VERSION = 1
 CHUNK_BYTES = 4 << 20  # large enough for streaming reads, small enough to name where a file is bad
 CHECKSUM = "xxh3"
 CHUNK_TABLE = "chunk_checksums"
@@ -89,7 +88,7 @@ class CheckpointIndex(Section):
     attempt: Size
     world_size: Annotated[int, Field(ge=1)]
     stage: Literal[1, 2, 3]
-    layout: Kind = "flat"
+    layout: Kind = "flat"  # how the state is placed on the ranks: a key of layout.PLACEMENTS
     optimizer_steps: Size
     skipped: tuple[tuple[Size, Size], ...] = ()
     scalars: dict[Name, float] = Field(default_factory=dict)
@@ -107,6 +106,13 @@ class CheckpointIndex(Section):
     def _are_ranges(cls, skipped: Ranges) -> Ranges:
         return SkipList(skipped).ranges
 
+    @field_validator("layout")
+    @classmethod
+    def _is_known(cls, layout: Kind) -> Kind:
+        if layout not in PLACEMENTS:
+            raise ValueError(f"{layout!r} is not one of {', '.join(PLACEMENTS)}")
+        return layout
+
     @model_validator(mode="after")
     def _adds_up(self) -> Self:
         if len({group.name for group in self.groups}) < len(self.groups):
@@ -118,8 +124,7 @@ class CheckpointIndex(Section):
             starts = accumulate((entry.numel for entry in members), initial=0)
             if [entry.offset for entry in members] + [group.numel] != list(starts):
                 raise ValueError(f"the parameters of group {group.name} do not stand one after the other")
-            if self.layout == "flat" and group.partition_numel * self.world_size < group.numel:
-                raise ValueError(f"{self.world_size} parts do not hold group {group.name}")
+        _ = self.layouts  # building them raises ValueError for a group that its parts do not hold
         return self
 
     @cached_property
@@ -129,7 +134,7 @@ class CheckpointIndex(Section):
             group.name: GroupLayout(
                 self.layout,
                 self.world_size,
-                [entry.numel for entry in self.parameters if entry.group == group.name],
+                [entry.shape for entry in self.parameters if entry.group == group.name],
                 group.partition_numel,
             )
             for group in self.groups
@@ -142,7 +147,7 @@ class CheckpointIndex(Section):
 
 
 @dataclass(frozen=True)
-class BadFile:
+class BadBytes:
     """A place where a file is not what was written."""
 
     path: Path
@@ -153,11 +158,11 @@ class BadFile:
 class Corrupt(CheckpointError):
     """A checkpoint that does not verify; `bad` says where."""
 
-    def __init__(self, bad: BadFile) -> None:
+    def __init__(self, bad: BadBytes) -> None:
         self.bad = bad
         super().__init__(f"{bad.path}: byte {bad.offset}: {bad.reason}")
 
-    def __reduce__(self) -> tuple[type["Corrupt"], tuple[BadFile]]:
+    def __reduce__(self) -> tuple[type["Corrupt"], tuple[BadBytes]]:
         return Corrupt, (self.bad,)
 
 
@@ -195,33 +200,33 @@ def read_index(folder: Path) -> CheckpointIndex:
     path = folder / INDEX_NAME
     try:
         if (size := path.stat().st_size) > INDEX_LIMIT_BYTES:
-            raise Corrupt(BadFile(path, INDEX_LIMIT_BYTES, f"has {size} bytes; no index is that large"))
+            raise Corrupt(BadBytes(path, INDEX_LIMIT_BYTES, f"has {size} bytes; no index is that large"))
         raw = path.read_bytes()
     except OSError as error:
-        raise Corrupt(BadFile(path, 0, _why(error))) from None
+        raise Corrupt(BadBytes(path, 0, _why(error))) from None
     try:
         content = json.loads(raw)
         checksum = content.pop("checksum")
         if checksum != _index_checksum(content) or raw != _canonical({**content, "checksum": checksum}):
-            raise Corrupt(BadFile(path, 0, "the index does not match its own checksum"))
+            raise Corrupt(BadBytes(path, 0, "the index does not match its own checksum"))
         index = CheckpointIndex.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the whole"
-        raise Corrupt(BadFile(path, 0, f"not a readable index: {where}: {first['msg'][:200]}")) from None
+        raise Corrupt(BadBytes(path, 0, f"not a readable index: {where}: {first['msg'][:200]}")) from None
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise Corrupt(BadFile(path, 0, f"not a readable index: {reason}")) from None
+        raise Corrupt(BadBytes(path, 0, f"not a readable index: {reason}")) from None
     names = [entry.name for entry in index.files]
     if len(names) != index.world_size or names != [rank_name(rank) for rank in range(len(names))]:
-        raise Corrupt(BadFile(path, 0, f"does not list the files of {index.world_size} ranks"))
+        raise Corrupt(BadBytes(path, 0, f"does not list the files of {index.world_size} ranks"))
     if (step := _step_of(folder)) is not None and step != index.step:
-        raise Corrupt(BadFile(path, 0, f"is the checkpoint of step {index.step}, in a folder for {step}"))
+        raise Corrupt(BadBytes(path, 0, f"is the checkpoint of step {index.step}, in a folder for {step}"))
     return index
 
 
 @dataclass(frozen=True)
-class RankLayout:
+class RankFrame:
     """The verified frame of a rank file: where each tensor stands, and the checksum of each chunk."""
 
     tensors: dict[str, tuple[int, int]]
@@ -260,13 +265,13 @@ def rank_header(tensors: Mapping[str, int], chunk_bytes: int = CHUNK_BYTES) -> t
     return struct.pack("<Q", len(header)) + header, end, chunks
 
 
-def read_rank_layout(folder: Path, index: CheckpointIndex, rank: int) -> RankLayout:
+def read_rank_frame(folder: Path, index: CheckpointIndex, rank: int) -> RankFrame:
     """The frame of a rank's file, verified against the index. Raises Corrupt; reads header and table only."""
     entry = index.files[rank]
     return read_frame(folder / entry.name, entry, rank_tensors(index, rank), index.chunk_bytes)
 
 
-def read_frame(path: Path, entry: FileEntry, tensors: Mapping[str, int], chunk_bytes: int) -> RankLayout:
+def read_frame(path: Path, entry: FileEntry, tensors: Mapping[str, int], chunk_bytes: int) -> RankFrame:
     """The frame of a rank file that holds `tensors`, verified against its entry. Raises Corrupt."""
     header, data_bytes, chunks = rank_header(tensors, chunk_bytes)
     expected_size = len(header) + data_bytes + 8 * chunks
@@ -274,41 +279,41 @@ def read_frame(path: Path, entry: FileEntry, tensors: Mapping[str, int], chunk_b
         size = path.stat().st_size
         if size != entry.size or size != expected_size:
             at = min(size, expected_size)
-            raise Corrupt(BadFile(path, at, f"has {size} bytes instead of {expected_size}"))
+            raise Corrupt(BadBytes(path, at, f"has {size} bytes instead of {expected_size}"))
         with path.open("rb") as file:
             found = file.read(len(header))
             file.seek(len(header) + data_bytes)
             table = file.read(8 * chunks)
     except OSError as error:
-        raise Corrupt(BadFile(path, 0, _why(error))) from None
+        raise Corrupt(BadBytes(path, 0, _why(error))) from None
     if found != header:
         at = next((i for i, (a, b) in enumerate(zip(found, header, strict=False)) if a != b), 0)
-        raise Corrupt(BadFile(path, at, "the header is not as written"))
+        raise Corrupt(BadBytes(path, at, "the header is not as written"))
     if frame_checksum(header, table) != entry.checksum:
-        raise Corrupt(BadFile(path, len(header) + data_bytes, "the chunk checksums are not as written"))
+        raise Corrupt(BadBytes(path, len(header) + data_bytes, "the chunk checksums are not as written"))
     offsets = {}
     start = len(header)
     for name, numel in tensors.items():
         offsets[name] = (start, start + 4 * numel)
         start += 4 * numel
     checksums = struct.unpack(f"<{chunks}Q", table)
-    return RankLayout(offsets, len(header), len(header) + data_bytes, chunk_bytes, checksums)
+    return RankFrame(offsets, len(header), len(header) + data_bytes, chunk_bytes, checksums)
 
 
-def read_chunk(file: RawIOBase, path: Path, layout: RankLayout, number: int, target: memoryview) -> None:
+def read_chunk(file: RawIOBase, path: Path, layout: RankFrame, number: int, target: memoryview) -> None:
     """Chunk `number` of an open rank file into `target`, of its size, verified. Raises Corrupt."""
     start, end = layout.chunk(number)
     try:
         file.seek(start)
         count = file.readinto(target)
     except OSError as error:
-        raise Corrupt(BadFile(path, start, _why(error))) from None
+        raise Corrupt(BadBytes(path, start, _why(error))) from None
     if count != end - start or chunk_checksum(target) != layout.chunk_checksums[number]:
-        raise Corrupt(BadFile(path, start, f"checksum of bytes {start} to {end} differs"))
+        raise Corrupt(BadBytes(path, start, f"checksum of bytes {start} to {end} differs"))
 
 
-def verify(folder: Path) -> Iterator[BadFile]:
-    """Every byte of a checkpoint against its checksum; one BadFile for each bad chunk or frame."""
+def verify(folder: Path) -> Iterator[BadBytes]:
+    """Every byte of a checkpoint against its checksum; one BadBytes for each bad chunk or frame."""
     try:
         index = read_index(folder)
     except Corrupt as error:
@@ -318,7 +323,7 @@ def verify(folder: Path) -> Iterator[BadFile]:
         yield from verify_rank(folder, index, rank)
 
 
-def verify_rank(folder: Path, index: CheckpointIndex, rank: int) -> Iterator[BadFile]:
+def verify_rank(folder: Path, index: CheckpointIndex, rank: int) -> Iterator[BadBytes]:
     """Every byte of one rank's file against its checksum."""
     entry = index.files[rank]
     yield from verify_file(folder / entry.name, entry, rank_tensors(index, rank), index.chunk_bytes)
@@ -331,7 +336,7 @@ def verify_file(
     chunk_bytes: int,
     advance: Callable[[int], object] = lambda _: None,
     open_file: Callable[[Path], RawIOBase] = FileIO,
-) -> Iterator[BadFile]:
+) -> Iterator[BadBytes]:
     """Every byte of a rank file that holds `tensors`; `advance` hears the bytes of each chunk read."""
     try:
         layout = read_frame(path, entry, tensors, chunk_bytes)

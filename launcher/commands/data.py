@@ -175,7 +175,7 @@ def verify(folder: Path) -> int:
         bad = [found for _, path in checkpoints for found in checkpoint_format.verify(path)]
         checked = f"{len(checkpoints)} checkpoints"
     elif (folder / FILE_NAME).exists():
-        bad = [checkpoint_format.BadFile(*found) for found in data_manifest.verify(folder)]
+        bad = [checkpoint_format.BadBytes(*found) for found in data_manifest.verify(folder)]
         checked = "data set"
     else:
         raise LaunchError(f"{folder} is neither a run (config.json) nor a data set ({FILE_NAME}).")

@@ -20,7 +20,7 @@ from data_pipeline.durable import fsync_folder
 from data_pipeline.errors import ConfigError, LaunchError
 from data_pipeline.remote import is_remote
 from data_pipeline.sampling.skip_list import SkipList
-from gpt.checkpoint.format import BadFile, CheckpointIndex, Corrupt, committed, read_index, verify
+from gpt.checkpoint.format import BadBytes, CheckpointIndex, Corrupt, committed, read_index, verify
 from gpt.checkpoint.mirror import Mirror
 from gpt.config.resume_rules import config_fingerprint
 from gpt.config.run import RunConfig
@@ -285,5 +285,5 @@ def _rewind(run: RunDir, step: int, mirror: str | None) -> None:
     fsync_folder(run.checkpoints)
 
 
-def _where(bad: BadFile) -> str:
+def _where(bad: BadBytes) -> str:
     return f"{bad.path}: byte {bad.offset}: {bad.reason}"

@@ -21,23 +21,10 @@ from gpt.checkpoint.format import (
     read_index,
     verify,
 )
-from gpt.checkpoint.layout import GroupLayout, Kind
+from gpt.checkpoint.layout import Kind
 from gpt.checkpoint.reader import CheckpointReader
 from gpt.checkpoint.writer import prune, remove_leftovers, temporary_folder
 from tests.unit.gpt.checkpoint.support import CHUNK_BYTES, STATES, flat_state, write_checkpoint
-
-
-@pytest.mark.parametrize("kind", ["flat", "sharded"])
-@given(numels=st.lists(st.integers(1, 40), min_size=1, max_size=6), world_size=st.integers(1, 7))
-def test_every_element_is_owned_once_and_found_where_it_is(
-    kind: Kind, numels: list[int], world_size: int
-) -> None:
-    partition = -(-sum(numels) // world_size)
-    layout = GroupLayout(kind, world_size, numels, partition)
-    files = [[i for a, b in layout.extents(rank) for i in range(a, b)] for rank in range(world_size)]
-    assert sorted(i for file in files for i in file) == list(range(sum(numels)))
-    found = [i for p in layout.locate(0, sum(numels)) for i in files[p.rank][p.offset : p.offset + p.length]]
-    assert found == list(range(sum(numels)))
 
 
 @settings(deadline=None, max_examples=40)
