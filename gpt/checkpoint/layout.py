@@ -8,7 +8,7 @@ A rank's file holds what the rank owns in logical order. Nothing here grows with
 
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, product
@@ -38,7 +38,7 @@ class Placement(ABC):
         self.numel = self.starts[-1]
 
     @abstractmethod
-    def extents(self, rank: int) -> Iterable[tuple[int, int]]:
+    def extents(self, rank: int) -> Sequence[tuple[int, int]]:
         """Logical start and end of what `rank` owns, in the order of its file; padding is left out."""
 
     @abstractmethod
@@ -133,7 +133,7 @@ class GroupLayout:
 
 
 def region_ranges(shape: Shape, region: Region) -> Iterator[tuple[int, int]]:
-    """The row-major ranges of elements that a `region` of a tensor covers, in order and as few as possible."""
+    """The row-major ranges of elements that a `region` of a tensor covers, in order and as few as can be."""
     if not shape:
         yield 0, 1
         return

@@ -14,13 +14,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.durable import fsync_file
+
 
 def append(path: Path, /, **fields: Any) -> None:
     """Add one line with the time (Unix seconds) first; a number that is not finite becomes null.
 
     A line that a kill has torn is ended first. Raises OSError with nothing added when the disk is full.
     """
-    content = {"time": time.time(), **_as_json(fields)}
+    content = {"time": time.time(), **_finite_or_null(fields)}
     line = (json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n").encode()
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
@@ -111,7 +113,7 @@ def cut_back(path: Path, step: int) -> str | None:
         complaint = complaint or f"it ends at step {before}, the run continues from step {step}"
     with path.open("r+b") as file:
         file.truncate(keep)
-        os.fsync(file.fileno())
+        fsync_file(file)
     return complaint
 
 
@@ -120,12 +122,12 @@ def amend_last(path: Path, /, **fields: Any) -> None:
     with path.open("r+b", buffering=0) as file:
         content = file.read()
         start = content.rfind(b"\n", 0, -1) + 1
-        line = {**json.loads(content[start:]), **_as_json(fields)}
+        line = {**json.loads(content[start:]), **_finite_or_null(fields)}
         file.seek(start)
         file.write((json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
-def _as_json(fields: dict[str, Any]) -> dict[str, Any]:
+def _finite_or_null(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: None if _is_not_finite(value) else value for name, value in fields.items()}
 
 
@@ -135,9 +137,5 @@ def _is_not_finite(value: object) -> bool:
 
 def sync(path: Path) -> None:
     """Make what was appended to `path` durable."""
-    if path.exists():
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    with suppress(FileNotFoundError), path.open("rb") as file:
+        fsync_file(file)

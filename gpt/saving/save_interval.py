@@ -7,10 +7,12 @@ fails. Time of day decides here, on rank 0 alone, and travels to the others with
 
 from collections.abc import Iterable, Mapping
 from math import sqrt
-from typing import Any
+from typing import Any, Self
 
 from gpt.config.run import CheckpointConfig
+from gpt.run import record
 from gpt.run.events import Event
+from gpt.run.run_dir import RunDir
 
 # Kokolis et al., arXiv:2410.21680: 6.5 failures per 1,000 node-days on the larger of two research clusters.
 FAILURES_PER_NODE_SECOND = 6.5e-3 / 86_400
@@ -58,6 +60,12 @@ class SaveClock:
     def __init__(self, config: CheckpointConfig, failure_interval_s: float, now: float) -> None:
         self._config, self._failure_interval_s, self._begun = config, failure_interval_s, now
         self._stall_s, self._save_s = _FIRST_STALL_S, 0.0
+
+    @classmethod
+    def of_run(cls, run_dir: RunDir, config: CheckpointConfig, nodes: int, now: float) -> Self:
+        """The clock of a run on `nodes` nodes, with the failures that the run has had so far."""
+        failures, seconds = failures_so_far(record.read(run_dir.events))
+        return cls(config, time_between_failures_s(nodes, failures, seconds), now)
 
     @property
     def interval_s(self) -> float | None:

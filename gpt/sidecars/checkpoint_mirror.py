@@ -72,7 +72,7 @@ class Copier:
     def _prune(self) -> None:
         here = [step for step, _ in committed(self.run_dir.checkpoints)]
         if here:  # later ones are of a course that the run has left: they must not push out the new ones
-            self.mirror.set_later_aside(here[-1])
+            self.mirror.rewind(here[-1])
         steps = self.mirror.steps()
         pinned = [step for step in steps if self.mirror.is_pinned(step)]
         losses = record.val_losses(self.run_dir.metrics) if self.config.keep_best else {}

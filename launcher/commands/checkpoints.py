@@ -1,7 +1,6 @@
 """`outlast checkpoints`: what a run has saved, what of it is whole, and what stays for ever."""
 
 import json
-import shutil
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,12 +12,13 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from data_pipeline.durable import fsync_folder
 from data_pipeline.errors import LaunchError
 from gpt.checkpoint.format import PIN_NAME, Corrupt, committed, is_pinned, read_index, verify
+from gpt.checkpoint.removal import delete as delete_checkpoint
+from gpt.checkpoint.removal import rejected_or_rewound
 from gpt.run import record
 from gpt.run.events import Event
-from gpt.run.run_dir import UNCOMMITTED_PREFIX, RunDir
+from gpt.run.run_dir import RunDir
 from launcher.preflight.plan import size
 
 _FEWEST = 2  # the newest, and one for the case that it turns out to be bad
@@ -89,32 +89,19 @@ def _delete(there: dict[int, Path], steps: Sequence[int]) -> None:
                 "give the run up, delete its folder."
             )
     for step in going:
-        _remove(there[step])
-
-
-def _remove(folder: Path) -> None:
-    # Renamed first, as in gpt.checkpoint.writer: no half of a committed folder, whatever is killed.
-    trash = folder.with_name(f"{UNCOMMITTED_PREFIX}pruned-{folder.name}")
-    folder.rename(trash)
-    fsync_folder(folder.parent)
-    shutil.rmtree(trash)
-
-
-def _set_aside(run: RunDir) -> list[Path]:
-    """What stands beside the checkpoints and counts no more: bad ones, and those of a course that is left."""
-    return sorted(run.checkpoints.glob(".b*-step-*"))
+        delete_checkpoint(there[step])
 
 
 def _delete_set_aside(run: RunDir) -> None:
     """Remove what was set aside, and say so; a pin counts for what bears it there too."""
-    folders = _set_aside(run)
+    folders = rejected_or_rewound(run.checkpoints)
     pinned = [folder for folder in folders if is_pinned(folder)]
     if pinned:
         pins = ", ".join(str(folder / PIN_NAME) for folder in pinned)
         raise LaunchError(f"pinned before it was set aside, so that nothing is deleted: remove {pins} first.")
     for folder in folders:
         freed = size(_bytes_in(folder))
-        _remove(folder)
+        delete_checkpoint(folder)
         click.echo(f"deleted: {folder}, {freed}", err=True)
     if not folders:
         click.echo(f"nothing is set aside in {run.checkpoints}", err=True)
@@ -164,7 +151,7 @@ def _bytes_in(folder: Path) -> int:
 
 def _show_set_aside(run: RunDir) -> None:
     """Nothing removes it but the user."""
-    for folder in _set_aside(run):
+    for folder in rejected_or_rewound(run.checkpoints):
         with suppress(FileNotFoundError):
             freed = size(_bytes_in(folder))
             click.echo(f"set aside, until --delete-set-aside: {folder}, {freed}", err=True)

@@ -170,7 +170,7 @@ def train_encoding(sources: Sequence[str], vocab_size: int, out: Path) -> int:
 
 def verify(folder: Path) -> int:
     """One line `path: byte offset: reason` for each bad file of a data set or a run; 1 when there is one."""
-    if (folder / "config.json").exists():
+    if RunDir(folder).config.exists():
         checkpoints = checkpoint_format.committed(RunDir(folder).checkpoints)
         bad = [found for _, path in checkpoints for found in checkpoint_format.verify(path)]
         checked = f"{len(checkpoints)} checkpoints"

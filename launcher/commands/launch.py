@@ -16,19 +16,18 @@ import click
 
 from data_pipeline.config_file import with_overrides
 from data_pipeline.dataset.manifest import joint_fingerprint
-from data_pipeline.durable import fsync_folder
 from data_pipeline.errors import ConfigError, LaunchError
 from data_pipeline.remote import is_remote
 from data_pipeline.sampling.skip_list import SkipList
-from gpt.checkpoint.format import BadBytes, CheckpointIndex, Corrupt, committed, read_index, verify
-from gpt.checkpoint.mirror import Mirror
+from gpt.checkpoint.format import CheckpointIndex, Corrupt, committed, read_index, verify
+from gpt.checkpoint.rewind import rewind
 from gpt.config.resume_rules import config_fingerprint
 from gpt.config.run import RunConfig
 from gpt.run.events import Event, earlier_config_fingerprints, record_event
 from gpt.run.exit_codes import ExitCode
 from gpt.run.json_file import read_json
 from gpt.run.records import Job
-from gpt.run.run_dir import REWOUND_PREFIX, RunDir
+from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig
 from launcher.commands.config_changes import DATA, fingerprint_changes, judge
 from launcher.commands.fork import find_origin, plant, state_misfits
@@ -125,7 +124,7 @@ def _resume(
     # config.json holds a total in one of two ways; asking for the other replaces it.
     tables = with_absolute_paths(with_overrides(_without_other_total(before, overrides), overrides))
     where = cluster if cluster is not None else read_cluster(run)
-    request = examine(tables, "config.json", where, run.path, is_new=False)
+    request = examine(tables, run.config.name, where, run.path, is_new=False)
     after = request.config.model_dump(mode="json", exclude_none=True)
     # As this version reads it: a field that is new since then has its default on both sides.
     present = read_config(run)
@@ -148,13 +147,14 @@ def _resume(
             click.echo(f"finished already: step {newest} of {request.config.total_steps}", err=True)
             click.echo(run.path)
             return 0
-        click.echo(f"the last checkpoint is bad, its steps are taken again: {_where(bad)}", err=True)
+        click.echo(f"the last checkpoint is bad, its steps are taken again: {bad}", err=True)
     if "data.skip" in changes and index is not None:
         _refuse_late_skips(request.config, index)
     if index is not None and DATA in changes:
         request = _accepting(request, index.data_fingerprint)
     if step is not None:
-        _rewind(run, step, mirror)
+        for later, path in rewind(run, step, mirror, lambda line: click.echo(line, err=True)):
+            click.echo(f"step {later} no longer counts; it is kept as checkpoints/{path.name}", err=True)
     show_warnings(request)
     if changes:
         # Of the checkpoint to go on from; where that is bad, an older one is of the config as it was.
@@ -258,32 +258,4 @@ def _refuse_late_skips(config: RunConfig, index: CheckpointIndex) -> None:
 
 def _accepting(request: Request, fingerprint: str) -> Request:
     """`request` for a run whose checkpoints may come from the data of `fingerprint` too."""
-    before = request.config.data
-    data = before.model_copy(update={"changed_from": (*before.changed_from, fingerprint)})
-    return replace(request, config=request.config.model_copy(update={"data": data}))
-
-
-def _rewind(run: RunDir, step: int, mirror: str | None) -> None:
-    """Make the checkpoint of `step` the newest: later ones are put aside under names that do not count."""
-    checkpoints = committed(run.checkpoints)
-    steps = [number for number, _ in checkpoints]
-    if step not in steps:
-        there = ", ".join(map(str, steps)) or "none"
-        raise LaunchError(f"there is no checkpoint of step {step}; there are: {there}.")
-    click.echo(f"reading every byte of the checkpoint of step {step}", err=True)
-    bad = next(verify(dict(checkpoints)[step]), None)
-    if bad is not None:
-        there = ", ".join(str(number) for number in steps if number != step) or "none"
-        raise LaunchError(f"the checkpoint of step {step} is bad: {_where(bad)}. There are also: {there}.")
-    aside = f"{REWOUND_PREFIX}{int(time.time())}-"
-    if mirror is not None:
-        Mirror.of(run, mirror).set_later_aside(step)
-    for number, path in checkpoints:
-        if number > step:
-            path.rename(path.with_name(aside + path.name))
-            click.echo(f"step {number} is put aside as checkpoints/{aside}{path.name}", err=True)
-    fsync_folder(run.checkpoints)
-
-
-def _where(bad: BadBytes) -> str:
-    return f"{bad.path}: byte {bad.offset}: {bad.reason}"
+    return replace(request, config=request.config.accepting_data(fingerprint))

@@ -39,7 +39,7 @@ def test_a_profile_and_the_scores_of_a_mixture(
 
 
 def test_a_profile_that_ends_before_it_begins_is_refused() -> None:
-    with pytest.raises(ValidationError, match="ends before it begins"):
+    with pytest.raises(ValidationError, match="ends before it starts"):
         RunConfig.model_validate(
             {"name": "x", "data": {"path": "none"}, "schedule": {"total_steps": 9}, "profile": "5:4"}
         )

@@ -23,7 +23,8 @@ from gpt.checkpoint.format import (
 )
 from gpt.checkpoint.layout import Kind
 from gpt.checkpoint.reader import CheckpointReader
-from gpt.checkpoint.writer import prune, remove_leftovers, temporary_folder
+from gpt.checkpoint.removal import prune
+from gpt.checkpoint.writer import remove_leftovers, temporary_folder
 from tests.unit.gpt.checkpoint.support import CHUNK_BYTES, STATES, flat_state, write_checkpoint
 
 
@@ -206,7 +207,7 @@ def test_two_groups_of_one_name_are_corrupt(tmp_path: Path) -> None:
     index = read_index(folder)
     doubled = index.model_copy(update={"groups": (*index.groups, index.groups[0])})
     (folder / INDEX_NAME).write_bytes(doubled.dumps())
-    with pytest.raises(Corrupt, match="two groups have one name"):
+    with pytest.raises(Corrupt, match="two groups have the same name"):
         read_index(folder)
 
 
@@ -214,7 +215,7 @@ def test_a_folder_for_another_step_is_corrupt_and_what_is_no_folder_of_ours_does
     tmp_path: Path,
 ) -> None:
     moved = write_checkpoint(tmp_path, step=7).rename(tmp_path / "step-00000030")
-    with pytest.raises(Corrupt, match="is the checkpoint of step 7, in a folder for 30"):
+    with pytest.raises(Corrupt, match="is the checkpoint of step 7, in a folder for step 30"):
         read_index(moved)
     (tmp_path / "step-00000099").touch()
     (tmp_path / "step-000000030").mkdir()

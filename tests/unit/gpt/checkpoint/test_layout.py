@@ -30,12 +30,13 @@ PARAMETERS = (
 class ColumnPlacement(Placement):
     """Each rank holds the same share of every row of every matrix; rank 0 holds the vectors."""
 
-    def extents(self, rank: int) -> Iterator[tuple[int, int]]:
-        for first, shape in zip(self.starts, self.shapes, strict=False):
-            low, high = self._columns(shape, rank)
-            for row in range(prod(shape[:-1])):
-                start = first + row * shape[-1]
-                yield start + low, start + high
+    def extents(self, rank: int) -> list[tuple[int, int]]:
+        return [
+            (first + row * shape[-1] + low, first + row * shape[-1] + high)
+            for first, shape in zip(self.starts, self.shapes, strict=False)
+            for low, high in [self._columns(shape, rank)]
+            for row in range(prod(shape[:-1]))
+        ]
 
     def locate(self, start: int, end: int) -> Iterator[Stretch]:
         position = start

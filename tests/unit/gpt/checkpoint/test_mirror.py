@@ -12,10 +12,12 @@ from data_pipeline.dataset.manifest import joint_fingerprint, read_manifest
 from data_pipeline.errors import ConfigError, LaunchError
 from gpt.checkpoint.format import INDEX_NAME, PIN_NAME, committed, read_index, step_name
 from gpt.checkpoint.mirror import Mirror, MirrorError
-from gpt.checkpoint.writer import Pace, prune
+from gpt.checkpoint.removal import prune
+from gpt.checkpoint.writer import Pace
 from gpt.config.run import CheckpointConfig
 from gpt.run import record
-from gpt.run.json_file import read_json, write_json
+from gpt.run.json_file import read_json
+from gpt.run.records import Job
 from gpt.run.run_dir import RunDir
 from gpt.sidecars.checkpoint_mirror import Copier, follow
 from launcher.cluster import ClusterConfig
@@ -249,7 +251,8 @@ def test_a_copy_of_a_run_leaves_the_mirror_to_its_original(
     monkeypatch.setattr(launch, "submit", submit_what_ends_well)
     save(run, 5)
     copy_all(run)
-    write_json(run.job, {"run_inode": run.path.stat().st_ino})
+    ended = {"submission": 1, "executor": "local", "job_id": "1", "host": "here", "submitted_at": 0.0}
+    Job(**ended, pid=None, process=None, run_inode=run.path.stat().st_ino).write(run.job)
     copy = RunDir(Path(shutil.copytree(run.path, tmp_path / "copies" / "mine-0001")))
     with pytest.raises(ConfigError, match="is the mirror of the run that it was copied from"):
         launch.resume(str(copy.path), None, [], None, attend=None)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt.checkpoint import writer
+from gpt.checkpoint import removal, writer
 from gpt.checkpoint.failpoints import PLACES
 from gpt.checkpoint.format import committed, verify
 from gpt.checkpoint.reader import CheckpointReader
@@ -21,7 +21,7 @@ from gpt.run import record
 from gpt.run.attempts import Superseded
 from gpt.run.host_memory import available_bytes
 from gpt.run.run_dir import RunDir
-from gpt.saving import saver as saver_module
+from gpt.saving import rank_writer
 from gpt.saving.saver import Saver
 from tests.unit.gpt.saving.support import (
     STATES,
@@ -49,7 +49,7 @@ def boundary(saver: Saver, world: World) -> None:
 
 def drain(saver: Saver, world: World) -> None:
     deadline = time.monotonic() + 30
-    while saver.is_busy:
+    while saver.in_flight is not None:
         assert time.monotonic() < deadline
         boundary(saver, world)
         time.sleep(0.005)
@@ -78,7 +78,7 @@ def test_what_is_saved_is_the_state_at_the_boundary_however_far_training_goes_on
     for _ in range(3):
         engine.take_step()
         boundary(saver, alone)
-    assert saver.is_busy
+    assert saver.in_flight is not None
     drain(saver, alone)
     assert holds(run_dir, 1)
     (saved,) = events(run_dir, "checkpoint_saved")
@@ -93,7 +93,7 @@ def test_an_asynchronous_save_writes_the_bytes_of_a_synchronous_one(tmp_path: Pa
         saver, engine = make_saver(run, alone, asynchronous=is_asynchronous)
         engine.take_step()
         saver.save(1, ())
-        assert saver.is_busy == is_asynchronous
+        assert (saver.in_flight is not None) == is_asynchronous
         saver.wait()
         folder = dict(committed(run.checkpoints))[1]
         files.append({path.name: path.read_bytes() for path in folder.iterdir()})
@@ -113,17 +113,17 @@ def test_where_host_memory_is_short_training_waits_for_the_save_and_an_event_say
     proc = tmp_path / "proc"
     proc.mkdir()
     (proc / "meminfo").write_text(f"MemTotal: 99999999 kB\nMemAvailable: {free_mb * 1000} kB\n")
-    monkeypatch.setattr(saver_module, "available_bytes", partial(available_bytes, proc=proc))
+    monkeypatch.setattr(rank_writer, "available_bytes", partial(available_bytes, proc=proc))
     saver, engine = make_saver(run_dir, alone)
     engine.take_step()
     saver.save(1, ())
-    assert saver.is_busy != is_short
+    assert (saver.in_flight is not None) != is_short
     saver.wait()
     assert holds(run_dir, 1)
     reasons = [event["reason"] for event in events(run_dir, "saving_synchronously")]
     assert reasons == is_short * [
-        "1 of 1 ranks are on nodes without the memory for a copy of the state; on this one it needs 13 MiB, "
-        "16 MiB are left"
+        "1 of 1 ranks are on nodes without the memory for a copy of the state; on this node it needs 13 "
+        "MiB, and 16 MiB are available"
     ]
 
 
@@ -247,6 +247,7 @@ def test_an_older_copy_deletes_nothing_more(
             may_go_on.wait(20)
 
     monkeypatch.setattr(writer, "reach", pause)
+    monkeypatch.setattr(removal, "reach", pause)
     saver.save(4, ())
     while not is_there.is_set():
         boundary(saver, alone)

@@ -94,7 +94,7 @@ def test_a_stop_on_a_disk_that_goes_on_hanging_ends_without_a_save(hung: Trainer
     outcome = hung._end(7, is_stopping=True)
     assert time.monotonic() - started < 5
     assert (outcome.exit_code, outcome.step) == (1, 7)
-    assert outcome.cause.endswith("not saved: its writer did nothing for 0.3 s and is left behind")
+    assert outcome.cause.endswith("not saved: its writer made no progress for 0.3 s and is abandoned")
     assert committed(hung.run_dir.checkpoints) == []
 
 
@@ -120,7 +120,7 @@ def test_a_stop_ends_a_save_that_training_waits_for_and_that_hangs(
     assert 1.0 <= time.monotonic() - started < 5
     (failed,) = record.read(run.events)
     assert (failed["event"], failed["step"]) == ("checkpoint_failed", 6)
-    assert failed["reason"] == "its writer did nothing for 0.3 s and is left behind"
+    assert failed["reason"] == "its writer made no progress for 0.3 s and is abandoned"
     arm(monkeypatch, "")
     asked_later.saver = saver
     assert asked_later._end(7, is_stopping=True).exit_code == 75
@@ -133,7 +133,7 @@ def test_a_stop_ends_the_save_of_the_last_step_where_it_hangs(asked_later: Train
     assert 1.0 <= time.monotonic() - started < 5
     assert (outcome.exit_code, outcome.step) == (1, last)
     assert outcome.cause == (
-        f"stopped at step {last} (SIGTERM); not saved: its writer did nothing for 0.3 s and is left behind"
+        f"stopped at step {last} (SIGTERM); not saved: its writer made no progress for 0.3 s and is abandoned"
     )
 
 

@@ -381,7 +381,7 @@ def test_resuming_from_an_older_step_puts_the_later_checkpoints_aside(
     with pytest.raises(LaunchError, match=r"^there is no checkpoint of step 7; there are: 5, 10, 15\.$"):
         resume(run, step=7)
     spoil(run, 10)
-    with pytest.raises(LaunchError, match=r"step 10 is bad: .*: byte 0: .*\. There are also: 5, 15\.$"):
+    with pytest.raises(LaunchError, match=r"step 10 is corrupt: .*: byte 0: .*\. Other checkpoints: 5, 15"):
         resume(run, step=10)
     assert [number for number, _ in committed(run.checkpoints)] == [5, 10, 15]
     assert resume(run, step=5) == 0

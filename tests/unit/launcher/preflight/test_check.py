@@ -79,8 +79,8 @@ def test_sequences_that_cannot_be_shared_say_what_can(data: Path, tmp_path: Path
         "model.n_kv_heads = 4 or be a multiple of it. These do: 1, 2, 4."
     )
     assert refused(lambda: ask(data, tmp_path / "run", "parallel.sequence=4")) == [
-        "parallel.sequence = 4 does not divide the 2 processes; use a multiple of 4, or another "
-        "parallel.sequence."
+        "parallel.sequence = 4 does not divide the 2 processes. Use a multiple of 4 processes, "
+        "or another parallel.sequence."
     ]
     found = refused(
         lambda: ask(data, tmp_path / "run", "parallel.sequence=2", "batch.global_batch_tokens=1000")
@@ -97,7 +97,7 @@ def test_a_batch_that_must_stay_names_the_processes_and_micro_batches_that_cut_i
     [problem] = refused(lambda: ask(data, None, tokens, cluster=cluster))
     assert problem.endswith(
         " × 8 processes = 1024. Nearest: 2048. "
-        "As it is it can be cut with 6 or 12 processes, or batch.micro_batch = 1."
+        "This batch can be split with 6 or 12 processes, or batch.micro_batch = 1."
     )
 
 
