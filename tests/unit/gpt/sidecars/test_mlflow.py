@@ -18,7 +18,7 @@ from gpt.run import record
 from gpt.run.events import Event, record_event
 from gpt.run.json_file import read_json, write_json
 from gpt.run.run_dir import RunDir
-from gpt.sidecars.mlflow import Mirror, follow
+from gpt.sidecars.mlflow import MlflowRun, follow
 
 
 @pytest.fixture
@@ -48,12 +48,12 @@ def test_a_restart_continues_the_same_mlflow_run_and_repeats_no_point(run_dir: R
     uri = f"sqlite:///{run_dir.mlflow_database}"
     add_steps(run_dir, 1, 6)
     record_event(run_dir.events, Event("network_built"), attention="sdpa")
-    first = Mirror(run_dir, config())
+    first = MlflowRun(run_dir, config())
     first.send()
     assert MlflowClient(uri).get_run(first.run_id).data.tags["outlast.attention"] == "sdpa"
     record.cut_back(run_dir.metrics, 4)  # what a resume from step 4 does
     add_steps(run_dir, 5, 9)
-    second = Mirror(run_dir, config())
+    second = MlflowRun(run_dir, config())
     second.send()
     second.close()
     assert second.run_id == first.run_id == (read_json(run_dir.provenance) or {})["mlflow_run_id"]
@@ -64,11 +64,11 @@ def test_a_restart_continues_the_same_mlflow_run_and_repeats_no_point(run_dir: R
 def test_scores_that_come_after_their_line_was_sent_are_sent_once(run_dir: RunDir) -> None:
     uri = f"sqlite:///{run_dir.mlflow_database}"
     add_steps(run_dir, 1, 2)
-    mirror = Mirror(run_dir, config())
+    mirror = MlflowRun(run_dir, config())
     mirror.send()
     record.amend_last(run_dir.metrics, **{"val/loss": 3.0})
     for _ in range(2):
-        Mirror(run_dir, config()).send()
+        MlflowRun(run_dir, config()).send()
     assert history(uri, mirror.run_id, "val/loss") == [(2, 3.0)]
     assert history(uri, mirror.run_id) == [(1, 1.0), (2, 0.5)]
 
@@ -76,7 +76,7 @@ def test_scores_that_come_after_their_line_was_sent_are_sent_once(run_dir: RunDi
 def test_points_keep_the_time_at_which_they_happened(run_dir: RunDir) -> None:
     add_steps(run_dir, 1, 1)
     happened = next(record.read(run_dir.metrics))["time"]
-    mirror = Mirror(run_dir, config())
+    mirror = MlflowRun(run_dir, config())
     mirror.send()
     (point,) = mirror.client.get_metric_history(mirror.run_id, "train/loss")
     assert point.timestamp == int(happened * 1000)
@@ -86,11 +86,11 @@ def test_a_copied_run_directory_is_a_run_of_its_own(run_dir: RunDir) -> None:
     import shutil
 
     add_steps(run_dir, 1, 2)
-    first = Mirror(run_dir, config())
+    first = MlflowRun(run_dir, config())
     first.send()
     copy = RunDir(run_dir.path.with_name("tiny-copy"))
     shutil.copytree(run_dir.path, copy.path)
-    second = Mirror(copy, config())
+    second = MlflowRun(copy, config())
     second.send()
     assert second.run_id != first.run_id
     assert len(second.client.get_metric_history(second.run_id, "train/loss")) == 2
@@ -100,7 +100,7 @@ def test_a_copied_run_directory_is_a_run_of_its_own(run_dir: RunDir) -> None:
 def test_the_status_says_how_the_run_ended(run_dir: RunDir, exit_code: int, status: str) -> None:
     run_dir.attempt(1).path.mkdir(parents=True)
     write_json(run_dir.attempt(1).result, {"exit_code": exit_code, "cause": "so it was"})
-    mirror = Mirror(run_dir, config())
+    mirror = MlflowRun(run_dir, config())
     mirror.close()
     run = mirror.client.get_run(mirror.run_id)
     assert run.info.status == status
