@@ -1,4 +1,4 @@
-"""The source of a save: a copy of this rank's state in host memory, or the live state while training waits."""
+"""The source of a save: a copy of this rank's state in host memory, or the state itself."""
 
 from collections.abc import Iterator
 

@@ -166,7 +166,9 @@ def test_a_pattern_that_cannot_be_said_in_a_tokenizer_json_is_refused(tmp_path: 
     # possessive: `It` gives no letter back and is cut in two; Oniguruma reads the same as greedy
     ranks = load_encoding("outlast-4k").ranks
     encoding = Encoding("t", r"\p{L}{1,3}+\p{L}|\s+|\S", ranks, {END_OF_TEXT: 4095})
-    with pytest.raises(ConfigError, match=r"tokenizer 't' has no equal in a tokenizer.json: .Hello, world!"):
+    with pytest.raises(
+        ConfigError, match=r"tokenizer 't' cannot be written as a tokenizer.json: .Hello, world!"
+    ):
         write_tokenizer(encoding, 64, tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -177,7 +179,7 @@ def test_an_architecture_without_a_twin_is_exported_under_our_names(
     run_dir, gpt = make_run(tmp_path / "run", data, logit_softcap=5.0)
     assert export(run_dir, tmp_path / "out", dtype="fp32").architecture == "outlast"
     assert (
-        "transformers has no architecture for soft-caps: the export holds plain safetensors"
+        "transformers has no architecture for soft-caps. The export holds plain safetensors"
         in capsys.readouterr().err
     )
     with safe_open(tmp_path / "out/model.safetensors", framework="pt") as file:
@@ -303,5 +305,5 @@ def test_an_export_has_no_other_steps(data: Path, tmp_path: Path, monkeypatch: p
     run_dir, _ = make_run(tmp_path / "run", data)
     export(run_dir, tmp_path / "out")
     monkeypatch.setattr(sys, "argv", ["sample", str(tmp_path / "out"), "--step=3"])
-    with pytest.raises(ConfigError, match=r"--step 3: .*/out is an export, which has one step"):
+    with pytest.raises(ConfigError, match=r"--step 3: .*/out is an export, which holds a single step"):
         sample.main()

@@ -124,8 +124,11 @@ def test_a_run_that_cannot_be_made_leaves_nothing(
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "bert"}, "model_type = 'bert': gpt2, llama, mistral and qwen3 can be imported"),
-        ({**LLAMA, "model_type": "llama", "hidden_act": "mish"}, "the activation 'mish'; known: silu, gelu"),
+        (
+            {"model_type": "bert"},
+            "model_type = 'bert' cannot be imported. Known: gpt2, llama, mistral and qwen3",
+        ),
+        ({**LLAMA, "model_type": "llama", "hidden_act": "mish"}, "the activation 'mish'. Known: silu, gelu"),
         (
             {**LLAMA, "model_type": "llama", "mlp_bias": True, "attention_bias": False},
             "attention_bias = False",
@@ -133,27 +136,27 @@ def test_a_run_that_cannot_be_made_leaves_nothing(
         ({**LLAMA, "model_type": "llama", "partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
         (
             {**MODELS[0][1], "model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True},
-            "scale_attn_by_inverse_layer_idx = True; here it is always False",
+            "scale_attn_by_inverse_layer_idx = True; Outlast supports only False",
         ),
         (
             {**QWEN3, "use_sliding_window": True, "max_window_layers": 1},
-            "sliding window in 1 of 2 layers; here all have it, or none",
+            "sliding window in 1 of 2 layers. Outlast supports one in all",
         ),
         (
             {**QWEN3, "use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]},
-            "sliding window in 1 of 2 layers; here all have it, or none",
+            "sliding window in 1 of 2 layers. Outlast supports one in all",
         ),
         ({**QWEN3, "attention_bias": True}, "asks for bias = true with qk_norm, a window"),
         (
             {**LLAMA, "model_type": "llama", "rope_parameters": {**YARN, "attention_factor": 1.0}},
-            "attention_factor = 1.0 for its rotary positions; here there is no such setting",
+            "attention_factor = 1.0 for its rotary positions; Outlast has no such setting",
         ),
         (
             {**LLAMA, "model_type": "llama", "rope_scaling": {"type": "dynamic", "factor": 2.0}},
             "rope_scaling.kind = 'dynamic': input should be 'linear', 'yarn' or 'llama3'",
         ),
         ({"model_type": "gpt2", "n_embd": 32, "n_layer": 2}, "config.json lacks vocab_size, n_head, n_posit"),
-        ({**LLAMA, "model_type": "mistral"}, "config.json lacks sliding_window, of which mistral has no"),
+        ({**LLAMA, "model_type": "mistral"}, "config.json lacks sliding_window, and mistral has no"),
         ({"model_type": "outlast", "model": {"n_layers": 0}}, "n_layers = 0: input should be greater than"),
         ({**LLAMA, "model_type": "llama", "num_key_value_heads": 3}, "n_kv_heads = 3 does not divide"),
     ],
