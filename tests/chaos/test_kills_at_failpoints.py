@@ -16,7 +16,9 @@ OF_EVERY_RANK = PLACES[: PLACES.index("gathered")]  # rank 0 alone commits and p
 @pytest.mark.chaos
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("victim", ["rank 0", "rank 1", "agent"])
-def test_kills_along_a_save_leave_no_trace(new_run: Callable[..., Run], stage: int, victim: str) -> None:
+def test_kills_during_saves_do_not_change_the_weights(
+    new_run: Callable[..., Run], stage: int, victim: str
+) -> None:
     fields = {"zero__stage": stage, "schedule__total_steps": STEPS, "checkpoint__every_steps": 2}
     fields |= {"checkpoint__keep_last": 2, "launch__max_failures": 100}
     whole, killed = new_run(**fields), new_run(**fields)

@@ -19,7 +19,7 @@ KILLS = int(os.environ.get("OUTLAST_KILLS", "20"))
 
 @pytest.mark.chaos
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_random_kills_leave_no_trace(new_run: Callable[..., Run], stage: int) -> None:
+def test_random_kills_do_not_change_the_weights(new_run: Callable[..., Run], stage: int) -> None:
     # A constant rate: how far the run comes under the kills is not known, and may not change a number.
     fields = {"zero__stage": stage, "schedule__name": "constant", "checkpoint__every_steps": 7}
     # Kills can come faster than checkpoints: giving up is another test's matter.

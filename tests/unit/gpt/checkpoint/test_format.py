@@ -30,7 +30,7 @@ from tests.unit.gpt.checkpoint.support import CHUNK_BYTES, STATES, flat_state, w
 
 @settings(deadline=None, max_examples=40)
 @given(world_size=st.integers(1, 5), data=st.data())
-def test_any_range_reads_back_whatever_the_world_that_wrote_it(
+def test_any_range_reads_back_from_any_world_size(
     tmp_path_factory: pytest.TempPathFactory, world_size: int, data: st.DataObject
 ) -> None:
     numel = data.draw(st.integers(12, 300))
@@ -49,20 +49,20 @@ def test_any_range_reads_back_whatever_the_world_that_wrote_it(
     assert reader.parameter("w").shape == (numel - 11, 1)
 
 
-def test_a_reader_reads_only_the_chunks_that_it_needs(tmp_path: Path) -> None:
+def test_reader_reads_only_the_chunks_that_it_needs(tmp_path: Path) -> None:
     reader = CheckpointReader(write_checkpoint(tmp_path, world_size=2, numel=4000))
     reader.read("decay", "exp_avg", 100, 116)
     assert 0 < reader.bytes_read <= 2 * CHUNK_BYTES
 
 
-def test_safetensors_itself_reads_a_rank_file(tmp_path: Path) -> None:
+def test_safetensors_library_reads_a_rank_file(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, world_size=2)
     with safe_open(folder / "rank-00001.safetensors", framework="numpy") as file:
         assert np.array_equal(file.get_tensor("decay.exp_avg"), flat_state("decay", "exp_avg", 101)[51:])
         assert "chunk_checksums" in file.keys()  # noqa: SIM118 - not a dict
 
 
-def test_an_intact_checkpoint_verifies(tmp_path: Path) -> None:
+def test_intact_checkpoint_verifies(tmp_path: Path) -> None:
     for world_size in (1, 2, 3):
         folder = write_checkpoint(tmp_path / str(world_size), world_size=world_size)
         assert list(verify(folder)) == []
@@ -93,7 +93,7 @@ def test_every_flipped_bit_and_every_truncation_is_detected_and_named(
     assert [list(verify(folder)) for _ in range(100)] == [[]] * 100
 
 
-def test_a_read_of_a_damaged_chunk_names_the_file_and_the_byte(tmp_path: Path) -> None:
+def test_read_of_a_corrupt_chunk_names_file_and_byte(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, world_size=1, numel=400)
     path = folder / "rank-00000.safetensors"
     content = bytearray(path.read_bytes())
@@ -106,7 +106,7 @@ def test_a_read_of_a_damaged_chunk_names_the_file_and_the_byte(tmp_path: Path) -
         reader.read("decay", "master", 0, 6 * CHUNK_BYTES // 4)
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_missing_file_is_named(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path)
     (folder / "rank-00002.safetensors").unlink()
     assert [(bad.path.name, bad.reason) for bad in verify(folder)] == [("rank-00002.safetensors", "missing")]
@@ -114,7 +114,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     assert [(bad.path.name, bad.reason) for bad in verify(folder)] == [(INDEX_NAME, "missing")]
 
 
-def test_an_index_that_names_a_file_elsewhere_is_refused(tmp_path: Path) -> None:
+def test_index_with_a_path_outside_the_folder_is_refused(tmp_path: Path) -> None:
     index = read_index(write_checkpoint(tmp_path, world_size=1))
     entry = index.files[0].model_copy(update={"name": "../rank-00000.safetensors"})
     (tmp_path / "step-00000007" / INDEX_NAME).write_bytes(
@@ -128,9 +128,7 @@ def test_an_index_that_names_a_file_elsewhere_is_refused(tmp_path: Path) -> None
     content=st.binary(max_size=200)
     | st.from_type(dict).map(lambda d: json.dumps({str(k): 1 for k in d}).encode())
 )
-def test_a_hostile_index_gives_a_clean_error(
-    tmp_path_factory: pytest.TempPathFactory, content: bytes
-) -> None:
+def test_hostile_index_raises_corrupt(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     folder = tmp_path_factory.mktemp("hostile")
     (folder / INDEX_NAME).write_bytes(content)
     with pytest.raises(Corrupt):
@@ -152,7 +150,7 @@ HOSTILE = st.one_of(
 
 @settings(deadline=None, max_examples=300)
 @given(data=st.data())
-def test_an_index_that_is_hostile_under_a_right_checksum_gives_a_clean_error(
+def test_hostile_index_with_a_valid_checksum_raises_corrupt(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     folder = write_checkpoint(tmp_path_factory.mktemp("hostile"), world_size=2)
@@ -192,7 +190,7 @@ def test_an_index_that_is_hostile_under_a_right_checksum_gives_a_clean_error(
         {"step": 8},
     ],
 )
-def test_an_index_that_cannot_be_meant_is_corrupt(tmp_path: Path, hostile: dict[str, Any]) -> None:
+def test_index_with_impossible_values_is_corrupt(tmp_path: Path, hostile: dict[str, Any]) -> None:
     folder = write_checkpoint(tmp_path, world_size=2)
     content = json.loads((folder / INDEX_NAME).read_text()) | hostile
     del content["checksum"]
@@ -202,7 +200,7 @@ def test_an_index_that_cannot_be_meant_is_corrupt(tmp_path: Path, hostile: dict[
         read_index(folder)
 
 
-def test_two_groups_of_one_name_are_corrupt(tmp_path: Path) -> None:
+def test_index_with_two_groups_of_the_same_name_is_corrupt(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path)
     index = read_index(folder)
     doubled = index.model_copy(update={"groups": (*index.groups, index.groups[0])})
@@ -211,7 +209,7 @@ def test_two_groups_of_one_name_are_corrupt(tmp_path: Path) -> None:
         read_index(folder)
 
 
-def test_a_folder_for_another_step_is_corrupt_and_what_is_no_folder_of_ours_does_not_count(
+def test_checkpoint_in_a_folder_for_another_step_is_corrupt(
     tmp_path: Path,
 ) -> None:
     moved = write_checkpoint(tmp_path, step=7).rename(tmp_path / "step-00000030")
@@ -222,7 +220,7 @@ def test_a_folder_for_another_step_is_corrupt_and_what_is_no_folder_of_ours_does
     assert committed(tmp_path) == [(30, moved)]
 
 
-def test_a_state_larger_than_its_files_is_refused_before_it_is_allocated(tmp_path: Path) -> None:
+def test_state_larger_than_its_files_is_refused_before_allocation(tmp_path: Path) -> None:
     index = read_index(write_checkpoint(tmp_path, world_size=1))
     huge = 2**50
     group = index.groups[0].model_copy(update={"numel": huge, "partition_numel": huge})
@@ -233,7 +231,7 @@ def test_a_state_larger_than_its_files_is_refused_before_it_is_allocated(tmp_pat
         CheckpointReader(tmp_path / "step-00000007").parameter("w")
 
 
-def test_only_renamed_folders_are_committed_and_leftovers_go(tmp_path: Path) -> None:
+def test_only_renamed_folders_count_and_leftovers_are_removed(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, step=7)
     temporary_folder(tmp_path, attempt=2, step=8).mkdir()
     assert [step for step, _ in committed(tmp_path)] == [7]
@@ -241,21 +239,21 @@ def test_only_renamed_folders_are_committed_and_leftovers_go(tmp_path: Path) -> 
     assert [entry.name for entry in tmp_path.iterdir()] == ["step-00000007"]
 
 
-def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
+def test_prune_keeps_the_given_steps(tmp_path: Path) -> None:
     for step in (5, 10, 15, 20):
         write_checkpoint(tmp_path, step=step)
     assert prune(tmp_path, keep={15, 20}) == [5, 10]
     assert [step for step, _ in committed(tmp_path)] == [15, 20]
 
 
-def test_a_second_save_of_a_step_moves_the_first_aside(tmp_path: Path) -> None:
+def test_second_save_of_a_step_rejects_the_first(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, step=7)
     write_checkpoint(tmp_path, step=7)
     assert [step for step, _ in committed(tmp_path)] == [7]
     assert len(list(tmp_path.glob(".bad-step-00000007-*"))) == 1
 
 
-def test_the_size_of_the_index_does_not_grow_with_parameters_times_ranks(tmp_path: Path) -> None:
+def test_index_size_does_not_grow_with_parameters_times_ranks(tmp_path: Path) -> None:
     few, many = (
         len((write_checkpoint(tmp_path / str(w), world_size=w) / INDEX_NAME).read_bytes()) for w in (2, 42)
     )

@@ -69,9 +69,7 @@ def holds(run: RunDir, step: int) -> bool:
     )
 
 
-def test_what_is_saved_is_the_state_at_the_boundary_however_far_training_goes_on(
-    run_dir: RunDir, alone: World
-) -> None:
+def test_saved_state_is_that_of_the_boundary_while_training_continues(run_dir: RunDir, alone: World) -> None:
     saver, engine = make_saver(run_dir, alone, max_mb_per_s=20)
     engine.take_step()
     saver.save(1, ())
@@ -85,7 +83,7 @@ def test_what_is_saved_is_the_state_at_the_boundary_however_far_training_goes_on
     assert saved["stall_s"] < saved["seconds"]  # type: ignore[operator]
 
 
-def test_an_asynchronous_save_writes_the_bytes_of_a_synchronous_one(tmp_path: Path, alone: World) -> None:
+def test_asynchronous_save_writes_the_same_bytes_as_a_synchronous_one(tmp_path: Path, alone: World) -> None:
     files = []
     for is_asynchronous in (True, False):
         run = RunDir(tmp_path / str(is_asynchronous))
@@ -101,7 +99,7 @@ def test_an_asynchronous_save_writes_the_bytes_of_a_synchronous_one(tmp_path: Pa
 
 
 @pytest.mark.parametrize(("free_mb", "is_short"), [(17, True), (19, False)])
-def test_where_host_memory_is_short_training_waits_for_the_save_and_an_event_says_so(
+def test_save_is_synchronous_and_recorded_when_host_memory_is_short(
     run_dir: RunDir,
     alone: World,
     tmp_path: Path,
@@ -127,7 +125,7 @@ def test_where_host_memory_is_short_training_waits_for_the_save_and_an_event_say
     ]
 
 
-def test_a_save_that_is_due_meanwhile_is_skipped_and_counted(run_dir: RunDir, alone: World) -> None:
+def test_save_that_is_due_during_another_is_skipped_and_counted(run_dir: RunDir, alone: World) -> None:
     saver, engine = make_saver(run_dir, alone, max_mb_per_s=30)
     for step in (1, 2, 3):
         engine.take_step()
@@ -139,9 +137,7 @@ def test_a_save_that_is_due_meanwhile_is_skipped_and_counted(run_dir: RunDir, al
     assert "the save of step 1" in str(skipped[0]["reason"])
 
 
-def test_a_limit_is_kept_while_training_goes_on_and_lifted_when_somebody_waits(
-    run_dir: RunDir, alone: World
-) -> None:
+def test_speed_limit_holds_during_training_and_is_lifted_for_a_wait(run_dir: RunDir, alone: World) -> None:
     size_mb = 14.4
     saver, engine = make_saver(run_dir, alone, max_mb_per_s=30)
     engine.take_step()
@@ -157,7 +153,7 @@ def test_a_limit_is_kept_while_training_goes_on_and_lifted_when_somebody_waits(
     assert events(run_dir, "checkpoint_saved")[-1]["seconds"] < 20  # type: ignore[operator]
 
 
-def test_a_save_that_is_given_up_leaves_nothing(run_dir: RunDir, alone: World) -> None:
+def test_given_up_save_leaves_nothing(run_dir: RunDir, alone: World) -> None:
     saver, engine = make_saver(run_dir, alone, max_mb_per_s=5)
     engine.take_step()
     saver.save(1, ())
@@ -175,7 +171,7 @@ def test_a_save_that_is_given_up_leaves_nothing(run_dir: RunDir, alone: World) -
     [(place, "ENOSPC") for place in PLACES[1 : PLACES.index("renamed")]]
     + [("chunk_written", "EDQUOT"), ("folder_made", "EROFS")],
 )
-def test_a_disk_that_refuses_fails_the_save_and_nothing_else(
+def test_failing_disk_fails_only_the_save(
     run_dir: RunDir, alone: World, monkeypatch: pytest.MonkeyPatch, place: str, code: str
 ) -> None:
     saver, engine = make_saver(run_dir, alone)
@@ -192,9 +188,7 @@ def test_a_disk_that_refuses_fails_the_save_and_nothing_else(
     assert [step for step, _ in committed(run_dir.checkpoints)] == [1, 3]
 
 
-def test_the_last_save_of_a_run_must_not_fail_in_silence(
-    run_dir: RunDir, alone: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_last_save_raises(run_dir: RunDir, alone: World, monkeypatch: pytest.MonkeyPatch) -> None:
     saver, engine = make_saver(run_dir, alone)
     engine.take_step()
     arm(monkeypatch, "file_written:error=ENOSPC")
@@ -202,7 +196,7 @@ def test_the_last_save_of_a_run_must_not_fail_in_silence(
         saver.save_and_wait(1, ())
 
 
-def test_a_writer_that_hangs_delays_no_step(
+def test_hanging_writer_delays_no_step(
     run_dir: RunDir, alone: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saver, engine = make_saver(run_dir, alone)
@@ -219,7 +213,7 @@ def test_a_writer_that_hangs_delays_no_step(
     assert holds(run_dir, 1)
 
 
-def test_an_older_copy_commits_nothing_more(run_dir: RunDir, alone: World) -> None:
+def test_superseded_attempt_commits_nothing(run_dir: RunDir, alone: World) -> None:
     saver, engine = make_saver(run_dir, alone, max_mb_per_s=50)
     engine.take_step()
     saver.save(1, ())
@@ -230,7 +224,7 @@ def test_an_older_copy_commits_nothing_more(run_dir: RunDir, alone: World) -> No
 
 
 @pytest.mark.parametrize("place", ["committed", "pruned"])
-def test_an_older_copy_deletes_nothing_more(
+def test_superseded_attempt_deletes_nothing(
     run_dir: RunDir, alone: World, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     earlier, engine = make_saver(run_dir, alone, keep_last=4)
@@ -259,7 +253,7 @@ def test_an_older_copy_deletes_nothing_more(
     assert steps == ([1, 2, 3, 4] if place == "committed" else [2, 3, 4])
 
 
-def test_a_folder_that_a_newer_copy_cleared_is_not_committed(
+def test_folder_that_a_newer_attempt_cleared_is_not_committed(
     run_dir: RunDir, alone: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saver, engine = make_saver(run_dir, alone)
@@ -289,7 +283,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     ("place", "rank"),
     [(place, 0) for place in PLACES] + [(place, 1) for place in PLACES[: PLACES.index("gathered")]],
 )
-def test_a_kill_at_any_failpoint_leaves_a_whole_checkpoint(
+def test_kill_at_any_failpoint_leaves_an_intact_checkpoint(
     saved: RunDir, tmp_path: Path, place: str, rank: int
 ) -> None:
     run_dir = RunDir(Path(shutil.copytree(saved.path, tmp_path / "run")))
