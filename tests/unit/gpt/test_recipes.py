@@ -1,4 +1,4 @@
-"""The recipes against what was published about their models; none is built but without its weights."""
+"""The recipes agree with what was published about their models. No weights are allocated."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Which state a run goes on from, whatever is bad."""
+"""The checkpoint that a run continues from when some are corrupt, here or at the mirror."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +22,7 @@ __all__ = ["alone"]  # a fixture
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
-    """A run with a folder for its mirror beside it."""
+    """A run, with a folder for its mirror next to it."""
     (tmp_path / "mirrors").mkdir()
     run = RunDir(tmp_path / "run")
     run.attempt(1).path.mkdir(parents=True)
@@ -38,7 +38,7 @@ def save(run: RunDir, world: World, *steps: int, **checkpoint: Any) -> None:
 
 
 def load(run: RunDir, world: World, seed: int = 1234, **checkpoint: Any) -> tuple[int | None, SmallEngine]:
-    """The step that a load gives, and the engine that it filled."""
+    """The step that is loaded, and the engine that it filled."""
     engine = SmallEngine(world.rank, world.size, **checkpoint)
     engine.run = engine.run.model_copy(update={"seed": seed})
     index = load_newest(run, cast(Any, engine), world, "d", is_begun=has_begun(run))

@@ -1,4 +1,4 @@
-"""Saving behind training's back: nothing waits, nothing half-done is ever taken for a checkpoint."""
+"""Saving in the background: training does not wait, and nothing incomplete counts as a checkpoint."""
 
 import errno
 import os
@@ -43,7 +43,7 @@ def run_dir(tmp_path: Path) -> RunDir:
 
 
 def boundary(saver: Saver, world: World) -> None:
-    """What a step boundary does for a save in flight."""
+    """Do what a step boundary does for a save in flight."""
     saver.advance(*total(world, *saver.report()))
 
 
@@ -107,7 +107,7 @@ def test_save_is_synchronous_and_recorded_when_host_memory_is_short(
     free_mb: int,
     is_short: bool,
 ) -> None:
-    """The copy takes 14.4 MB; four fifths of what is left may be used."""
+    """The copy takes 14.4 MB, and saves may use four fifths of the available memory."""
     proc = tmp_path / "proc"
     proc.mkdir()
     (proc / "meminfo").write_text(f"MemTotal: 99999999 kB\nMemAvailable: {free_mb * 1000} kB\n")
@@ -231,7 +231,7 @@ def test_superseded_attempt_deletes_nothing(
     for step in (1, 2, 3):
         engine.take_step()
         earlier.save_and_wait(step, ())
-    saver, engine = make_saver(run_dir, alone)  # it keeps two: 1 and 2 have to go
+    saver, engine = make_saver(run_dir, alone)  # it keeps two, so 1 and 2 are deleted
     engine.take_step()
     is_there, may_go_on = threading.Event(), threading.Event()
 
@@ -245,7 +245,7 @@ def test_superseded_attempt_deletes_nothing(
     saver.save(4, ())
     while not is_there.is_set():
         boundary(saver, alone)
-    run_dir.attempt(2).path.mkdir()  # a copy with a larger keep_last goes on from here
+    run_dir.attempt(2).path.mkdir()  # a newer attempt with a larger keep_last starts
     may_go_on.set()
     with pytest.raises(Superseded, match="Attempt 2 has taken the run over"):
         drain(saver, alone)
@@ -258,7 +258,7 @@ def test_folder_that_a_newer_attempt_cleared_is_not_committed(
 ) -> None:
     saver, engine = make_saver(run_dir, alone)
     engine.take_step()
-    arm(monkeypatch, "index_written:sleep=1")  # checked that it is the newest; not renamed yet
+    arm(monkeypatch, "index_written:sleep=1")  # after the check for a newer attempt, before the rename
     saver.save(1, ())
     deadline = time.monotonic() + 10
     while not list(run_dir.checkpoints.glob(".tmp-*/checkpoint.json")) and time.monotonic() < deadline:

@@ -159,5 +159,5 @@ def test_server_that_never_starts_is_given_up_at_the_end(
     ended = threading.Event()
     ended.set()
     follow(run_dir, config(uri="http://127.0.0.1:9"), ended)
-    assert "gave up; the rest stays in the record" in capfd.readouterr().out
+    assert "gave up; the lines that were not sent stay in the record" in capfd.readouterr().out
     assert len(list(record.read(run_dir.metrics))) == 3
