@@ -113,8 +113,8 @@ def test_a_batch_ramp_is_checked_and_counted_step_by_step(data: Path, tmp_path: 
     ]
     [problem] = refused(lambda: ask(data, tmp_path / "run", warmup(2048)))
     assert problem.endswith(
-        "batch.warmup.0.global_batch_tokens = 2048 is more than batch.global_batch_tokens = 1024, which the "
-        "warmup leads to."
+        "batch.warmup.0.global_batch_tokens = 2048 is more than batch.global_batch_tokens = 1024, at which "
+        "the warmup ends."
     )
     config = ask(data, tmp_path / "run", warmup(256, 512)).config
     assert plan(config, LOCAL, None).tokens == 2 * 256 + 2 * 512 + 16 * 1024
