@@ -1,9 +1,10 @@
-"""A checkpoint as a folder that transformers loads, without DeepSpeed and without a process group.
+"""Exports a checkpoint as a folder that transformers loads, without DeepSpeed or a process group.
 
 `python -m gpt.export RUN_DIR OUT [--step N] [--dtype fp32]`
 
-Reads one parameter at a time and holds one shard (5 GB) at most. The folder appears under its name when it
-is complete. What transformers has no architecture for is written as plain safetensors with our own names.
+It reads one parameter at a time and holds at most one shard (5 GB) in memory. The folder gets its name when
+it is complete. A model for which transformers has no architecture is written as plain safetensors with the
+parameter names of Outlast.
 """
 
 import argparse
@@ -37,7 +38,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote."""
+    """A summary of what an export wrote."""
 
     step: int
     architecture: str
@@ -53,12 +54,13 @@ def export(
     dtype: str = "bf16",
     shard_bytes: int = SHARD_BYTES,
 ) -> Exported:
-    """Write checkpoint `step`, or the newest intact one, to the new folder `out`.
+    """Write the checkpoint of `step`, or the newest intact one, to the new folder `out`.
 
-    Raises ConfigError when `out` exists or there is no such checkpoint, CheckpointError when none is intact.
+    Raises ConfigError when `out` is not empty or there is no such checkpoint, CheckpointError when none is
+    intact.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists and is not an empty folder; name another one.")
+        raise ConfigError(f"{out} exists and is not an empty folder. Name another one.")
     run = RunConfig.model_validate_json(run_dir.config.read_text())
     encoding = load_encoding(run.data.sources[0].path)
     temporary = out.with_name(f".{out.name}.partial")
@@ -68,7 +70,7 @@ def export(
         try:
             files = _write_weights(reader, run.model, temporary, DTYPES[dtype], shard_bytes)
         except Corrupt as error:
-            print(f"step {found} is passed over: {error}", file=sys.stderr)
+            print(f"the checkpoint of step {found} is corrupt and passed over: {error}", file=sys.stderr)
             continue
         architecture = _write_config(run.model, temporary, dtype, encoding.end_of_text)
         write_tokenizer(encoding, run.model.context, temporary)
@@ -83,7 +85,7 @@ def export(
 def _write_weights(
     reader: CheckpointReader, model: ModelConfig, folder: Path, dtype: torch.dtype, shard_bytes: int
 ) -> int:
-    """The safetensors files, and their index where there are several; how many."""
+    """Write the safetensors files, with an index if there are several; the number of files."""
     places = list(tensor_places(model))
     shapes = dict(parameter_table(model))
     sizes = [_rows(place, shapes) * prod(shapes[place.ours][1:]) * dtype.itemsize for place in places]
@@ -95,7 +97,9 @@ def _write_weights(
             filled = 0
         shards[-1].append(place)
         filled += size
-    parameter = lru_cache(maxsize=1)(reader.parameter)  # q, k and v are neighbours in one of ours
+    parameter = lru_cache(maxsize=1)(
+        reader.parameter
+    )  # q, k and v are read one after the other from one parameter
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -117,12 +121,12 @@ def _rows(place: TensorPlace, shapes: dict[str, tuple[int, ...]]) -> int:
 def _tensor(parameter: np.ndarray, place: TensorPlace, dtype: torch.dtype) -> torch.Tensor:
     part = torch.from_numpy(parameter[place.start : place.end])
     part = part if place.factor == 1.0 else part * place.factor
-    # a copy in any case: files hold tensors, not views
+    # always a copy: save_file does not accept views of shared memory
     return (part.t() if place.is_transposed else part).to(dtype, copy=True).contiguous()
 
 
 def _write_config(model: ModelConfig, folder: Path, dtype: str, end_of_text: int) -> str:
-    """config.json and generation_config.json; the name of the architecture."""
+    """Write config.json and generation_config.json; the name of the architecture."""
     ids = {"bos_token_id": end_of_text, "eos_token_id": end_of_text, "pad_token_id": end_of_text}
     _write_json(folder / "generation_config.json", {**ids, "max_length": model.context})
     obstacle = twin_obstacle(model)
@@ -130,8 +134,8 @@ def _write_config(model: ModelConfig, folder: Path, dtype: str, end_of_text: int
         fields = model.model_dump(mode="json", exclude_none=True)
         _write_json(folder / "config.json", {"model_type": "outlast", "model": fields})
         print(
-            f"transformers has no architecture for {obstacle}: the export holds plain safetensors with our "
-            "names, which AutoModelForCausalLM cannot load.",
+            f"transformers has no architecture for {obstacle}. The export holds plain safetensors with the "
+            "parameter names of Outlast, which AutoModelForCausalLM cannot load.",
             file=sys.stderr,
         )
         return "outlast"
@@ -146,7 +150,7 @@ def _write_json(path: Path, content: object) -> None:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="outlast export")
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("out", type=Path)

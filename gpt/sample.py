@@ -1,4 +1,4 @@
-"""Text from a checkpoint or an export, on any machine: without DeepSpeed and without a process group.
+"""Generates text from a checkpoint or an export, on any machine, without DeepSpeed or a process group.
 
 `python -m gpt.sample RUN_DIR|EXPORT --prompt TEXT`
 """
@@ -15,7 +15,7 @@ from gpt.run.run_dir import RunDir, is_exported
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="outlast sample")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--prompt", default="")
@@ -29,23 +29,25 @@ def main() -> None:
     if is_exported(arguments.folder):
         if arguments.step is not None:
             raise ConfigError(
-                f"--step {arguments.step}: {arguments.folder} is an export, which has one step."
+                f"--step {arguments.step}: {arguments.folder} is an export, which holds a single step. Leave "
+                "--step out."
             )
-        trained = from_folder(arguments.folder)
+        loaded = from_folder(arguments.folder)
     else:
-        trained = from_run(RunDir(arguments.folder), arguments.step)
-    # Documents begin without a mark, so that a prompt does; without one the end of another goes before.
-    prompt = trained.tokenizer.encode(arguments.prompt).tolist() or sorted(trained.ends)[:1]
+        loaded = from_run(RunDir(arguments.folder), arguments.step)
+    # Documents carry no beginning-of-text token, so prompts get none either. An empty prompt becomes an
+    # end-of-text token, which is what comes before a document in the training data.
+    prompt = loaded.tokenizer.encode(arguments.prompt).tolist() or sorted(loaded.ends)[:1]
     sampled = generate(
-        trained.gpt,
+        loaded.gpt,
         prompt,
         max_tokens=arguments.max_tokens,
         sampler=Sampler(arguments.temperature, arguments.top_k, arguments.top_p),
         seed=arguments.seed,
-        ends=trained.ends,
+        ends=loaded.ends,
     )
     sys.stdout.write(arguments.prompt)
-    for text in stream(sampled, trained.tokenizer.decode):
+    for text in stream(sampled, loaded.tokenizer.decode):
         sys.stdout.write(text)
         sys.stdout.flush()
     sys.stdout.write("\n")
@@ -57,6 +59,6 @@ if __name__ == "__main__":
     except OutlastError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(exit_code_of(error))
-    except BrokenPipeError:  # whoever read has read enough
-        sys.stderr.close()  # or the interpreter complains while it flushes
+    except BrokenPipeError:  # the reader has closed the pipe, as `head` does
+        sys.stderr.close()  # otherwise the interpreter reports the error again when it flushes
         sys.exit(1)

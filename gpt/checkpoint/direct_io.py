@@ -1,8 +1,8 @@
-"""Files past the page cache: whole blocks go between the disk and a buffer of ours (O_DIRECT in open(2)).
+"""Files that bypass the page cache: whole blocks move between the disk and our buffer (O_DIRECT, open(2)).
 
-A checkpoint is read back from the disk and not from memory, its gigabytes displace nothing that the steps
-read, and the cores that take the steps copy no page and flush none. A file system that does not know it is
-written through the cache.
+A checkpoint is then read back from the disk instead of from memory, its gigabytes displace nothing that the
+training steps read, and the cores that compute the steps neither copy nor flush pages. On a file system
+without O_DIRECT, reads and writes go through the cache.
 """
 
 import errno
@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any, Self
 
 BUFFER_BYTES = 4 << 20
-_BLOCK_BYTES = 4096  # no disk's blocks, and no file system's pages, are larger in practice
+_BLOCK_BYTES = 4096  # in practice no disk has larger blocks, and no file system larger pages
 _REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP)
 
 
 class DirectWriter:
-    """A new file, written from its beginning to its end."""
+    """A new file that is written from start to end."""
 
     def __init__(self, path: Path) -> None:
         self.size = 0
-        self._buffer = memoryview(mmap.mmap(-1, BUFFER_BYTES))  # stands at the beginning of a page
+        self._buffer = memoryview(mmap.mmap(-1, BUFFER_BYTES))  # mmap aligns it to a page
         self._filled = 0
         self._descriptor = _open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
 
@@ -34,7 +34,7 @@ class DirectWriter:
         os.close(self._descriptor)
 
     def write(self, content: bytes | memoryview) -> None:
-        """Append `content`; it may stay in the buffer until `sync`. Raises OSError."""
+        """Append `content`; it may stay in the buffer until `flush`. Raises OSError."""
         left = memoryview(content).cast("B")
         self.size += len(left)
         while len(left):
@@ -46,17 +46,17 @@ class DirectWriter:
                 self._flush()
 
     def flush(self) -> None:
-        """Hand everything to the system; nothing can be appended after it."""
+        """Hand everything to the operating system; nothing can be appended afterwards."""
         whole = self._filled - self._filled % _BLOCK_BYTES
         rest = bytes(self._buffer[whole : self._filled])
         self._filled = whole
         self._flush()
-        if rest:  # less than a block cannot go directly
+        if rest:  # less than a block cannot bypass the cache
             _through_the_cache(self._descriptor)
             os.write(self._descriptor, rest)
 
     def sync(self) -> None:
-        """Wait until it is on the disk."""
+        """Wait until the content is on the disk."""
         os.fsync(self._descriptor)
 
     def _flush(self) -> None:
@@ -71,7 +71,7 @@ class DirectWriter:
 
 
 class DirectReader(io.RawIOBase):
-    """A file for reading in large pieces, each from the disk."""
+    """A file that is read from the disk, in large blocks."""
 
     def __init__(self, path: Path) -> None:
         self._position = 0
@@ -89,13 +89,13 @@ class DirectReader(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Go to byte `offset`, counted from the beginning."""
+        """Go to byte `offset` from the start of the file."""
         assert whence == os.SEEK_SET
         self._position = offset
         return offset
 
     def readinto(self, target: Any) -> int:
-        """Fill `target` as far as the file goes; the number of bytes. Raises OSError."""
+        """Fill `target` as far as the file reaches; the number of bytes read. Raises OSError."""
         view = memoryview(target).cast("B")
         done = 0
         while done < len(view):
@@ -130,7 +130,7 @@ def _open(path: Path, flags: int) -> int:
 
 
 def _through_the_cache(descriptor: int) -> bool:
-    """Give up on direct access to an open file; whether it had it."""
+    """Turn off direct access to an open file; whether it was on."""
     flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
     fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
     return bool(flags & os.O_DIRECT)

@@ -1,9 +1,10 @@
-"""Numbered places along a save and a prune, where a test may kill the process, delay it or fail its disk.
+"""Named places along a save and a prune at which a test can kill or delay the process or fail its disk.
 
-`OUTLAST_FAILPOINTS` is a list, the first entry for the first generation of workers under an agent, the
-second for the one after its first restart, and so on: `file_synced:kill@1,renamed:sleep=5,-`. Each is
-`PLACE:ACTION[@RANK]`; an action is `kill` (SIGKILL), `kill=agent` (of the agent too, with which all its
-workers die), `stop` (SIGSTOP), `sleep=SECONDS` or `error=ENOSPC` (any name of errno). Unset, nothing happens.
+`OUTLAST_FAILPOINTS` is a list such as `file_synced:kill@1,renamed:sleep=5,-`. The first entry is for the
+first generation of workers, the second for the one after the first restart, and so on. An entry is
+`PLACE:ACTION[@RANK]`. The action is `kill` (SIGKILL), `kill=agent` (kills the agent too, and with it all of
+its workers), `stop` (SIGSTOP), `sleep=SECONDS` or `error=ENOSPC` (any name of errno). Nothing happens when
+the variable is unset.
 """
 
 import errno
@@ -42,7 +43,7 @@ class _Failpoint:
 
 
 def reach(place: str) -> None:
-    """This process is at `place`: do what the environment asks for there. May raise OSError."""
+    """Do what the environment asks for at `place`. May raise OSError."""
     armed = _armed()
     if armed is None or armed.place != place:
         return
@@ -62,7 +63,7 @@ def reach(place: str) -> None:
 
 @cache
 def _armed() -> _Failpoint | None:
-    """What this process is asked to do; the one place that reads the environment."""
+    """The failpoint that the environment sets for this process."""
     entries = os.environ.get(Variable.FAILPOINTS, "").split(",")
     generation = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     if generation >= len(entries) or ":" not in entries[generation]:
@@ -73,5 +74,5 @@ def _armed() -> _Failpoint | None:
     place, _, action = entry.partition(":")
     action, _, value = action.partition("=")
     if place not in PLACES or action not in ("kill", "stop", "sleep", "error"):
-        raise ValueError(f"{Variable.FAILPOINTS}: {entry!r} is none; places: {', '.join(PLACES)}")
+        raise ValueError(f"{Variable.FAILPOINTS}: {entry!r} is not a failpoint; places: {', '.join(PLACES)}")
     return _Failpoint(place, action, value)

@@ -1,16 +1,16 @@
-"""The checkpoint on disk: its index, its rank files, and what makes them trustworthy. Torch-free.
+"""The format of a checkpoint on disk: the index, the rank files and their checksums. Torch-free.
 
     step-00001200/
-        rank-00000.safetensors   flat fp32 state that this rank owns, its chunk checksums behind it
-        checkpoint.json          the index, written last; the folder is renamed into place as the commit
+        rank-00000.safetensors   the fp32 state that this rank owns, followed by its chunk checksums
+        checkpoint.json          the index, written last; renaming the folder into place is the commit
 
 A rank file is an ordinary safetensors file. Its tensors are `GROUP.STATE` (flat fp32: the part of the
-group's state that this rank owns) and, last, `chunk_checksums` (uint64): xxh3-64 of each CHUNK_BYTES of
-what stands between header and table. The index holds xxh3-128 of header and table, and its own checksum,
-so every byte of the folder is covered, while the index grows with parameters + ranks only.
+group's state that this rank owns) and, last, `chunk_checksums` (uint64): xxh3-64 of each CHUNK_BYTES between
+the header and this table. The index holds the xxh3-128 of header and table, and its own checksum. Every byte
+of the folder is therefore covered, while the index grows with parameters + ranks only.
 
-Nothing here is pickle, and nothing that is read decides a path outside the folder or an allocation
-beyond the size of the file.
+Nothing here uses pickle. Nothing that is read can lead to a path outside the folder or to an allocation
+larger than the file.
 """
 
 import json
@@ -31,15 +31,14 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from data_pipeline.config_file import Section
 from data_pipeline.errors import CheckpointError
 from data_pipeline.sampling.skip_list import Ranges, SkipList
-from gpt.checkpoint.layout import GroupLayout, Kind
+from gpt.checkpoint.layout import PLACEMENTS, GroupLayout, Kind
 
-FORMAT_VERSION = 1
-CHUNK_BYTES = 4 << 20  # large enough for streaming reads, small enough to name where a file is bad
+CHUNK_BYTES = 4 << 20  # large enough for streaming reads, small enough to locate a bad byte
 CHECKSUM = "xxh3"
 CHUNK_TABLE = "chunk_checksums"
 INDEX_NAME = "checkpoint.json"
 PIN_NAME = "pinned"
-INDEX_LIMIT_BYTES = 1 << 28  # a million parameters and ranks; read whole, so there must be a bound
+INDEX_LIMIT_BYTES = 1 << 28  # a million parameters and ranks; the index is read whole, so it needs a bound
 COMMITTED = re.compile(r"step-(\d{8,})")
 
 Size = Annotated[int, Field(ge=0, lt=2**63)]
@@ -47,7 +46,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
 class ParameterEntry(Section):
-    """Where a parameter stands in the flat state of its group."""
+    """The place of a parameter in the flat state of its group."""
 
     name: str
     shape: Annotated[tuple[Size, ...], Field(max_length=8)]
@@ -56,14 +55,14 @@ class ParameterEntry(Section):
 
     @property
     def numel(self) -> int:
-        """Elements of the parameter."""
+        """The number of elements of the parameter."""
         return prod(self.shape)
 
 
 class GroupEntry(Section):
-    """One optimizer group: its parameters one after the other make its flat state.
+    """One optimizer group. Its flat state is the concatenation of its parameters.
 
-    In the layout "flat" that is cut into parts of `partition_numel`, one a rank.
+    The layout "flat" cuts that into parts of `partition_numel`, one for each rank.
     """
 
     name: Name
@@ -74,7 +73,7 @@ class GroupEntry(Section):
 
 
 class FileEntry(Section):
-    """One rank file: its size and the checksum of its header and chunk table."""
+    """One rank file: its size, and the checksum of its header and chunk table."""
 
     name: Name
     size: Size
@@ -89,7 +88,7 @@ class CheckpointIndex(Section):
     attempt: Size
     world_size: Annotated[int, Field(ge=1)]
     stage: Literal[1, 2, 3]
-    layout: Kind = "flat"
+    layout: Kind = "flat"  # how the state is placed on the ranks: a key of layout.PLACEMENTS
     optimizer_steps: Size
     skipped: tuple[tuple[Size, Size], ...] = ()
     scalars: dict[Name, float] = Field(default_factory=dict)
@@ -107,33 +106,71 @@ class CheckpointIndex(Section):
     def _are_ranges(cls, skipped: Ranges) -> Ranges:
         return SkipList(skipped).ranges
 
+    @field_validator("layout")
+    @classmethod
+    def _is_known(cls, layout: Kind) -> Kind:
+        if layout not in PLACEMENTS:
+            raise ValueError(f"{layout!r} is not one of {', '.join(PLACEMENTS)}")
+        return layout
+
     @model_validator(mode="after")
     def _adds_up(self) -> Self:
         if len({group.name for group in self.groups}) < len(self.groups):
-            raise ValueError("two groups have one name")
+            raise ValueError("two groups have the same name")
         if not {entry.group for entry in self.parameters} <= {group.name for group in self.groups}:
-            raise ValueError("a parameter stands in a group that is not there")
+            raise ValueError("a parameter is in a group that is not listed")
         for group in self.groups:
             members = [entry for entry in self.parameters if entry.group == group.name]
             starts = accumulate((entry.numel for entry in members), initial=0)
             if [entry.offset for entry in members] + [group.numel] != list(starts):
-                raise ValueError(f"the parameters of group {group.name} do not stand one after the other")
-            if self.layout == "flat" and group.partition_numel * self.world_size < group.numel:
-                raise ValueError(f"{self.world_size} parts do not hold group {group.name}")
+                raise ValueError(f"the parameters of group {group.name} have gaps or overlap")
+        _ = self.layouts  # building them raises ValueError for a group that its parts do not hold
         return self
 
     @cached_property
     def layouts(self) -> dict[str, GroupLayout]:
-        """How each group's state is cut, by its name."""
+        """How each group's state is placed on the ranks, by the name of the group."""
         return {
             group.name: GroupLayout(
                 self.layout,
                 self.world_size,
-                [entry.numel for entry in self.parameters if entry.group == group.name],
+                [entry.shape for entry in self.parameters if entry.group == group.name],
                 group.partition_numel,
             )
             for group in self.groups
         }
+
+    def at_step(
+        self, step: int, *, optimizer_steps: int, scalars: Mapping[str, float], skipped: Ranges
+    ) -> "CheckpointIndex":
+        """The index of the same run at another step."""
+        changes = {
+            "step": step,
+            "optimizer_steps": optimizer_steps,
+            "scalars": dict(scalars),
+            "skipped": skipped,
+        }
+        return self._with(changes)
+
+    def with_files(self, files: tuple[FileEntry, ...]) -> "CheckpointIndex":
+        """This index with its rank files, which are known last."""
+        return self._with({"files": files})
+
+    def for_new_run(
+        self, *, data_fingerprint: str, config_fingerprint: str, skipped: Ranges
+    ) -> "CheckpointIndex":
+        """The index of the same state as the first checkpoint of another run."""
+        changes = {
+            "attempt": 0,
+            "data_fingerprint": data_fingerprint,
+            "config_fingerprint": config_fingerprint,
+            "skipped": skipped,
+        }
+        return self._with(changes)
+
+    def _with(self, changes: Mapping[str, object]) -> "CheckpointIndex":
+        fields = {name: getattr(self, name) for name in CheckpointIndex.model_fields}
+        return CheckpointIndex.model_validate({**fields, **changes})
 
     def dumps(self) -> bytes:
         """The bytes of checkpoint.json, with their own checksum as the last key."""
@@ -142,22 +179,25 @@ class CheckpointIndex(Section):
 
 
 @dataclass(frozen=True)
-class BadFile:
-    """A place where a file is not what was written."""
+class BadBytes:
+    """A place in a file whose content is not what was written."""
 
     path: Path
     offset: int
     reason: str
 
+    def __str__(self) -> str:
+        return f"{self.path}: byte {self.offset}: {self.reason}"
+
 
 class Corrupt(CheckpointError):
-    """A checkpoint that does not verify; `bad` says where."""
+    """A checkpoint that does not verify; `bad` is the place."""
 
-    def __init__(self, bad: BadFile) -> None:
+    def __init__(self, bad: BadBytes) -> None:
         self.bad = bad
-        super().__init__(f"{bad.path}: byte {bad.offset}: {bad.reason}")
+        super().__init__(str(bad))
 
-    def __reduce__(self) -> tuple[type["Corrupt"], tuple[BadFile]]:
+    def __reduce__(self) -> tuple[type["Corrupt"], tuple[BadBytes]]:
         return Corrupt, (self.bad,)
 
 
@@ -180,49 +220,53 @@ def committed(checkpoints: Path) -> list[tuple[int, Path]]:
 
 
 def _step_of(folder: Path) -> int | None:
-    """The step that the name of a committed checkpoint's folder says; None for any other name."""
+    """The step in the name of a committed checkpoint's folder; None for any other name."""
     match = COMMITTED.fullmatch(folder.name)
     return int(match[1]) if match and folder.name == step_name(int(match[1])) else None
 
 
 def is_pinned(folder: Path) -> bool:
-    """Whether a committed checkpoint stays whatever retention says."""
+    """Whether a committed checkpoint is pinned: retention never deletes it."""
     return (folder / PIN_NAME).exists()
 
 
 def read_index(folder: Path) -> CheckpointIndex:
-    """The index of the checkpoint in `folder`. Raises Corrupt when a byte of it is not as written."""
+    """The index of the checkpoint in `folder`. Raises Corrupt when any byte of it has changed."""
     path = folder / INDEX_NAME
     try:
         if (size := path.stat().st_size) > INDEX_LIMIT_BYTES:
-            raise Corrupt(BadFile(path, INDEX_LIMIT_BYTES, f"has {size} bytes; no index is that large"))
+            raise Corrupt(
+                BadBytes(path, INDEX_LIMIT_BYTES, f"has {size} bytes, which is more than any index has")
+            )
         raw = path.read_bytes()
     except OSError as error:
-        raise Corrupt(BadFile(path, 0, _why(error))) from None
+        raise Corrupt(BadBytes(path, 0, _why(error))) from None
     try:
         content = json.loads(raw)
         checksum = content.pop("checksum")
         if checksum != _index_checksum(content) or raw != _canonical({**content, "checksum": checksum}):
-            raise Corrupt(BadFile(path, 0, "the index does not match its own checksum"))
+            raise Corrupt(BadBytes(path, 0, "the index does not match its own checksum"))
         index = CheckpointIndex.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the whole"
-        raise Corrupt(BadFile(path, 0, f"not a readable index: {where}: {first['msg'][:200]}")) from None
+        where = ".".join(map(str, first["loc"])) or "index"
+        raise Corrupt(BadBytes(path, 0, f"not a readable index: {where}: {first['msg'][:200]}")) from None
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise Corrupt(BadFile(path, 0, f"not a readable index: {reason}")) from None
+        raise Corrupt(BadBytes(path, 0, f"not a readable index: {reason}")) from None
     names = [entry.name for entry in index.files]
     if len(names) != index.world_size or names != [rank_name(rank) for rank in range(len(names))]:
-        raise Corrupt(BadFile(path, 0, f"does not list the files of {index.world_size} ranks"))
+        raise Corrupt(BadBytes(path, 0, f"does not list the files of {index.world_size} ranks"))
     if (step := _step_of(folder)) is not None and step != index.step:
-        raise Corrupt(BadFile(path, 0, f"is the checkpoint of step {index.step}, in a folder for {step}"))
+        raise Corrupt(
+            BadBytes(path, 0, f"is the checkpoint of step {index.step}, in a folder for step {step}")
+        )
     return index
 
 
 @dataclass(frozen=True)
-class RankLayout:
-    """The verified frame of a rank file: where each tensor stands, and the checksum of each chunk."""
+class RankFrame:
+    """The verified frame of a rank file: the offsets of its tensors and the checksums of its chunks."""
 
     tensors: dict[str, tuple[int, int]]
     data_start: int
@@ -231,13 +275,13 @@ class RankLayout:
     chunk_checksums: tuple[int, ...]
 
     def chunk(self, number: int) -> tuple[int, int]:
-        """First byte and end of chunk `number` in the file."""
+        """First byte and end byte of chunk `number` in the file."""
         start = self.data_start + number * self.chunk_bytes
         return start, min(start + self.chunk_bytes, self.data_end)
 
 
 def rank_tensors(index: CheckpointIndex, rank: int) -> dict[str, int]:
-    """Name and elements of every state tensor that the file of `rank` holds, in file order."""
+    """Name and number of elements of each tensor in the file of `rank`, in the order of the file."""
     tensors = {}
     for group in index.groups:
         numel = index.layouts[group.name].owned_numel(rank)
@@ -246,7 +290,7 @@ def rank_tensors(index: CheckpointIndex, rank: int) -> dict[str, int]:
 
 
 def rank_header(tensors: Mapping[str, int], chunk_bytes: int = CHUNK_BYTES) -> tuple[bytes, int, int]:
-    """Length prefix and header of a rank file, the bytes of its state, and its number of chunks."""
+    """Length prefix and header of a rank file, the number of bytes of its state, and of its chunks."""
     entries: dict[str, Any] = {"__metadata__": {"chunk_bytes": str(chunk_bytes), "checksum": CHECKSUM}}
     end = 0
     for name, numel in tensors.items():
@@ -260,55 +304,55 @@ def rank_header(tensors: Mapping[str, int], chunk_bytes: int = CHUNK_BYTES) -> t
     return struct.pack("<Q", len(header)) + header, end, chunks
 
 
-def read_rank_layout(folder: Path, index: CheckpointIndex, rank: int) -> RankLayout:
-    """The frame of a rank's file, verified against the index. Raises Corrupt; reads header and table only."""
+def read_rank_frame(folder: Path, index: CheckpointIndex, rank: int) -> RankFrame:
+    """The frame of a rank's file, verified against the index. Reads header and table only. Raises Corrupt."""
     entry = index.files[rank]
     return read_frame(folder / entry.name, entry, rank_tensors(index, rank), index.chunk_bytes)
 
 
-def read_frame(path: Path, entry: FileEntry, tensors: Mapping[str, int], chunk_bytes: int) -> RankLayout:
-    """The frame of a rank file that holds `tensors`, verified against its entry. Raises Corrupt."""
+def read_frame(path: Path, entry: FileEntry, tensors: Mapping[str, int], chunk_bytes: int) -> RankFrame:
+    """The frame of a rank file with `tensors`, verified against its entry. Raises Corrupt."""
     header, data_bytes, chunks = rank_header(tensors, chunk_bytes)
     expected_size = len(header) + data_bytes + 8 * chunks
     try:
         size = path.stat().st_size
         if size != entry.size or size != expected_size:
             at = min(size, expected_size)
-            raise Corrupt(BadFile(path, at, f"has {size} bytes instead of {expected_size}"))
+            raise Corrupt(BadBytes(path, at, f"has {size} bytes instead of {expected_size}"))
         with path.open("rb") as file:
             found = file.read(len(header))
             file.seek(len(header) + data_bytes)
             table = file.read(8 * chunks)
     except OSError as error:
-        raise Corrupt(BadFile(path, 0, _why(error))) from None
+        raise Corrupt(BadBytes(path, 0, _why(error))) from None
     if found != header:
         at = next((i for i, (a, b) in enumerate(zip(found, header, strict=False)) if a != b), 0)
-        raise Corrupt(BadFile(path, at, "the header is not as written"))
+        raise Corrupt(BadBytes(path, at, "the header is not as written"))
     if frame_checksum(header, table) != entry.checksum:
-        raise Corrupt(BadFile(path, len(header) + data_bytes, "the chunk checksums are not as written"))
+        raise Corrupt(BadBytes(path, len(header) + data_bytes, "the chunk checksums are not as written"))
     offsets = {}
     start = len(header)
     for name, numel in tensors.items():
         offsets[name] = (start, start + 4 * numel)
         start += 4 * numel
     checksums = struct.unpack(f"<{chunks}Q", table)
-    return RankLayout(offsets, len(header), len(header) + data_bytes, chunk_bytes, checksums)
+    return RankFrame(offsets, len(header), len(header) + data_bytes, chunk_bytes, checksums)
 
 
-def read_chunk(file: RawIOBase, path: Path, layout: RankLayout, number: int, target: memoryview) -> None:
-    """Chunk `number` of an open rank file into `target`, of its size, verified. Raises Corrupt."""
+def read_chunk(file: RawIOBase, path: Path, layout: RankFrame, number: int, target: memoryview) -> None:
+    """Read chunk `number` of an open rank file into `target`, which has its size. Raises Corrupt."""
     start, end = layout.chunk(number)
     try:
         file.seek(start)
         count = file.readinto(target)
     except OSError as error:
-        raise Corrupt(BadFile(path, start, _why(error))) from None
+        raise Corrupt(BadBytes(path, start, _why(error))) from None
     if count != end - start or chunk_checksum(target) != layout.chunk_checksums[number]:
-        raise Corrupt(BadFile(path, start, f"checksum of bytes {start} to {end} differs"))
+        raise Corrupt(BadBytes(path, start, f"checksum of bytes {start} to {end} differs"))
 
 
-def verify(folder: Path) -> Iterator[BadFile]:
-    """Every byte of a checkpoint against its checksum; one BadFile for each bad chunk or frame."""
+def verify(folder: Path) -> Iterator[BadBytes]:
+    """Read every byte of a checkpoint and compare checksums; one BadBytes for each corrupt chunk or frame."""
     try:
         index = read_index(folder)
     except Corrupt as error:
@@ -318,8 +362,8 @@ def verify(folder: Path) -> Iterator[BadFile]:
         yield from verify_rank(folder, index, rank)
 
 
-def verify_rank(folder: Path, index: CheckpointIndex, rank: int) -> Iterator[BadFile]:
-    """Every byte of one rank's file against its checksum."""
+def verify_rank(folder: Path, index: CheckpointIndex, rank: int) -> Iterator[BadBytes]:
+    """Read every byte of one rank's file and compare checksums."""
     entry = index.files[rank]
     yield from verify_file(folder / entry.name, entry, rank_tensors(index, rank), index.chunk_bytes)
 
@@ -331,8 +375,8 @@ def verify_file(
     chunk_bytes: int,
     advance: Callable[[int], object] = lambda _: None,
     open_file: Callable[[Path], RawIOBase] = FileIO,
-) -> Iterator[BadFile]:
-    """Every byte of a rank file that holds `tensors`; `advance` hears the bytes of each chunk read."""
+) -> Iterator[BadBytes]:
+    """Read every byte of a rank file with `tensors`; `advance` is called with the size of each chunk."""
     try:
         layout = read_frame(path, entry, tensors, chunk_bytes)
     except Corrupt as error:

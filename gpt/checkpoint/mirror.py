@@ -3,8 +3,8 @@
     MIRROR/RUN/config.json, cluster.json, provenance.json, metrics.jsonl, events.jsonl
     MIRROR/RUN/checkpoints/step-00001200/rank-00000.safetensors …, checkpoint.json (last)
 
-That is a run directory without the code and the attempts. The index is written last and deleted first, so
-that a checkpoint is there whole or not at all; what is fetched is checked byte by byte before it counts.
+That is a run directory without the code and the attempts. The index is written last and deleted first, so a
+checkpoint is complete or does not count. Every byte that is fetched is verified before the checkpoint counts.
 """
 
 import json
@@ -14,27 +14,27 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data_pipeline.durable import fsync_folder
+from data_pipeline.durable import fsync_file, fsync_folder, rename_durably
 from data_pipeline.errors import LaunchError, OutlastError
 from data_pipeline.remote import find_store, in_words, is_remote
 from gpt.checkpoint.format import COMMITTED, INDEX_NAME, PIN_NAME, step_name, verify
-from gpt.checkpoint.writer import Pace, set_aside
-from gpt.run import record
+from gpt.checkpoint.removal import reject
+from gpt.checkpoint.writer import Pace
 from gpt.run.json_file import read_json
 from gpt.run.run_dir import REWOUND_PREFIX, UNCOMMITTED_PREFIX, RunDir
 
-_PIECE_BYTES = 1 << 20  # of a copy that is held back
+_BLOCK_BYTES = 1 << 20  # a copy with a speed limit waits after each block
 
 
 class MirrorError(LaunchError):
-    """A mirror that does not take or give what it was asked for; the run itself goes on."""
+    """A mirror that refuses or fails. The run itself continues."""
 
 
 class Mirror:
-    """What stands at `place`, the mirrored run directory: a folder or a URL."""
+    """The mirrored run directory at `place`, a folder or a URL."""
 
     def __init__(self, place: str) -> None:
-        """Raises ConfigError where fsspec has no store for it, MirrorError where that cannot be asked."""
+        """Raises ConfigError when fsspec has no store for the URL, MirrorError when the store fails."""
         self.place = place.rstrip("/")
         with self._asking():
             self._store, self._root = find_store(
@@ -43,17 +43,17 @@ class Mirror:
 
     @classmethod
     def of(cls, run_dir: RunDir, place: str) -> "Mirror":
-        """The mirror of `run_dir` below `place`, checkpoint.mirror of its config."""
+        """The mirror of `run_dir` in `place`, which is checkpoint.mirror of its config."""
         return cls(f"{place.rstrip('/')}/{run_dir.path.absolute().name}")
 
     def has_bucket(self) -> bool:
-        """Whether what holds it is there: of an object store the bucket."""
+        """Whether the bucket of an object store exists; True for a folder."""
         bucket = self._root.partition("/")[0]
         with self._asking():
             return not bucket or bool(self._store.exists(bucket))
 
     def run_id(self) -> str | None:
-        """The id of the run that is mirrored there, None where there is none."""
+        """The id of the mirrored run; None when nothing is mirrored there."""
         path = f"{self._root}/{RunDir(Path()).provenance.name}"
         with self._asking():
             if not self._store.exists(path):
@@ -61,13 +61,13 @@ class Mirror:
             return str(json.loads(self._store.cat_file(path)).get("run_id"))
 
     def check_owner(self, run_dir: RunDir) -> None:
-        """Raise MirrorError where another run than `run_dir` is mirrored there."""
+        """Raise MirrorError when another run than `run_dir` is mirrored there."""
         ours, theirs = (read_json(run_dir.provenance) or {}).get("run_id"), self.run_id()
         if theirs not in (None, ours):
             raise MirrorError(f"{self.place} is the mirror of another run ({theirs})")
 
     def steps(self) -> list[int]:
-        """The steps of the checkpoints that are there whole, in order."""
+        """The steps of the complete checkpoints at the mirror, in order."""
         with self._asking():
             self._store.invalidate_cache()
             indexes = self._store.glob(f"{self._root}/checkpoints/*/{INDEX_NAME}")
@@ -75,7 +75,7 @@ class Mirror:
         return sorted(int(match[1]) for match in matches if match)
 
     def has(self, step: int, folder: Path) -> bool:
-        """Whether this very checkpoint of `step`, that in `folder`, is there with each file in its size."""
+        """Whether the mirror holds the checkpoint in `folder`: the same index and file sizes."""
         index = (folder / INDEX_NAME).read_bytes()
         sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.name != PIN_NAME}
         with self._asking():
@@ -87,7 +87,7 @@ class Mirror:
         return sizes.items() <= theirs.items()
 
     def put(self, step: int, folder: Path, pace: Pace | None = None) -> int:
-        """Copy the checkpoint in `folder`, as fast as the store takes it or `pace` lets it; its bytes."""
+        """Copy the checkpoint in `folder`, no faster than `pace` allows; the number of bytes."""
         self.delete(step)
         files = sorted(path for path in folder.iterdir() if path.name not in (INDEX_NAME, PIN_NAME))
         with self._asking():
@@ -99,21 +99,21 @@ class Mirror:
         return sum(path.stat().st_size for path in files)
 
     def _put_slowly(self, path: Path, place: str, pace: Pace) -> None:
-        # In pieces of our own: a store's put_file sends as much at once as it likes.
+        # A store's put_file sends as much at once as it likes, so blocks are sent one by one.
         with path.open("rb") as file, self._store.open(place, "wb") as copy:
-            while piece := file.read(_PIECE_BYTES):
-                copy.write(piece)
-                pace.advance(len(piece))
+            while block := file.read(_BLOCK_BYTES):
+                copy.write(block)
+                pace.advance(len(block))
 
     def put_run(self, run_dir: RunDir) -> None:
-        """Copy what a run needs besides a checkpoint to go on elsewhere."""
+        """Copy what a run needs, besides a checkpoint, to continue on another machine."""
         with self._asking():
             for path in _run_files(run_dir):
                 if path.exists():
                     self._store.put_file(str(path), f"{self._root}/{path.name}")
 
     def delete(self, step: int) -> None:
-        """Delete what is there of a checkpoint, first what makes it one."""
+        """Delete a checkpoint at the mirror, the index first."""
         with self._asking():
             if not self._store.isdir(self._path(step)):
                 return
@@ -123,22 +123,20 @@ class Mirror:
             if self._store.isdir(self._path(step)):  # object stores have no empty folders
                 self._store.rmdir(self._path(step))
 
-    def set_aside(self, step: int, mark: str) -> None:
-        """Take a checkpoint there out of the line: its index gets another name, with `mark` before it."""
-        with self._asking():
-            index = self._path(step, INDEX_NAME)
-            self._store.pipe_file(self._path(step, f"{mark}{INDEX_NAME}"), self._store.cat_file(index))
-            self._store.rm_file(index)
+    def rewind(self, step: int) -> None:
+        """Rename the index of every checkpoint later than `step`, so that it no longer counts.
 
-    def set_later_aside(self, step: int) -> None:
-        """Take what is there after `step` out of the line: the run goes on from `step` another time."""
-        mark = f"{REWOUND_PREFIX}{int(time.time())}-"
-        for number in self.steps():
-            if number > step:
-                self.set_aside(number, mark)
+        The run continues from `step` and will save those steps again.
+        """
+        prefix = f"{REWOUND_PREFIX}{int(time.time())}-"
+        for later in (number for number in self.steps() if number > step):
+            with self._asking():
+                index = self._path(later, INDEX_NAME)
+                self._store.pipe_file(self._path(later, f"{prefix}{INDEX_NAME}"), self._store.cat_file(index))
+                self._store.rm_file(index)
 
     def set_pin(self, step: int, *, is_pinned: bool) -> None:
-        """Have a checkpoint there stay whatever retention says, or not."""
+        """Pin or unpin a checkpoint at the mirror."""
         path = self._path(step, PIN_NAME)
         with self._asking():
             if is_pinned:
@@ -147,14 +145,14 @@ class Mirror:
                 self._store.rm_file(path)
 
     def is_pinned(self, step: int) -> bool:
-        """Whether a checkpoint there stays whatever retention says."""
+        """Whether a checkpoint at the mirror is pinned: retention never deletes it."""
         with self._asking():
             return bool(self._store.exists(self._path(step, PIN_NAME)))
 
     def fetch(self, step: int, checkpoints: Path) -> None:
-        """Bring a checkpoint into the folder `checkpoints`; one of that step that is there is put aside.
+        """Fetch a checkpoint into the folder `checkpoints`; one of the same step there is rejected.
 
-        Raises MirrorError where a byte of it is bad.
+        Raises MirrorError when a byte of it is corrupt.
         """
         temporary = checkpoints / f"{UNCOMMITTED_PREFIX}fetched-{step_name(step)}"
         shutil.rmtree(temporary, ignore_errors=True)
@@ -168,20 +166,22 @@ class Mirror:
                     f"{self._path(step, bad.path.name)} at the mirror: byte {bad.offset}: {bad.reason}"
                 )
             for file in temporary.iterdir():
-                record.sync(file)
+                with file.open("rb") as content:
+                    fsync_file(content)
             fsync_folder(temporary)
             final = checkpoints / step_name(step)
             if final.exists():
-                set_aside(final)
-            temporary.rename(final)
-            fsync_folder(checkpoints)
+                reject(final)
+            rename_durably(temporary, final)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
-    def fetch_newest(self, checkpoints: Path, say: Callable[[str], None], newer_than: int = -1) -> int | None:
-        """Bring the newest intact checkpoint after step `newer_than` into `checkpoints`; its step, or None.
+    def fetch_newest(
+        self, checkpoints: Path, report: Callable[[str], None], newer_than: int = -1
+    ) -> int | None:
+        """Fetch the newest intact checkpoint after step `newer_than` into `checkpoints`; its step, or None.
 
-        `say` hears which ones are passed over, and why.
+        `report` receives a line about each checkpoint that is passed over.
         """
         for step in reversed(self.steps()):
             if step <= newer_than:
@@ -189,15 +189,15 @@ class Mirror:
             try:
                 self.fetch(step, checkpoints)
             except MirrorError as error:
-                say(str(error))
+                report(str(error))
                 continue
             return step
         return None
 
-    def fetch_run(self, run_dir: RunDir, say: Callable[[str], None]) -> int | None:
-        """Make `run_dir` the run that is mirrored there, with its newest intact checkpoint; its step.
+    def fetch_run(self, run_dir: RunDir, report: Callable[[str], None]) -> int | None:
+        """Create `run_dir` from the mirrored run and its newest intact checkpoint; that step, or None.
 
-        Raises MirrorError where there is no run.
+        Raises MirrorError when no run is mirrored there.
         """
         with self._asking():
             if not self._store.exists(f"{self._root}/{run_dir.config.name}"):
@@ -207,7 +207,7 @@ class Mirror:
         temporary.checkpoints.mkdir(parents=True)
         temporary.attempts.mkdir()
         try:
-            step = self.fetch_newest(temporary.checkpoints, say)
+            step = self.fetch_newest(temporary.checkpoints, report)
             with self._asking():
                 for path in _run_files(temporary):
                     if self._store.exists(f"{self._root}/{path.name}"):
@@ -222,7 +222,7 @@ class Mirror:
 
     @contextmanager
     def _asking(self) -> Iterator[None]:
-        """Turn whatever a store raises into a MirrorError: their libraries share no base class."""
+        """Turn any exception of a store into a MirrorError: their libraries share no base class."""
         try:
             yield
         except OutlastError:
@@ -232,5 +232,5 @@ class Mirror:
 
 
 def _run_files(run_dir: RunDir) -> tuple[Path, ...]:
-    # The config last: what has one is a run.
+    # The config is last: a folder with a config is a run.
     return run_dir.cluster, run_dir.provenance, run_dir.events, run_dir.metrics, run_dir.config

@@ -1,14 +1,15 @@
-"""Writing a checkpoint: each rank its file, rank 0 the index, a rename as the commit.
+"""Writes a checkpoint: each rank writes its file, rank 0 writes the index, and a rename commits it.
 
-The order is write, fsync, read back, index, fsync, rename, fsync of the folder; a kill at any point
-leaves either the whole checkpoint or a `.tmp-` folder that the next start removes.
+The order is: write, fsync and read back the rank files; write and fsync the index; rename the folder; fsync
+its parent. A kill at any point leaves either the whole checkpoint or a `.tmp-` folder, which the next start
+removes.
 """
 
 import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,25 +26,25 @@ from gpt.checkpoint.format import (
     Corrupt,
     FileEntry,
     chunk_checksum,
-    committed,
     frame_checksum,
     rank_header,
     rank_name,
     step_name,
     verify_file,
 )
-from gpt.run.run_dir import CORRUPT_PREFIX, UNCOMMITTED_PREFIX
+from gpt.checkpoint.removal import reject
+from gpt.run.run_dir import UNCOMMITTED_PREFIX
 
 
 class Cancelled(Exception):
-    """A save that is not wanted any more."""
+    """The save was cancelled."""
 
 
 class Pace:
-    """How far a save is, how fast it may go on, and whether it is still wanted; shared by two threads."""
+    """The progress, speed limit and cancellation of a save, shared by two threads."""
 
     def __init__(self, max_mb_per_s: float | None = None, wake: threading.Event | None = None) -> None:
-        """Once `wake` is set there is no limit any more."""
+        """`wake` lifts the limit once it is set."""
         self.bytes_done = 0
         self._bytes_per_s = max_mb_per_s * 1e6 if max_mb_per_s is not None else None
         self._started = time.monotonic()
@@ -51,26 +52,26 @@ class Pace:
         self._wake = wake or threading.Event()
 
     def advance(self, count: int) -> None:
-        """Another `count` bytes are written or read back: wait if that was too fast. Raises Cancelled."""
+        """Count `count` more bytes as written or read back; wait if that was too fast. Raises Cancelled."""
         self.bytes_done += count
         if self._bytes_per_s is not None:
             self._wake.wait(max(0.0, self._started + self.bytes_done / self._bytes_per_s - time.monotonic()))
         if self._is_cancelled:
             raise Cancelled
 
-    def hurry(self) -> None:
-        """No limit from here on: somebody waits for it."""
+    def lift_limit(self) -> None:
+        """Go on at full speed, because the training waits for the save."""
         self._bytes_per_s = None
         self._wake.set()
 
     def cancel(self) -> None:
-        """End the save at its next chunk."""
+        """Make the save raise Cancelled at its next chunk."""
         self._is_cancelled = True
         self._wake.set()
 
 
 def temporary_folder(checkpoints: Path, attempt: int, step: int) -> Path:
-    """Where the ranks write before the commit."""
+    """The folder in which the ranks write before the commit."""
     return checkpoints / f"{UNCOMMITTED_PREFIX}{attempt:04d}-{step:08d}"
 
 
@@ -82,10 +83,10 @@ def write_rank_file(
     chunk_bytes: int = CHUNK_BYTES,
     pace: Pace | None = None,
 ) -> FileEntry:
-    """Write one rank's file durably; what the index says of it.
+    """Write one rank's file durably; its entry for the index.
 
-    `tensors` has the elements of each flat fp32 tensor; `parts` hold their content one after the other, in
-    pieces of any size.
+    `tensors` holds the number of elements of each flat fp32 tensor. `parts` is their concatenated content, in
+    parts of any size.
     """
     pace = pace or Pace()
     header, _, _ = rank_header(tensors, chunk_bytes)
@@ -109,7 +110,7 @@ def write_rank_file(
 
 
 def _chunks(parts: Iterable[NDArray[np.float32]], chunk_bytes: int) -> Iterator[memoryview]:
-    """The bytes of `parts`, joined and cut every `chunk_bytes`; copied only where a chunk spans parts."""
+    """The bytes of `parts` in chunks of `chunk_bytes`; only a chunk that spans several parts is copied."""
     pending = bytearray()
     for part in parts:
         view = np.ascontiguousarray(part, dtype="<f4").data.cast("B")
@@ -135,9 +136,9 @@ def read_back(
     chunk_bytes: int = CHUNK_BYTES,
     pace: Pace | None = None,
 ) -> None:
-    """Read a file that was just written, from the disk where the system allows it. Raises Corrupt."""
+    """Verify a file that was just written, reading from the disk if the system allows. Raises Corrupt."""
     path = folder / entry.name
-    with path.open("rb") as file:  # what is still in the page cache would prove nothing about the disk
+    with path.open("rb") as file:  # the page cache would prove nothing about the disk
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     advance = (pace or Pace()).advance
     for bad in verify_file(path, entry, tensors, chunk_bytes, advance, open_file=DirectReader):
@@ -147,7 +148,8 @@ def read_back(
 def commit(checkpoints: Path, temporary: Path, index: CheckpointIndex) -> Path:
     """Write the index into `temporary` and rename it into place; the committed folder.
 
-    Raises OSError when a file that the index lists is not there whole: the folder was cleared meanwhile.
+    Raises OSError when a file that the index lists is missing or has another size, because another attempt
+    has cleared the folder meanwhile.
     """
     for entry in index.files:
         size = (temporary / entry.name).stat().st_size
@@ -156,8 +158,8 @@ def commit(checkpoints: Path, temporary: Path, index: CheckpointIndex) -> Path:
     write_durably(temporary / INDEX_NAME, index.dumps())
     reach("index_written")
     final = checkpoints / step_name(index.step)
-    if final.exists():  # it did not verify when this attempt started, or it would have been resumed from
-        set_aside(final)
+    if final.exists():  # corrupt: otherwise this attempt would have resumed from it
+        reject(final)
     temporary.rename(final)
     reach("renamed")
     fsync_folder(checkpoints)
@@ -166,7 +168,7 @@ def commit(checkpoints: Path, temporary: Path, index: CheckpointIndex) -> Path:
 
 
 def discard(temporary: Path, rank: int) -> None:
-    """Remove what `rank` wrote of a save that is given up; the last rank to do so removes the folder."""
+    """Remove what `rank` wrote of a discarded save; the last rank to do so removes the folder."""
     with suppress(OSError):
         (temporary / rank_name(rank)).unlink(missing_ok=True)
         if rank == 0:
@@ -175,38 +177,14 @@ def discard(temporary: Path, rank: int) -> None:
         temporary.rmdir()
 
 
-def set_aside(folder: Path) -> Path:
-    """Take a bad checkpoint out of the line without deleting it."""
-    aside = folder.with_name(f"{CORRUPT_PREFIX}{folder.name}-{time.time_ns()}")
-    folder.rename(aside)
-    return aside
-
-
-def prune(checkpoints: Path, keep: Collection[int], check: Callable[[], None] = lambda: None) -> list[int]:
-    """Delete the committed checkpoints whose step is not one of `keep`; the steps that went.
-
-    `check` raises when the caller may delete no more.
-    """
-    doomed = [(step, folder) for step, folder in committed(checkpoints) if step not in keep]
-    for _, folder in doomed:
-        check()
-        # Renamed first: a kill in the middle of the deletion must not leave half a committed folder.
-        trash = folder.with_name(f"{UNCOMMITTED_PREFIX}pruned-{folder.name}")
-        folder.rename(trash)
-        reach("prune_renamed")
-        shutil.rmtree(trash)
-        reach("pruned")
-    return [step for step, _ in doomed]
-
-
 def remove_leftovers(checkpoints: Path) -> None:
-    """Delete what killed attempts left half-written or half-deleted.
+    """Delete the half-written and half-deleted folders that killed attempts left.
 
-    Each is renamed first, so that an older copy of the run that still lives commits either the whole of
-    its save or, when it comes too late, nothing.
+    Each is renamed first. A superseded attempt that is still alive then commits its whole save or, if it
+    comes too late, nothing.
     """
     for entry in checkpoints.glob(f"{UNCOMMITTED_PREFIX}*"):
-        with suppress(OSError):  # it was committed at this very moment, or is deleted by somebody else
+        with suppress(OSError):  # it was committed just now, or another process deletes it
             trash = entry.with_name(f"{UNCOMMITTED_PREFIX}trash-{time.time_ns()}")
             entry.rename(trash)
             shutil.rmtree(trash)

@@ -1,6 +1,7 @@
-"""What may change when a run goes on: each field of its config is free, worth a warning, or must match.
+"""Which fields of a run config may change on resume: freely, with a warning, or not at all.
 
-Torch-free: the launcher judges changes by it, and checkpoints carry the fingerprint of what must match.
+The launcher checks changes against these rules, and every checkpoint stores a fingerprint of the fields that
+must match. Torch-free.
 """
 
 import json
@@ -13,14 +14,16 @@ from gpt.config.run import RunConfig
 
 
 class Change(Enum):
-    """What it means that a field is another one from some step on."""
+    """What a change of a field on resume means for the run."""
 
-    FREE = auto()  # it decides no number, or only the order in which the same numbers are added up
-    WARNED = auto()  # numbers follow it from there on, as somebody means who changes it in mid-run
-    MUST_MATCH = auto()  # the run is then another run
+    FREE = auto()  # It changes no number, or only the order in which the same numbers are summed.
+    WARNED = (
+        auto()
+    )  # It takes effect from the resumed step onwards, which is what a user wants who changes it.
+    MUST_MATCH = auto()  # With another value it would be another run.
 
 
-# The longest name that a field is or lies under decides. A test walks all the fields of a run config.
+# The longest name that equals a field or a table around it decides. A test covers all fields of a run config.
 RULES = {
     "name": Change.FREE,
     "seed": Change.MUST_MATCH,
@@ -30,7 +33,7 @@ RULES = {
     "model": Change.MUST_MATCH,
     "model.attention": Change.WARNED,
     "model.recompute": Change.FREE,
-    "data.path": Change.FREE,  # where it lies; what it is must match, by its fingerprint
+    "data.path": Change.FREE,  # The place may change; the data itself must match, by its fingerprint.
     "data.mixture": Change.MUST_MATCH,
     "data.mixture.path": Change.FREE,
     "data.schedule": Change.MUST_MATCH,
@@ -65,16 +68,16 @@ RULES = {
 
 
 def rule_of(field: str) -> str:
-    """The name in RULES that decides over a dotted field; numbers of entries in a list do not count."""
+    """The name in RULES that decides about a dotted field; indexes into lists are ignored."""
     parts = [part for part in field.split(".") if not part.isdigit()]
     names = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
     return next(name for name in names if name in RULES)
 
 
 def config_fingerprint(config: RunConfig) -> str:
-    """The same for configs that agree in all that must match.
+    """A fingerprint that is equal for configs that agree in every field that must match.
 
-    Fields at their default do not count, so that one which a later version brings changes no fingerprint.
+    Fields at their default are left out, so a field that a later version adds changes no fingerprint.
     """
     fields = dotted(config.model_dump(mode="json", exclude_defaults=True), into_lists=True)
     kept = {name: value for name, value in fields if RULES[rule_of(name)] is Change.MUST_MATCH}

@@ -1,65 +1,70 @@
 """RunConfig: everything that decides the numbers of a run, and where its outputs go.
 
-A run is a pure function of (config, data manifest, step), so whatever changes a number stands here, in the
-tables that it is made of, and nowhere else. Torch-free: the launcher reads it on login nodes. What the data
-decides (the vocabulary) and what a default derives (d_ff) is filled in by `resolve` before the run directory
-is written.
+A run is a pure function of (config, data manifest, step), so everything that changes a number is a field here
+or in one of the tables. The module does not import torch, because the launcher reads configs on login nodes.
+`resolve` fills in what depends on the data (the vocabulary) or on other fields (d_ff) before the run
+directory is written.
 """
 
 import itertools
 from math import ceil
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypedDict, Unpack
 
 from pydantic import Field, field_validator, model_validator
 
 from data_pipeline.config_file import Section
 from data_pipeline.sampling.batch_schedule import BatchSizes
-from gpt.config.data import BatchConfig, DataConfig, MixtureStage
+from gpt.config.data import BatchConfig, DataConfig
 from gpt.config.model import Count, ModelConfig, nearest_multiple
 from gpt.config.optimizer import OptimizerConfig, ScheduleConfig
 from gpt.config.parallel import ParallelConfig, ZeroConfig
 
 
 class CheckpointConfig(Section):
-    """When to save and what to keep."""
+    """When checkpoints are saved and which of them are kept."""
 
     every_steps: Count | None = Field(
         default=None,
-        description="Steps between checkpoints. Default: 500, unless every_minutes or interval is given; of "
-        "several the first that is due counts.",
+        description="Steps between checkpoints. Default: 500, unless every_minutes or interval is given. "
+        "When several of these fields are given, a checkpoint is saved as soon as one of them asks for it.",
     )
     every_minutes: float | None = Field(default=None, gt=0, description="Minutes between checkpoints.")
     interval: Literal["auto"] | None = Field(
         default=None,
-        description="auto: as often as costs least (Young 1974, Daly 2006), from the measured stall of a "
-        "save and the failures of this run.",
+        description="auto: choose the interval that costs the least time (Young 1974, Daly 2006), from the "
+        "measured stall of a save and the failures of this run.",
     )
     max_lost_minutes: float = Field(
-        default=60.0, gt=0, description="With interval = auto: most minutes of work that a failure may cost."
+        default=60.0,
+        gt=0,
+        description="With interval = auto: the most minutes of work that a failure may cost.",
     )
-    keep_last: int = Field(default=3, ge=2, description="Newest committed checkpoints to keep.")
+    keep_last: int = Field(
+        default=3, ge=2, description="How many of the newest committed checkpoints are kept."
+    )
     keep_every: Count | None = Field(
-        default=None, description="Steps of which one checkpoint each is kept for ever: the first of them."
+        default=None,
+        description="Keep one checkpoint for ever from every so many steps: the first one. Default: none.",
     )
     keep_best: int = Field(
-        default=0, ge=0, description="Checkpoints with the lowest validation loss to keep besides."
+        default=0, ge=0, description="How many checkpoints with the lowest validation loss are kept as well."
     )
     asynchronous: bool = Field(
         default=True,
-        description="Copy the state to host memory and write it while training goes on; false, or too little "
-        "host memory: training waits for the disk.",
+        description="Copy the state to host memory and write it while training continues. When false, or "
+        "when host memory is too small for the copy, training waits for the disk.",
     )
     max_mb_per_s: float | None = Field(
         default=None,
         gt=0,
-        description="Most that each process writes, and then reads back, in MB a second, while training goes "
-        "on; and most that is copied to the mirror. Default: no limit.",
+        description="Limit in MB/s at which each process writes a checkpoint and reads it back while "
+        "training continues, and at which checkpoints are copied to the mirror. Default: no limit.",
     )
-
     mirror: str | None = Field(
         default=None,
-        description="A second place for checkpoints: a folder, or a URL such as s3://bucket/runs. Each is "
-        "copied below it once it is committed, and `outlast resume` takes it from there. Default: none.",
+        description="A second place for checkpoints: a folder, or a URL such as s3://bucket/runs. Each "
+        "checkpoint is copied there once it is committed, and `outlast resume` fetches it from there when it "
+        "is missing here. Default: none.",
     )
 
     @field_validator("mirror")
@@ -77,30 +82,34 @@ class CheckpointConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """The loss on the validation split."""
+    """How the loss on the validation split is measured."""
 
     every_steps: Count = Field(default=500, description="Steps between evaluations.")
-    tokens: Count = Field(default=1_048_576, description="Tokens of the split's beginning that are scored.")
+    tokens: Count = Field(
+        default=1_048_576, description="How many tokens at the start of the validation split are scored."
+    )
 
 
 class TrackingConfig(Section):
-    """The record's mirror in MLflow."""
+    """Where metrics are sent besides metrics.jsonl."""
 
-    enabled: bool = Field(default=True, description="Mirror the record in MLflow.")
+    enabled: bool = Field(default=True, description="Send the metrics to MLflow.")
     uri: str | None = Field(
-        default=None, description="MLflow server. Default: an SQLite file beside the run directory."
+        default=None,
+        description="URI of the MLflow server. Default: an SQLite file in the folder that holds the run "
+        "directory.",
     )
-    experiment: str = Field(default="outlast", description="MLflow experiment.")
+    experiment: str = Field(default="outlast", description="Name of the MLflow experiment.")
     parent: str | None = Field(
-        default=None, description="Id of the MLflow run under which this one stands; a sweep sets it."
+        default=None, description="Id of the parent run in MLflow; `outlast sweep` sets it."
     )
 
 
 class LaunchConfig(Section):
-    """How the run is kept alive."""
+    """How failures and hangs are detected and how often the run is restarted."""
 
     max_restarts: int = Field(
-        default=100, ge=0, description="Restarts of the workers in one job, by torchrun."
+        default=100, ge=0, description="How often torchrun may restart the workers within one job run."
     )
     max_failures: Count = Field(
         default=3,
@@ -108,25 +117,26 @@ class LaunchConfig(Section):
     )
     node_check: bool = Field(
         default=True,
-        description="Look at every node before training (devices, speed, clock, versions, memory); in Slurm "
-        "a bad one is named in bad_nodes.jsonl, and the job goes on without it.",
+        description="Check every node before training (devices, speed, clock, versions, memory). On Slurm, a "
+        "node that fails is listed in bad_nodes.jsonl and the job is requeued without it.",
     )
     hang_timeout_s: float = Field(
         default=600.0,
         gt=0,
-        description="Seconds without a step, an evaluation or a save after which the workers are restarted.",
+        description="Restart the workers after this many seconds without a step, an evaluation or a save.",
     )
     start_timeout_s: float = Field(
         default=900.0,
         gt=0,
-        description="The same for each phase of a start: imports, reading a checkpoint, the first step with "
-        "what it compiles. Less than collective_timeout_s too.",
+        description="Restart the workers when a phase of the start takes longer than this many seconds: "
+        "imports, loading a checkpoint, the first step with its compilation. Must be less than "
+        "collective_timeout_s.",
     )
     collective_timeout_s: float = Field(
         default=1200.0,
         gt=0,
-        description="Seconds a rank waits for the others in a collective; more than hang_timeout_s, so that "
-        "a hang is explained before it is an error.",
+        description="Seconds that a rank waits for the others in a collective. Must be more than "
+        "hang_timeout_s, so that a hang is reported with its cause before the collective fails.",
     )
 
     @model_validator(mode="after")
@@ -134,11 +144,27 @@ class LaunchConfig(Section):
         for name in ("hang_timeout_s", "start_timeout_s"):
             if getattr(self, name) >= self.collective_timeout_s:
                 raise ValueError(
-                    f"launch.{name} = {getattr(self, name):g} must be below launch.collective_timeout_s = "
-                    f"{self.collective_timeout_s:g}, at which the others end with an error of their own. "
-                    "Raise that one too."
+                    f"launch.{name} = {getattr(self, name):g} must be less than "
+                    f"launch.collective_timeout_s = {self.collective_timeout_s:g}, after which the other "
+                    "ranks fail with an error of their own. Raise launch.collective_timeout_s too."
                 )
         return self
+
+
+class Tables(TypedDict, total=False):
+    """The tables of a run config, for `RunConfig.with_tables`."""
+
+    model: ModelConfig
+    data: DataConfig
+    batch: BatchConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    zero: ZeroConfig
+    parallel: ParallelConfig
+    checkpoint: CheckpointConfig
+    evaluation: EvaluationConfig
+    tracking: TrackingConfig
+    launch: LaunchConfig
 
 
 class RunConfig(Section):
@@ -148,22 +174,22 @@ class RunConfig(Section):
         description="Names the run directory and the MLflow run: letters, digits, '.', '_', '-'."
     )
     seed: int = Field(
-        default=1234, ge=0, lt=2**63, description="Of the initial weights and the order of the data."
+        default=1234, ge=0, lt=2**63, description="Seeds the initial weights and the data order."
     )
     precision: Literal["bf16", "fp16", "fp32"] = Field(
         default="bf16",
-        description="Of parameters and activations; master weights are fp32 always. fp16 trains with a "
-        "dynamic loss scale.",
+        description="Data type of parameters and activations. Master weights are always fp32. fp16 trains "
+        "with a dynamic loss scale.",
     )
     compile: bool = Field(
         default=False,
-        description="Compile the blocks and the loss (torch.compile): faster steps after a first one that "
-        "takes a minute or more. Numbers differ from those without in rounding, and in what dropout draws.",
+        description="Compile the blocks and the loss with torch.compile. Steps are faster, but the first one "
+        "takes a minute or more. Rounding and the random numbers of dropout differ from an uncompiled run.",
     )
     profile: Annotated[str, Field(pattern=r"^[1-9]\d*:[1-9]\d*$")] | None = Field(
         default=None,
-        description="FIRST:LAST, steps of rank 0 that torch's profiler traces into profile/ and the tracked "
-        "run.",
+        description="FIRST:LAST, the steps that torch's profiler traces on rank 0. The trace is written to "
+        "profile/ and attached to the MLflow run.",
     )
     model: ModelConfig = ModelConfig()
     data: DataConfig
@@ -179,17 +205,17 @@ class RunConfig(Section):
 
     @property
     def global_batch(self) -> int:
-        """Sequences of one optimizer step after the warmup, all ranks."""
+        """Sequences per optimizer step over all ranks, after the batch warmup."""
         return self.batch.global_batch_tokens // self.model.context
 
     @property
     def batch_sizes(self) -> BatchSizes:
-        """Sequences of each optimizer step, all ranks."""
+        """Sequences of each optimizer step over all ranks."""
         return self.batch.sizes.over(self.model.context)
 
     @property
     def stages(self) -> tuple[tuple[int, tuple[float, ...]], ...]:
-        """Each stage of data.schedule: from which sequence number on, and the weights of the sources."""
+        """Each stage of data.schedule: its first sequence number and the weights of the sources."""
         total, context = self.batch.sizes.until(self.total_steps), self.model.context
         return tuple((stage.tokens(total) // context, stage.weights) for stage in self.data.schedule)
 
@@ -201,24 +227,24 @@ class RunConfig(Section):
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """The number of optimizer steps of the whole run."""
         if self.schedule.total_steps is not None:
             return self.schedule.total_steps
         assert self.schedule.total_tokens is not None
         return self.batch.sizes.steps_for(self.schedule.total_tokens)
 
     def micro_batches(self, world_size: int) -> int:
-        """Micro-batches of one rank in one step after the warmup (gradient accumulation)."""
+        """Micro-batches that a rank accumulates per step, after the batch warmup."""
         parts = max(1, world_size // self.parallel.sequence)
         return self.global_batch // (self.batch.micro_batch * parts)
 
     def batch_problem(self, world_size: int) -> str | None:
-        """Why the global batch cannot be cut for `world_size` processes, and what can be."""
+        """Why the global batch cannot be split over `world_size` processes, and what would work instead."""
         shared = self.parallel.sequence
         if world_size % shared:
             return (
-                f"parallel.sequence = {shared} does not divide the {world_size} processes; use a multiple of "
-                f"{shared}, or another parallel.sequence."
+                f"parallel.sequence = {shared} does not divide the {world_size} processes. Use a multiple of "
+                f"{shared} processes, or another parallel.sequence."
             )
         parts = world_size // shared
         unit = self.batch.micro_batch * self.model.context * parts
@@ -236,7 +262,7 @@ class RunConfig(Section):
         return None
 
     def _other_cuts(self, parts: int) -> str:
-        """The nearest process counts and the largest micro-batch that cut the batch as it is, in words."""
+        """The nearest process counts and the largest micro-batch that split this batch, as a sentence."""
         batches = [self.batch.global_batch_tokens, *(s.global_batch_tokens for s in self.batch.warmup)]
 
         def cuts(micro_batch: int, parts: int) -> bool:
@@ -250,10 +276,10 @@ class RunConfig(Section):
         counts = " or ".join(str(n * self.parallel.sequence) for n in (fewer, more) if n is not None)
         ways = [f"{counts} processes"] * bool(counts)
         ways += [f"batch.micro_batch = {smaller}"] * (smaller is not None)
-        return f" As it is it can be cut with {', or '.join(ways)}." if ways else ""
+        return f" This batch can be split with {', or '.join(ways)}." if ways else ""
 
     def zero_problem(self, processes_per_node: int, *, has_gpu: bool) -> str | None:
-        """Why `zero` cannot run on nodes with so many processes."""
+        """Why the [zero] table cannot run on nodes with `processes_per_node` processes."""
         zero = self.zero
         if zero.is_plus_plus and not has_gpu:
             return "zero: quantized_weights, quantized_gradients and secondary_shards (ZeRO++) need GPUs."
@@ -268,7 +294,8 @@ class RunConfig(Section):
     def _dtypes_fit(self) -> Self:
         if self.precision == "fp32" and self.zero.quantized_weights:
             raise ValueError(
-                "zero.quantized_weights gathers 16-bit weights in 8 bits; precision is 'fp32'. Use 'bf16'."
+                "zero.quantized_weights gathers 16-bit weights in 8 bits, but precision is 'fp32'. "
+                "Use 'bf16'."
             )
         optimizer = self.optimizer
         if not optimizer.spec.supports_mup and self.model.initialization == "mup":
@@ -304,15 +331,15 @@ class RunConfig(Section):
     def _recompute_fits(self) -> Self:
         if self.compile and self.model.recompute == "selective":
             raise ValueError(
-                "compile = true with model.recompute = 'selective': matrix products are not seen inside "
-                "compiled blocks. Use 'none' or 'full'."
+                "model.recompute = 'selective' does not work with compile = true, because it cannot see the "
+                "matrix products inside compiled blocks. Use 'none' or 'full'."
             )
         return self
 
     @model_validator(mode="after")
     def _profile_is_a_range(self) -> Self:
         if self.profile is not None and not self.profiled_steps:
-            raise ValueError(f"profile = {self.profile!r} ends before it begins; write FIRST:LAST.")
+            raise ValueError(f"profile = {self.profile!r} ends before it starts. Write FIRST:LAST.")
         return self
 
     @model_validator(mode="after")
@@ -334,24 +361,32 @@ class RunConfig(Section):
         starts = [0, *(start for start, _ in self.stages)]
         if any(later <= start for start, later in itertools.pairwise(starts)):
             raise ValueError(
-                f"data.schedule: the stages begin at sequences {starts[1:]}; each must begin after the one "
-                "before, and the first after the start of the run."
+                f"data.schedule: the stages start at sequences {starts[1:]}. Each must start after the one "
+                "before it, and the first one after the start of the run."
             )
         return self
 
     def resolve(self, vocab_size: int) -> "RunConfig":
-        """This config with what the data decides filled in (`vocab_size` ids, padded), and what the length
-        of the run does.
+        """This config with every derived default filled in.
+
+        `vocab_size` is the number of ids in the data. The vocabulary is padded to a multiple, and the stages
+        of data.schedule are fixed to a number of tokens.
         """
         multiple = self.model.vocab_multiple
-        rows = self.model.vocab_size or ceil(vocab_size / multiple) * multiple
-        model = self.model.model_copy(
-            update={"vocab_size": rows, "d_ff": self.model.ffn_width, "n_kv_heads": self.model.kv_heads}
+        derived = {
+            "vocab_size": self.model.vocab_size or ceil(vocab_size / multiple) * multiple,
+            "d_ff": self.model.ffn_width,
+            "n_kv_heads": self.model.kv_heads,
+        }
+        return self.with_tables(
+            model=ModelConfig.model_validate({**dict(self.model), **derived}),
+            data=self.data.with_schedule_in_tokens(self.batch.sizes.until(self.total_steps)),
         )
-        total = self.batch.sizes.until(self.total_steps)
-        schedule = tuple(
-            MixtureStage(from_tokens=stage.tokens(total), weights=stage.weights)
-            for stage in self.data.schedule
-        )
-        data = self.data.model_copy(update={"schedule": schedule})
-        return self.model_copy(update={"model": model, "data": data})
+
+    def accepting_data(self, fingerprint: str) -> "RunConfig":
+        """This config for a run whose checkpoints may also come from the data with `fingerprint`."""
+        return self.with_tables(data=self.data.accepting(fingerprint))
+
+    def with_tables(self, **tables: Unpack[Tables]) -> "RunConfig":
+        """This config with other `tables`. Raises ValidationError when they do not fit together."""
+        return RunConfig.model_validate({**dict(self), **tables})

@@ -1,7 +1,7 @@
-"""The transformers architecture that computes the same function: its config, and where each tensor goes.
+"""Maps a model to the transformers architecture that computes the same function: config and tensors.
 
-Both directions stand on one table of (their tensor, our tensor, rows, transposed). No tensor is touched
-here, and transformers is not imported.
+Export and import use the same table of (their tensor, our tensor, rows, transposed). This module touches no
+tensor and does not import transformers.
 """
 
 from collections.abc import Iterator
@@ -13,14 +13,14 @@ from data_pipeline.errors import ConfigError
 from gpt.config.model import ModelConfig
 from gpt.config.parameter_table import parameter_table
 
-# Their names of Shazeer's activations (transformers.activations.ACT2FN); GPT-2's GELU is the tanh form.
+# The names in transformers.activations.ACT2FN of Shazeer's activations; GPT-2's GELU is the tanh form.
 _GATES = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu", "glu": "sigmoid", "bilinear": "linear"}
 _PLAIN = {"gelu": "gelu_pytorch_tanh", "relu": "relu", "swish": "silu", "relu2": "relu2"}
 
 
 @dataclass(frozen=True)
 class TensorPlace:
-    """Their tensor `theirs` is `factor` times rows `start` to `end` of our `ours`, transposed where said."""
+    """Tensor `theirs` of transformers is `factor` times rows `start` to `end` of `ours`, maybe transposed."""
 
     theirs: str
     ours: str
@@ -31,7 +31,7 @@ class TensorPlace:
 
 
 def twin_obstacle(model: ModelConfig) -> str | None:
-    """Why no architecture of transformers computes this network, or None."""
+    """Why no architecture of transformers computes this model, or None."""
     if model.attention_softcap or model.logit_softcap:
         return "soft-caps"
     if model.norm_placement == "post":
@@ -57,7 +57,7 @@ def twin_obstacle(model: ModelConfig) -> str | None:
 
 
 def _is_mistrals(model: ModelConfig) -> bool:
-    """Whether Llama's class refuses the network: with a window, or heads that do not add up to the width."""
+    """Whether Llama's class refuses the model: it has a window, or n_heads does not divide the width."""
     return model.window is not None or model.d_model % model.n_heads != 0
 
 
@@ -66,7 +66,7 @@ def _first(fits: dict[str, bool], where: str) -> str | None:
 
 
 def twin_config(model: ModelConfig, dtype: str, end_of_text: int) -> dict[str, Any]:
-    """config.json of the twin of `model`: GPT-2, Llama, Mistral (`_is_mistrals`) or Qwen3 (QK-norm)."""
+    """The config.json for `model`: GPT-2, Llama, Mistral (`_is_mistrals`) or Qwen3 (QK-norm)."""
     assert twin_obstacle(model) is None
     common = {
         "vocab_size": model.vocabulary,
@@ -99,13 +99,13 @@ def twin_config(model: ModelConfig, dtype: str, end_of_text: int) -> dict[str, A
         "hidden_act": _GATES[model.ffn],
         "max_position_embeddings": model.context,
         "rms_norm_eps": model.norm_eps,
-        "rope_theta": model.rope_theta,  # where readers before transformers 5 look
+        "rope_theta": model.rope_theta,  # transformers before version 5 reads this key
         "rope_parameters": _rope_parameters(model),
         **common,
     }
     if model.qk_norm:
         window = {"sliding_window": model.window, "use_sliding_window": model.window is not None}
-        # Qwen3 slides its window in the layers from this one on
+        # Qwen3 applies its window from this layer onwards
         window["max_window_layers"] = 0
         return {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", **config, **window}
     if _is_mistrals(model):
@@ -135,9 +135,9 @@ def _rope_parameters(model: ModelConfig) -> dict[str, Any]:
 
 
 def tensor_places(model: ModelConfig) -> Iterator[TensorPlace]:
-    """Every tensor of an export and where it stands in ours, in the order of our parameters.
+    """Every tensor of an export and its place in our parameters, in the order of our parameters.
 
-    Without a twin the names are ours.
+    The names are those of Outlast when transformers has no architecture for the model.
     """
     if twin_obstacle(model) is not None:
         return (TensorPlace(name, name) for name, _ in parameter_table(model))
@@ -150,7 +150,7 @@ def _gpt2_places(model: ModelConfig) -> Iterator[TensorPlace]:
     for i in range(model.n_layers):
         theirs, ours = f"transformer.h.{i}", f"blocks.{i}"
         yield from _both(f"{theirs}.ln_1", f"{ours}.attention_norm")
-        # their Conv1D holds [in, out]
+        # transformers' Conv1D stores [in, out]
         yield from _both(f"{theirs}.attn.c_attn", f"{ours}.attention.qkv", is_transposed=True)
         yield from _both(f"{theirs}.attn.c_proj", f"{ours}.attention.output", is_transposed=True)
         yield from _both(f"{theirs}.ln_2", f"{ours}.ffn_norm")
@@ -163,7 +163,7 @@ def _gpt2_places(model: ModelConfig) -> Iterator[TensorPlace]:
 
 def _llama_places(model: ModelConfig) -> Iterator[TensorPlace]:
     q, kv, f = model.n_heads * model.head_width, model.kv_heads * model.head_width, model.ffn_width
-    # muP's factors of the scores and of the logits go where they change nothing else
+    # muP's factors for scores and logits are folded into tensors where they change nothing else
     scale = (model.attention_scale or model.head_width**-0.5) * model.head_width**0.5
     q_scale, norm_scale = (1.0, scale) if model.qk_norm else (scale, 1.0)
     kinds = ("weight", "bias") if model.bias else ("weight",)
@@ -200,9 +200,9 @@ def _both(
 
 
 def model_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """The [model] table of a config.json: GPT-2, Llama, Mistral, Qwen3, or ours where they have no twin.
+    """The [model] table for a config.json of GPT-2, Llama, Mistral, Qwen3 or `outlast export`.
 
-    Raises ConfigError for another architecture, and for a setting that our network does not have.
+    Raises ConfigError for another architecture, and for a setting that the models of Outlast do not have.
     """
     kind = config.get("model_type")
     if kind == "outlast":
@@ -210,18 +210,18 @@ def model_fields(config: dict[str, Any]) -> dict[str, Any]:
         validate(ModelConfig, own, "config.json")
         return own
     if kind not in _NEEDED:
-        raise ConfigError(f"model_type = {kind!r}: gpt2, llama, mistral and qwen3 can be imported.")
+        raise ConfigError(f"model_type = {kind!r} cannot be imported. Known: gpt2, llama, mistral and qwen3.")
     missing = [key for key in _NEEDED[kind] if key not in config]
     if missing:
-        raise ConfigError(f"config.json lacks {', '.join(missing)}, of which {kind} has no fixed value.")
+        raise ConfigError(f"config.json lacks {', '.join(missing)}, and {kind} has no fixed default for it.")
     fields = _gpt2_fields(config) if kind == "gpt2" else _llama_fields(config)
     model = validate(ModelConfig, fields, "config.json")
     obstacle = twin_obstacle(model)
     if obstacle is not None:
-        raise ConfigError(f"config.json asks for {obstacle}, which is another network here.")
+        raise ConfigError(f"config.json asks for {obstacle}, which Outlast computes differently.")
     twin = twin_config(model, "float32", 0)
     problems = [
-        f"config.json has {key} = {config[key]!r}; here it is always {twin[key]!r}."
+        f"config.json has {key} = {config[key]!r}; Outlast supports only {twin[key]!r}."
         for key in sorted(twin.keys() & config.keys() - _FREE)
         if config[key] not in (twin[key], None)
     ]
@@ -231,12 +231,12 @@ def model_fields(config: dict[str, Any]) -> dict[str, Any]:
         "partial_rotary_factor": 1.0,
     }
     problems += [
-        f"config.json has {key} = {config[key]!r}; here it is always {value!r}."
+        f"config.json has {key} = {config[key]!r}; Outlast supports only {value!r}."
         for key, value in changed.items()
         if config.get(key, value) != value
     ]
     problems += [
-        f"config.json has {key} = {value!r} for its rotary positions; here there is no such setting."
+        f"config.json has {key} = {value!r} for its rotary positions; Outlast has no such setting."
         for key, value in _rope_of(config).items()
         if key not in _ROPE and value not in (None, _ROPE_NEUTRAL.get(key))
     ]
@@ -245,7 +245,7 @@ def model_fields(config: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-# Not of the network, or said in several ways.
+# Keys that do not describe the model, or that several keys express.
 _FREE = {
     "architectures",
     "model_type",
@@ -257,26 +257,26 @@ _FREE = {
 }
 _FREE |= {"activation_function", "resid_pdrop", "embd_pdrop", "attn_pdrop"}
 _FREE |= {"sliding_window", "use_sliding_window", "max_window_layers"}
-# What is read of the rotary positions, and what changes nothing.
+# Keys of the rotary positions that are read, and values that change nothing.
 _ROPE = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings"}
 _ROPE |= {"low_freq_factor", "high_freq_factor", "beta_slow", "beta_fast"}
 _ROPE_NEUTRAL = {"partial_rotary_factor": 1.0, "truncate": True}
-# What transformers would take defaults for that differ from one architecture to the next.
-_OF_LLAMA = (
+# Keys whose defaults in transformers differ between architectures, so they must be given.
+_NEEDED_BY_LLAMA = (
     *("vocab_size", "hidden_size", "intermediate_size"),
     *("num_hidden_layers", "num_attention_heads", "max_position_embeddings"),
 )
 _NEEDED = {
     "gpt2": ("vocab_size", "n_embd", "n_layer", "n_head", "n_positions"),
-    "llama": _OF_LLAMA,
-    "mistral": (*_OF_LLAMA, "num_key_value_heads", "sliding_window"),
-    "qwen3": (*_OF_LLAMA, "num_key_value_heads", "head_dim"),
+    "llama": _NEEDED_BY_LLAMA,
+    "mistral": (*_NEEDED_BY_LLAMA, "num_key_value_heads", "sliding_window"),
+    "qwen3": (*_NEEDED_BY_LLAMA, "num_key_value_heads", "head_dim"),
 }
 
 
 def _gpt2_fields(config: dict[str, Any]) -> dict[str, Any]:
     activation = config.get("activation_function", "gelu_new")
-    activation = "gelu_pytorch_tanh" if activation == "gelu_new" else activation  # one function, two names
+    activation = "gelu_pytorch_tanh" if activation == "gelu_new" else activation  # two names of one function
     return {
         "n_layers": config["n_layer"],
         "d_model": config["n_embd"],
@@ -313,7 +313,7 @@ def _llama_fields(config: dict[str, Any]) -> dict[str, Any]:
     if config.get("head_dim"):
         fields["d_head"] = config["head_dim"]
     window = _window_of(config)
-    if window is not None and window < fields["context"]:  # a wider one sees all there is
+    if window is not None and window < fields["context"]:  # a wider window sees the whole context
         fields["window"] = window
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind != "default":
@@ -321,7 +321,7 @@ def _llama_fields(config: dict[str, Any]) -> dict[str, Any]:
         ours |= {"low_freq_factor": "low_frequency_factor", "high_freq_factor": "high_frequency_factor"}
         known = ("factor", "beta_slow", "beta_fast", *ours)
         scaling = {ours.get(key, key): rope[key] for key in known if rope.get(key) is not None}
-        if kind != "linear":  # theirs, where it is not given
+        if kind != "linear":  # transformers' default
             scaling.setdefault("original_context", fields["context"])
         fields["rope_scaling"] = {"kind": kind, **scaling}
     return fields
@@ -332,7 +332,7 @@ def _rope_of(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _window_of(config: dict[str, Any]) -> int | None:
-    """The window of every layer, or None where no layer has one."""
+    """The window of every layer, or None when no layer has one."""
     window: int | None = config.get("sliding_window")
     if config["model_type"] == "mistral" or window is None:
         return window
@@ -343,7 +343,8 @@ def _window_of(config: dict[str, Any]) -> int | None:
     windowed = layers - kinds.count("full_attention")
     if 0 < windowed < layers:
         raise ConfigError(
-            f"config.json has a sliding window in {windowed} of {layers} layers; here all have it, or none."
+            f"config.json has a sliding window in {windowed} of {layers} layers. Outlast supports one in all "
+            "layers or in none."
         )
     return window if windowed else None
 
@@ -352,4 +353,4 @@ def _named(names: dict[str, str], theirs: str) -> str:
     for ours, name in names.items():
         if name == theirs:
             return ours
-    raise ConfigError(f"config.json has the activation {theirs!r}; known: {', '.join(names.values())}.")
+    raise ConfigError(f"config.json has the activation {theirs!r}. Known: {', '.join(names.values())}.")

@@ -1,9 +1,9 @@
-"""The first checkpoint of a run that starts from the weights of a transformers folder.
+"""Writes the first checkpoint of a run that starts from the weights of a transformers folder.
 
 `python -m gpt.huggingface.importer HF_DIR RUN_DIR`
 
-Reads safetensors only. The moments begin at zero and the step is 0: the schedule of the run's config
-decides the rest, as for new weights.
+It reads safetensors only. The moments are zero and the step is 0, so the run's schedule applies from its
+start, as for new weights.
 """
 
 import argparse
@@ -36,10 +36,10 @@ from gpt.run.run_dir import RunDir
 
 
 class PretrainedFolder:
-    """The tensors of a folder that transformers wrote, as our parameters."""
+    """The tensors of a folder that transformers wrote, as parameters of Outlast."""
 
     def __init__(self, folder: Path, model: ModelConfig) -> None:
-        """Open the files. Raises ConfigError where one is missing, unreadable or not of this network."""
+        """Open the files. Raises ConfigError when one is missing, unreadable or belongs to another model."""
         index = folder / "model.safetensors.index.json"
         single = folder / "model.safetensors"
         if index.exists():
@@ -48,8 +48,8 @@ class PretrainedFolder:
             names = [single.name]
         else:
             raise ConfigError(
-                f"{folder} has no model.safetensors and no index of several. Other formats (pickle) are not "
-                "read; transformers' save_pretrained writes safetensors."
+                f"{folder} has neither model.safetensors nor model.safetensors.index.json. Other formats, "
+                "such as pickle, are not read. transformers' save_pretrained writes safetensors."
             )
         self._files: dict[str, Path] = {}
         for name in names:
@@ -68,7 +68,7 @@ class PretrainedFolder:
             )
 
     def parameter(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
-        """One of our parameters, fp32. Raises ConfigError when the shape is another."""
+        """A parameter in fp32. Raises ConfigError when its shape is not `shape`."""
         parts = []
         for place in self._places[name]:
             stored = self._stored(place.theirs)
@@ -84,7 +84,7 @@ class PretrainedFolder:
         return result
 
     def _stored(self, name: str) -> str | None:
-        # GPT-2's published files leave out the prefix of the language model
+        # The published files of GPT-2 leave out the prefix of the language model.
         without = name.removeprefix("transformer.").removeprefix("model.")
         return next((candidate for candidate in (name, without) if candidate in self._files), None)
 
@@ -95,9 +95,9 @@ def write_first_checkpoint(
     parameter: Callable[[str, tuple[int, ...]], NDArray[np.float32]],
     data: str,
 ) -> Path:
-    """Commit the step 0 of `run` with these weights and zero moments, as of one rank; its folder.
+    """Commit a checkpoint of step 0 with these weights and zero moments, written by one rank; its folder.
 
-    `data` is the fingerprint of the data set. Memory: one fp32 copy of the model.
+    `data` is the fingerprint of the data set. It needs memory for one fp32 copy of the model.
     """
     entries = parameter_entries(run.model, run.optimizer)
     sizes = sizes_by_group(entries)
@@ -142,12 +142,14 @@ def write_first_checkpoint(
 
 
 def check_tokenizer(folder: Path, encoding: Encoding) -> None:
-    """Raise ConfigError where the folder's tokenizer.json gives other ids than the data's encoding."""
+    """Raise ConfigError when the folder's tokenizer.json gives other ids than the encoding of the data."""
     path = folder / "tokenizer.json"
     if not path.exists():
-        raise ConfigError(f"{folder} has no tokenizer.json to compare with the data's encoding.")
+        raise ConfigError(f"{folder} has no tokenizer.json to compare with the encoding of the data.")
     tokenizer = Tokenizer.from_file(str(path))
-    tokenizer.encode_special_tokens = True  # as in our data: text that looks like a special token is text
+    tokenizer.encode_special_tokens = (
+        True  # as in the data: text that looks like a special token is ordinary text
+    )
     for sample in SAMPLES:
         ours, theirs = (
             encoding.encode(sample).tolist(),
@@ -161,8 +163,7 @@ def check_tokenizer(folder: Path, encoding: Encoding) -> None:
 
 
 def main() -> None:
-    """The command line."""
-
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="outlast import")
     parser.add_argument("hf_dir", type=Path)
     parser.add_argument("run_dir", type=Path)
@@ -173,7 +174,7 @@ def main() -> None:
     check_tokenizer(arguments.hf_dir, load_encoding(run.data.sources[0].path))
     fingerprint = joint_fingerprint([read_manifest(source.path) for source in run.data.sources])
     write_first_checkpoint(run_dir, run, folder.parameter, fingerprint)
-    # Without its first checkpoint the run is nothing: it must not start from new weights.
+    # This event marks the run as begun: without its first checkpoint it must not start from new weights.
     record_event(run_dir.events, Event.IMPORTED, step=0, source=str(arguments.hf_dir))
 
 

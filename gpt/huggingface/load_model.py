@@ -1,6 +1,6 @@
-"""A trained network with its tokenizer, on any machine: from a run, or from a folder that transformers loads.
+"""Loads a trained model with its tokenizer from a run or from a folder that transformers loads.
 
-Without DeepSpeed and without a process group. Weights are read in fp32, whatever they are stored in.
+It works on any machine, without DeepSpeed or a process group. Weights are converted to fp32.
 """
 
 import sys
@@ -29,20 +29,20 @@ from gpt.run.run_dir import RunDir
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back."""
+    """Converts text to ids and back."""
 
     def encode(self, text: str) -> NDArray[np.uint32]:
         """The ids of a text."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; bytes that are no whole character become U+FFFD."""
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
         ...
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A network ready to be asked, with the ids that end a text and the step that it comes from, if any."""
+class LoadedModel:
+    """A model in evaluation mode, the ids that end a text, and the step of its checkpoint, if it has one."""
 
     gpt: GPT
     tokenizer: Tokenizer
@@ -50,10 +50,10 @@ class Trained:
     step: int | None
 
 
-def from_run(run_dir: RunDir, step: int | None = None) -> Trained:
-    """Checkpoint `step` of a run, or its newest intact one.
+def from_run(run_dir: RunDir, step: int | None = None) -> LoadedModel:
+    """The model in the checkpoint of `step`, or in the newest intact checkpoint.
 
-    Raises ConfigError when there is none, CheckpointError when none is intact.
+    Raises ConfigError when there is no such checkpoint, CheckpointError when none is intact.
     """
     run = RunConfig.model_validate_json(run_dir.config.read_text())
     encoding = load_encoding(run.data.sources[0].path)
@@ -61,16 +61,16 @@ def from_run(run_dir: RunDir, step: int | None = None) -> Trained:
         try:
             gpt = _filled(run.model, reader.parameter)
         except Corrupt as error:
-            print(f"step {found} is passed over: {error}", file=sys.stderr)
+            print(f"the checkpoint of step {found} is corrupt and passed over: {error}", file=sys.stderr)
             continue
-        return Trained(gpt, encoding, {encoding.end_of_text}, found)
+        return LoadedModel(gpt, encoding, {encoding.end_of_text}, found)
     raise CheckpointError(f"{run_dir.path} has no intact checkpoint" + (f" of step {step}" if step else ""))
 
 
-def from_folder(folder: Path) -> Trained:
-    """A folder of `outlast export`, or another of GPT-2, Llama, Mistral or Qwen3 with a tokenizer.json.
+def from_folder(folder: Path) -> LoadedModel:
+    """The model in a folder of `outlast export`, or in one of GPT-2, Llama, Mistral or Qwen3.
 
-    Raises ConfigError when it is none, or not whole.
+    Raises ConfigError when the folder holds none of these, or lacks a file such as tokenizer.json.
     """
     config = read_json(folder / "config.json") or {}
     model = ModelConfig.model_validate(model_fields(config))
@@ -79,7 +79,7 @@ def from_folder(folder: Path) -> Trained:
     generation = read_json(folder / "generation_config.json") or {}
     ends = generation.get("eos_token_id", config.get("eos_token_id"))
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
-    return Trained(gpt, FolderTokenizer(folder), set(ends), None)
+    return LoadedModel(gpt, FolderTokenizer(folder), set(ends), None)
 
 
 def _filled(model: ModelConfig, parameter: Callable[[str], NDArray[np.float32]]) -> GPT:

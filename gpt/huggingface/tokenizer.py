@@ -1,7 +1,7 @@
-"""An encoding as a `tokenizers` file, so that transformers gives the same ids offline.
+"""Writes an encoding as a tokenizer.json, so that transformers gives the same ids without a network.
 
-What tiktoken does is a byte-level BPE whose merges follow from the ranks; the file says the same in the
-other library's words, and a sample of texts is encoded by both before it is trusted.
+tiktoken's encoding is a byte-level BPE in which the ranks imply the merges; tokenizer.json lists the merges.
+Both tokenizers encode a sample of texts before the file is kept.
 """
 
 import json
@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from data_pipeline.errors import ConfigError
 from data_pipeline.tokenizer.encoding import END_OF_TEXT, Encoding
 
-# Digits, contractions, scripts, spaces, control characters, an emoji of several code points, and a text
-# that looks like a special token: where two byte-level BPEs differ, one of these shows it.
+# Digits, contractions, scripts, spaces, control characters, an emoji of several code points, and a text that
+# looks like a special token: these are the cases in which two byte-level BPEs differ.
 SAMPLES = (
     "Hello, world! It's 1234567890 o'clock; we'LL see.",
     "  leading,   inner    and trailing spaces   \n\n\n\t\tand\r\ntabs  ",
@@ -29,9 +29,9 @@ SAMPLES = (
 
 
 def write_tokenizer(encoding: Encoding, context: int, folder: Path) -> None:
-    """tokenizer.json and tokenizer_config.json in `folder`.
+    """Write tokenizer.json and tokenizer_config.json into `folder`.
 
-    Raises ConfigError where a text is encoded otherwise than by tiktoken: then neither file stays.
+    Raises ConfigError, and writes neither file, when a sample is not encoded as tiktoken encodes it.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
@@ -53,12 +53,12 @@ def write_tokenizer(encoding: Encoding, context: int, folder: Path) -> None:
     tokenizer.add_special_tokens(
         [AddedToken(token, normalized=False, special=True) for token in encoding.special_tokens]
     )
-    tokenizer.encode_special_tokens = True  # text that looks like a special token is text
+    tokenizer.encode_special_tokens = True  # text that looks like a special token is ordinary text
     for sample in SAMPLES:
         ours, theirs = encoding.encode(sample).tolist(), tokenizer.encode(sample).ids
         if ours != theirs:
             raise ConfigError(
-                f"tokenizer {encoding.name!r} has no equal in a tokenizer.json: {sample!r} is {ours} in "
+                f"tokenizer {encoding.name!r} cannot be written as a tokenizer.json: {sample!r} is {ours} in "
                 f"tiktoken and {theirs} there. Its pattern is {encoding.pattern!r}."
             )
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -74,10 +74,10 @@ def write_tokenizer(encoding: Encoding, context: int, folder: Path) -> None:
 
 
 class FolderTokenizer:
-    """The tokenizer.json of a folder, special tokens as its post-processor adds them."""
+    """The tokenizer.json of a folder; its post-processor adds special tokens."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises ConfigError where the folder has none."""
+        """Raises ConfigError when the folder has no tokenizer.json."""
         from tokenizers import Tokenizer
 
         path = folder / "tokenizer.json"
@@ -86,7 +86,7 @@ class FolderTokenizer:
         self._tokenizer = Tokenizer.from_file(str(path))
 
     def encode(self, text: str) -> NDArray[np.uint32]:
-        """The ids of `text`; text that looks like a special token is text, as in our data."""
+        """The ids of `text`; text that looks like a special token is ordinary text, as in the data."""
         self._tokenizer.encode_special_tokens = True
         return np.array(self._tokenizer.encode(text).ids, dtype=np.uint32)
 
@@ -97,16 +97,16 @@ class FolderTokenizer:
 
 
 def oniguruma(pattern: str) -> str:
-    """A tiktoken pattern for Oniguruma, which reads `{1,3}+` as a repeated group, not as possessive.
+    """A tiktoken pattern for Oniguruma, which reads `{1,3}+` as a repeated group instead of a possessive one.
 
-    Giving back would not help a match there: what follows such a group in tiktoken's patterns is the next
-    alternative.
+    Without `+` the group may backtrack. That changes no match, because in tiktoken's patterns nothing follows
+    such a group in its alternative.
     """
     return re.sub(r"(\{\d+(?:,\d*)?\})\+", r"\1", pattern)
 
 
 def byte_letters() -> list[str]:
-    """The letter that stands for each byte in a byte-level BPE (GPT-2's published encoder)."""
+    """The letter for each byte in a byte-level BPE, from GPT-2's published encoder."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), 256)}
     stand_ins = iter(range(256, 512))
     return [chr(byte if byte in printable else next(stand_ins)) for byte in range(256)]
@@ -117,7 +117,7 @@ def _spelled(token: bytes, letters: list[str]) -> str:
 
 
 def _merges(encoding: Encoding, letters: list[str]) -> list[tuple[str, str]]:
-    """Every pair that tiktoken would merge, in its order: any two tokens that make a third, by its rank."""
+    """Every pair of tokens that tiktoken would merge into a third one, ordered by the rank of that one."""
     ranks = encoding.ranks
     merges = []
     for token, _ in sorted(ranks.items(), key=lambda item: item[1]):

@@ -1,13 +1,13 @@
-"""Host memory: how much is left, of the machine and of the control group that limits it; and who keeps it."""
+"""Host memory: how much is available on this machine and in its cgroup, and how glibc reuses freed memory."""
 
 import ctypes
 from collections.abc import Iterator
 from pathlib import Path
 
-# Of what is left on a node, for the copies of the state that asynchronous saves write from.
+# Fraction of a node's available memory that asynchronous saves may use for their copies of the state.
 LARGEST_SHARE = 0.8
 
-# Of a cgroup of version 2 and of version 1: limit, use, and the page cache that is given up on demand.
+# Files of cgroup versions 2 and 1: the limit, the usage, and the page cache that can be reclaimed on demand.
 _VERSION_2 = ("memory.max", "memory.current", "inactive_file")
 _VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
@@ -16,26 +16,26 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what is freed for the next allocation, instead of giving large blocks back at once.
+    """Make glibc keep freed memory for the next allocation instead of returning large blocks to the kernel.
 
-    A step allocates the same buffers every time, those of ZeRO as large as the network. To get their pages
-    anew from the kernel took a tenth of the step (27 M parameters, one process, one thread): copies into
-    them 141 ms instead of 59.
+    Every step allocates the same buffers, and those of ZeRO are as large as the model. Getting their pages
+    from the kernel again took a tenth of the step (27 M parameters, one process, one thread): copies into
+    them took 141 ms instead of 59.
     """
     allocator = getattr(ctypes.CDLL(None), "mallopt", None)
-    if allocator is not None:  # it is glibc's
+    if allocator is not None:  # other C libraries do not have it
         allocator(_M_MMAP_MAX, 0)
         allocator(_M_TRIM_THRESHOLD, -1)
 
 
 def available_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that may still be taken without swapping or being killed for it."""
+    """Bytes that this process can still allocate without swapping or being killed."""
     free = 1024 * _field(proc / "meminfo", "MemAvailable:")
     return min([free, *_left_in_groups(proc, cgroups)])
 
 
 def _left_in_groups(proc: Path, cgroups: Path) -> Iterator[int]:
-    """What each control group above this process leaves."""
+    """The bytes left in each cgroup that contains this process."""
     for row in _lines(proc / "self" / "cgroup"):
         _, controllers, path = row.split(":", 2)
         if controllers not in ("", "memory"):

@@ -1,7 +1,7 @@
-"""metrics.jsonl and events.jsonl: append, cut back, read.
+"""metrics.jsonl and events.jsonl: append lines, cut them back, read them.
 
-The record is the truth about a run; MLflow mirrors it. One JSON object a line; each line is one write, so
-that a kill can tear the last line only, and readers pass over a torn last line.
+The record is the authoritative account of a run; MLflow receives a copy. It has one JSON object per line.
+Each line is a single write, so a kill can tear only the last line, and readers ignore a torn last line.
 """
 
 import errno
@@ -14,13 +14,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.durable import fsync_file
+
 
 def append(path: Path, /, **fields: Any) -> None:
-    """Add one line with the time (Unix seconds) first; a number that is not finite becomes null.
+    """Append one line, with the time in Unix seconds first. A number that is not finite becomes null.
 
-    A line that a kill has torn is ended first. Raises OSError with nothing added when the disk is full.
+    If a kill has torn the last line, a line break ends it first. Raises OSError when the disk is full;
+    nothing is appended then.
     """
-    content = {"time": time.time(), **_as_json(fields)}
+    content = {"time": time.time(), **_finite_or_null(fields)}
     line = (json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n").encode()
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
@@ -36,13 +39,13 @@ def append(path: Path, /, **fields: Any) -> None:
 
 
 def read(path: Path, offset: int = 0) -> Iterator[dict[str, Any]]:
-    """The whole lines of `path` from byte `offset`; a torn last line and a missing file give nothing."""
+    """The complete lines of `path` from byte `offset`. A torn last line and a missing file are ignored."""
     for line, _ in read_from(path, offset):
         yield line
 
 
 def read_from(path: Path, offset: int) -> Iterator[tuple[dict[str, Any], int]]:
-    """Each whole line from byte `offset` and the offset behind it, for a reader that comes back later."""
+    """Each complete line from byte `offset`, with the offset after it, from which a reader can continue."""
     try:
         file = path.open("rb")
     except FileNotFoundError:
@@ -62,7 +65,7 @@ def read_from(path: Path, offset: int) -> Iterator[tuple[dict[str, Any], int]]:
 
 
 def val_losses(path: Path) -> dict[int, float]:
-    """The validation loss by step, where there is one; only those lines are parsed."""
+    """The validation loss of each step that has one; only those lines are parsed."""
     try:
         lines = path.read_bytes().splitlines()
     except FileNotFoundError:
@@ -77,7 +80,7 @@ def val_losses(path: Path) -> dict[int, float]:
 
 
 def last(path: Path, tail_bytes: int = 65536) -> dict[str, Any] | None:
-    """The last whole line, reading no more than `tail_bytes`."""
+    """The last complete line, from the last `tail_bytes` of the file."""
     try:
         size = path.stat().st_size
     except FileNotFoundError:
@@ -90,9 +93,9 @@ def last(path: Path, tail_bytes: int = 65536) -> dict[str, Any] | None:
 
 
 def cut_back(path: Path, step: int) -> str | None:
-    """Drop a torn last line and every line past `step`, so that each step stands in the record once.
+    """Remove a torn last line and every line after `step`, so that no step is recorded twice.
 
-    What is wrong with the lines that stay, in words: steps that are missing or stand twice.
+    Returns what is wrong with the remaining lines (missing or repeated steps) as a sentence, or None.
     """
     if not path.exists():
         return None
@@ -111,21 +114,21 @@ def cut_back(path: Path, step: int) -> str | None:
         complaint = complaint or f"it ends at step {before}, the run continues from step {step}"
     with path.open("r+b") as file:
         file.truncate(keep)
-        os.fsync(file.fileno())
+        fsync_file(file)
     return complaint
 
 
 def amend_last(path: Path, /, **fields: Any) -> None:
-    """Add fields to the last line, in one write over it: a reader finds the old line or the new one."""
+    """Add fields to the last line with a single write, so a reader finds the old line or the new one."""
     with path.open("r+b", buffering=0) as file:
         content = file.read()
         start = content.rfind(b"\n", 0, -1) + 1
-        line = {**json.loads(content[start:]), **_as_json(fields)}
+        line = {**json.loads(content[start:]), **_finite_or_null(fields)}
         file.seek(start)
         file.write((json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
-def _as_json(fields: dict[str, Any]) -> dict[str, Any]:
+def _finite_or_null(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: None if _is_not_finite(value) else value for name, value in fields.items()}
 
 
@@ -135,9 +138,5 @@ def _is_not_finite(value: object) -> bool:
 
 def sync(path: Path) -> None:
     """Make what was appended to `path` durable."""
-    if path.exists():
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    with suppress(FileNotFoundError), path.open("rb") as file:
+        fsync_file(file)

@@ -181,7 +181,7 @@ class RunDir:
     @property
     def mlflow_database(self) -> Path:
         """Where MLflow keeps its runs by default: one SQLite file for all the runs in a folder."""
-        return self.path.resolve().parent / "mlflow.db"
+        return mlflow_database_in(self.path.resolve().parent)
 
     @property
     def checkpoints(self) -> Path:
@@ -203,6 +203,11 @@ class RunDir:
     def last_submission(self) -> int:
         """The number of the newest submission, 0 before the first."""
         return max(_numbers(self.submissions), default=0)
+
+
+def mlflow_database_in(folder: Path) -> Path:
+    """Where MLflow keeps the runs in `folder` by default."""
+    return folder / "mlflow.db"
 
 
 def _numbers(folder: Path) -> list[int]:

@@ -1,4 +1,4 @@
-"""What a save reads: a copy of this rank's state in host memory, or the state itself while training waits."""
+"""The source of a save: a copy of this rank's state in host memory, or the state itself."""
 
 from collections.abc import Iterator
 
@@ -8,21 +8,21 @@ from numpy.typing import NDArray
 
 from gpt.distributed.zero.state import StatePart
 
-_PIECE = 1 << 24  # elements of a device's state that stand in host memory at a time: 64 MiB
+_BLOCK_NUMEL = 1 << 24  # elements of a device's state that are in host memory at a time: 64 MiB
 
 
 class Snapshot:
     """A host buffer for the state of one rank, in the order of its file; allocated once."""
 
     def __init__(self, numel: int, device: torch.device) -> None:
-        is_pinned = device.type == "cuda"  # the only memory that a GPU copies to while the host goes on
+        is_pinned = device.type == "cuda"  # a GPU copies asynchronously only to pinned memory
         self._buffer = torch.empty(numel, dtype=torch.float32, pin_memory=is_pinned)
-        self._buffer.zero_()  # pages are given out at the first touch: now, not in the middle of a step
+        self._buffer.zero_()  # touch every page now, or a step would wait for the kernel to provide it
         self._copying = _event() if is_pinned else None
         self._copied = _event() if is_pinned else None
 
     def take(self, state: Iterator[StatePart]) -> None:
-        """Copy `state`; on a GPU the copy is only queued, before any later step of the same stream."""
+        """Copy `state`; on a GPU this only queues the copy, ahead of later steps on the same stream."""
         if self._copying is not None:
             self._copying.record()
         end = 0
@@ -34,13 +34,13 @@ class Snapshot:
             self._copied.record()
 
     def device_seconds(self) -> float:
-        """How long the device was busy with the last copy, once it is there."""
+        """How long the device was busy with the last copy, once that is complete."""
         if self._copying is None or self._copied is None:
             return 0.0
         return float(self._copying.elapsed_time(self._copied)) / 1000.0
 
     def parts(self) -> Iterator[NDArray[np.float32]]:
-        """The content, once the copy is there."""
+        """The content, after waiting until the copy is complete."""
         if self._copied is not None:
             self._copied.synchronize()
         yield self._buffer.numpy()
@@ -51,7 +51,7 @@ def _event() -> torch.cuda.Event:
 
 
 def live_parts(state: Iterator[StatePart]) -> Iterator[NDArray[np.float32]]:
-    """The content of `state` itself, piece by piece: nothing may change it until the last one is read."""
+    """The content of `state` itself, block by block; nothing may change it until the last block is read."""
     for part in state:
-        for piece in torch.split(part.tensor, _PIECE):
-            yield piece.float().cpu().numpy()
+        for block in torch.split(part.tensor, _BLOCK_NUMEL):
+            yield block.float().cpu().numpy()

@@ -1,9 +1,10 @@
-"""Copies a run's checkpoints to its mirror once they are committed: a process that no step waits for.
+"""Copies committed checkpoints of a run to its mirror, from a process that training never waits for.
 
 `python -m gpt.sidecars.checkpoint_mirror RUN_DIR`
 
-The newest comes first; older ones follow as time permits. The mirror keeps what the run's own retention
-keeps. A mirror that fails is an event and a later try, never a matter for training. Torch-free.
+The newest checkpoint is copied first; older ones follow as time permits. The mirror keeps what the run's own
+retention keeps. When the mirror fails, an event records it and the copy is tried again later; training is not
+affected. Torch-free.
 """
 
 import sys
@@ -19,22 +20,22 @@ from gpt.config.run import CheckpointConfig, RunConfig
 from gpt.run import record
 from gpt.run.events import Event, record_event
 from gpt.run.run_dir import RunDir
-from gpt.sidecars import follower as beside
+from gpt.sidecars import follower
 
 POLL_S = 2.0
 RETRY_S = 30.0
-PATIENCE_S = 45.0  # with a mirror that fails, once the run has ended
+PATIENCE_S = 45.0  # how long a failing mirror is retried once the run has ended
 
 
 class Copier:
-    """One run on its way to its mirror."""
+    """Copies the checkpoints of one run to its mirror."""
 
     def __init__(
         self, run_dir: RunDir, config: CheckpointConfig, ended: threading.Event | None = None
     ) -> None:
-        """Until `ended` is set, its copies keep to max_mb_per_s.
+        """Copies are limited to max_mb_per_s until `ended` is set.
 
-        Raises MirrorError where the mirror cannot be asked or is another run's.
+        Raises MirrorError when the mirror does not answer or belongs to another run.
         """
         assert config.mirror is not None
         self.run_dir, self.config, self._ended = run_dir, config, ended
@@ -43,7 +44,7 @@ class Copier:
         self._is_there: dict[tuple[int, int], bool] = {}  # step and inode → pinned
 
     def copy_next(self) -> bool:
-        """Bring the mirror a checkpoint nearer to the run, the newest first; whether anything was to do."""
+        """Copy the newest checkpoint that the mirror lacks, or update its pin; whether there was one."""
         for step, folder in reversed(committed(self.run_dir.checkpoints)):
             try:
                 key, is_pin = (step, folder.stat().st_ino), is_pinned(folder)
@@ -55,7 +56,7 @@ class Copier:
             except (OSError, MirrorError):
                 if folder.exists():
                     raise
-                continue  # pruned meanwhile: nobody wants it any more
+                continue  # pruned meanwhile, so no copy is needed
             self._is_there[key] = is_pin
             self._prune()
             return True
@@ -71,8 +72,8 @@ class Copier:
 
     def _prune(self) -> None:
         here = [step for step, _ in committed(self.run_dir.checkpoints)]
-        if here:  # later ones are of a course that the run has left: they must not push out the new ones
-            self.mirror.set_later_aside(here[-1])
+        if here:  # later ones are from before a rewind, and retention would prefer them to the new ones
+            self.mirror.rewind(here[-1])
         steps = self.mirror.steps()
         pinned = [step for step in steps if self.mirror.is_pinned(step)]
         losses = record.val_losses(self.run_dir.metrics) if self.config.keep_best else {}
@@ -81,7 +82,7 @@ class Copier:
 
 
 def follow(run_dir: RunDir, config: CheckpointConfig, ended: threading.Event) -> None:
-    """Copy until `ended` is set and all that is committed is there, or PATIENCE_S after that."""
+    """Copy until `ended` is set and all committed checkpoints are copied, or until PATIENCE_S after that."""
     copier: Copier | None = None
     failure = ""
 
@@ -91,16 +92,18 @@ def follow(run_dir: RunDir, config: CheckpointConfig, ended: threading.Event) ->
         while copier.copy_next():
             failure = ""
 
-    def say(error: Exception) -> None:
+    def log_failure(error: Exception) -> None:
         nonlocal failure
         print(f"{type(error).__name__}: {error}", flush=True)
         if str(error) != failure:
             failure = str(error)
             record_event(run_dir.events, Event.MIRROR_FAILED, reason=failure)
 
-    beside.follow(copy_all, ended, failed=say, poll_s=POLL_S, retry_s=RETRY_S, patience_s=PATIENCE_S)
+    follower.follow(
+        copy_all, ended, failed=log_failure, poll_s=POLL_S, retry_s=RETRY_S, patience_s=PATIENCE_S
+    )
 
 
 if __name__ == "__main__":
     run = RunDir(Path(sys.argv[1]))
-    follow(run, RunConfig.model_validate_json(run.config.read_text()).checkpoint, beside.until_asked_to_end())
+    follow(run, RunConfig.model_validate_json(run.config.read_text()).checkpoint, follower.become_sidecar())

@@ -1,5 +1,7 @@
-"""A process beside the workers that follows a run: it does what is new, tries again after a failure, and ends
-once it is asked to and nothing is left. No step ever waits for it. Torch-free.
+"""The loop of a sidecar: a process that runs next to the workers and handles what is new in a run.
+
+It tries again after a failure, and ends when it is asked to and nothing is left to do. Training never waits
+for it. Torch-free.
 """
 
 import os
@@ -10,10 +12,11 @@ from collections.abc import Callable
 from types import FrameType
 
 
-def until_asked_to_end() -> threading.Event:
-    """Make this process one that follows; the event is set by SIGTERM.
+def become_sidecar() -> threading.Event:
+    """Set up the signals and the priority of this process; the event is set by SIGTERM.
 
-    Stop requests are for the workers: what these leave behind is still to be dealt with.
+    Stop requests are meant for the workers: a sidecar ignores them, because it still has to handle what the
+    workers write before they end.
     """
     ended = threading.Event()
 
@@ -36,9 +39,10 @@ def follow(
     retry_s: float,
     patience_s: float,
 ) -> bool:
-    """Call `do_round` every `poll_s`, with True once `ended` is set; whether that went well.
+    """Call `do_round` every `poll_s`, with True once `ended` is set; whether that last round succeeded.
 
-    After an error, which `failed` hears, it is called again in `retry_s`; the last time for `patience_s`.
+    After an error, `failed` is called with it and the round is repeated in `retry_s`. The last round is
+    repeated for at most `patience_s`.
     """
     deadline = float("inf")
     while True:
@@ -50,7 +54,7 @@ def follow(
             if is_last:
                 return True
             ended.wait(poll_s)
-        except Exception as error:  # of whatever library: training goes on
+        except Exception as error:  # of any library: training continues
             failed(error)
             if is_last and time.monotonic() > deadline - retry_s:
                 return False

@@ -1,9 +1,9 @@
-"""The record's mirror in MLflow: a process of its own, which training never waits for.
+"""Sends the record of a run to MLflow, from a process that training never waits for.
 
-`python -m gpt.sidecars.mlflow RUN_DIR` runs beside the workers of the first node. It follows metrics.jsonl
-and sends what is new in batches, with the times at which it happened; SIGTERM means that the record is
-complete: send the rest and end. A server that is down is tried again for as long as the job runs, and
-what was not sent waits in the record for the next start. Nothing here is ever raised to training.
+`python -m gpt.sidecars.mlflow RUN_DIR` runs next to the workers of the first node. It follows metrics.jsonl
+and sends new lines in batches, with their original times. SIGTERM means that the record is complete: the
+process sends the rest and ends. When the server is down, it tries again for as long as the job runs. What it
+could not send stays in the record and is sent after the next start. No error here reaches the training.
 """
 
 import os
@@ -21,7 +21,7 @@ from gpt.run.exit_codes import ExitCode
 from gpt.run.json_file import read_json, write_json
 from gpt.run.records import Result, TrackingState
 from gpt.run.run_dir import RunDir
-from gpt.sidecars import follower as beside
+from gpt.sidecars import follower
 
 BATCH_METRICS, BATCH_PARAMS = 1000, 100  # MLflow's limits for one request
 POLL_S = 2.0
@@ -29,8 +29,8 @@ RETRY_S = 10.0
 DRAIN_S = 45.0  # the node task waits a minute for this process
 
 
-class Mirror:
-    """One MLflow run that follows one run directory."""
+class MlflowRun:
+    """The MLflow run that receives the record of one run directory."""
 
     def __init__(self, run_dir: RunDir, run: RunConfig) -> None:
         from mlflow.tracking import MlflowClient
@@ -42,10 +42,10 @@ class Mirror:
         self.is_tagged = False
 
     def send(self) -> bool:
-        """Send every line of the record past what was sent; whether there was any.
+        """Send every line of the record that was not sent yet; whether there was one.
 
-        The scores of the last one that was sent may come later: an evaluation that a stop cut short is made
-        up for by the next attempt.
+        The scores of the last line that was sent may be added to it later: when a stop cuts an evaluation
+        short, the next attempt repeats it.
         """
         from mlflow.entities import Metric
 
@@ -67,7 +67,7 @@ class Mirror:
         return any_sent
 
     def _tag_attention(self) -> None:
-        """The kernel that the newest attempt chose."""
+        """Tag the run with the attention kernel that the newest attempt chose."""
         events = record.read(self.run_dir.events)
         chosen = [event["attention"] for event in events if event.get("event") == Event.NETWORK_BUILT]
         if chosen:
@@ -80,7 +80,7 @@ class Mirror:
         return step > self.sent_step or is_scored_since
 
     def close(self) -> None:
-        """Say how the run ended, and attach what it left to look at."""
+        """Set how the run ended, and attach its profiler traces."""
         for trace in sorted(self.run_dir.profiles.glob("steps-*.json.gz")):
             self.client.log_artifact(self.run_id, str(trace), "profile")
         numbers = self.run_dir.attempt_numbers()
@@ -128,37 +128,39 @@ class Mirror:
 
 
 def experiment_id(client: Any, name: str) -> str:
-    """The id of MLflow's experiment `name`, which is made where there is none."""
+    """The id of MLflow's experiment `name`, which is created if it does not exist."""
     experiment = client.get_experiment_by_name(name)
     return str(experiment.experiment_id if experiment else client.create_experiment(name))
 
 
 def fail_soon(environment: MutableMapping[str, str]) -> None:
-    """Have MLflow give up after a moment: its own retries take four minutes a call."""
+    """Make MLflow give up quickly: its own retries take four minutes per call."""
     environment.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     environment.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 
 
 def follow(run_dir: RunDir, run: RunConfig, ended: threading.Event) -> None:
-    """Mirror the record until `ended` is set and all of it is sent, or DRAIN_S after that."""
-    mirror: Mirror | None = None
+    """Send the record until `ended` is set and all of it is sent, or until DRAIN_S after that."""
+    tracked: MlflowRun | None = None
 
     def send(is_last: bool) -> None:
-        nonlocal mirror
-        mirror = mirror or Mirror(run_dir, run)
-        mirror.send()
+        nonlocal tracked
+        tracked = tracked or MlflowRun(run_dir, run)
+        tracked.send()
         if is_last:
-            mirror.close()
+            tracked.close()
 
-    def say(error: Exception) -> None:
+    def log_failure(error: Exception) -> None:
         print(f"MLflow: {type(error).__name__}: {error}", flush=True)
 
-    if not beside.follow(send, ended, failed=say, poll_s=POLL_S, retry_s=RETRY_S, patience_s=DRAIN_S):
-        print("MLflow: gave up; the rest stays in the record", flush=True)
+    if not follower.follow(
+        send, ended, failed=log_failure, poll_s=POLL_S, retry_s=RETRY_S, patience_s=DRAIN_S
+    ):
+        print("MLflow: gave up; the lines that were not sent stay in the record", flush=True)
 
 
 def _take(lines: Iterator[dict[str, Any]], metrics: int) -> list[dict[str, Any]]:
-    """The next lines, until they hold half of `metrics`: no line holds as much as the other half."""
+    """The next lines with at most `metrics` numbers: it stops at half, and no line has as many as that."""
     taken: list[dict[str, Any]] = []
     held = 0
     while held < metrics // 2 and (line := next(lines, None)) is not None:
@@ -168,7 +170,7 @@ def _take(lines: Iterator[dict[str, Any]], metrics: int) -> list[dict[str, Any]]
 
 
 if __name__ == "__main__":
-    ended = beside.until_asked_to_end()
+    ended = follower.become_sidecar()
     fail_soon(os.environ)
     directory = RunDir(Path(sys.argv[1]))
     follow(directory, RunConfig.model_validate_json(directory.config.read_text()), ended)

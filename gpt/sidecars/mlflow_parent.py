@@ -1,7 +1,7 @@
-"""Create the MLflow run that is the parent of a sweep's runs.
+"""Creates the MLflow run that is the parent of the runs of a sweep.
 
 `python -m gpt.sidecars.mlflow_parent URI EXPERIMENT NAME`
-It holds nothing but their common name, and is finished at once. Its id is the last line printed.
+The parent run only holds the name of the sweep, and is finished at once. The last line printed is its id.
 """
 
 import os

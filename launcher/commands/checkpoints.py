@@ -1,7 +1,6 @@
 """`outlast checkpoints`: lists, pins, deletes and verifies the checkpoints of a run."""
 
 import json
-import shutil
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,12 +12,13 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from data_pipeline.durable import fsync_folder
 from data_pipeline.errors import LaunchError
 from gpt.checkpoint.format import PIN_NAME, Corrupt, committed, is_pinned, read_index, verify
+from gpt.checkpoint.removal import delete as delete_checkpoint
+from gpt.checkpoint.removal import rejected_or_rewound
 from gpt.run import record
 from gpt.run.events import Event
-from gpt.run.run_dir import UNCOMMITTED_PREFIX, RunDir
+from gpt.run.run_dir import RunDir
 from launcher.units import size
 
 _FEWEST = 2  # the newest, and one more in case the newest turns out to be corrupt
@@ -89,32 +89,19 @@ def _delete(there: dict[int, Path], steps: Sequence[int]) -> None:
                 "whole run, delete its folder."
             )
     for step in going:
-        _remove(there[step])
-
-
-def _remove(folder: Path) -> None:
-    # Renamed first, as in gpt.checkpoint.writer: no half of a committed folder, whatever is killed.
-    trash = folder.with_name(f"{UNCOMMITTED_PREFIX}pruned-{folder.name}")
-    folder.rename(trash)
-    fsync_folder(folder.parent)
-    shutil.rmtree(trash)
-
-
-def _set_aside(run: RunDir) -> list[Path]:
-    """Folders that no longer count as checkpoints: corrupt or rewound ones."""
-    return sorted(run.checkpoints.glob(".b*-step-*"))
+        delete_checkpoint(there[step])
 
 
 def _delete_set_aside(run: RunDir) -> None:
     """Delete the folders that were set aside, unless one of them is pinned."""
-    folders = _set_aside(run)
+    folders = rejected_or_rewound(run.checkpoints)
     pinned = [folder for folder in folders if is_pinned(folder)]
     if pinned:
         pins = ", ".join(str(folder / PIN_NAME) for folder in pinned)
         raise LaunchError(f"nothing was deleted: a folder that was set aside is pinned. Remove {pins} first.")
     for folder in folders:
         freed = size(_bytes_in(folder))
-        _remove(folder)
+        delete_checkpoint(folder)
         click.echo(f"deleted: {folder}, {freed}", err=True)
     if not folders:
         click.echo(f"no checkpoints are set aside in {run.checkpoints}", err=True)
@@ -164,7 +151,7 @@ def _bytes_in(folder: Path) -> int:
 
 def _show_set_aside(run: RunDir) -> None:
     """Name the folders that were set aside; only the user deletes them."""
-    for folder in _set_aside(run):
+    for folder in rejected_or_rewound(run.checkpoints):
         with suppress(FileNotFoundError):
             freed = size(_bytes_in(folder))
             click.echo(f"set aside ({freed}): {folder}; --delete-set-aside deletes it", err=True)

@@ -175,12 +175,12 @@ def train_encoding(sources: Sequence[str], vocab_size: int, out: Path) -> int:
 
 def verify(folder: Path) -> int:
     """Print `path: byte offset: reason` for each corrupt file of a data set or run; 1 when there is one."""
-    if (folder / "config.json").exists():
+    if RunDir(folder).config.exists():
         checkpoints = checkpoint_format.committed(RunDir(folder).checkpoints)
         bad = [found for _, path in checkpoints for found in checkpoint_format.verify(path)]
         checked = f"{len(checkpoints)} checkpoints"
     elif (folder / FILE_NAME).exists():
-        bad = [checkpoint_format.BadFile(*found) for found in verify_data(folder)]
+        bad = [checkpoint_format.BadBytes(*found) for found in verify_data(folder)]
         checked = "data set"
     else:
         raise LaunchError(

@@ -10,23 +10,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipeline.durable import fsync_folder, write_durably
 from data_pipeline.errors import CheckpointError, ConfigError
 from gpt.checkpoint.format import (
-    INDEX_NAME,
     CheckpointIndex,
     committed,
     rank_tensors,
     read_index,
-    step_name,
     verify,
     verify_file,
 )
+from gpt.checkpoint.writer import commit, temporary_folder
 from gpt.config.resume_rules import config_fingerprint
 from gpt.config.run import RunConfig
 from gpt.optimizer.parameter_groups import misfits, parameter_entries, states
 from gpt.run import record
-from gpt.run.run_dir import UNCOMMITTED_PREFIX, RunDir
+from gpt.run.run_dir import RunDir
 from launcher.runs.store import open_run
 
 
@@ -74,23 +72,16 @@ def state_misfits(index: CheckpointIndex, config: RunConfig) -> list[str]:
 
 def seed_checkpoint(origin: Origin, run: RunDir, config: RunConfig, data_fingerprint: str) -> None:
     """Make `origin` the first checkpoint of the new run, under the new run's config and data."""
-    temporary = run.checkpoints / f"{UNCOMMITTED_PREFIX}{step_name(origin.index.step)}"
+    temporary = temporary_folder(run.checkpoints, 0, origin.index.step)
     temporary.mkdir()
     for rank, entry in enumerate(origin.index.files):
         _share(origin, rank, temporary / entry.name)
     # Skipped sequence numbers refer to the data that they were read from.
     skipped = origin.index.skipped if origin.index.data_fingerprint == data_fingerprint else ()
-    changes = {
-        "data_fingerprint": data_fingerprint,
-        "config_fingerprint": config_fingerprint(config),
-        "attempt": 0,
-        "skipped": skipped,
-    }
-    index = origin.index.model_copy(update=changes)
-    write_durably(temporary / INDEX_NAME, index.dumps())
-    fsync_folder(temporary)
-    temporary.rename(run.checkpoints / step_name(origin.index.step))
-    fsync_folder(run.checkpoints)
+    index = origin.index.for_new_run(
+        data_fingerprint=data_fingerprint, config_fingerprint=config_fingerprint(config), skipped=skipped
+    )
+    commit(run.checkpoints, temporary, index)
 
 
 def _share(origin: Origin, rank: int, target: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from data_pipeline.errors import LaunchError
-from gpt.run.run_dir import is_exported
+from gpt.run.run_dir import RunDir, is_exported, mlflow_database_in
 from launcher.paths import absolute
 from launcher.runs.store import open_run, python_module, read_config, runs_folder
 
@@ -38,13 +38,13 @@ def export(folder: str, out: Path, step: int | None, dtype: str) -> int:
 
 def tracking_uri(folder: Path) -> str:
     """The MLflow URI of the run in `folder`, or of the runs in it."""
-    if (folder / "config.json").exists():
+    if RunDir(folder).config.exists():
         run = open_run(folder)
         uri = read_config(run).tracking.uri
         if uri is not None:
             return uri
         folder = folder.parent
-    return f"sqlite:///{folder / 'mlflow.db'}"
+    return f"sqlite:///{mlflow_database_in(folder)}"
 
 
 def ui(folder: Path | None, port: int) -> int:

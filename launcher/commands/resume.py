@@ -4,7 +4,6 @@ Whatever is refused is refused before a file changes. Training itself happens in
 command.
 """
 
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -15,17 +14,16 @@ import click
 
 from data_pipeline.config_file import with_overrides
 from data_pipeline.dataset.manifest import joint_fingerprint
-from data_pipeline.durable import fsync_folder
-from data_pipeline.errors import ConfigError, LaunchError
+from data_pipeline.errors import ConfigError
 from data_pipeline.remote import is_remote
 from data_pipeline.sampling.skip_list import SkipList
-from gpt.checkpoint.format import BadFile, CheckpointIndex, Corrupt, committed, read_index, verify
-from gpt.checkpoint.mirror import Mirror
+from gpt.checkpoint.format import CheckpointIndex, Corrupt, committed, read_index, verify
+from gpt.checkpoint.rewind import rewind
 from gpt.config.resume_rules import config_fingerprint
 from gpt.config.run import RunConfig
 from gpt.run.events import Event, earlier_config_fingerprints, record_event
 from gpt.run.json_file import read_json
-from gpt.run.run_dir import REWOUND_PREFIX, RunDir
+from gpt.run.run_dir import RunDir
 from launcher.commands.config_changes import DATA, check_changes, fingerprint_changes
 from launcher.commands.follow_job import submit_and_follow
 from launcher.commands.fork import state_misfits
@@ -92,13 +90,14 @@ def _resume(
             click.echo(f"the run has finished: step {newest} of {request.config.total_steps}", err=True)
             click.echo(run.path)
             return 0
-        click.echo(f"the last checkpoint is corrupt; its steps are trained again: {_where(bad)}", err=True)
+        click.echo(f"the last checkpoint is corrupt; its steps are trained again: {bad}", err=True)
     if "data.skip" in changes and index is not None:
         _refuse_late_skips(request.config, index)
     if index is not None and DATA in changes:
         request = _accepting(request, index.data_fingerprint)
     if step is not None:
-        _rewind(run, step, mirror)
+        for later, path in rewind(run, step, mirror, lambda line: click.echo(line, err=True)):
+            click.echo(f"step {later} no longer counts; it is kept as checkpoints/{path.name}", err=True)
     show_warnings(request)
     if changes:
         _record_changes(run, present, changes, index)
@@ -112,7 +111,7 @@ def _request(run: RunDir, cluster: str | None, overrides: Sequence[str]) -> Requ
     # config.json has either total_steps or total_tokens; setting one of them replaces the other.
     tables = with_absolute_paths(with_overrides(_without_other_total(before, overrides), overrides))
     where = cluster if cluster is not None else read_cluster(run)
-    return examine(tables, "config.json", where, run.path, is_new=False)
+    return examine(tables, run.config.name, where, run.path, is_new=False)
 
 
 def _changes(
@@ -164,32 +163,4 @@ def _refuse_late_skips(config: RunConfig, index: CheckpointIndex) -> None:
 
 def _accepting(request: Request, fingerprint: str) -> Request:
     """`request` for a run whose checkpoints may come from the data of `fingerprint` too."""
-    before = request.config.data
-    data = before.model_copy(update={"changed_from": (*before.changed_from, fingerprint)})
-    return replace(request, config=request.config.model_copy(update={"data": data}))
-
-
-def _rewind(run: RunDir, step: int, mirror: str | None) -> None:
-    """Make the checkpoint of `step` the newest: later ones are put aside under names that do not count."""
-    checkpoints = committed(run.checkpoints)
-    steps = [number for number, _ in checkpoints]
-    if step not in steps:
-        there = ", ".join(map(str, steps)) or "none"
-        raise LaunchError(f"there is no checkpoint of step {step}; there are: {there}.")
-    click.echo(f"reading every byte of the checkpoint of step {step}", err=True)
-    bad = next(verify(dict(checkpoints)[step]), None)
-    if bad is not None:
-        there = ", ".join(str(number) for number in steps if number != step) or "none"
-        raise LaunchError(f"the checkpoint of step {step} is bad: {_where(bad)}. There are also: {there}.")
-    aside = f"{REWOUND_PREFIX}{int(time.time())}-"
-    if mirror is not None:
-        Mirror.of(run, mirror).set_later_aside(step)
-    for number, path in checkpoints:
-        if number > step:
-            path.rename(path.with_name(aside + path.name))
-            click.echo(f"step {number} is put aside as checkpoints/{aside}{path.name}", err=True)
-    fsync_folder(run.checkpoints)
-
-
-def _where(bad: BadFile) -> str:
-    return f"{bad.path}: byte {bad.offset}: {bad.reason}"
+    return replace(request, config=request.config.accepting_data(fingerprint))

@@ -28,7 +28,7 @@ from data_pipeline.config_file import Section, dotted, read_toml, validate, with
 from data_pipeline.errors import ConfigError, LaunchError, OutlastError
 from gpt.run.exit_codes import ExitCode
 from gpt.run.json_file import write_json
-from gpt.run.run_dir import RunDir
+from gpt.run.run_dir import RunDir, mlflow_database_in
 from launcher.cluster import ClusterConfig
 from launcher.commands.follow_job import follow_job
 from launcher.commands.launch import command_line
@@ -288,7 +288,7 @@ def _word(value: Any) -> str:
 
 def _mlflow_parent(home: RunDir, uri: str | None, experiment: str) -> str | None:
     """The MLflow run under which those of the sweep stand; None, with a warning, where none can be made."""
-    address = uri or f"sqlite:///{home.path / 'mlflow.db'}"
+    address = uri or f"sqlite:///{mlflow_database_in(home.path)}"
     command = python_module("gpt.sidecars.mlflow_parent", address, experiment, home.path.name)
     try:
         made = subprocess.run(

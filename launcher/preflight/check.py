@@ -250,7 +250,7 @@ def _read_data(path: Path, findings: Findings, is_full: bool) -> list[Manifest]:
 
 def _check_folder(folder: Path, findings: Findings) -> None:
     parent = nearest_existing(folder)
-    if (folder / "config.json").exists():
+    if RunDir(folder).config.exists():
         findings.problem(f"{folder} already is a run directory. `outlast resume {folder}` continues it.")
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         findings.problem(f"{folder} exists and is not empty. Give another --run-dir.")

@@ -62,7 +62,7 @@ def list_runs() -> list[RunDir]:
     folder = runs_folder()
     if not folder.is_dir():
         return []
-    return [RunDir(entry) for entry in sorted(folder.iterdir()) if (entry / "config.json").exists()]
+    return [RunDir(entry) for entry in sorted(folder.iterdir()) if RunDir(entry).config.exists()]
 
 
 class SweepPoint(Section):
@@ -94,12 +94,12 @@ def sweep_runs(folder: Path) -> list[RunDir] | None:
 
 def read_config(run: RunDir) -> RunConfig:
     """The resolved config of a run. Raises ConfigError."""
-    return validate(RunConfig, _content(run.config), "config.json")
+    return validate(RunConfig, _content(run.config), run.config.name)
 
 
 def read_cluster(run: RunDir) -> ClusterConfig:
     """The cluster that the run was submitted to last. Raises ConfigError."""
-    return validate(ClusterConfig, _content(run.cluster), "cluster.json")
+    return validate(ClusterConfig, _content(run.cluster), run.cluster.name)
 
 
 def _content(path: Path) -> dict[str, Any]:

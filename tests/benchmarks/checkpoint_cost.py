@@ -133,7 +133,7 @@ def ours(number: int) -> Callable[[], bool]:
 
     def is_done() -> bool:
         saver.advance(*total(world, *saver.report()))
-        return not saver.is_busy
+        return saver.in_flight is None
 
     return is_done
 

@@ -1,4 +1,4 @@
-"""kill -9 at every numbered place of a save and a prune, of real runs: what comes out does not tell."""
+"""kill -9 at every failpoint of a save and a prune in real runs leaves the final weights unchanged."""
 
 from collections.abc import Callable
 
@@ -10,13 +10,15 @@ from tests.distributed.conftest import Run, data_dir, new_run, same_state
 __all__ = ["data_dir", "new_run"]  # fixtures
 
 STEPS = 14
-OF_EVERY_RANK = PLACES[: PLACES.index("gathered")]  # rank 0 alone commits and prunes
+REACHED_BY_EVERY_RANK = PLACES[: PLACES.index("gathered")]  # rank 0 alone commits and prunes
 
 
 @pytest.mark.chaos
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("victim", ["rank 0", "rank 1", "agent"])
-def test_kills_along_a_save_leave_no_trace(new_run: Callable[..., Run], stage: int, victim: str) -> None:
+def test_kills_during_saves_do_not_change_the_weights(
+    new_run: Callable[..., Run], stage: int, victim: str
+) -> None:
     fields = {"zero__stage": stage, "schedule__total_steps": STEPS, "checkpoint__every_steps": 2}
     fields |= {"checkpoint__keep_last": 2, "launch__max_failures": 100}
     whole, killed = new_run(**fields), new_run(**fields)
@@ -28,15 +30,17 @@ def test_kills_along_a_save_leave_no_trace(new_run: Callable[..., Run], stage: i
             killed.wait(lambda: not killed.living_workers())
         agent = killed.start()
     else:
-        places = PLACES if victim == "rank 0" else OF_EVERY_RANK
+        places = PLACES if victim == "rank 0" else REACHED_BY_EVERY_RANK
         agent = killed.start(
             max_restarts=len(places), failpoints=[f"{place}:kill@{victim[-1]}" for place in places]
         )
     assert agent.wait(timeout=500) == 0, killed.logs()
     assert killed.result()["exit_code"] == 0
-    # Each place was reached and killed at: one attempt more than there are.
-    assert len(killed.dir.attempt_numbers()) == 1 + len(PLACES if victim != "rank 1" else OF_EVERY_RANK)
+    # The process was killed at each failpoint, so there is one attempt more than failpoints.
+    assert len(killed.dir.attempt_numbers()) == 1 + len(
+        PLACES if victim != "rank 1" else REACHED_BY_EVERY_RANK
+    )
     assert killed.losses() == whole.losses()
     assert same_state(killed.state(STEPS), whole.state(STEPS))
-    assert len(killed.steps()) == 2  # which ones depends on how fast the disk was: a save may be skipped
+    assert len(killed.steps()) == 2  # the speed of the disk decides which ones: a save may be skipped
     assert not list(killed.dir.checkpoints.glob(".*"))

@@ -1,4 +1,4 @@
-"""kill -9 at random moments, of anyone: the final weights are those of a run that nobody touched."""
+"""kill -9 of any process at random moments: the final weights equal those of an undisturbed run."""
 
 import os
 import random
@@ -19,38 +19,38 @@ KILLS = int(os.environ.get("OUTLAST_KILLS", "20"))
 
 @pytest.mark.chaos
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_random_kills_leave_no_trace(new_run: Callable[..., Run], stage: int) -> None:
-    # A constant rate: how far the run comes under the kills is not known, and may not change a number.
+def test_random_kills_do_not_change_the_weights(new_run: Callable[..., Run], stage: int) -> None:
+    # A constant rate, because the number of steps under the kills is unknown and must not change a number.
     fields = {"zero__stage": stage, "schedule__name": "constant", "checkpoint__every_steps": 7}
-    # Kills can come faster than checkpoints: giving up is another test's matter.
+    # Kills can come faster than checkpoints; another test covers giving up.
     fields |= {"schedule__total_steps": 1_000_000, "launch__max_failures": 10_000}
     fields |= {"evaluation__every_steps": 1_000_000}
-    tormented, whole = new_run(**fields), new_run(**fields)
+    killed, whole = new_run(**fields), new_run(**fields)
     seed = time.time_ns()
     print(f"seed {seed}")
     chance = random.Random(seed)
-    agent = tormented.start(max_restarts=1000)
+    agent = killed.start(max_restarts=1000)
     for _ in range(KILLS):
-        time.sleep(chance.uniform(3.0, 10.0))  # a start takes about six seconds of them
-        kill(tormented, agent, chance.choice(["agent", "rank 0", "rank 1", "everyone"]))
+        time.sleep(chance.uniform(3.0, 10.0))  # of which a start takes about six
+        kill(killed, agent, chance.choice(["agent", "rank 0", "rank 1", "everyone"]))
         if agent.poll() is not None:
-            tormented.wait(lambda: not tormented.living_workers())
-            agent = tormented.start(max_restarts=1000)
-    tormented.wait(lambda: len(tormented.steps()) >= 2)
+            killed.wait(lambda: not killed.living_workers())
+            agent = killed.start(max_restarts=1000)
+    killed.wait(lambda: len(killed.steps()) >= 2)
     agent.kill()
     agent.wait()
-    tormented.wait(lambda: not tormented.living_workers())
-    total = tormented.steps()[-1] + 10
-    for run in (tormented, whole):
+    killed.wait(lambda: not killed.living_workers())
+    total = killed.steps()[-1] + 10
+    for run in (killed, whole):
         run.configure(schedule__total_steps=total)
         assert run.train()["exit_code"] == 0
-    assert tormented.events("resumed")
-    assert tormented.losses() == whole.losses()
-    assert same_state(tormented.state(total), whole.state(total))
+    assert killed.events("resumed")
+    assert killed.losses() == whole.losses()
+    assert same_state(killed.state(total), whole.state(total))
 
 
 def kill(run: Run, agent: "subprocess.Popen[bytes]", victim: str) -> None:
-    """kill -9 one of them, or all at once; a worker may not be there yet, or not any more."""
+    """kill -9 one process or all at once; a worker may not have started yet, or have ended."""
     workers = run.living_workers()
     if victim.startswith("rank"):
         with suppress(ProcessLookupError, IndexError):

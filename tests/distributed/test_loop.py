@@ -52,7 +52,7 @@ def test_number_added_where_it_is_computed_reaches_the_record(new_run: Callable[
 
 
 def test_profile_that_ends_before_it_begins_is_refused() -> None:
-    with pytest.raises(ValidationError, match="ends before it begins"):
+    with pytest.raises(ValidationError, match="ends before it starts"):
         RunConfig.model_validate(
             {"name": "x", "data": {"path": "none"}, "schedule": {"total_steps": 9}, "profile": "5:4"}
         )

@@ -124,7 +124,7 @@ def test_bucket_sizes_follow_the_model_and_can_be_overridden() -> None:
         ({"optimizer": {"name": "muon"}, "model": {"initialization": "mup"}}, "Use one of them"),
         ({"optimizer": {"betas": [0.9, 1.0]}}, "betas.1\n *Input should be less than 1"),
         ({"seed": 2**64}, "seed\n *Input should be less than"),  # torch's generators take no more
-        ({"launch": {"hang_timeout_s": 1200}}, "hang_timeout_s = 1200 must be below launch.collective_tim"),
+        ({"launch": {"hang_timeout_s": 1200}}, "hang_timeout_s = 1200 must be less than launch.coll"),
     ],
 )
 def test_contradictory_fields_are_refused(fields: dict[str, Any], message: str) -> None:

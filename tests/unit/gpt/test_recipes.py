@@ -1,4 +1,4 @@
-"""The recipes against what was published about their models; none is built but without its weights."""
+"""The recipes agree with what was published about their models. No weights are allocated."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_every_model_of_the_papers_has_a_recipe() -> None:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_recipe_has_the_published_number_of_parameters_and_says_so(name: str) -> None:
+def test_recipe_has_the_published_number_of_parameters(name: str) -> None:
     model = recipe(name).model
     assert parameter_count(model) == PUBLISHED[name]
     assert f"{PUBLISHED[name]:,} parameters" in recipe_path(name).read_text().replace("\n# ", " ")
@@ -50,14 +50,14 @@ def test_a_recipe_has_the_published_number_of_parameters_and_says_so(name: str) 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 @pytest.mark.parametrize("world_size", [1, 8, 64])
-def test_the_batch_of_a_recipe_can_be_cut_for_usual_world_sizes(name: str, world_size: int) -> None:
+def test_batch_of_a_recipe_can_be_split_for_usual_world_sizes(name: str, world_size: int) -> None:
     run = recipe(name)
     if world_size * run.batch.micro_batch <= run.global_batch:
         assert run.batch_problem(world_size) is None
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_flops_of_a_recipe_scaled_down_agree_with_torchs_counter(name: str) -> None:
+def test_flops_of_a_scaled_down_recipe_agree_with_torchs_counter(name: str) -> None:
     model = recipe(name).model
     heads = 4
     kv_heads = max(1, heads * model.kv_heads // model.n_heads)
@@ -87,9 +87,7 @@ def test_flops_of_a_recipe_scaled_down_agree_with_torchs_counter(name: str) -> N
         ("gpt2-1.5b", 1e6, 2e-4),
     ],
 )
-def test_batches_and_rates_of_gpt2_are_those_of_gpt3_at_its_size(
-    name: str, batch: float, rate: float
-) -> None:
+def test_gpt2_recipes_have_the_batches_and_rates_of_gpt3(name: str, batch: float, rate: float) -> None:
     """Brown et al. 2020, arXiv:2005.14165, table 2.1 (M is 2^20 there) and appendix B."""
     run = recipe(name)
     assert run.batch.global_batch_tokens == batch * 2**20 / 1e6

@@ -29,13 +29,17 @@ def write_checkpoint(
     numel: int = 101,
     layout: Kind = "flat",
     config: RunConfig | None = None,
+    parameters: tuple[ParameterEntry, ...] = (),
     **fields: Any,
 ) -> Path:
-    """A checkpoint cut over `world_size` ranks as ZeRO cuts it, padded to equal parts.
+    """A checkpoint placed on `world_size` ranks by `layout`, in equal parts.
 
-    It is of the network of `config`, else of two groups of a few numbers; its index has `fields` too.
+    It holds the network of `config`, the `parameters`, or else two groups of a few numbers; `fields` are
+    further fields of its index.
     """
-    if config is not None:
+    if parameters:
+        pass
+    elif config is not None:
         parameters = parameter_entries(config.model, config.optimizer)
         fields |= {"config_fingerprint": config_fingerprint(config), "chunk_bytes": 64 * CHUNK_BYTES}
     else:

@@ -69,7 +69,7 @@ def file_system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.usefixtures("file_system")
 @pytest.mark.parametrize("size", SIZES)
-def test_what_is_written_in_pieces_of_any_size_is_read_at_any_place(tmp_path: Path, size: int) -> None:
+def test_writes_of_any_size_read_back_at_any_offset(tmp_path: Path, size: int) -> None:
     chance = random.Random(size)
     content, path = chance.randbytes(size), tmp_path / "file"
     path.write_bytes(b"an older and longer content" * 1000)
@@ -78,7 +78,7 @@ def test_what_is_written_in_pieces_of_any_size_is_read_at_any_place(tmp_path: Pa
     read_at_random(path, content, chance)
 
 
-def test_a_large_file_is_not_in_the_page_cache_after_it(tmp_path: Path) -> None:
+def test_large_file_is_not_in_the_page_cache_afterwards(tmp_path: Path) -> None:
     path = tmp_path / "file"
     with DirectWriter(path) as file:
         if not fcntl.fcntl(file._descriptor, fcntl.F_GETFL) & os.O_DIRECT:
@@ -107,7 +107,7 @@ def cached_bytes(path: Path) -> int:
         return sum(page & 1 for page in pages) * mmap.PAGESIZE
 
 
-def test_a_full_disk_is_not_taken_for_one_that_refuses_direct_access(
+def test_full_disk_is_not_mistaken_for_one_without_direct_access(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any) -> int:

@@ -12,7 +12,8 @@ from data_pipeline.dataset.manifest import joint_fingerprint, read_manifest
 from data_pipeline.errors import ConfigError, LaunchError
 from gpt.checkpoint.format import INDEX_NAME, PIN_NAME, committed, read_index, step_name
 from gpt.checkpoint.mirror import Mirror, MirrorError
-from gpt.checkpoint.writer import Pace, prune
+from gpt.checkpoint.removal import prune
+from gpt.checkpoint.writer import Pace
 from gpt.config.run import CheckpointConfig
 from gpt.run import record
 from gpt.run.json_file import read_json
@@ -100,7 +101,7 @@ def damage(place: str, run: RunDir, step: int) -> None:
     mirror._store.pipe_file(path, bytes(content))
 
 
-def test_checkpoints_are_copied_the_newest_first_and_come_back_the_same(
+def test_newest_checkpoint_is_copied_first_and_fetched_back_unchanged(
     run: RunDir, place: str, tmp_path: Path
 ) -> None:
     save(run, 5, 10)
@@ -114,7 +115,7 @@ def test_checkpoints_are_copied_the_newest_first_and_come_back_the_same(
     assert not list((tmp_path / "back").glob(".*"))
 
 
-def test_a_checkpoint_is_at_the_mirror_only_when_its_last_file_is(run: RunDir, place: str) -> None:
+def test_checkpoint_counts_at_the_mirror_only_with_its_index(run: RunDir, place: str) -> None:
     save(run, 5)
     mirror = Mirror.of(run, place)
     mirror.put(5, run.checkpoints / step_name(5))
@@ -124,7 +125,7 @@ def test_a_checkpoint_is_at_the_mirror_only_when_its_last_file_is(run: RunDir, p
 
 
 @pytest.mark.parametrize("is_gone", [False, True])
-def test_a_copy_that_was_cut_short_is_made_anew(run: RunDir, place: str, is_gone: bool) -> None:
+def test_interrupted_copy_is_repeated(run: RunDir, place: str, is_gone: bool) -> None:
     save(run, 5)
     copy_all(run)
     mirror = Mirror.of(run, place)
@@ -137,7 +138,7 @@ def test_a_copy_that_was_cut_short_is_made_anew(run: RunDir, place: str, is_gone
     assert mirror._store.cat_file(path) == content
 
 
-def test_another_checkpoint_of_the_same_step_takes_its_place(run: RunDir, place: str) -> None:
+def test_another_checkpoint_of_the_same_step_replaces_the_mirrors(run: RunDir, place: str) -> None:
     save(run, 5)
     copy_all(run)
     shutil.rmtree(run.checkpoints / step_name(5))
@@ -164,7 +165,7 @@ def test_the_mirror_keeps_what_the_run_keeps(run: RunDir, place: str) -> None:
     assert left == []
 
 
-def test_a_copy_keeps_to_the_limit_until_the_run_has_ended(run: RunDir, place: str) -> None:
+def test_copy_respects_the_speed_limit_until_the_run_has_ended(run: RunDir, place: str) -> None:
     save(run, 5)
     size = sum(len(content) for content in contents(run.checkpoints / step_name(5)).values())
     megabytes, ended = size / 1e6, threading.Event()
@@ -183,7 +184,7 @@ def test_a_copy_keeps_to_the_limit_until_the_run_has_ended(run: RunDir, place: s
     assert Mirror.of(run, place).has(10, run.checkpoints / step_name(10))
 
 
-def test_a_damaged_copy_is_passed_over_and_named(run: RunDir, place: str, tmp_path: Path) -> None:
+def test_corrupt_copy_is_reported_and_passed_over(run: RunDir, place: str, tmp_path: Path) -> None:
     save(run, 5, 10)
     copy_all(run)
     damage(place, run, 10)
@@ -194,7 +195,7 @@ def test_a_damaged_copy_is_passed_over_and_named(run: RunDir, place: str, tmp_pa
     assert "step-00000010/rank-00001.safetensors at the mirror: byte" in said[0]
 
 
-def test_the_mirror_of_another_run_of_that_name_is_left_alone(
+def test_mirror_of_another_run_with_the_same_name_is_not_touched(
     run: RunDir, place: str, data: Path, tmp_path: Path
 ) -> None:
     save(run, 5)
@@ -206,7 +207,7 @@ def test_the_mirror_of_another_run_of_that_name_is_left_alone(
         copier(run)
 
 
-def test_a_run_goes_on_from_its_mirror_alone_on_a_fresh_machine(
+def test_run_continues_from_its_mirror_on_a_fresh_machine(
     run: RunDir, s3: str, place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     save(run, 5, 10)
@@ -226,7 +227,7 @@ def test_a_run_goes_on_from_its_mirror_alone_on_a_fresh_machine(
         resume(f"{place}/mine-0002", None, [], None, attend=None)
 
 
-def test_a_resume_takes_what_only_the_mirror_has(
+def test_resume_fetches_what_only_the_mirror_has(
     run: RunDir, place: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(follow_job, "submit", submit_what_ends_well)
@@ -244,7 +245,7 @@ def test_a_resume_takes_what_only_the_mirror_has(
     assert [step for step, _ in committed(run.checkpoints)] == [5]
 
 
-def test_a_copy_of_a_run_leaves_the_mirror_to_its_original(
+def test_copy_of_a_run_does_not_use_the_mirror_of_the_original(
     run: RunDir, place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(follow_job, "submit", submit_what_ends_well)
@@ -265,9 +266,7 @@ def test_a_copy_of_a_run_leaves_the_mirror_to_its_original(
     copier(run)  # the mirror is still the original's
 
 
-def test_a_mirror_that_fails_is_an_event_and_a_later_try(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failing_mirror_is_recorded_and_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gpt.sidecars.checkpoint_mirror.RETRY_S", 0.05)
     monkeypatch.setattr("gpt.sidecars.checkpoint_mirror.POLL_S", 0.05)
     run, place = RunDir(tmp_path / "run"), tmp_path / "mirrors"
@@ -287,7 +286,7 @@ def test_a_mirror_that_fails_is_an_event_and_a_later_try(
     assert Mirror.of(run, str(place)).steps() == [5]
 
 
-def test_what_is_pruned_while_it_is_copied_is_no_failure(
+def test_checkpoint_pruned_during_its_copy_is_no_failure(
     run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(run, 5)
@@ -313,7 +312,7 @@ def test_what_is_pruned_while_it_is_copied_is_no_failure(
     ],
 )
 @pytest.mark.usefixtures("s3")
-def test_a_launch_looks_at_the_mirror_first(tmp_path: Path, data: Path, mirror: str, words: str) -> None:
+def test_launch_checks_the_mirror_first(tmp_path: Path, data: Path, mirror: str, words: str) -> None:
     place = mirror.format(folder=tmp_path)
     with pytest.raises(ConfigError) as error:
         make_run(tmp_path / "new", data, place)

@@ -88,7 +88,7 @@ def make_run(folder: Path, data: Path, **model: Any) -> tuple[RunDir, GPT]:
         ({**GPT2, **MUP}, "GPT2LMHeadModel"),
     ],
 )
-def test_transformers_loads_the_export_and_gives_our_logits(
+def test_transformers_loads_the_export_and_gives_the_same_logits(
     fields: dict[str, object], architecture: str, data: Path, tmp_path: Path
 ) -> None:
     run_dir, gpt = make_run(tmp_path / "run", data, **fields)
@@ -124,9 +124,7 @@ def test_several_shards_hold_every_tensor_once_and_load(data: Path, tmp_path: Pa
     assert torch.equal(theirs.lm_head.weight, gpt.head.weight.bfloat16())
 
 
-def test_the_exported_tokenizer_gives_our_ids_in_a_process_without_network(
-    data: Path, tmp_path: Path
-) -> None:
+def test_exported_tokenizer_gives_the_same_ids_without_a_network(data: Path, tmp_path: Path) -> None:
     run_dir, _ = make_run(tmp_path / "run", data)
     export(run_dir, tmp_path / "out")
     program = (
@@ -152,7 +150,7 @@ def test_the_exported_tokenizer_gives_our_ids_in_a_process_without_network(
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_the_patterns_of_tiktoken_split_alike(pattern: str, tmp_path: Path) -> None:
+def test_patterns_of_tiktoken_split_text_the_same_way(pattern: str, tmp_path: Path) -> None:
     ranks = load_encoding("outlast-4k").ranks
     encoding = Encoding("t", PATTERNS[pattern], ranks, {END_OF_TEXT: 4095, "<|fim|>": 4100})
     write_tokenizer(encoding, 64, tmp_path)
@@ -162,22 +160,24 @@ def test_the_patterns_of_tiktoken_split_alike(pattern: str, tmp_path: Path) -> N
     assert theirs.convert_tokens_to_ids("<|fim|>") == 4100
 
 
-def test_a_pattern_that_cannot_be_said_in_a_tokenizer_json_is_refused(tmp_path: Path) -> None:
+def test_pattern_that_a_tokenizer_json_cannot_express_is_refused(tmp_path: Path) -> None:
     # possessive: `It` gives no letter back and is cut in two; Oniguruma reads the same as greedy
     ranks = load_encoding("outlast-4k").ranks
     encoding = Encoding("t", r"\p{L}{1,3}+\p{L}|\s+|\S", ranks, {END_OF_TEXT: 4095})
-    with pytest.raises(ConfigError, match=r"tokenizer 't' has no equal in a tokenizer.json: .Hello, world!"):
+    with pytest.raises(
+        ConfigError, match=r"tokenizer 't' cannot be written as a tokenizer.json: .Hello, world!"
+    ):
         write_tokenizer(encoding, 64, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_an_architecture_without_a_twin_is_exported_under_our_names(
+def test_model_without_a_transformers_architecture_is_exported_with_our_names(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir, gpt = make_run(tmp_path / "run", data, logit_softcap=5.0)
     assert export(run_dir, tmp_path / "out", dtype="fp32").architecture == "outlast"
     assert (
-        "transformers has no architecture for soft-caps: the export holds plain safetensors"
+        "transformers has no architecture for soft-caps. The export holds plain safetensors"
         in capsys.readouterr().err
     )
     with safe_open(tmp_path / "out/model.safetensors", framework="pt") as file:
@@ -187,7 +187,7 @@ def test_an_architecture_without_a_twin_is_exported_under_our_names(
     assert config["model"]["logit_softcap"] == 5.0
 
 
-def test_a_folder_that_is_in_use_and_a_step_that_is_not_there_are_refused(data: Path, tmp_path: Path) -> None:
+def test_non_empty_folder_and_missing_step_are_refused(data: Path, tmp_path: Path) -> None:
     run_dir, _ = make_run(tmp_path / "run", data)
     with pytest.raises(ConfigError, match="has no checkpoint of step 9 yet"):
         export(run_dir, tmp_path / "out", step=9)
@@ -197,7 +197,7 @@ def test_a_folder_that_is_in_use_and_a_step_that_is_not_there_are_refused(data: 
         export(run_dir, tmp_path / "out")
 
 
-def test_a_bad_byte_is_never_exported(data: Path, tmp_path: Path) -> None:
+def test_corrupt_byte_is_never_exported(data: Path, tmp_path: Path) -> None:
     run_dir, _ = make_run(tmp_path / "run", data)
     path = run_dir.checkpoints / "step-00000000/rank-00000.safetensors"
     raw = bytearray(path.read_bytes())
@@ -245,7 +245,7 @@ def test_export_and_sample_need_neither_deepspeed_nor_a_process_group(data: Path
     assert from_run == from_export != "\n"
 
 
-def test_a_sample_whose_reader_has_read_enough_ends_without_a_word(data: Path, tmp_path: Path) -> None:
+def test_sample_into_a_closed_pipe_ends_silently(data: Path, tmp_path: Path) -> None:
     """As in `outlast sample … | head -1`."""
     run_dir, _ = make_run(tmp_path / "run", data)
     reader, writer = os.pipe()
@@ -258,7 +258,7 @@ def test_a_sample_whose_reader_has_read_enough_ends_without_a_word(data: Path, t
 
 
 @pytest.mark.parametrize("fields", [{"n_kv_heads": 2}, GPT2])
-def test_a_run_and_its_export_write_what_transformers_generate_writes(
+def test_run_and_export_generate_the_same_text_as_transformers(
     fields: dict[str, object],
     data: Path,
     tmp_path: Path,
@@ -279,7 +279,9 @@ def test_a_run_and_its_export_write_what_transformers_generate_writes(
         assert capsys.readouterr().out == expected + "\n"
 
 
-def test_an_export_without_a_twin_writes_as_its_run_does(data: Path, tmp_path: Path) -> None:
+def test_export_without_a_transformers_architecture_generates_the_same_text_as_its_run(
+    data: Path, tmp_path: Path
+) -> None:
     run_dir, gpt = make_run(tmp_path / "run", data, position="sinusoidal", logit_softcap=5.0)
     export(run_dir, tmp_path / "out", dtype="fp32")
     trained = from_folder(tmp_path / "out")
@@ -292,16 +294,16 @@ def test_an_export_without_a_twin_writes_as_its_run_does(data: Path, tmp_path: P
         assert trained.tokenizer.encode(text).tolist() == encoding.encode(text).tolist()
 
 
-def test_rows_that_pad_the_vocabulary_are_written_as_nothing(data: Path, tmp_path: Path) -> None:
+def test_padding_rows_of_the_vocabulary_decode_to_nothing(data: Path, tmp_path: Path) -> None:
     ids = [*load_encoding(data).encode("And God").tolist(), 4096, 4100, 4095]
     write_tokenizer(load_encoding(data), 24, tmp_path)
     expected = AutoTokenizer.from_pretrained(tmp_path).decode(ids)
     assert load_encoding(data).decode(ids) == FolderTokenizer(tmp_path).decode(ids) == expected
 
 
-def test_an_export_has_no_other_steps(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_step_of_an_export_is_refused(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_dir, _ = make_run(tmp_path / "run", data)
     export(run_dir, tmp_path / "out")
     monkeypatch.setattr(sys, "argv", ["sample", str(tmp_path / "out"), "--step=3"])
-    with pytest.raises(ConfigError, match=r"--step 3: .*/out is an export, which has one step"):
+    with pytest.raises(ConfigError, match=r"--step 3: .*/out is an export, which holds a single step"):
         sample.main()

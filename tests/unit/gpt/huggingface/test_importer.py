@@ -62,7 +62,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("kind", "fields"), MODELS)
-def test_a_folder_of_transformers_gives_its_own_logits(
+def test_imported_weights_give_the_logits_of_transformers(
     kind: str, fields: dict[str, Any], tmp_path: Path
 ) -> None:
     from gpt.config.model import ModelConfig
@@ -79,7 +79,7 @@ def test_a_folder_of_transformers_gives_its_own_logits(
         assert (gpt.logits(tokens, rows(tokens)) - theirs(tokens).logits).abs().max() <= 1e-4
 
 
-def test_the_command_makes_a_run_whose_step_0_has_the_weights(
+def test_import_command_creates_a_run_with_the_weights_at_step_0(
     data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     theirs = save("llama", LLAMA, tmp_path / "hf")
@@ -103,9 +103,7 @@ def test_the_command_makes_a_run_whose_step_0_has_the_weights(
         assert (trained.gpt.logits(tokens, rows(tokens)) - theirs(tokens).logits).abs().max() <= 1e-4
 
 
-def test_a_run_that_cannot_be_made_leaves_nothing(
-    data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_failed_import_leaves_nothing(data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     save("llama", LLAMA, tmp_path / "hf")
     (tmp_path / "hf/model.safetensors").write_bytes(b"junk" * 99)
     options = [
@@ -124,8 +122,11 @@ def test_a_run_that_cannot_be_made_leaves_nothing(
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "bert"}, "model_type = 'bert': gpt2, llama, mistral and qwen3 can be imported"),
-        ({**LLAMA, "model_type": "llama", "hidden_act": "mish"}, "the activation 'mish'; known: silu, gelu"),
+        (
+            {"model_type": "bert"},
+            "model_type = 'bert' cannot be imported. Known: gpt2, llama, mistral and qwen3",
+        ),
+        ({**LLAMA, "model_type": "llama", "hidden_act": "mish"}, "the activation 'mish'. Known: silu, gelu"),
         (
             {**LLAMA, "model_type": "llama", "mlp_bias": True, "attention_bias": False},
             "attention_bias = False",
@@ -133,38 +134,38 @@ def test_a_run_that_cannot_be_made_leaves_nothing(
         ({**LLAMA, "model_type": "llama", "partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
         (
             {**MODELS[0][1], "model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True},
-            "scale_attn_by_inverse_layer_idx = True; here it is always False",
+            "scale_attn_by_inverse_layer_idx = True; Outlast supports only False",
         ),
         (
             {**QWEN3, "use_sliding_window": True, "max_window_layers": 1},
-            "sliding window in 1 of 2 layers; here all have it, or none",
+            "sliding window in 1 of 2 layers. Outlast supports one in all",
         ),
         (
             {**QWEN3, "use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]},
-            "sliding window in 1 of 2 layers; here all have it, or none",
+            "sliding window in 1 of 2 layers. Outlast supports one in all",
         ),
         ({**QWEN3, "attention_bias": True}, "asks for bias = true with qk_norm, a window"),
         (
             {**LLAMA, "model_type": "llama", "rope_parameters": {**YARN, "attention_factor": 1.0}},
-            "attention_factor = 1.0 for its rotary positions; here there is no such setting",
+            "attention_factor = 1.0 for its rotary positions; Outlast has no such setting",
         ),
         (
             {**LLAMA, "model_type": "llama", "rope_scaling": {"type": "dynamic", "factor": 2.0}},
             "rope_scaling.kind = 'dynamic': input should be 'linear', 'yarn' or 'llama3'",
         ),
         ({"model_type": "gpt2", "n_embd": 32, "n_layer": 2}, "config.json lacks vocab_size, n_head, n_posit"),
-        ({**LLAMA, "model_type": "mistral"}, "config.json lacks sliding_window, of which mistral has no"),
+        ({**LLAMA, "model_type": "mistral"}, "config.json lacks sliding_window, and mistral has no"),
         ({"model_type": "outlast", "model": {"n_layers": 0}}, "n_layers = 0: input should be greater than"),
         ({**LLAMA, "model_type": "llama", "num_key_value_heads": 3}, "n_kv_heads = 3 does not divide"),
     ],
 )
-def test_what_our_network_does_not_have_is_refused(config: dict[str, Any], message: str) -> None:
+def test_unsupported_architecture_or_setting_is_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         model_fields(config)
     assert message in str(error.value)
 
 
-def test_what_a_config_leaves_to_transformers_is_what_transformers_takes() -> None:
+def test_defaults_for_absent_keys_are_those_of_transformers() -> None:
     yarn = {name: value for name, value in YARN.items() if "original" not in name}
     theirs = AutoConfig.for_model("llama", **LLAMA, rope_parameters=dict(yarn)).rope_parameters
     ours = model_fields({**LLAMA, "model_type": "llama", "rope_parameters": yarn})["rope_scaling"]
@@ -175,7 +176,7 @@ def test_what_a_config_leaves_to_transformers_is_what_transformers_takes() -> No
     assert every["window"] == QWEN3["sliding_window"]
 
 
-def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
+def test_tokenizer_with_other_ids_is_refused(tmp_path: Path) -> None:
     encoding = load_encoding("outlast-4k")
     with pytest.raises(ConfigError, match=r"has no tokenizer\.json"):
         check_tokenizer(tmp_path, encoding)

@@ -78,21 +78,21 @@ def compare(ours: GPT) -> None:
 
 
 @pytest.mark.parametrize("seed", range(16))
-def test_a_random_llama_mistral_or_qwen3_equals_that_of_transformers(seed: int) -> None:
+def test_random_llama_mistral_and_qwen3_equal_transformers(seed: int) -> None:
     compare(build(**random_llama(seed)))
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_random_gpt2_equals_that_of_transformers(seed: int) -> None:
+def test_random_gpt2_equals_transformers(seed: int) -> None:
     compare(build(**random_gpt2(seed)))
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
-def test_every_rope_scaling_equals_that_of_transformers(scaling: dict[str, object] | None) -> None:
+def test_every_rope_scaling_equals_transformers(scaling: dict[str, object] | None) -> None:
     compare(build(context=40, rope_scaling=scaling))
 
 
-def test_dropout_draws_what_gpt2_of_transformers_draws() -> None:
+def test_dropout_equals_gpt2_of_transformers() -> None:
     # one row: the reference kernel and their eager attention then draw the same numbers in the same order
     ours = build("reference", **GPT2, dropout=0.3)
     theirs = twin_of(ours).train()

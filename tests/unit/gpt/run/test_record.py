@@ -15,7 +15,7 @@ def steps(path: Path) -> list[int]:
     return [line["step"] for line in record.read(path)]
 
 
-def test_a_torn_line_is_ended_before_the_next_one(tmp_path: Path) -> None:
+def test_torn_line_is_ended_before_the_next_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     record.append(path, step=1)
     with path.open("a") as file:
@@ -24,20 +24,20 @@ def test_a_torn_line_is_ended_before_the_next_one(tmp_path: Path) -> None:
     assert steps(path) == [1, 3]
 
 
-def test_a_full_disk_is_an_error_for_a_line_and_none_for_an_event() -> None:
+def test_full_disk_raises_for_a_line_but_not_for_an_event() -> None:
     with pytest.raises(OSError, match="No space left"):
         record.append(Path("/dev/full"), step=1)
     record_event(Path("/dev/full"), Event("phase"), name="x")  # an event never ends training
 
 
-def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
+def test_non_finite_numbers_become_null(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     record.append(path, step=1, loss=float("nan"), norm=float("inf"), lr=0.5)
     line = json.loads(path.read_text(), parse_constant=pytest.fail)
     assert (line["loss"], line["norm"], line["lr"]) == (None, None, 0.5)
 
 
-def test_the_last_line_can_be_added_to(tmp_path: Path) -> None:
+def test_fields_can_be_added_to_the_last_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     for step in (1, 2):
         record.append(path, step=step, loss=0.5)
@@ -48,7 +48,7 @@ def test_the_last_line_can_be_added_to(tmp_path: Path) -> None:
     assert record.last(path) == {**before, "val/loss": None, "val/perplexity": 2.0}
 
 
-def test_cutting_back_keeps_the_steps_before(tmp_path: Path) -> None:
+def test_cut_back_keeps_the_earlier_steps(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     for step in range(1, 9):
         record.append(path, step=step)
@@ -67,7 +67,7 @@ def test_cutting_back_keeps_the_steps_before(tmp_path: Path) -> None:
         ([1, 2, 3], "it ends at step 3, the run continues from step 6"),
     ],
 )
-def test_a_gap_or_a_repetition_is_named(tmp_path: Path, written: list[int], complaint: str) -> None:
+def test_missing_or_repeated_step_is_reported(tmp_path: Path, written: list[int], complaint: str) -> None:
     path = tmp_path / "metrics.jsonl"
     for step in written:
         record.append(path, step=step)
@@ -75,7 +75,7 @@ def test_a_gap_or_a_repetition_is_named(tmp_path: Path, written: list[int], comp
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", "\x00\x01"])
-def test_a_garbled_file_is_named(tmp_path: Path, content: str) -> None:
+def test_garbled_json_file_is_named(tmp_path: Path, content: str) -> None:
     path = tmp_path / "job.json"
     path.write_text(content)
     with pytest.raises(ConfigError, match=r"job\.json"):

@@ -21,7 +21,7 @@ def request_() -> Iterator[StopFlag]:
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"])
-def test_a_signal_is_a_request_that_says_who_asked_first(request_: StopFlag, name: str) -> None:
+def test_first_signal_is_the_reason_of_the_stop(request_: StopFlag, name: str) -> None:
     assert not request_.is_requested()
     signal.raise_signal(signal.Signals[name])
     assert request_.is_requested()
@@ -33,7 +33,7 @@ def test_a_signal_is_a_request_that_says_who_asked_first(request_: StopFlag, nam
     ("content", "reason"),
     [(json.dumps({"reason": "outlast stop"}), "outlast stop"), ("", "stop file"), ("[1]", "stop file")],
 )
-def test_a_stop_file_is_a_request_too_looked_for_now_and_then(
+def test_stop_file_is_polled(
     request_: StopFlag, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, reason: str
 ) -> None:
     now = [100.0]

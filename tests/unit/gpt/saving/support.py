@@ -1,6 +1,6 @@
-"""A Saver with a small state of its own and no engine behind it, in as many processes as a test likes.
+"""A Saver with a small state and without a real engine, in one process or several.
 
-`python -m tests.unit.gpt.saving.support RUN_DIR STEP…` saves those steps, one after the other.
+`python -m tests.unit.gpt.saving.support RUN_DIR STEP…` saves those steps in order.
 """
 
 import inspect
@@ -41,7 +41,7 @@ def expected_state(step: int, state: str) -> np.ndarray:
 
 
 class SmallEngine:
-    """What a Saver asks of an engine."""
+    """The part of an engine that a Saver uses."""
 
     layout = "flat"
     parameters = (ParameterEntry(name="w", shape=(NUMEL,), group="decay", offset=0),)
@@ -76,7 +76,7 @@ class SmallEngine:
             yield StatePart("decay", name, self._start, self._end, whole[self._start : self._end])
 
     def prepare_load(self, optimizer_steps: int) -> None:
-        self.take_step()  # other values, which a load replaces
+        self.take_step()  # values that a load must replace
         self.optimizer_steps = optimizer_steps
 
     def load_scalars(self, scalars: Mapping[str, float]) -> None:
@@ -137,7 +137,7 @@ def save_steps(folder: Path, meeting: Path, rank: int, size: int, steps: Sequenc
 
 
 def save_in_two_processes(folder: Path, steps: Sequence[int], failpoint: str = "", at: int = 0) -> bool:
-    """Save `steps` from two ranks, `failpoint` armed in rank `at`; whether that one was killed by it."""
+    """Save `steps` from two ranks, with `failpoint` set in rank `at`; whether it killed that rank."""
     context = multiprocessing.get_context("forkserver")  # it imports torch once for all
     context.set_forkserver_preload([__name__])
     meeting = Path(tempfile.mkdtemp()) / "meeting"

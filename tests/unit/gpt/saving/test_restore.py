@@ -1,4 +1,4 @@
-"""Which state a run goes on from, whatever is bad."""
+"""The checkpoint that a run continues from when some are corrupt, here or at the mirror."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +22,7 @@ __all__ = ["alone"]  # a fixture
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
-    """A run with a folder for its mirror beside it."""
+    """A run, with a folder for its mirror next to it."""
     (tmp_path / "mirrors").mkdir()
     run = RunDir(tmp_path / "run")
     run.attempt(1).path.mkdir(parents=True)
@@ -38,7 +38,7 @@ def save(run: RunDir, world: World, *steps: int, **checkpoint: Any) -> None:
 
 
 def load(run: RunDir, world: World, seed: int = 1234, **checkpoint: Any) -> tuple[int | None, SmallEngine]:
-    """The step that a load gives, and the engine that it filled."""
+    """The step that is loaded, and the engine that it filled."""
     engine = SmallEngine(world.rank, world.size, **checkpoint)
     engine.run = engine.run.model_copy(update={"seed": seed})
     index = load_newest(run, cast(Any, engine), world, "d", is_begun=has_begun(run))
@@ -62,7 +62,7 @@ def copy_all(run: RunDir, place: Path) -> Mirror:
     return copier.mirror
 
 
-def test_a_bad_checkpoint_is_taken_anew_from_the_mirror_before_an_older_one_is(
+def test_corrupt_checkpoint_is_fetched_from_the_mirror_before_an_older_one_is_tried(
     run: RunDir, alone: World, tmp_path: Path
 ) -> None:
     save(run, alone, 1, 2)
@@ -76,7 +76,7 @@ def test_a_bad_checkpoint_is_taken_anew_from_the_mirror_before_an_older_one_is(
     assert len(list(run.checkpoints.glob(".bad-step-00000002-*"))) == 1
 
 
-def test_what_the_mirror_has_after_the_step_that_a_run_goes_on_from_is_out_of_the_line(
+def test_mirror_is_rewound_to_the_step_that_the_run_continues_from(
     run: RunDir, alone: World, tmp_path: Path
 ) -> None:
     save(run, alone, 1, 2)
@@ -87,7 +87,7 @@ def test_what_the_mirror_has_after_the_step_that_a_run_goes_on_from_is_out_of_th
     assert mirror.steps() == [1]
 
 
-def test_a_run_that_went_back_mirrors_its_new_course(run: RunDir, alone: World, tmp_path: Path) -> None:
+def test_rewound_run_mirrors_its_new_checkpoints(run: RunDir, alone: World, tmp_path: Path) -> None:
     save(run, alone, 1, 5, 6)  # two are kept
     mirror = copy_all(run, tmp_path / "mirrors")
     for _, folder in committed(run.checkpoints):
@@ -97,7 +97,7 @@ def test_a_run_that_went_back_mirrors_its_new_course(run: RunDir, alone: World, 
     assert mirror.steps() == [2]
 
 
-def test_a_config_that_was_edited_behind_the_runs_back_is_refused(run: RunDir, alone: World) -> None:
+def test_edited_config_is_refused(run: RunDir, alone: World) -> None:
     save(run, alone, 1)
     with pytest.raises(ConfigError, match=r"saved under another config \(\w+\) .* config\.json was edited"):
         load(run, alone, seed=7)
@@ -109,7 +109,7 @@ def test_a_config_that_was_edited_behind_the_runs_back_is_refused(run: RunDir, a
 
 
 @pytest.mark.parametrize("event", ["imported", "branched", "checkpoint_saved"])
-def test_a_run_that_has_lost_its_first_state_does_not_start_from_new_weights(
+def test_run_that_lost_its_first_checkpoint_does_not_start_from_new_weights(
     run: RunDir, alone: World, event: str
 ) -> None:
     assert load(run, alone)[0] is None

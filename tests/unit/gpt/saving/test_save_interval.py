@@ -31,18 +31,18 @@ def expected_loss(interval_s: float, stall_s: float, mean_s: float) -> float:
     return wall / done - 1
 
 
-def test_the_best_interval_loses_least_in_a_simulation() -> None:
+def test_best_interval_loses_the_least_time_in_a_simulation() -> None:
     best = best_interval_s(20.0, 3600.0)
     losses = [expected_loss(factor * best, 20.0, 3600.0) for factor in (0.4, 1.0, 2.5)]
     assert losses[1] == min(losses)
 
 
 @pytest.mark.parametrize(("stall_s", "mean_s"), [(1.0, 1e6), (5.0, 1e5)])
-def test_for_rare_failures_it_is_youngs(stall_s: float, mean_s: float) -> None:
+def test_best_interval_for_rare_failures_is_youngs(stall_s: float, mean_s: float) -> None:
     assert best_interval_s(stall_s, mean_s) == pytest.approx((2 * stall_s * mean_s) ** 0.5, rel=0.01)
 
 
-def test_what_a_run_has_seen_moves_the_prior() -> None:
+def test_observed_failures_move_the_prior() -> None:
     prior = time_between_failures_s(nodes=10, failures=0, seconds=0.0)
     assert prior == pytest.approx(1000 * DAY / 6.5 / 10)
     assert time_between_failures_s(10, 9, 0.0) == pytest.approx(prior / 10)
@@ -50,7 +50,7 @@ def test_what_a_run_has_seen_moves_the_prior() -> None:
     assert time_between_failures_s(10, 100, 100 * 60.0) < 3 * prior / 100
 
 
-def test_failures_are_the_attempts_that_nobody_ended() -> None:
+def test_failures_are_attempts_that_ended_without_being_stopped() -> None:
     names = [
         "attempt_started",
         "phase",
@@ -64,7 +64,7 @@ def test_failures_are_the_attempts_that_nobody_ended() -> None:
     assert failures_so_far(events) == (2, 30.0)
 
 
-def test_the_clock_follows_what_saves_cost() -> None:
+def test_clock_follows_the_measured_cost_of_saves() -> None:
     config = CheckpointConfig(interval="auto", max_lost_minutes=1e6)
     clock = SaveClock(config, failure_interval_s=1e6, now=0.0)
     clock.saved(stall_s=0.02, seconds=3.0)
@@ -77,13 +77,13 @@ def test_the_clock_follows_what_saves_cost() -> None:
     assert not clock.is_due(1199.0)
 
 
-def test_no_more_is_lost_than_allowed() -> None:
+def test_interval_keeps_to_max_lost_minutes() -> None:
     clock = SaveClock(CheckpointConfig(interval="auto", max_lost_minutes=5), failure_interval_s=1e9, now=0.0)
     clock.saved(stall_s=10.0, seconds=100.0)
     assert clock.interval_s == 200.0
 
 
-def test_minutes_and_steps_decide_alone_where_they_are_given() -> None:
+def test_minutes_and_steps_decide_alone_when_they_are_given() -> None:
     assert SaveClock(CheckpointConfig(every_minutes=2), 1e6, now=0.0).interval_s == 120.0
     assert CheckpointConfig(every_minutes=2).every_steps is None
     assert SaveClock(CheckpointConfig(every_steps=7), 1e6, now=0.0).interval_s is None
@@ -116,7 +116,7 @@ def test_retention_never_leaves_fewer_than_two_and_keeps_what_it_promises(
     assert kept(sorted(stay), config, pinned, losses) == stay  # what stays, stays
 
 
-def test_one_checkpoint_of_every_so_many_steps_stays_for_ever() -> None:
+def test_keep_every_keeps_one_checkpoint_per_interval() -> None:
     config = CheckpointConfig(keep_last=2, keep_every=100)
     there: set[int] = set()
     for step in range(30, 1000, 30):

@@ -1,4 +1,4 @@
-"""Saving behind training's back: nothing waits, nothing half-done is ever taken for a checkpoint."""
+"""Saving in the background: training does not wait, and nothing incomplete counts as a checkpoint."""
 
 import errno
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt.checkpoint import writer
+from gpt.checkpoint import removal, writer
 from gpt.checkpoint.failpoints import PLACES
 from gpt.checkpoint.format import committed, verify
 from gpt.checkpoint.reader import CheckpointReader
@@ -21,7 +21,7 @@ from gpt.run import record
 from gpt.run.attempts import Superseded
 from gpt.run.host_memory import available_bytes
 from gpt.run.run_dir import RunDir
-from gpt.saving import saver as saver_module
+from gpt.saving import rank_writer
 from gpt.saving.saver import Saver
 from tests.unit.gpt.saving.support import (
     STATES,
@@ -43,13 +43,13 @@ def run_dir(tmp_path: Path) -> RunDir:
 
 
 def boundary(saver: Saver, world: World) -> None:
-    """What a step boundary does for a save in flight."""
+    """Do what a step boundary does for a save in flight."""
     saver.advance(*total(world, *saver.report()))
 
 
 def drain(saver: Saver, world: World) -> None:
     deadline = time.monotonic() + 30
-    while saver.is_busy:
+    while saver.in_flight is not None:
         assert time.monotonic() < deadline
         boundary(saver, world)
         time.sleep(0.005)
@@ -69,23 +69,21 @@ def holds(run: RunDir, step: int) -> bool:
     )
 
 
-def test_what_is_saved_is_the_state_at_the_boundary_however_far_training_goes_on(
-    run_dir: RunDir, alone: World
-) -> None:
+def test_saved_state_is_that_of_the_boundary_while_training_continues(run_dir: RunDir, alone: World) -> None:
     saver, engine = make_saver(run_dir, alone, max_mb_per_s=20)
     engine.take_step()
     saver.save(1, ())
     for _ in range(3):
         engine.take_step()
         boundary(saver, alone)
-    assert saver.is_busy
+    assert saver.in_flight is not None
     drain(saver, alone)
     assert holds(run_dir, 1)
     (saved,) = events(run_dir, "checkpoint_saved")
     assert saved["stall_s"] < saved["seconds"]  # type: ignore[operator]
 
 
-def test_an_asynchronous_save_writes_the_bytes_of_a_synchronous_one(tmp_path: Path, alone: World) -> None:
+def test_asynchronous_save_writes_the_same_bytes_as_a_synchronous_one(tmp_path: Path, alone: World) -> None:
     files = []
     for is_asynchronous in (True, False):
         run = RunDir(tmp_path / str(is_asynchronous))
@@ -93,7 +91,7 @@ def test_an_asynchronous_save_writes_the_bytes_of_a_synchronous_one(tmp_path: Pa
         saver, engine = make_saver(run, alone, asynchronous=is_asynchronous)
         engine.take_step()
         saver.save(1, ())
-        assert saver.is_busy == is_asynchronous
+        assert (saver.in_flight is not None) == is_asynchronous
         saver.wait()
         folder = dict(committed(run.checkpoints))[1]
         files.append({path.name: path.read_bytes() for path in folder.iterdir()})
@@ -101,7 +99,7 @@ def test_an_asynchronous_save_writes_the_bytes_of_a_synchronous_one(tmp_path: Pa
 
 
 @pytest.mark.parametrize(("free_mb", "is_short"), [(17, True), (19, False)])
-def test_where_host_memory_is_short_training_waits_for_the_save_and_an_event_says_so(
+def test_save_is_synchronous_and_recorded_when_host_memory_is_short(
     run_dir: RunDir,
     alone: World,
     tmp_path: Path,
@@ -109,25 +107,25 @@ def test_where_host_memory_is_short_training_waits_for_the_save_and_an_event_say
     free_mb: int,
     is_short: bool,
 ) -> None:
-    """The copy takes 14.4 MB; four fifths of what is left may be used."""
+    """The copy takes 14.4 MB, and saves may use four fifths of the available memory."""
     proc = tmp_path / "proc"
     proc.mkdir()
     (proc / "meminfo").write_text(f"MemTotal: 99999999 kB\nMemAvailable: {free_mb * 1000} kB\n")
-    monkeypatch.setattr(saver_module, "available_bytes", partial(available_bytes, proc=proc))
+    monkeypatch.setattr(rank_writer, "available_bytes", partial(available_bytes, proc=proc))
     saver, engine = make_saver(run_dir, alone)
     engine.take_step()
     saver.save(1, ())
-    assert saver.is_busy != is_short
+    assert (saver.in_flight is not None) != is_short
     saver.wait()
     assert holds(run_dir, 1)
     reasons = [event["reason"] for event in events(run_dir, "saving_synchronously")]
     assert reasons == is_short * [
-        "1 of 1 ranks are on nodes without the memory for a copy of the state; on this one it needs 13 MiB, "
-        "16 MiB are left"
+        "1 of 1 ranks are on nodes without the memory for a copy of the state; on this node it needs 13 "
+        "MiB, and 16 MiB are available"
     ]
 
 
-def test_a_save_that_is_due_meanwhile_is_skipped_and_counted(run_dir: RunDir, alone: World) -> None:
+def test_save_that_is_due_during_another_is_skipped_and_counted(run_dir: RunDir, alone: World) -> None:
     saver, engine = make_saver(run_dir, alone, max_mb_per_s=30)
     for step in (1, 2, 3):
         engine.take_step()
@@ -139,9 +137,7 @@ def test_a_save_that_is_due_meanwhile_is_skipped_and_counted(run_dir: RunDir, al
     assert "the save of step 1" in str(skipped[0]["reason"])
 
 
-def test_a_limit_is_kept_while_training_goes_on_and_lifted_when_somebody_waits(
-    run_dir: RunDir, alone: World
-) -> None:
+def test_speed_limit_holds_during_training_and_is_lifted_for_a_wait(run_dir: RunDir, alone: World) -> None:
     size_mb = 14.4
     saver, engine = make_saver(run_dir, alone, max_mb_per_s=30)
     engine.take_step()
@@ -157,7 +153,7 @@ def test_a_limit_is_kept_while_training_goes_on_and_lifted_when_somebody_waits(
     assert events(run_dir, "checkpoint_saved")[-1]["seconds"] < 20  # type: ignore[operator]
 
 
-def test_a_save_that_is_given_up_leaves_nothing(run_dir: RunDir, alone: World) -> None:
+def test_given_up_save_leaves_nothing(run_dir: RunDir, alone: World) -> None:
     saver, engine = make_saver(run_dir, alone, max_mb_per_s=5)
     engine.take_step()
     saver.save(1, ())
@@ -175,7 +171,7 @@ def test_a_save_that_is_given_up_leaves_nothing(run_dir: RunDir, alone: World) -
     [(place, "ENOSPC") for place in PLACES[1 : PLACES.index("renamed")]]
     + [("chunk_written", "EDQUOT"), ("folder_made", "EROFS")],
 )
-def test_a_disk_that_refuses_fails_the_save_and_nothing_else(
+def test_failing_disk_fails_only_the_save(
     run_dir: RunDir, alone: World, monkeypatch: pytest.MonkeyPatch, place: str, code: str
 ) -> None:
     saver, engine = make_saver(run_dir, alone)
@@ -192,9 +188,7 @@ def test_a_disk_that_refuses_fails_the_save_and_nothing_else(
     assert [step for step, _ in committed(run_dir.checkpoints)] == [1, 3]
 
 
-def test_the_last_save_of_a_run_must_not_fail_in_silence(
-    run_dir: RunDir, alone: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_last_save_raises(run_dir: RunDir, alone: World, monkeypatch: pytest.MonkeyPatch) -> None:
     saver, engine = make_saver(run_dir, alone)
     engine.take_step()
     arm(monkeypatch, "file_written:error=ENOSPC")
@@ -202,7 +196,7 @@ def test_the_last_save_of_a_run_must_not_fail_in_silence(
         saver.save_and_wait(1, ())
 
 
-def test_a_writer_that_hangs_delays_no_step(
+def test_hanging_writer_delays_no_step(
     run_dir: RunDir, alone: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saver, engine = make_saver(run_dir, alone)
@@ -219,7 +213,7 @@ def test_a_writer_that_hangs_delays_no_step(
     assert holds(run_dir, 1)
 
 
-def test_an_older_copy_commits_nothing_more(run_dir: RunDir, alone: World) -> None:
+def test_superseded_attempt_commits_nothing(run_dir: RunDir, alone: World) -> None:
     saver, engine = make_saver(run_dir, alone, max_mb_per_s=50)
     engine.take_step()
     saver.save(1, ())
@@ -230,14 +224,14 @@ def test_an_older_copy_commits_nothing_more(run_dir: RunDir, alone: World) -> No
 
 
 @pytest.mark.parametrize("place", ["committed", "pruned"])
-def test_an_older_copy_deletes_nothing_more(
+def test_superseded_attempt_deletes_nothing(
     run_dir: RunDir, alone: World, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     earlier, engine = make_saver(run_dir, alone, keep_last=4)
     for step in (1, 2, 3):
         engine.take_step()
         earlier.save_and_wait(step, ())
-    saver, engine = make_saver(run_dir, alone)  # it keeps two: 1 and 2 have to go
+    saver, engine = make_saver(run_dir, alone)  # it keeps two, so 1 and 2 are deleted
     engine.take_step()
     is_there, may_go_on = threading.Event(), threading.Event()
 
@@ -247,10 +241,11 @@ def test_an_older_copy_deletes_nothing_more(
             may_go_on.wait(20)
 
     monkeypatch.setattr(writer, "reach", pause)
+    monkeypatch.setattr(removal, "reach", pause)
     saver.save(4, ())
     while not is_there.is_set():
         boundary(saver, alone)
-    run_dir.attempt(2).path.mkdir()  # a copy with a larger keep_last goes on from here
+    run_dir.attempt(2).path.mkdir()  # a newer attempt with a larger keep_last starts
     may_go_on.set()
     with pytest.raises(Superseded, match="Attempt 2 has taken the run over"):
         drain(saver, alone)
@@ -258,12 +253,12 @@ def test_an_older_copy_deletes_nothing_more(
     assert steps == ([1, 2, 3, 4] if place == "committed" else [2, 3, 4])
 
 
-def test_a_folder_that_a_newer_copy_cleared_is_not_committed(
+def test_folder_that_a_newer_attempt_cleared_is_not_committed(
     run_dir: RunDir, alone: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saver, engine = make_saver(run_dir, alone)
     engine.take_step()
-    arm(monkeypatch, "index_written:sleep=1")  # checked that it is the newest; not renamed yet
+    arm(monkeypatch, "index_written:sleep=1")  # after the check for a newer attempt, before the rename
     saver.save(1, ())
     deadline = time.monotonic() + 10
     while not list(run_dir.checkpoints.glob(".tmp-*/checkpoint.json")) and time.monotonic() < deadline:
@@ -288,7 +283,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     ("place", "rank"),
     [(place, 0) for place in PLACES] + [(place, 1) for place in PLACES[: PLACES.index("gathered")]],
 )
-def test_a_kill_at_any_failpoint_leaves_a_whole_checkpoint(
+def test_kill_at_any_failpoint_leaves_an_intact_checkpoint(
     saved: RunDir, tmp_path: Path, place: str, rank: int
 ) -> None:
     run_dir = RunDir(Path(shutil.copytree(saved.path, tmp_path / "run")))

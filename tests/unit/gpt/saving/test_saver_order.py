@@ -14,7 +14,7 @@ CALLS = "write,fsync,rename,renameat,renameat2,openat"
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
-def test_a_save_writes_syncs_renames_and_syncs_the_folder_in_this_order(tmp_path: Path) -> None:
+def test_save_writes_fsyncs_renames_and_fsyncs_the_folder_in_this_order(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     run.attempt(1).path.mkdir(parents=True)
     trace = tmp_path / "trace"

@@ -18,7 +18,7 @@ from gpt.run import record
 from gpt.run.events import Event, record_event
 from gpt.run.json_file import read_json, write_json
 from gpt.run.run_dir import RunDir
-from gpt.sidecars.mlflow import Mirror, follow
+from gpt.sidecars.mlflow import MlflowRun, follow
 
 
 @pytest.fixture
@@ -44,16 +44,16 @@ def history(uri: str, run_id: str, name: str = "train/loss") -> list[tuple[int, 
     return sorted((point.step, point.value) for point in points)
 
 
-def test_a_restart_continues_the_same_mlflow_run_and_repeats_no_point(run_dir: RunDir) -> None:
+def test_restart_continues_the_mlflow_run_and_repeats_no_point(run_dir: RunDir) -> None:
     uri = f"sqlite:///{run_dir.mlflow_database}"
     add_steps(run_dir, 1, 6)
     record_event(run_dir.events, Event("network_built"), attention="sdpa")
-    first = Mirror(run_dir, config())
+    first = MlflowRun(run_dir, config())
     first.send()
     assert MlflowClient(uri).get_run(first.run_id).data.tags["outlast.attention"] == "sdpa"
     record.cut_back(run_dir.metrics, 4)  # what a resume from step 4 does
     add_steps(run_dir, 5, 9)
-    second = Mirror(run_dir, config())
+    second = MlflowRun(run_dir, config())
     second.send()
     second.close()
     assert second.run_id == first.run_id == (read_json(run_dir.provenance) or {})["mlflow_run_id"]
@@ -61,46 +61,46 @@ def test_a_restart_continues_the_same_mlflow_run_and_repeats_no_point(run_dir: R
     assert MlflowClient(uri).get_run(first.run_id).data.params["schedule.total_steps"] == "9"
 
 
-def test_scores_that_come_after_their_line_was_sent_are_sent_once(run_dir: RunDir) -> None:
+def test_scores_added_to_a_sent_line_are_sent_once(run_dir: RunDir) -> None:
     uri = f"sqlite:///{run_dir.mlflow_database}"
     add_steps(run_dir, 1, 2)
-    mirror = Mirror(run_dir, config())
+    mirror = MlflowRun(run_dir, config())
     mirror.send()
     record.amend_last(run_dir.metrics, **{"val/loss": 3.0})
     for _ in range(2):
-        Mirror(run_dir, config()).send()
+        MlflowRun(run_dir, config()).send()
     assert history(uri, mirror.run_id, "val/loss") == [(2, 3.0)]
     assert history(uri, mirror.run_id) == [(1, 1.0), (2, 0.5)]
 
 
-def test_points_keep_the_time_at_which_they_happened(run_dir: RunDir) -> None:
+def test_points_keep_their_original_time(run_dir: RunDir) -> None:
     add_steps(run_dir, 1, 1)
     happened = next(record.read(run_dir.metrics))["time"]
-    mirror = Mirror(run_dir, config())
+    mirror = MlflowRun(run_dir, config())
     mirror.send()
     (point,) = mirror.client.get_metric_history(mirror.run_id, "train/loss")
     assert point.timestamp == int(happened * 1000)
 
 
-def test_a_copied_run_directory_is_a_run_of_its_own(run_dir: RunDir) -> None:
+def test_copied_run_directory_gets_its_own_mlflow_run(run_dir: RunDir) -> None:
     import shutil
 
     add_steps(run_dir, 1, 2)
-    first = Mirror(run_dir, config())
+    first = MlflowRun(run_dir, config())
     first.send()
     copy = RunDir(run_dir.path.with_name("tiny-copy"))
     shutil.copytree(run_dir.path, copy.path)
-    second = Mirror(copy, config())
+    second = MlflowRun(copy, config())
     second.send()
     assert second.run_id != first.run_id
     assert len(second.client.get_metric_history(second.run_id, "train/loss")) == 2
 
 
 @pytest.mark.parametrize(("exit_code", "status"), [(0, "FINISHED"), (75, "KILLED"), (93, "FAILED")])
-def test_the_status_says_how_the_run_ended(run_dir: RunDir, exit_code: int, status: str) -> None:
+def test_mlflow_status_is_how_the_run_ended(run_dir: RunDir, exit_code: int, status: str) -> None:
     run_dir.attempt(1).path.mkdir(parents=True)
     write_json(run_dir.attempt(1).result, {"exit_code": exit_code, "cause": "so it was"})
-    mirror = Mirror(run_dir, config())
+    mirror = MlflowRun(run_dir, config())
     mirror.close()
     run = mirror.client.get_run(mirror.run_id)
     assert run.info.status == status
@@ -118,7 +118,7 @@ def server(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
     yield f"http://127.0.0.1:{port}", [*command, "--backend-store-uri", store]
 
 
-def test_a_server_that_comes_late_gets_every_point(
+def test_server_that_starts_late_gets_every_point(
     run_dir: RunDir, server: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -149,7 +149,7 @@ def test_a_server_that_comes_late_gets_every_point(
         process.wait()
 
 
-def test_a_server_that_never_comes_is_given_up_at_the_end(
+def test_server_that_never_starts_is_given_up_at_the_end(
     run_dir: RunDir, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -159,5 +159,5 @@ def test_a_server_that_never_comes_is_given_up_at_the_end(
     ended = threading.Event()
     ended.set()
     follow(run_dir, config(uri="http://127.0.0.1:9"), ended)
-    assert "gave up; the rest stays in the record" in capfd.readouterr().out
+    assert "gave up; the lines that were not sent stay in the record" in capfd.readouterr().out
     assert len(list(record.read(run_dir.metrics))) == 3

@@ -110,7 +110,7 @@ def test_stop_ends_without_a_checkpoint_when_the_disk_keeps_hanging(hung: Ending
     outcome = hung.end(7, is_stopping=True)
     assert time.monotonic() - started < 5
     assert (outcome.exit_code, outcome.step) == (ExitCode.FAILED, 7)
-    assert outcome.cause.endswith("not saved: its writer did nothing for 0.3 s and is left behind")
+    assert outcome.cause.endswith("not saved: its writer made no progress for 0.3 s and is abandoned")
     assert committed(hung.checkpoints) == []
 
 
@@ -135,7 +135,7 @@ def test_stop_ends_a_hung_synchronous_save(asked_later: Ending, monkeypatch: pyt
     assert 1.0 <= time.monotonic() - started < 5
     (failed,) = record.read(run.events)
     assert (failed["event"], failed["step"]) == ("checkpoint_failed", 6)
-    assert failed["reason"] == "its writer did nothing for 0.3 s and is left behind"
+    assert failed["reason"] == "its writer made no progress for 0.3 s and is abandoned"
     arm(monkeypatch, "")
     assert replace(asked_later, saver=saver).end(7, is_stopping=True).exit_code == ExitCode.STOPPED
     assert [step for step, _ in committed(run.checkpoints)] == [7]
@@ -147,7 +147,7 @@ def test_stop_ends_the_hung_save_of_the_last_step(asked_later: Ending) -> None:
     assert 1.0 <= time.monotonic() - started < 5
     assert (outcome.exit_code, outcome.step) == (ExitCode.FAILED, last)
     assert outcome.cause == (
-        f"stopped at step {last} (SIGTERM); not saved: its writer did nothing for 0.3 s and is left behind"
+        f"stopped at step {last} (SIGTERM); not saved: its writer made no progress for 0.3 s and is abandoned"
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from data_pipeline.errors import LaunchError
 from gpt.checkpoint.format import PIN_NAME, committed, is_pinned
-from gpt.checkpoint.writer import set_aside
+from gpt.checkpoint.removal import reject
 from gpt.run import record
 from gpt.run.events import Event, record_event
 from gpt.run.run_dir import REWOUND_PREFIX, RunDir
@@ -86,7 +86,7 @@ def test_two_intact_checkpoints_always_remain(run: RunDir) -> None:
 @pytest.fixture
 def aside(run: RunDir) -> list[Path]:
     """A corrupt checkpoint, and one after a step that a resume went back to."""
-    bad = set_aside(write_checkpoint(run.checkpoints, step=20))
+    bad = reject(write_checkpoint(run.checkpoints, step=20))
     left = run.checkpoints / f"{REWOUND_PREFIX}1-step-00000025"
     write_checkpoint(run.checkpoints, step=25).rename(left)
     return [bad, left]

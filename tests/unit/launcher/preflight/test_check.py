@@ -79,8 +79,8 @@ def test_an_invalid_sequence_parallelism_lists_the_valid_ones(data: Path, tmp_pa
         "model.n_kv_heads = 4 or be a multiple of it. These do: 1, 2, 4."
     )
     assert refused(lambda: ask(data, tmp_path / "run", "parallel.sequence=4")) == [
-        "parallel.sequence = 4 does not divide the 2 processes; use a multiple of 4, or another "
-        "parallel.sequence."
+        "parallel.sequence = 4 does not divide the 2 processes. Use a multiple of 4 processes, "
+        "or another parallel.sequence."
     ]
     found = refused(
         lambda: ask(data, tmp_path / "run", "parallel.sequence=2", "batch.global_batch_tokens=1000")
@@ -97,7 +97,7 @@ def test_a_batch_that_does_not_divide_suggests_processes_and_micro_batches(data:
     [problem] = refused(lambda: ask(data, None, tokens, cluster=cluster))
     assert problem.endswith(
         " × 8 processes = 1024. Nearest: 2048. "
-        "As it is it can be cut with 6 or 12 processes, or batch.micro_batch = 1."
+        "This batch can be split with 6 or 12 processes, or batch.micro_batch = 1."
     )
 
 
@@ -113,8 +113,8 @@ def test_a_batch_warmup_is_checked_and_counted_step_by_step(data: Path, tmp_path
     ]
     [problem] = refused(lambda: ask(data, tmp_path / "run", warmup(2048)))
     assert problem.endswith(
-        "batch.warmup.0.global_batch_tokens = 2048 is more than batch.global_batch_tokens = 1024, which the "
-        "warmup leads to."
+        "batch.warmup.0.global_batch_tokens = 2048 is more than batch.global_batch_tokens = 1024, at which "
+        "the warmup ends."
     )
     config = ask(data, tmp_path / "run", warmup(256, 512)).config
     assert plan(config, LOCAL, None).tokens == 2 * 256 + 2 * 512 + 16 * 1024
