@@ -160,6 +160,12 @@ class BatchConfig(Section):
         stages = [(stage.steps, stage.global_batch_tokens) for stage in self.warmup]
         return BatchSizes(self.global_batch_tokens, stages)
 
+    def with_micro_batch(self, sequences: int) -> "BatchConfig":
+        """The same optimizer step, computed `sequences` at a time."""
+        return BatchConfig(
+            global_batch_tokens=self.global_batch_tokens, micro_batch=sequences, warmup=self.warmup
+        )
+
     @model_validator(mode="after")
     def _ramp_leads_to_the_batch(self) -> Self:
         for number, stage in enumerate(self.warmup):

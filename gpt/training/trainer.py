@@ -225,8 +225,8 @@ class Trainer:
         self._saver.advance(agreed["save_done"], agreed["save_failed"])
         self._is_time_to_save = agreed["save_due"] > 0
         self._scored[step + AHEAD] = max(1.0, agreed["scored_ahead"])
-        behind = self._data.reader.numbers_consumed(step)
-        self._metrics.add(step, **{"data/digest": agreed["data/digest"], "data/sequences_behind": behind})
+        consumed = self._data.reader.numbers_consumed(step)
+        self._metrics.add(step, **{"data/digest": agreed["data/digest"], "data/sequences_behind": consumed})
         self._metrics.complete(step - 1, agreed)
         return agreed["stop"] > 0
 

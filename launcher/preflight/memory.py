@@ -76,8 +76,7 @@ def memory(config: RunConfig, world_size: int, *, on_cpu: bool = False) -> Memor
 def largest_micro_batch(config: RunConfig, world_size: int, available: float) -> int | None:
     """The largest micro-batch that divides the global batch and keeps the peak within `available` bytes."""
     for micro_batch in range(config.global_batch * config.parallel.sequence // world_size, 0, -1):
-        batch = config.batch.model_copy(update={"micro_batch": micro_batch})
-        smaller = config.model_copy(update={"batch": batch})
+        smaller = config.with_tables(batch=config.batch.with_micro_batch(micro_batch))
         if smaller.batch_problem(world_size) is None and memory(smaller, world_size).peak <= available:
             return micro_batch
     return None
