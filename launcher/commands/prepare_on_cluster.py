@@ -16,9 +16,9 @@ from data_pipeline.errors import DataError, LaunchError, OutlastError
 from data_pipeline.prepare.chunk import Advance, Piece, Settings, committed
 from data_pipeline.prepare.worker_pool import Task, encode_all, is_done
 from launcher.cluster import ClusterConfig
-from launcher.scheduler import slurm
+from launcher.scheduler import slurm_commands as slurm
 from launcher.scheduler.sbatch import slurm_executor
-from launcher.scheduler.slurm import Standing
+from launcher.scheduler.slurm_commands import Standing
 
 if TYPE_CHECKING:
     from submitit import Executor, Job

@@ -34,7 +34,7 @@ from launcher.request import Request
 from launcher.runs.recipes import run_tables
 from launcher.runs.stop_request import request_stop
 from launcher.runs.store import create_run, next_run_folder, put_submission
-from launcher.scheduler import slurm
+from launcher.scheduler import slurm_commands as slurm
 
 _PUSH_S = 3.0
 # Sums in another order: measured 3e-7 relative in fp32 after a few steps, in bf16 a rounding is 4e-3.

@@ -26,9 +26,9 @@ from gpt.run.run_dir import RunDir
 from launcher.commands.progress import duration
 from launcher.runs.job_record import read_job, read_outcome
 from launcher.runs.store import read_config
-from launcher.scheduler import slurm
+from launcher.scheduler import slurm_commands as slurm
 from launcher.scheduler.jobs import standings
-from launcher.scheduler.slurm import Standing
+from launcher.scheduler.slurm_commands import Standing
 
 _TAIL_BYTES = 1 << 18  # about a thousand steps
 _WATCH_S = 5.0  # squeue is a shared service

@@ -13,7 +13,7 @@ from gpt.run.json_file import is_listed
 from gpt.run.records import MeetingPoint, NodeFailure
 from gpt.run.run_dir import SubmissionDir
 from launcher.cluster import ClusterConfig
-from launcher.scheduler import slurm
+from launcher.scheduler import slurm_commands as slurm
 
 _PORTS = range(12_000, 30_000)  # below the kernel's ephemeral ports, so that no client holds one by chance
 _MEETING_PATIENCE_S = 300.0

@@ -42,7 +42,7 @@ from launcher.process_tree import (
 from launcher.runs.job_record import read_job
 from launcher.runs.stop_request import clear_job_run_stop, is_persons, pending_stop, request_stop
 from launcher.runs.store import python_module, read_cluster, read_config
-from launcher.scheduler import slurm
+from launcher.scheduler import slurm_commands as slurm
 from launcher.scheduler.bad_nodes import without_bad_nodes
 from launcher.scheduler.container import inside, needed_folders
 from launcher.scheduler.sbatch import requeue_mark

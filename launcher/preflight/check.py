@@ -17,7 +17,7 @@ from gpt.config.data import DataConfig
 from gpt.config.run import RunConfig
 from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig, load_cluster
-from launcher.preflight.findings import Findings
+from launcher.findings import Findings
 from launcher.preflight.mirror import check_mirror
 from launcher.preflight.plan import (
     checkpoint_bytes,
@@ -30,8 +30,8 @@ from launcher.preflight.plan import (
     sequences,
     size,
 )
-from launcher.preflight.slurm_site import check_site, check_tracker
 from launcher.request import Request
+from launcher.scheduler.slurm_site import check_site, check_tracker
 
 READ_WHOLE_BYTES = 64 << 20  # data sets up to this size are checked byte for byte: 10 ms of xxh3
 EPOCHS_WARNING = 4.0  # repeating data beyond it buys little (Muennighoff et al., arXiv:2305.16264)

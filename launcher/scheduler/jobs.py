@@ -20,8 +20,8 @@ from gpt.run.run_dir import RunDir
 from launcher.process_tree import identity
 from launcher.runs.job_record import read_job, read_outcome
 from launcher.runs.stop_request import is_persons, pending_stop
-from launcher.scheduler import slurm
-from launcher.scheduler.slurm import Standing
+from launcher.scheduler import slurm_commands as slurm
+from launcher.scheduler.slurm_commands import Standing
 
 _PAUSE_S = {"local": 0.0, "slurm": 5.0}  # between questions: squeue is a shared service
 

@@ -18,8 +18,8 @@ from data_pipeline.sources.documents import Span
 from data_pipeline.sources.files import SourceFile
 from launcher.cluster import ClusterConfig
 from launcher.commands.prepare_on_cluster import Spread, _Share
-from launcher.scheduler import slurm
-from launcher.scheduler.slurm import Standing
+from launcher.scheduler import slurm_commands as slurm
+from launcher.scheduler.slurm_commands import Standing
 from tests.unit.data_pipeline.support import config, files_of, packaged_texts, write_jsonl
 
 LOCAL = ClusterConfig(kind="local")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from data_pipeline.errors import LaunchError
-from launcher.scheduler import slurm
+from launcher.scheduler import slurm_commands as slurm
 
 NAMES = {"alpha": "127.0.1.1", "beta": "127.0.0.2", "gamma": "10.1.2.3"}
 

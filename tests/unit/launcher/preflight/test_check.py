@@ -14,8 +14,8 @@ from gpt.config.run import RunConfig
 from gpt.run.exit_codes import exit_code_of
 from gpt.run.json_file import read_json
 from launcher.cluster import ClusterConfig
+from launcher.findings import Findings
 from launcher.preflight.check import check_disk, check_machine, examine
-from launcher.preflight.findings import Findings
 from launcher.preflight.plan import host_memory_warning, plan
 from launcher.request import Request
 from launcher.runs.recipes import recipe_names, run_tables

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from data_pipeline.errors import LaunchError
-from launcher.scheduler import slurm
+from launcher.scheduler import slurm_commands as slurm
 
 
 @pytest.fixture

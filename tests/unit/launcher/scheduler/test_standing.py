@@ -26,7 +26,7 @@ from launcher.commands.progress import Follower, watch
 from launcher.commands.status import statuses
 from launcher.runs.recipes import run_tables
 from launcher.runs.stop_request import request_stop
-from launcher.scheduler import slurm
+from launcher.scheduler import slurm_commands as slurm
 from launcher.scheduler.jobs import refuse_while_alive
 from tests.unit.launcher.support import job_record
 

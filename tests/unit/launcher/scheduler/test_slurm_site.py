@@ -12,8 +12,10 @@ import pytest
 from gpt.config.run import RunConfig
 from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig
-from launcher.preflight.findings import Findings
-from launcher.preflight.slurm_site import (
+from launcher.findings import Findings
+from launcher.scheduler import slurm_commands as slurm
+from launcher.scheduler.slurm_commands import Preemption
+from launcher.scheduler.slurm_site import (
     check_partitions,
     check_qos,
     check_shared,
@@ -22,8 +24,6 @@ from launcher.preflight.slurm_site import (
     check_tracker,
     file_system,
 )
-from launcher.scheduler import slurm
-from launcher.scheduler.slurm import Preemption
 
 
 def config(**tables: object) -> RunConfig:
@@ -157,7 +157,7 @@ def test_a_cluster_file_that_forbids_requeueing_and_an_image_that_is_not_there_a
     (tmp_path / "srun").touch(mode=0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setattr(slurm, "_ask", lambda _command, _question=None: None)  # Slurm is silent
-    monkeypatch.setattr("launcher.preflight.slurm_site.file_system", lambda _path: "lustre")
+    monkeypatch.setattr("launcher.scheduler.slurm_site.file_system", lambda _path: "lustre")
     image = tmp_path / "a.sif"
     fields = {"kind": "slurm", "sbatch": {"requeue": False}}
     container = {"runtime": "apptainer", "image": str(image)}
@@ -202,7 +202,7 @@ def test_the_file_system_of_a_path_is_that_of_its_nearest_mount(path: str, kind:
 
 def test_a_disk_that_other_machines_do_not_see_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = {Path("/a"): "tmpfs", Path("/b"): "lustre", Path("/c"): None}
-    monkeypatch.setattr("launcher.preflight.slurm_site.file_system", lambda path: kinds[path])
+    monkeypatch.setattr("launcher.scheduler.slurm_site.file_system", lambda path: kinds[path])
     findings = Findings()
     check_shared(list(kinds), findings)
     assert findings.warnings == [

@@ -11,11 +11,11 @@ from pathlib import Path
 from gpt.config.run import RunConfig
 from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig, time_limit_min
-from launcher.preflight.findings import Findings
+from launcher.findings import Findings
 from launcher.preflight.plan import checkpoint_bytes, size
-from launcher.scheduler import slurm
+from launcher.scheduler import slurm_commands as slurm
 from launcher.scheduler.sbatch import submission_text
-from launcher.scheduler.slurm import Preemption
+from launcher.scheduler.slurm_commands import Preemption
 
 # What one node writes to a parallel file system while all others do; a site's own speed shows in the events.
 SAVE_BYTES_PER_SECOND = 1e9
