@@ -19,7 +19,7 @@ from gpt.checkpoint.format import PIN_NAME, Corrupt, committed, is_pinned, read_
 from gpt.run import record
 from gpt.run.events import Event
 from gpt.run.run_dir import UNCOMMITTED_PREFIX, RunDir
-from launcher.preflight.plan import size
+from launcher.units import size
 
 _FEWEST = 2  # the newest, and one for the case that it turns out to be bad
 

@@ -40,9 +40,10 @@ from launcher.commands.progress import Attendance, Display, Follower, Update, du
 from launcher.commands.submit import submit
 from launcher.paths import absolute
 from launcher.preflight.check import examine
-from launcher.preflight.plan import plan, size
+from launcher.preflight.plan import plan
 from launcher.runs.recipes import recipe_path, run_tables
 from launcher.runs.store import create_run, next_run_folder
+from launcher.units import size
 
 PROMPT = "And it came to pass"
 VAL_FRACTION = 0.05

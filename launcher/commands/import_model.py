@@ -18,8 +18,9 @@ from gpt.run.json_file import read_json
 from launcher.commands.launch import command_line, show_warnings
 from launcher.paths import absolute
 from launcher.preflight.check import examine
+from launcher.runs.code_snapshot import python_module
 from launcher.runs.recipes import with_absolute_paths
-from launcher.runs.store import create_run, python_module
+from launcher.runs.store import create_run
 
 
 def import_run(hf_dir: Path, run_dir: Path, data: str, cluster: str, overrides: Sequence[str]) -> int:

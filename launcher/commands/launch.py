@@ -52,8 +52,8 @@ from launcher.runs.store import (
     read_config,
     runs_folder,
 )
-from launcher.scheduler.jobs import Lookout, claim_start, refuse_while_alive, state
-from launcher.scheduler.sbatch import submission_text
+from launcher.scheduler.jobs import JobWatcher, claim_start, job_state, refuse_while_alive
+from launcher.scheduler.registry import scheduler_of
 
 _POLL_S = 0.2
 _SILENCE_S = 120.0  # a controller restarts in less
@@ -79,8 +79,10 @@ def launch(
     start = find_origin(origin, request.config) if origin is not None else None
     show_warnings(request)
     if dry_run:
-        if request.cluster.kind == "slurm":
-            click.echo(submission_text(RunDir(folder), request.config, request.cluster))
+        scheduler = scheduler_of(request.cluster.kind)
+        text = scheduler.submission_text(RunDir(folder), request.config, request.cluster)
+        if text is not None:
+            click.echo(text)
         show_plan(request)
         click.echo("dry run: all checks passed, nothing was written", err=True)
         click.echo(folder)
@@ -168,13 +170,13 @@ def stop(folder: str, *, now: bool) -> int:
     """Ask a run to save and stop (`now`: to end without saving) and wait until it has; the exit code."""
     run = open_run(folder)
     job = read_job(run)
-    if job is None or state(run, job) == "ended":
+    if job is None or job_state(run, job) == "ended":
         raise LaunchError(f"{folder} is not running. `outlast status {folder}` says how it ended.")
     request_stop(run, "outlast stop --now" if now else "outlast stop", now=now)
     click.echo("ending it without saving" if now else "saving, then stopping", err=True)
-    lookout = Lookout(run, job, serves_stop=True)
-    while lookout.word() != "ended":
-        if lookout.unknown_s > _SILENCE_S:
+    watcher = JobWatcher(run, job, serves_stop=True)
+    while watcher.state() != "ended":
+        if watcher.unknown_s > _SILENCE_S:
             click.echo(
                 f"nobody says here how {job.executor} job {job.job_id} of {job.host} stands. The request "
                 f"stays: the job ends once it sees {run.stop}; `outlast status {folder}` shows how.",
@@ -217,7 +219,7 @@ def _submit_and_attend(
     job: Job = submit(run, reason)
     if claim is not None:
         claim.close()  # job.json stands: it refuses the next one
-    stays = cluster.kind == "local" if attend is None else attend
+    stays = scheduler_of(cluster.kind).is_attended if attend is None else attend
     code = 0
     if stays:
         outcome = watch(run, job, follower, total_steps)

@@ -22,10 +22,10 @@ from gpt.run.events import Event
 from gpt.run.exit_codes import ExitCode
 from gpt.run.records import Job, JobOutcome
 from gpt.run.run_dir import RunDir
-from launcher.preflight.plan import size
 from launcher.runs.job_record import read_outcome
 from launcher.runs.stop_request import request_stop
-from launcher.scheduler.jobs import Lookout
+from launcher.scheduler.jobs import JobWatcher
+from launcher.units import size
 
 _POLL_S = 0.2
 _PLAIN_LINE_S = 10.0
@@ -49,9 +49,9 @@ class Follower:
 
     def updates(self, job: Job) -> Iterator[Update]:
         """An update every fifth of a second until `job` has ended, then the last one."""
-        lookout = Lookout(self.run, job, serves_stop=True)
+        watcher = JobWatcher(self.run, job, serves_stop=True)
         while True:
-            is_over = lookout.word() == "ended"
+            is_over = watcher.state() == "ended"
             yield Update(self._new(self.run.metrics), self._new(self.run.events))
             if is_over:
                 return

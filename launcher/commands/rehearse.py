@@ -34,7 +34,7 @@ from launcher.request import Request
 from launcher.runs.recipes import run_tables
 from launcher.runs.stop_request import request_stop
 from launcher.runs.store import create_run, next_run_folder, put_submission
-from launcher.scheduler import slurm_commands as slurm
+from launcher.scheduler.registry import scheduler_of
 
 _PUSH_S = 3.0
 # Sums in another order: measured 3e-7 relative in fp32 after a few steps, in bf16 a rounding is 4e-3.
@@ -133,8 +133,9 @@ class Killer:
             self.stop_at = None
 
     def _kill(self) -> None:
-        if self.cluster.kind == "slurm":
-            slurm.requeue(self._job_id(), slurm.restarts(self._job_id()))
+        scheduler = scheduler_of(self.cluster.kind)
+        if scheduler.can_requeue:
+            scheduler.interrupt(self._job_id())
             return
         owner = read_json(self.run.attempt(self.run.attempt_numbers()[-1]).owner)
         assert owner is not None
@@ -142,9 +143,9 @@ class Killer:
 
     def _push(self) -> None:
         """Have a requeued job start at once: Slurm sets the two minutes' wait when the old turn has ended."""
-        if self.cluster.kind == "slurm" and time.monotonic() >= self._next_push:
+        if time.monotonic() >= self._next_push:
             self._next_push = time.monotonic() + _PUSH_S
-            slurm.start_now(self._job_id())
+            scheduler_of(self.cluster.kind).start_now(self._job_id())
 
     def _job_id(self) -> str:
         job = read_json(self.run.job)
@@ -212,8 +213,10 @@ def _watch(run: RunDir, request: Request, reason: str, killer: Killer | None) ->
     follower = Follower(run)
     with Display(request.config.total_steps) as display, Attendance(run, display) as attendance:
         job = submit(run, reason)
-        if job.executor == "slurm":
-            display.note(f"Slurm job {job.job_id}; it begins when Slurm has nodes for it")
+        scheduler = scheduler_of(job.executor)
+        if not scheduler.runs_here:
+            title = scheduler.title
+            display.note(f"{title} job {job.job_id}; it begins when {title} has nodes for it")
         step = 0
         for update in follower.updates(job):
             display.show(update)

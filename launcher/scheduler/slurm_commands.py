@@ -1,7 +1,7 @@
-"""What Outlast asks of Slurm's commands: where nodes are, how jobs stand, and to put a job back in the queue.
+"""Slurm's commands: where nodes are, which state jobs have, and how a job gets back into the queue.
 
-Every question has a time limit and an answer for "nobody can say": the controller may be restarting, and a
-machine that trains locally has none of these commands. Without accounting sacct fails, so squeue and
+Every command has a time limit, and every function a value for "no answer": the controller may be restarting,
+and a machine that trains locally has none of these commands. Without accounting sacct fails, so squeue and
 scontrol are asked first.
 """
 
@@ -15,62 +15,52 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from data_pipeline.errors import LaunchError
+from launcher.scheduler.protocol import JobState, Standing
 
-_QUESTION_S = 30.0
-_PATIENCE_S = 5.0
-_AGREES_S = 60.0
+_TIMEOUT_S = 30.0
+_RETRY_S = 5.0
+_EXCLUDE_TIMEOUT_S = 60.0
 _REFUSALS = 12
 _RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT")
 _ROW = "--format=%i|%T|%r|%N"
-_FORGOTTEN = ("Invalid job id", "not found")  # the second of one job of an array
+_FORGOTTEN = ("Invalid job id", "not found")  # the second one for a job of an array
 _AWAY = "Unable to contact slurm controller"
-
-
-@dataclass(frozen=True)
-class Standing:
-    """How a job stands: "running", "pending", "ended" or "unknown"; Slurm's own word; its reason or nodes,
-    or why nobody can say.
-    """
-
-    word: str
-    slurm_state: str = ""
-    reason: str = ""
-
-
-_SILENT = Standing("unknown", reason="Slurm is silent")
+_NO_ANSWER = Standing(JobState.UNKNOWN, reason="Slurm does not answer")
 
 
 def is_here() -> bool:
-    """Whether this machine, or this container, can speak to Slurm."""
+    """Whether this machine, or this container, has Slurm's commands."""
     return shutil.which("scontrol") is not None
 
 
 def hostnames(node_list: str) -> list[str]:
-    """The nodes of Slurm's short form: `node[1-3]` → node1, node2, node3. Raises LaunchError."""
+    """The nodes in Slurm's short form: `node[1-3]` → node1, node2, node3. Raises LaunchError."""
     return _require(["scontrol", "show", "hostnames", node_list]).split()
 
 
 def node_address(node: str, others: Sequence[str]) -> str:
     """The IP address at which the nodes `others` reach this one, which Slurm calls `node`.
 
-    On Debian a machine knows its own name as 127.0.1.1. There it is the address that this machine has
-    towards one of the others. Raises LaunchError when nobody knows one.
+    On Debian a machine resolves its own name to 127.0.1.1. The result is then this machine's address on the
+    route to one of the others. Raises LaunchError when no address is known.
     """
     try:
         address = _address(node)
     except LaunchError:
         if is_here():
             raise
-        address = socket.gethostbyname(socket.gethostname())  # in a container without Slurm's commands
+        address = socket.gethostbyname(socket.gethostname())  # a container without Slurm's commands
     if not address.startswith("127.") or not others:
         return address
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((_other_address(others[0]), 9))  # of UDP: nothing is sent, the kernel chooses a route
+        probe.connect(
+            (_other_address(others[0]), 9)
+        )  # UDP sends nothing here; the kernel only chooses a route
         return str(probe.getsockname()[0])
 
 
 def _other_address(node: str) -> str:
-    """The IP address of `node`; of the one that srun runs on, where a container knows no other."""
+    """The IP address of `node`, or of the node that runs srun if a container knows no other."""
     try:
         return _address(node)
     except LaunchError:
@@ -81,7 +71,7 @@ def _other_address(node: str) -> str:
 
 
 def _address(node: str) -> str:
-    """The IP address of a node: its name's, or where the name is known to Slurm alone, its NodeAddr's."""
+    """The IP address of a node's name, or of its NodeAddr if only Slurm knows the name."""
     try:
         return str(socket.getaddrinfo(node, None, socket.AF_INET)[0][4][0])
     except OSError:
@@ -92,8 +82,8 @@ def _address(node: str) -> str:
 
 
 def job_fields(job_id: str) -> dict[str, str] | None:
-    """What `scontrol show job` says, by field; empty when Slurm has forgotten it, None when it is silent."""
-    answer = _ask(["scontrol", "--oneliner", "show", "job", job_id])
+    """The fields of `scontrol show job`; empty if Slurm has forgotten the job, None if it does not answer."""
+    answer = ask(["scontrol", "--oneliner", "show", "job", job_id])
     if answer is None:
         return None
     if answer.returncode != 0:
@@ -103,82 +93,75 @@ def job_fields(job_id: str) -> dict[str, str] | None:
 
 
 def standings(job_ids: Iterable[str]) -> dict[str, Standing]:
-    """How each of these jobs stands, with two questions at most, however many they are."""
+    """The standing of each job, from two questions at most, however many jobs there are."""
     wanted = sorted(set(job_ids))
     if not wanted:
         return {}
     found = _rows("--me")
     if found is None:
-        return dict.fromkeys(wanted, _SILENT)
-    # Not among this user's: another user's, or one that Slurm has forgotten.
+        return dict.fromkeys(wanted, _NO_ANSWER)
+    # The others belong to another user, or Slurm has forgotten them.
     others = [job_id for job_id in wanted if job_id not in found]
-    if len(others) == 1:  # of a single one that is forgotten squeue makes an error like any other
-        return {job_id: found.get(job_id) or _elsewhere(job_id) for job_id in wanted}
+    if len(others) == 1:  # squeue reports a single forgotten job as an error like any other
+        return {job_id: found.get(job_id) or _standing_by_scontrol(job_id) for job_id in wanted}
     left = _rows(f"--jobs={','.join(others)}") if others else {}
-    unseen = _SILENT if left is None else Standing("ended")
+    unseen = _NO_ANSWER if left is None else Standing(JobState.ENDED)
     return {job_id: ({**(left or {}), **found}).get(job_id, unseen) for job_id in wanted}
 
 
 def why_ended(job_id: str) -> str | None:
-    """Slurm's last word on a job that has ended (CANCELLED, TIMEOUT, NODE_FAIL…), while it is remembered."""
+    """Slurm's state of a job that has ended (CANCELLED, TIMEOUT, NODE_FAIL…), while Slurm remembers it."""
     fields = job_fields(job_id)
     if fields and "JobState" in fields:
         return fields["JobState"]
-    return last_words([job_id]).get(job_id)
+    return accounted_states([job_id]).get(job_id)
 
 
-def last_words(job_ids: Sequence[str]) -> dict[str, str]:
-    """The same of several jobs that only the accounting remembers, where there is one."""
+def accounted_states(job_ids: Sequence[str]) -> dict[str, str]:
+    """The states of several jobs that only the accounting remembers, if the site has one."""
     if not job_ids:
         return {}
     question = ["sacct", "--noheader", "--parsable2", "--allocations", "--format=JobID,State"]
-    answer = _ask([*question, f"--jobs={','.join(job_ids)}"])
+    answer = ask([*question, f"--jobs={','.join(job_ids)}"])
     if answer is None or answer.returncode != 0:
         return {}
     rows = (line.split("|") for line in answer.stdout.splitlines())
     return {row[0]: row[1].split()[0] for row in rows if len(row) == 2 and row[1]}
 
 
-def would_take(submission: str) -> str | None:
-    """Why sbatch would refuse this submission file (partition, account, GPUs, time limit…), or None.
+def submission_refusal(submission: str) -> str | None:
+    """Why sbatch would refuse this batch script (partition, account, GPUs, time limit…), or None.
 
-    Also None when Slurm says nothing: that it is away at this moment is not the submission's fault.
+    None also when Slurm does not answer, which is not the script's fault.
     """
-    answer = _ask(["sbatch", "--test-only"], submission)
+    answer = ask(["sbatch", "--test-only"], submission)
     if answer is None or answer.returncode == 0 or _AWAY in answer.stderr:
         return None
     said = [line for line in answer.stderr.splitlines() if line.strip()]
     return "; ".join(line.removeprefix("sbatch: ").removeprefix("error: ") for line in said) or None
 
 
-def is_wanted(job_id: str, turn: int) -> bool:
-    """Whether the job has its nodes in its turn `turn` and nobody has cancelled it; waits for a controller
-    that is away. A later turn may run while a node that was cut off still ends an earlier one.
+def is_wanted(job_id: str, job_run: int) -> bool:
+    """Whether job run `job_run` has its nodes and is not cancelled; waits while the controller is away.
+
+    A later job run may have started while a node that was cut off still ends an earlier one.
     """
     while (fields := job_fields(job_id)) is None:
-        time.sleep(_PATIENCE_S)
-    return fields.get("JobState") == "RUNNING" and int(fields.get("Restarts", "0")) == turn
-
-
-def comes_back(job_id: str, turn: int) -> bool:
-    """Whether somebody has put the job back in the queue during its turn `turn`.
-
-    Slurm counts a restart as soon as it is asked for, while the job still runs out.
-    """
-    return restarts(job_id) > turn
+        time.sleep(_RETRY_S)
+    return fields.get("JobState") == "RUNNING" and int(fields.get("Restarts", "0")) == job_run
 
 
 def restarts(job_id: str) -> int:
-    """How often the job was put back in the queue, as far as Slurm says."""
+    """How often the job was requeued, as far as Slurm says."""
     return int((job_fields(job_id) or {}).get("Restarts", "0"))
 
 
 def partitions(names: str | None) -> list[dict[str, str]]:
-    """What `scontrol show partition` says of these partitions (a,b,…), by field; None names the default one.
+    """The fields of `scontrol show partition` for these partitions (a,b,…); None means the default one.
 
-    One of which Slurm says nothing is left out.
+    A partition that Slurm does not know is left out.
     """
-    answer = _ask(["scontrol", "--oneliner", "show", "partition"])
+    answer = ask(["scontrol", "--oneliner", "show", "partition"])
     if answer is None or answer.returncode != 0:
         return []
     found = [_fields(line) for line in answer.stdout.splitlines() if line.strip()]
@@ -189,83 +172,89 @@ def partitions(names: str | None) -> list[dict[str, str]]:
 
 @dataclass(frozen=True)
 class Preemption:
-    """A site's PreemptType (by partition, by qos, none) and PreemptMode; empty when Slurm says nothing."""
+    """A site's PreemptType (by partition, by qos, none) and PreemptMode; empty if Slurm does not answer."""
 
     kind: str = ""
     mode: str = ""
 
 
 def preemption() -> Preemption:
-    """How the site takes nodes away from jobs."""
-    answer = _ask(["scontrol", "show", "config"])
+    """How the site preempts jobs."""
+    answer = ask(["scontrol", "show", "config"])
     text = answer.stdout if answer is not None else ""
     found = dict(re.findall(r"^(Preempt(?:Type|Mode))\s*=\s*(\S+)", text, re.MULTILINE))
     return Preemption(found.get("PreemptType", ""), found.get("PreemptMode", ""))
 
 
 def qos_fields(name: str) -> dict[str, str]:
-    """What the accounting says of a QOS, by field; empty when there is no accounting or no such QOS."""
+    """The fields of a QOS in the accounting; empty if there is no accounting or no such QOS."""
     columns = "MaxWall,MaxTRES,MaxTRESPU,GrpTRES,PreemptMode,GraceTime"
     question = ["sacctmgr", "--noheader", "--parsable2", "show", "qos", name, f"format={columns}"]
-    answer = _ask(question)
+    answer = ask(question)
     if answer is None or answer.returncode != 0 or not answer.stdout.strip():
         return {}
     return dict(zip(columns.split(","), answer.stdout.splitlines()[0].split("|"), strict=False))
 
 
-def requeue(job_id: str, turn: int, exclude: Sequence[str] = ()) -> bool:
-    """Put the job `job_id`, which runs its turn `turn`, back in the queue, away from the nodes `exclude`;
-    False once that turn is not running any more. A controller that does not answer is asked again; one that
-    answers and refuses for a minute (the job may not be requeued at all) raises LaunchError.
+def requeue(job_id: str, job_run: int, exclude: Sequence[str] = ()) -> bool:
+    """Requeue the job `job_id` from its job run `job_run`, away from the nodes `exclude`.
 
-    Slurm ends this very process soon after: nothing may be left to do.
+    False if that job run is no longer running. A controller that does not answer is asked again. Raises
+    LaunchError if the controller refuses for a minute, as it does for a job that may not be requeued.
+
+    Slurm ends the calling process soon afterwards, so the caller must have nothing left to do.
     """
     refusals = 0
-    while is_wanted(job_id, turn):
+    while is_wanted(job_id, job_run):
         before = (job_fields(job_id) or {}).get("ExcNodeList", "(null)")
-        answer = _ask(["scontrol", "requeue", job_id])
+        answer = ask(["scontrol", "requeue", job_id])
         if answer is not None and answer.returncode == 0:
             if exclude:
-                _keep_away(job_id, {*exclude, *([] if before == "(null)" else hostnames(before))})
+                _exclude(job_id, {*exclude, *([] if before == "(null)" else hostnames(before))})
             return True
         said = answer.stderr.strip() if answer is not None else "no answer"
         print(f"scontrol requeue {job_id}: {said}", flush=True)
         refusals += answer is not None and _AWAY not in said
         if refusals == _REFUSALS:
-            raise LaunchError(
-                f"Slurm does not put the job back in the queue: {said}. `outlast resume` continues."
-            )
-        time.sleep(_PATIENCE_S)
+            raise LaunchError(f"Slurm does not requeue the job: {said}. `outlast resume` continues the run.")
+        time.sleep(_RETRY_S)
     return False
 
 
-def _keep_away(job_id: str, nodes: set[str]) -> None:
-    """Have the requeued job start elsewhere; while Slurm still ends what ran it refuses, so ask again.
+def _exclude(job_id: str, nodes: set[str]) -> None:
+    """Make the requeued job avoid `nodes`. Slurm refuses while it still ends the job run, so ask again.
 
     The job cannot start again before this process has ended.
     """
-    deadline = time.monotonic() + _AGREES_S
+    deadline = time.monotonic() + _EXCLUDE_TIMEOUT_S
     while time.monotonic() < deadline:
-        _ask(["scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(sorted(nodes))}"])
+        ask(["scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(sorted(nodes))}"])
         excluded = (job_fields(job_id) or {}).get("ExcNodeList", "(null)")
         if excluded != "(null)" and nodes <= set(hostnames(excluded)):
             return
         time.sleep(0.5)
-    print(f"Slurm does not keep job {job_id} away from {', '.join(sorted(nodes))}", flush=True)
+    print(f"Slurm does not exclude {', '.join(sorted(nodes))} from job {job_id}", flush=True)
 
 
 def start_now(job_id: str) -> None:
-    """End the two minutes for which Slurm keeps a requeued job back, where it lets us."""
-    _ask(["scontrol", "update", f"JobId={job_id}", "StartTime=now"])
+    """End the two minutes for which Slurm holds a requeued job, if the site allows it."""
+    ask(["scontrol", "update", f"JobId={job_id}", "StartTime=now"])
 
 
-def cancel_waiting(job_id: str) -> None:
-    """Take a job that waits out of the queue; one that has just started is left alone, but for a job of an
-    array, which gets SIGTERM then and saves in Slurm's KillWait. Raises LaunchError.
+def cancel_pending(job_id: str) -> None:
+    """Remove a pending job from the queue. Raises LaunchError.
+
+    A job that has just started is left alone, except for a job of an array: that gets SIGTERM, and saves
+    within Slurm's KillWait.
     """
-    # With a state named, scancel ends all the waiting jobs of an array for one of them (22.05).
+    # Given a state, scancel 22.05 ends all the pending jobs of an array instead of one.
     only = [] if "_" in job_id else ["--state=PENDING"]
     _require(["scancel", *only, job_id])
+
+
+def cancel(job_id: str) -> None:
+    """End a job in whatever state it is, without asking whether that worked."""
+    ask(["scancel", job_id])
 
 
 def _fields(line: str) -> dict[str, str]:
@@ -273,8 +262,8 @@ def _fields(line: str) -> dict[str, str]:
 
 
 def _rows(choice: str) -> dict[str, Standing] | None:
-    """How the jobs stand that squeue shows for `choice`; None when it says nothing."""
-    answer = _ask(["squeue", "--noheader", "--array", "--states=all", choice, _ROW])
+    """The standing of the jobs that squeue shows for `choice`; None if it does not answer."""
+    answer = ask(["squeue", "--noheader", "--array", "--states=all", choice, _ROW])
     if answer is None or answer.returncode != 0:
         return None
     rows = (line.split("|") for line in answer.stdout.splitlines())
@@ -284,37 +273,41 @@ def _rows(choice: str) -> dict[str, Standing] | None:
 def _standing(row: list[str]) -> Standing:
     _, state, reason, nodes = row
     if state in _RUNNING:
-        return Standing("running", state, nodes)
+        return Standing(JobState.RUNNING, state, nodes)
     if state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "CONFIGURING"):
-        return Standing("pending", state, reason)
-    return Standing("ended", state, reason)
+        return Standing(JobState.PENDING, state, reason)
+    return Standing(JobState.ENDED, state, reason)
 
 
-def _elsewhere(job_id: str) -> Standing:
-    """A job that is not among this user's: another user's run, or one that Slurm has forgotten."""
+def _standing_by_scontrol(job_id: str) -> Standing:
+    """The standing of another user's job, or of one that Slurm has forgotten."""
     fields = job_fields(job_id)
     if fields is None:
-        return _SILENT
+        return _NO_ANSWER
     if not fields:
-        return Standing("ended")
+        return Standing(JobState.ENDED)
     return _standing(
         [job_id, fields.get("JobState", ""), fields.get("Reason", ""), fields.get("NodeList", "")]
     )
 
 
-def _ask(command: list[str], question: str | None = None) -> "subprocess.CompletedProcess[str] | None":
-    """The answer, or None when there is no such command, or it cannot run or does not end in time."""
+def ask(command: list[str], stdin: str | None = None) -> "subprocess.CompletedProcess[str] | None":
+    """Run one of Slurm's commands; None if it is not installed, cannot run, or does not end in time."""
     if shutil.which(command[0]) is None:
         return None
     try:
-        return subprocess.run(command, input=question, capture_output=True, text=True, timeout=_QUESTION_S)
-    except (OSError, subprocess.TimeoutExpired):  # no memory for another process, say
+        return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=_TIMEOUT_S)
+    except (OSError, subprocess.TimeoutExpired):  # for example no memory for another process
         return None
 
 
 def _require(command: list[str]) -> str:
-    answer = _ask(command)
+    answer = ask(command)
     if answer is None or answer.returncode != 0:
-        said = answer.stderr.strip() if answer is not None else "no such command here, or no answer in time"
+        said = (
+            answer.stderr.strip()
+            if answer is not None
+            else "the command is not installed here, or did not end in time"
+        )
         raise LaunchError(f"`{' '.join(command)}` failed: {said}")
     return answer.stdout

@@ -12,7 +12,7 @@ import pytest
 
 from gpt.run import record
 from gpt.run.run_dir import RunDir
-from launcher.runs.store import sweep_runs
+from launcher.runs.sweep_index import sweep_runs
 from tests.slurm.cluster import SlurmCluster, wait_for
 from tests.slurm.conftest import SlurmRun, node_task
 

@@ -25,7 +25,7 @@ from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig
 from launcher.commands.submit import submit
 from launcher.process_tree import descendants, identity
-from launcher.runs.store import explicit, snapshot_code
+from launcher.runs.code_snapshot import snapshot_code
 
 # What the fake workers share: rank, attempt, a way to finish as gpt.train does, the parent-death signal.
 WORKER_PRELUDE = """
@@ -67,7 +67,7 @@ def make_run(folder: Path, worker: str, *, processes: int = 1, tracking: str | N
     )
     write_json(run.config, config.model_dump(mode="json", exclude_none=True))
     cluster = ClusterConfig(kind="local", processes_per_node=processes)
-    write_json(run.cluster, explicit(cluster))
+    write_json(run.cluster, cluster.explicit())
     snapshot_code(run)
     shutil.rmtree(run.code / "gpt" / "__pycache__", ignore_errors=True)
     (run.code / "gpt" / "train.py").write_text(WORKER_PRELUDE + worker)

@@ -12,11 +12,13 @@ from data_pipeline.errors import ConfigError
 from gpt.config.run import RunConfig
 from gpt.run.exit_codes import exit_code_of
 from gpt.run.run_dir import RunDir
-from launcher.cluster import ClusterConfig, cluster_names, load_cluster
-from launcher.node.rendezvous import Meeting, Place
+from launcher.cluster import ClusterConfig
+from launcher.cluster_file import cluster_names, load_cluster
+from launcher.node.rendezvous import Rendezvous
 from launcher.node.torchrun import torchrun_command, worker_environment
-from launcher.runs.store import explicit
+from launcher.scheduler.protocol import NodeIdentity
 from launcher.scheduler.sbatch import slurm_parameters, submission_text
+from tests.unit.launcher.fake_slurm import FakeJob, FakeSlurm, has_srun
 
 
 def problems(**tables: Any) -> list[str]:
@@ -152,10 +154,7 @@ CONFIG = RunConfig.model_validate(
 
 def submission(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **fields: Any) -> list[str]:
     """The lines of the file that sbatch would get, on a machine that has an srun."""
-    srun = tmp_path / "srun"
-    srun.touch()
-    srun.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    has_srun(tmp_path, monkeypatch)
     return submission_text(RUN, CONFIG, ClusterConfig(kind="slurm", **fields)).splitlines()
 
 
@@ -235,9 +234,9 @@ def test_an_option_of_sbatch_that_a_field_decides_is_refused() -> None:
     options = {"nodes": 4, "ntasks_per_node": 8, "cpus-per-task": 2, "output": "x", "mail-user": "me"}
     [problem] = problems(kind="slurm", sbatch=options)
     assert problem == (
-        "mine.toml: sbatch.nodes: say it by the field nodes, outside [sbatch]. "
+        "mine.toml: sbatch.nodes: set it with the field nodes, outside [sbatch]. "
         "sbatch.ntasks-per-node: a node has one task, which starts processes_per_node. "
-        "sbatch.cpus-per-task: say it by the field cpus_per_process, outside [sbatch]. "
+        "sbatch.cpus-per-task: set it with the field cpus_per_process, outside [sbatch]. "
         "sbatch.output: the launcher itself needs this option; leave it out."
     )
 
@@ -273,39 +272,29 @@ def test_the_tasks_get_their_code_where_sbatch_takes_no_environment_along(
     assert " --export=ALL " in srun
 
 
-# Stands in for a Slurm that is asked about a job, and says what it has been asked.
-SCONTROL = """#!/bin/sh
-case "$*" in
-    *"show job"*) echo "JobId=7 JobName=x JobState={state} Reason=None Restarts={restarts} \
-PreemptTime={preempted} ExcNodeList=(null)" ;;
-    *) echo "$@" >> {asked}; kill $PPID ;;
-esac
-"""
+PREEMPTED = "2026-11-25T13:47:17"
 
 
 @pytest.mark.parametrize(
-    ("code", "answer", "is_requeued"),
+    ("code", "job", "is_requeued"),
     [
-        (143, {"preempted": "2026-11-25T13:47:17"}, True),
-        (143, {"preempted": "None"}, False),  # another node failed, and srun ended this one
-        (143, {"preempted": "2026-11-25T13:47:17", "state": "CANCELLED"}, False),
-        (143, {"preempted": "2026-11-25T13:47:17", "restarts": 1}, False),  # a later turn runs already
-        (1, {"preempted": "2026-11-25T13:47:17"}, False),
-        (0, {"preempted": "2026-11-25T13:47:17"}, False),
+        (143, FakeJob(preempted=PREEMPTED), True),
+        (143, FakeJob(), False),  # another node failed, and srun ended this one
+        (143, FakeJob(state="CANCELLED", preempted=PREEMPTED), False),
+        (143, FakeJob(restarts=1, preempted=PREEMPTED), False),  # a later job run has started already
+        (1, FakeJob(preempted=PREEMPTED), False),
+        (0, FakeJob(preempted=PREEMPTED), False),
     ],
 )
-def test_a_preemption_before_python_listens_is_answered_by_the_batch_script(
-    tmp_path: Path, code: int, answer: dict[str, Any], is_requeued: bool
+def test_batch_script_requeues_a_job_preempted_before_python_catches_signals(
+    tmp_path: Path, code: int, job: FakeJob, is_requeued: bool
 ) -> None:
-    bin_folder, asked = tmp_path / "bin", tmp_path / "asked"
-    bin_folder.mkdir()
-    (bin_folder / "scontrol").write_text(
-        SCONTROL.format(**{"state": "RUNNING", "restarts": 0, "asked": asked, **answer})
-    )
-    (bin_folder / "scontrol").chmod(0o755)
-    asked_of_slurm = slurm_parameters("x", ClusterConfig(kind="slurm"), [], tmp_path, {})
-    script = "\n".join([f"(exit {code})", *asked_of_slurm["teardown"]])
-    environment = {"PATH": f"{bin_folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    slurm = FakeSlurm()
+    slurm.jobs["7"] = job
+    asked = slurm.install_scontrol(tmp_path / "bin")
+    parameters = slurm_parameters("x", ClusterConfig(kind="slurm"), [], tmp_path, {})
+    script = "\n".join([f"(exit {code})", *parameters["teardown"]])
+    environment = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
     done = subprocess.run(["bash", "-c", script], env=environment, timeout=20)
     assert asked.exists() == is_requeued
     if is_requeued:
@@ -319,9 +308,9 @@ def test_apptainer_runs_torchrun_and_nothing_else_in_the_image(
 ) -> None:
     container = {"runtime": "apptainer", "image": "/images/outlast.sif", "mounts": ["/scratch:/s"]}
     cluster = ClusterConfig(kind="slurm", gpus_per_node=2, container=container)
-    place = Place("slurm-7", 0, 0, 1, "node1", "7")
-    meeting, mounts = Meeting("", "127.0.0.1:0"), [Path("/shared/runs"), Path("/shared/data")]
-    command = torchrun_command(RUN, CONFIG, cluster, place, meeting, Path("/logs"), mounts)
+    identity = NodeIdentity("slurm-7", 0, 0, 1, "node1", "7")
+    meeting, mounts = Rendezvous("", "127.0.0.1:0"), [Path("/shared/runs"), Path("/shared/data")]
+    command = torchrun_command(RUN, CONFIG, cluster, identity, meeting, Path("/logs"), mounts)
     assert command[:9] == [
         "apptainer", "exec", "--nv", "--bind=/shared/runs:/shared/runs", "--bind=/shared/data:/shared/data",
         "--bind=/scratch:/s", "/images/outlast.sif", "python3", "-u",
@@ -331,13 +320,13 @@ def test_apptainer_runs_torchrun_and_nothing_else_in_the_image(
 
 
 def test_the_interface_is_that_of_nccl_and_of_gloo() -> None:
-    place = Place("slurm-7", 0, 0, 1, "node1", "7")
+    identity = NodeIdentity("slurm-7", 0, 0, 1, "node1", "7")
     cluster = ClusterConfig(kind="slurm", interface="ib0", environment={"GLOO_SOCKET_IFNAME": "eth1"})
-    environment = worker_environment(cluster, place, 0, "heartbeat", {})
+    environment = worker_environment(cluster, identity, 0, "heartbeat", {})
     assert (environment["NCCL_SOCKET_IFNAME"], environment["GLOO_SOCKET_IFNAME"]) == ("ib0", "eth1")
 
 
 def test_cluster_json_holds_what_was_said_and_no_defaults() -> None:
     cluster = ClusterConfig(kind="slurm", nodes=2)
-    assert explicit(cluster) == {"kind": "slurm", "nodes": 2}
-    assert validate(ClusterConfig, explicit(cluster), "cluster.json") == cluster
+    assert cluster.explicit() == {"kind": "slurm", "nodes": 2}
+    assert validate(ClusterConfig, cluster.explicit(), "cluster.json") == cluster

@@ -16,7 +16,7 @@ from gpt.run.run_dir import RunDir
 from launcher.commands.sweep import SweepConfig, examine_points, points_of, show_results
 from launcher.commands.sweep import sweep as take_up
 from launcher.process_tree import identity
-from launcher.runs.store import sweep_runs
+from launcher.runs.sweep_index import sweep_runs
 from launcher.scheduler.jobs import claim_start
 from tests.unit.launcher.support import job_record, make_data
 

@@ -27,11 +27,11 @@ from launcher.commands.model_tools import tracking_uri, ui
 from launcher.commands.progress import Attendance, Display, Follower, duration, outcome_of
 from launcher.commands.status import show, status, statuses, table
 from launcher.preflight.check import examine
-from launcher.preflight.plan import size
 from launcher.runs.recipes import run_tables
 from launcher.runs.stop_request import pending_stop
 from launcher.runs.store import changed_fields, create_run, open_run, read_config
-from launcher.scheduler.jobs import claim_start, state
+from launcher.scheduler.jobs import claim_start, job_state
+from launcher.units import size
 from tests.unit.gpt.checkpoint.support import write_checkpoint
 from tests.unit.launcher.support import end_job, give_job, make_data, submit_what_ends_well
 
@@ -498,4 +498,4 @@ def test_only_a_second_ctrl_c_after_a_while_ends_a_job_at_once(
 
 def test_a_job_whose_process_was_never_seen_has_ended(run: RunDir) -> None:
     job = give_job(run, alive=False)
-    assert state(run, job.model_copy(update={"process": None, "pid": 2**22 - 1})) == "ended"
+    assert job_state(run, job.model_copy(update={"process": None, "pid": 2**22 - 1})) == "ended"

@@ -19,13 +19,14 @@ from gpt.run.records import Job, JobOutcome
 from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig
 from launcher.commands.progress import outcome_of
-from launcher.node.rendezvous import Place, find_place
 from launcher.node.torchrun import worker_environment
 from launcher.process_tree import identity
 from launcher.runs.job_record import read_job
 from launcher.runs.stop_request import request_stop
 from launcher.runs.store import read_config
-from launcher.scheduler.jobs import refuse_while_alive, state
+from launcher.scheduler.jobs import job_state, refuse_while_alive
+from launcher.scheduler.protocol import NodeIdentity
+from launcher.scheduler.registry import scheduler_of
 from tests.unit.gpt.checkpoint.support import write_checkpoint
 from tests.unit.launcher.support import (
     is_alive,
@@ -62,7 +63,7 @@ time.sleep(600)
 """
 
 
-HERE = Place("local-1", 0, 0, 1, "here")
+HERE = NodeIdentity("local-1", 0, 0, 1, "here", "1")
 
 
 @pytest.fixture
@@ -85,7 +86,7 @@ def end_of(run: RunDir, job: Job) -> JobOutcome:
     """How the job ends; nothing of it may be left."""
     wait_for(lambda: job.pid is not None and not is_alive(job.pid))
     assert list(temporary_files(run.path).iterdir()) == []
-    assert state(run, job) == "ended"
+    assert job_state(run, job) == "ended"
     assert processes_naming(str(run.path)) == []
     return outcome_of(run, job)
 
@@ -226,7 +227,7 @@ def test_stop_now_ends_the_workers_without_asking_them(folder: Path) -> None:
     job = start(run)
     wait_for(lambda: run.attempt_numbers())
     request_stop(run, "outlast stop --now", now=True)
-    assert end_of(run, job) == job_outcome(1, "stopped at once, without saving, as asked", 1)
+    assert end_of(run, job) == job_outcome(1, "stopped at once without saving, as requested", 1)
 
 
 def test_a_later_request_can_only_make_a_stop_more_urgent(tmp_path: Path) -> None:
@@ -266,7 +267,7 @@ def test_a_killed_process_leaves_no_orphan(folder: Path, victim: str) -> None:
     os.kill(pid, signal.SIGKILL)
     wait_for(lambda: not any(is_alive(pid) for pid in family))
     wait_for(lambda: list(temporary_files(folder).iterdir()) == [])
-    assert state(run, job) == "ended"
+    assert job_state(run, job) == "ended"
     if victim == "torch.distributed.run":
         assert outcome_of(run, job).cause.startswith("the workers ended without a result (torchrun: -9)")
     else:
@@ -383,12 +384,12 @@ def test_a_copy_of_a_run_is_not_held_by_the_originals_job_and_a_moved_one_is(tmp
 
 def test_a_process_id_used_again_is_not_the_job(tmp_path: Path) -> None:
     mine = job_record(1, "local", "1", os.uname().nodename, os.getpid(), "another-boot/17", 0, 0.0)
-    assert state(RunDir(tmp_path), mine) == "ended"
+    assert job_state(RunDir(tmp_path), mine) == "ended"
 
 
 def test_a_local_job_of_another_host_is_unknown_here(tmp_path: Path) -> None:
     assert (
-        state(RunDir(tmp_path), job_record(1, "local", "1", "elsewhere", os.getpid(), "x", 0, 0.0))
+        job_state(RunDir(tmp_path), job_record(1, "local", "1", "elsewhere", os.getpid(), "x", 0, 0.0))
         == "unknown"
     )
 
@@ -402,7 +403,7 @@ def test_workers_on_a_cpu_share_its_cores() -> None:
 
 
 def test_a_slurm_node_uses_the_cores_that_slurm_gave_it() -> None:
-    here = Place("slurm-7", 0, 0, 1, "node1", "7")
+    here = NodeIdentity("slurm-7", 0, 0, 1, "node1", "7")
     environment = worker_environment(ClusterConfig(kind="slurm"), here, 0, "", {"SLURM_CPUS_ON_NODE": "1"})
     assert environment["OMP_NUM_THREADS"] == "1"
 
@@ -422,7 +423,7 @@ def test_local_gpus_are_taken_from_those_that_the_caller_may_use() -> None:
 def test_a_slurm_node_task_outside_slurm_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLURM_NODEID", raising=False)
     with pytest.raises(LaunchError, match=r"^not inside a Slurm job: 'SLURM_NODEID' is not set$"):
-        find_place(ClusterConfig(kind="slurm"))
+        scheduler_of("slurm").node_identity()
 
 
 def command_line(pid: int) -> str:
