@@ -23,7 +23,7 @@ def cluster_names() -> list[str]:
 
 
 def load_cluster(name_or_path: str) -> ClusterConfig:
-    """The cluster of a file, or of a name in cluster_configs. Raises ConfigError."""
+    """The cluster in a file, or the one with that name in cluster_configs. Raises ConfigError."""
     path = Path(name_or_path)
     if not path.suffix and not path.is_file():
         if name_or_path not in cluster_names():
@@ -35,7 +35,7 @@ def load_cluster(name_or_path: str) -> ClusterConfig:
 
 
 def _with_absolute_paths(tables: dict[str, Any]) -> dict[str, Any]:
-    """`tables` with the container's image, where it is a file, and the sources of its mounts absolute."""
+    """`tables` with absolute paths for the container's image, if it is a file, and for its mounts."""
     container = tables.get("container")
     if not isinstance(container, dict):
         return tables
@@ -49,7 +49,7 @@ def _with_absolute_paths(tables: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_file(image: str, runtime: object) -> bool:
-    """Whether an image is a path: without a scheme it is to apptainer, and a name in a registry to pyxis."""
+    """Whether an image is a path. Without a scheme it is one for apptainer, but a registry name for pyxis."""
     if "://" in image:
         return False
     return runtime == "apptainer" or image.startswith((".", "/", "~")) or image.endswith((".sqsh", ".sif"))

@@ -36,6 +36,6 @@ def test_a_preparation_over_two_tasks_gives_the_bytes_of_one_and_survives_a_canc
     again = [line for line in said if "starts again" in line]
     assert len(again) == 1
     assert again[0].startswith("task 2 failed and starts again")
-    # Cancelled before it had begun, it is nowhere: Slurm forgets such a job of an array at once.
-    assert again[0].rstrip().endswith("Slurm has dropped it")
+    # Slurm forgets a job of an array at once if it is cancelled before it starts.
+    assert again[0].rstrip().endswith("its job ended without a result")
     assert files_of(tmp_path / "spread") == files_of(tmp_path / "alone")

@@ -25,7 +25,7 @@ def test_a_dry_run_shows_the_very_file_that_sbatch_gets(new_slurm_run: NewRun) -
     options = ["--cluster", str(cluster), "--run-dir", str(run.dir.path)]
     shown = run.outlast("launch", str(run.folder / "run.toml"), *options, "--dry-run")
     assert shown.returncode == 0, shown.stderr
-    assert "lies on" in shown.stderr  # a disk of this machine, and two nodes
+    assert "other machines usually cannot see" in shown.stderr  # a disk of this machine, and two nodes
     assert not run.dir.path.exists()
     launched = run.outlast("launch", str(run.folder / "run.toml"), *options)
     assert launched.returncode == 0, launched.stderr
@@ -80,7 +80,7 @@ def test_what_a_partition_does_to_its_jobs_is_told_beforehand(
     shown = run.outlast("launch", str(run.folder / "run.toml"), *options, "--dry-run")
     assert shown.returncode == 0, shown.stderr
     warnings = [line for line in shown.stderr.splitlines() if line.startswith("warning: ")]
-    warnings = [line for line in warnings if " lies on " not in line]  # all nodes are this machine
+    warnings = [line for line in warnings if "other machines usually cannot see" not in line]  # all nodes are this machine
     assert len(warnings) == len(told)
     assert all(line.startswith(f"warning: {words}") for line, words in zip(warnings, told, strict=True))
 
@@ -113,7 +113,7 @@ def test_a_sweep_is_one_array_whose_tasks_are_requeued_one_by_one(
     status = draft.outlast("status", str(draft.folder / "sweep"), "--json")
     assert [row["state"] for row in json.loads(status.stdout)] == ["finished", "finished"]
     again = draft.outlast("sweep", str(draft.folder / "sweep"))
-    assert (again.returncode, again.stderr) == (0, "nothing is left to start\n")
+    assert (again.returncode, again.stderr) == (0, "no run is left to start\n")
 
 
 # No container runtime can be had where these tests run: programs of the same names and options stand in for

@@ -192,7 +192,7 @@ def test_stop_waits_until_the_run_has_saved_and_status_says_so(tmp_path: Path, r
     wait_for(lambda: run.attempt_numbers())
     busy = outlast("resume", str(run.path), cwd=tmp_path)
     assert busy.returncode == 2
-    assert f"has a job already (local {job.job_id} on" in busy.stderr
+    assert f"already has a job (local {job.job_id} on" in busy.stderr
     assert json.loads(outlast("status", "--json", cwd=tmp_path).stdout)[0]["state"] == "running"
     done = outlast("stop", str(run.path), cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "saving, then stopping\nstopped: outlast stop\n")
@@ -211,7 +211,7 @@ def test_stop_now_is_done_when_it_is_done(tmp_path: Path, run: RunDir) -> None:
     wait_for(lambda: run.attempt_numbers())
     done = outlast("stop", str(run.path), "--now", cwd=tmp_path)
     assert done.returncode == 0
-    assert done.stderr.splitlines()[-1] == "stopped at once, without saving, as asked"
+    assert done.stderr.splitlines()[-1] == "stopped at once without saving, as requested"
 
 
 def test_logs_follow_a_run_to_its_end(tmp_path: Path, run: RunDir) -> None:

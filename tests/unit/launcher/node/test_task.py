@@ -350,7 +350,7 @@ submit(RunDir(Path({str(folder)!r})), 'launch'); print('submitted')"
     assert job is not None
     assert os.getsid(job.pid or 0) != submitter.pid
     wait_for(lambda: run.attempt_numbers())
-    with pytest.raises(LaunchError, match=rf"has a job already \(local {job.job_id} on .*, running\)"):
+    with pytest.raises(LaunchError, match=rf"already has a job \(local {job.job_id} on .*, running\)"):
         refuse_while_alive(run)
     request_stop(run, "test")
     assert end_of(run, job).exit_code == 75
@@ -378,7 +378,7 @@ def test_a_copy_of_a_run_is_not_held_by_the_originals_job_and_a_moved_one_is(tmp
     refuse_while_alive(copy)
     moved = RunDir(original.path.rename(tmp_path / "moved"))
     assert read_job(moved) == job
-    with pytest.raises(LaunchError, match=r"has a job already"):
+    with pytest.raises(LaunchError, match=r"already has a job"):
         refuse_while_alive(moved)
 
 
