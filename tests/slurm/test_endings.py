@@ -78,7 +78,8 @@ def test_a_job_that_waits_in_the_queue_is_taken_out_by_stop(
     assert row["state"] == "pending"
     assert row["reason"] in ("Resources", "Priority")  # the first until Slurm has looked for nodes
     done = run.outlast("stop", str(run.dir.path))
-    assert (done.returncode, done.stderr.splitlines()[-1]) == (0, "removed from the queue; it had not started")
+    last_line = done.stderr.splitlines()[-1]
+    assert (done.returncode, last_line) == (0, "removed from the queue; it had not started")
     assert run.status()["state"] == "stopped"
     cluster.run("scancel", intruder)
 
@@ -111,7 +112,8 @@ def test_taking_one_run_of_a_sweep_out_of_the_queue_leaves_the_others_in_it(
     launched = draft.outlast("sweep", "sweep.toml", *options)
     assert launched.returncode == 0, launched.stderr
     done = draft.outlast("stop", str(sweep / "0002_seed=2"))
-    assert (done.returncode, done.stderr.splitlines()[-1]) == (0, "removed from the queue; it had not started")
+    last_line = done.stderr.splitlines()[-1]
+    assert (done.returncode, last_line) == (0, "removed from the queue; it had not started")
     rows = json.loads(draft.outlast("status", str(sweep), "--json").stdout)
     assert [row["state"] for row in rows] == ["pending", "stopped", "pending"]
     cluster.run("scancel", intruder)

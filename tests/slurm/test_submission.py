@@ -80,7 +80,8 @@ def test_what_a_partition_does_to_its_jobs_is_told_beforehand(
     shown = run.outlast("launch", str(run.folder / "run.toml"), *options, "--dry-run")
     assert shown.returncode == 0, shown.stderr
     warnings = [line for line in shown.stderr.splitlines() if line.startswith("warning: ")]
-    warnings = [line for line in warnings if "other machines usually cannot see" not in line]  # all nodes are this machine
+    # All nodes are this machine.
+    warnings = [line for line in warnings if "other machines usually cannot see" not in line]
     assert len(warnings) == len(told)
     assert all(line.startswith(f"warning: {words}") for line, words in zip(warnings, told, strict=True))
 
