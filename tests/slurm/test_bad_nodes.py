@@ -15,7 +15,7 @@ if os.environ.get("SLURMD_NODENAME") == "node2":
 """
 
 
-def test_a_node_that_fails_its_check_is_left(new_slurm_run: NewRun, reference: list[float]) -> None:
+def test_node_that_fails_its_check_is_excluded(new_slurm_run: NewRun, reference: list[float]) -> None:
     run = new_slurm_run()
     run.launch()
     check = run.dir.code / "gpt" / "training" / "node_check.py"

@@ -13,7 +13,7 @@ from tests.slurm.conftest import SlurmRun, node_task
 NewRun = Callable[..., SlurmRun]
 
 
-def test_a_killed_worker_is_restarted_inside_the_job(new_slurm_run: NewRun, reference: list[float]) -> None:
+def test_killed_worker_is_restarted_inside_the_job(new_slurm_run: NewRun, reference: list[float]) -> None:
     run = new_slurm_run()
     run.launch()
     for rank, step in ((1, 60), (0, 110)):
@@ -27,7 +27,7 @@ def test_a_killed_worker_is_restarted_inside_the_job(new_slurm_run: NewRun, refe
     assert [line["turn"] for line in run.events("turn_started")] == [0]
 
 
-def test_a_lost_node_costs_its_job_what_came_after_the_last_checkpoint(
+def test_lost_node_costs_the_steps_since_the_last_checkpoint(
     new_slurm_run: NewRun, reference: list[float], cluster: SlurmCluster
 ) -> None:
     run = new_slurm_run()
@@ -43,7 +43,7 @@ def test_a_lost_node_costs_its_job_what_came_after_the_last_checkpoint(
     assert node not in cluster.field(run.job_id, "NodeList") or node in cluster.nodes[:2]
 
 
-def test_workers_left_alive_on_a_lost_node_find_that_they_are_no_longer_the_run(
+def test_orphaned_workers_on_a_lost_node_detect_the_newer_attempt_and_exit(
     new_slurm_run: NewRun, reference: list[float], cluster: SlurmCluster
 ) -> None:
     run = new_slurm_run()
@@ -64,7 +64,7 @@ def test_workers_left_alive_on_a_lost_node_find_that_they_are_no_longer_the_run(
     assert run.losses() == run_alone(reference, run)
 
 
-def test_the_controller_may_be_away(
+def test_run_survives_an_absent_controller(
     new_slurm_run: NewRun, reference: list[float], cluster: SlurmCluster
 ) -> None:
     run = new_slurm_run()
@@ -84,7 +84,7 @@ def test_the_controller_may_be_away(
     assert run.losses() == reference
 
 
-def test_a_crash_loop_is_ended_and_not_requeued(new_slurm_run: NewRun) -> None:
+def test_crash_loop_ends_the_job_without_a_requeue(new_slurm_run: NewRun) -> None:
     run = new_slurm_run(launch__max_failures=3)
     run.launch()
     for attempt in (1, 2, 3):
@@ -97,9 +97,7 @@ def test_a_crash_loop_is_ended_and_not_requeued(new_slurm_run: NewRun) -> None:
     assert run.status()["state"] == "failed"
 
 
-def test_a_stopped_rank_is_named_and_the_workers_start_again(
-    new_slurm_run: NewRun, reference: list[float]
-) -> None:
+def test_stopped_rank_is_named_and_the_workers_restart(new_slurm_run: NewRun, reference: list[float]) -> None:
     run = new_slurm_run(launch__hang_timeout_s=12)
     run.launch()
     run.wait_for_step(60)
@@ -114,9 +112,7 @@ def test_a_stopped_rank_is_named_and_the_workers_start_again(
     assert run.losses() == reference
 
 
-def test_a_rank_that_does_not_come_to_the_collective_is_named(
-    new_slurm_run: NewRun, reference: list[float]
-) -> None:
+def test_rank_missing_from_a_collective_is_named(new_slurm_run: NewRun, reference: list[float]) -> None:
     run = new_slurm_run(launch__hang_timeout_s=12)
     run.launch()
     run.wait(run.dir.submissions.exists)

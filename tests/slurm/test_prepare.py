@@ -10,7 +10,7 @@ from tests.slurm.conftest import ROOT
 from tests.unit.data_pipeline.support import config, files_of, packaged_texts, write_jsonl
 
 
-def test_a_preparation_over_two_tasks_gives_the_bytes_of_one_and_survives_a_cancelled_task(
+def test_preparation_in_two_jobs_gives_the_same_bytes_and_survives_a_cancelled_job(
     cluster: SlurmCluster, tmp_path: Path
 ) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", packaged_texts()[:200])

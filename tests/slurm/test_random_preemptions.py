@@ -16,7 +16,7 @@ BLOWS = int(os.environ.get("OUTLAST_KILLS", "12"))
 
 
 @pytest.mark.chaos
-def test_random_blows_leave_no_trace(
+def test_random_preemptions_and_kills_leave_the_losses_unchanged(
     new_slurm_run: Callable[..., SlurmRun], cluster: SlurmCluster, reference: list[float]
 ) -> None:
     # Slow steps, so that the run is not over before the last blow: evaluation changes no loss.

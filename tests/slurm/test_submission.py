@@ -19,7 +19,7 @@ from tests.slurm.conftest import SlurmRun, node_task
 NewRun = Callable[..., SlurmRun]
 
 
-def test_a_dry_run_shows_the_very_file_that_sbatch_gets(new_slurm_run: NewRun) -> None:
+def test_dry_run_shows_the_batch_script_that_sbatch_gets(new_slurm_run: NewRun) -> None:
     run = new_slurm_run(schedule__total_steps=5)
     cluster = run.cluster_file(cpus_per_process=1, sbatch={"comment": "mine"})
     options = ["--cluster", str(cluster), "--run-dir", str(run.dir.path)]
@@ -44,7 +44,7 @@ def test_a_dry_run_shows_the_very_file_that_sbatch_gets(new_slurm_run: NewRun) -
         ({"partition": "short", "time_limit": "10:00:00"}, "is more than partition short allows (01:00:00)"),
     ],
 )
-def test_what_slurm_would_refuse_is_refused_before_a_file_is_written(
+def test_job_that_slurm_would_refuse_is_refused_before_anything_is_written(
     new_slurm_run: NewRun, fields: dict[str, object], words: str
 ) -> None:
     run = new_slurm_run(batch__micro_batch=1)
@@ -71,7 +71,7 @@ def test_what_slurm_would_refuse_is_refused_before_a_file_is_written(
         ),
     ],
 )
-def test_what_a_partition_does_to_its_jobs_is_told_beforehand(
+def test_preemption_of_a_partition_is_reported_before_the_launch(
     new_slurm_run: NewRun, partition: str, told: list[str]
 ) -> None:
     run = new_slurm_run()
@@ -86,7 +86,7 @@ def test_what_a_partition_does_to_its_jobs_is_told_beforehand(
     assert all(line.startswith(f"warning: {words}") for line, words in zip(warnings, told, strict=True))
 
 
-def test_a_sweep_is_one_array_whose_tasks_are_requeued_one_by_one(
+def test_sweep_is_one_array_and_its_jobs_are_requeued_separately(
     new_slurm_run: NewRun, cluster: SlurmCluster
 ) -> None:
     draft = new_slurm_run(schedule__total_steps=400)
@@ -146,7 +146,7 @@ def put_program(folder: Path, name: str, text: str, **fields: object) -> list[st
     return [f'export PATH="{folder}:$PATH"']
 
 
-def test_apptainer_runs_the_workers_and_a_hang_inside_is_found(
+def test_apptainer_runs_the_workers_and_a_hang_inside_is_detected(
     new_slurm_run: NewRun, reference: list[float]
 ) -> None:
     run = new_slurm_run(launch__hang_timeout_s=20)
@@ -168,7 +168,7 @@ def test_apptainer_runs_the_workers_and_a_hang_inside_is_found(
     assert run.losses() == reference
 
 
-def test_with_pyxis_the_batch_script_requeues(
+def test_batch_script_requeues_the_job_under_pyxis(
     new_slurm_run: NewRun, cluster: SlurmCluster, reference: list[float]
 ) -> None:
     run = new_slurm_run()
@@ -199,7 +199,7 @@ def test_with_pyxis_the_batch_script_requeues(
     assert again.status()["state"] == "cancelled"
 
 
-def test_the_rehearsal_passes_on_two_nodes(new_slurm_run: NewRun) -> None:
+def test_rehearsal_passes_on_two_nodes(new_slurm_run: NewRun) -> None:
     run = new_slurm_run(batch__global_batch_tokens=12 * 32, batch__micro_batch=2)
     options = ["--cluster", str(run.cluster_file()), "--run-dir", str(run.folder / "rehearsal")]
     done = run.outlast("rehearse", str(run.folder / "run.toml"), *options, "--steps", "60", timeout_s=400)

@@ -32,23 +32,23 @@ def test_every_shipped_cluster_file_is_valid() -> None:
     assert {load_cluster(name).kind for name in cluster_names()} == {"local", "slurm"}
 
 
-def test_a_name_close_to_a_shipped_one_is_suggested() -> None:
+def test_misspelt_name_suggests_the_nearest_shipped_cluster() -> None:
     with pytest.raises(ConfigError, match=r"^--cluster lcal: neither a file nor .*; did you mean 'local'\?$"):
         load_cluster("lcal")
 
 
-def test_a_name_like_none_lists_the_shipped_ones() -> None:
+def test_unknown_name_lists_the_shipped_clusters() -> None:
     names = "local, slurm-a100, slurm-container, slurm-h100, slurm-preemptible"
     with pytest.raises(ConfigError, match=rf"known: {names}$"):
         load_cluster("zzz")
 
 
-def test_a_missing_file_is_named() -> None:
+def test_missing_file_is_named() -> None:
     with pytest.raises(ConfigError, match=r"^nowhere\.toml: no such file$"):
         load_cluster("nowhere.toml")
 
 
-def test_a_folder_of_the_same_name_does_not_hide_a_shipped_cluster(
+def test_folder_of_the_same_name_does_not_hide_a_shipped_cluster(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "local").mkdir()
@@ -70,7 +70,7 @@ def test_a_folder_of_the_same_name_does_not_hide_a_shipped_cluster(
         ("pyxis", "registry/team/a:1", "registry/team/a:1"),
     ],
 )
-def test_paths_of_a_container_are_taken_against_the_callers_folder(
+def test_container_paths_are_relative_to_the_callers_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runtime: str, image: str, stored: str
 ) -> None:
     (tmp_path / "below" / "here").mkdir(parents=True)
@@ -87,19 +87,19 @@ def test_paths_of_a_container_are_taken_against_the_callers_folder(
     assert container.mounts == (f"{here}/data:/data", "/scratch:/s:ro")
 
 
-def test_an_unknown_key_suggests_the_nearest() -> None:
+def test_unknown_key_suggests_the_nearest() -> None:
     assert problems(kind="slurm", partiton="gpu") == [
         "mine.toml: unknown key 'partiton'; did you mean 'partition'?"
     ]
 
 
-def test_slurm_fields_do_not_belong_to_a_local_cluster() -> None:
+def test_slurm_fields_are_refused_for_a_local_cluster() -> None:
     assert problems(kind="local", partition="gpu", mem="1G") == [
         "mine.toml: partition, mem: only with kind = 'slurm'; this file says kind = 'local'."
     ]
 
 
-def test_a_local_cluster_is_one_machine() -> None:
+def test_local_cluster_is_one_machine() -> None:
     assert problems(kind="local", nodes=2) == [
         "mine.toml: nodes = 2: kind = 'local' is one machine; use nodes = 1."
     ]
@@ -113,13 +113,13 @@ def test_more_processes_than_gpus_are_refused() -> None:
     ]
 
 
-def test_an_unknown_accelerator_suggests_the_nearest() -> None:
+def test_unknown_accelerator_suggests_the_nearest() -> None:
     assert problems(kind="slurm", accelerator="h100") == [
         "mine.toml: accelerator = 'h100' is not known; did you mean 'h100-80gb'?"
     ]
 
 
-def test_a_time_limit_without_seconds_is_refused() -> None:
+def test_time_limit_without_seconds_is_refused() -> None:
     assert problems(kind="slurm", time_limit="24:00")[0].startswith(
         "mine.toml: time_limit = '24:00': string should"
     )
@@ -128,7 +128,7 @@ def test_a_time_limit_without_seconds_is_refused() -> None:
 @pytest.mark.parametrize(
     ("text", "minutes"), [("24:00:00", 1440), ("2-01:30:00", 2970), ("0:02:00", 2), ("0:02:01", 3)]
 )
-def test_the_time_limit_in_minutes(text: str, minutes: int) -> None:
+def test_time_limit_in_minutes(text: str, minutes: int) -> None:
     assert ClusterConfig(kind="slurm", time_limit=text).time_limit_min == minutes
 
 
@@ -158,7 +158,7 @@ def submission(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **fields: Any) -
     return submission_text(RUN, CONFIG, ClusterConfig(kind="slurm", **fields)).splitlines()
 
 
-def test_what_the_file_omits_is_not_asked_of_slurm() -> None:
+def test_omitted_fields_are_not_asked_of_slurm() -> None:
     asked = slurm_parameters("name-x", ClusterConfig(kind="slurm", nodes=2), [], Path("/folder"), {})
     assert asked.pop("teardown")  # ours, for the end of the batch script
     assert asked == {
@@ -214,7 +214,7 @@ def test_every_slurm_field_reaches_the_submission_file(
     "sbatch",
     [{"requeue": False}, {"no-requeue": True}, {"no_requeue": ""}, {"requeue": True, "no-requeue": True}],
 )
-def test_a_file_that_forbids_requeueing_is_obeyed(
+def test_cluster_file_can_forbid_requeueing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sbatch: dict[str, Any]
 ) -> None:
     lines = submission(monkeypatch, tmp_path, sbatch=sbatch)
@@ -222,15 +222,13 @@ def test_a_file_that_forbids_requeueing_is_obeyed(
     assert asked == ["#SBATCH --no-requeue"]
 
 
-def test_an_option_of_sbatch_that_is_false_is_not_asked_for(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_false_sbatch_option_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     lines = submission(monkeypatch, tmp_path, sbatch={"exclusive": False, "contiguous": True})
     assert "#SBATCH --contiguous" in lines
     assert not any("exclusive" in line for line in lines)
 
 
-def test_an_option_of_sbatch_that_a_field_decides_is_refused() -> None:
+def test_sbatch_option_that_a_field_decides_is_refused() -> None:
     options = {"nodes": 4, "ntasks_per_node": 8, "cpus-per-task": 2, "output": "x", "mail-user": "me"}
     [problem] = problems(kind="slurm", sbatch=options)
     assert problem == (
@@ -241,14 +239,14 @@ def test_an_option_of_sbatch_that_a_field_decides_is_refused() -> None:
     )
 
 
-def test_no_time_limit_and_no_wckey_is_asked_of_slurm_unless_the_file_does(
+def test_time_limit_and_wckey_are_not_asked_of_slurm_by_default(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     lines = submission(monkeypatch, tmp_path)
     assert not any(line.startswith(("#SBATCH --time", "#SBATCH --wckey")) for line in lines)
 
 
-def test_pyxis_puts_the_tasks_into_the_image_and_the_batch_script_requeues(
+def test_pyxis_starts_the_tasks_in_the_image_and_the_batch_script_requeues(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     container = {"runtime": "pyxis", "image": "team/outlast:1", "mounts": ["/scratch:/s"], "python": "py3"}
@@ -262,7 +260,7 @@ def test_pyxis_puts_the_tasks_into_the_image_and_the_batch_script_requeues(
     assert "/shared/runs/name-x/submission/0001/requeue-$job-$turn" in after
 
 
-def test_the_tasks_get_their_code_where_sbatch_takes_no_environment_along(
+def test_tasks_get_their_code_when_sbatch_exports_no_environment(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     lines = submission(monkeypatch, tmp_path, setup=("module load mod-x",), sbatch={"export": "NONE"})
@@ -303,9 +301,7 @@ def test_batch_script_requeues_a_job_preempted_before_python_catches_signals(
         assert done.returncode == code
 
 
-def test_apptainer_runs_torchrun_and_nothing_else_in_the_image(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_apptainer_runs_only_torchrun_in_the_image(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     container = {"runtime": "apptainer", "image": "/images/outlast.sif", "mounts": ["/scratch:/s"]}
     cluster = ClusterConfig(kind="slurm", gpus_per_node=2, container=container)
     identity = NodeIdentity("slurm-7", 0, 0, 1, "node1", "7")
@@ -319,14 +315,14 @@ def test_apptainer_runs_torchrun_and_nothing_else_in_the_image(
     assert not any("container" in line for line in submission(monkeypatch, tmp_path, container=container))
 
 
-def test_the_interface_is_that_of_nccl_and_of_gloo() -> None:
+def test_interface_is_set_for_nccl_and_gloo() -> None:
     identity = NodeIdentity("slurm-7", 0, 0, 1, "node1", "7")
     cluster = ClusterConfig(kind="slurm", interface="ib0", environment={"GLOO_SOCKET_IFNAME": "eth1"})
     environment = worker_environment(cluster, identity, 0, "heartbeat", {})
     assert (environment["NCCL_SOCKET_IFNAME"], environment["GLOO_SOCKET_IFNAME"]) == ("ib0", "eth1")
 
 
-def test_cluster_json_holds_what_was_said_and_no_defaults() -> None:
+def test_cluster_json_holds_only_the_fields_that_the_file_sets() -> None:
     cluster = ClusterConfig(kind="slurm", nodes=2)
     assert cluster.explicit() == {"kind": "slurm", "nodes": 2}
     assert validate(ClusterConfig, cluster.explicit(), "cluster.json") == cluster
