@@ -41,7 +41,7 @@ def test_our_share_of_a_restart_is_under_two_seconds(
         cluster.run("scontrol", "requeue", run.job_id)
         wait_for(lambda: "BeginTime" in cluster.field(run.job_id, "Reason"))
         bare.append(bare_start_s(run.folder / f"bare-{turn}", run.dir.config, cluster))
-        run.wait_for_turn(turn)
+        run.wait_for_job_run(turn)
         run.wait(lambda turn=turn: len(first_steps(run)) > turn)
         began_at = float(began.read_text().split()[-1])
         ours.append(first_steps(run)[-1] - began_at)

@@ -1,4 +1,4 @@
-"""How jobs end and go on: the time limit, scancel, stop, resume elsewhere, GraceTime 0."""
+"""How jobs end and continue: the time limit, scancel, stop, resume on other nodes, GraceTime 0."""
 
 import json
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def test_preemption_without_grace_time_loses_the_steps_since_the_last_checkpoint
 def test_job_longer_than_its_time_limit_takes_several_job_runs(
     new_slurm_run: NewRun, reference: list[float]
 ) -> None:
-    # Evaluating at every step takes time and leaves the losses as they are.
+    # An evaluation at every step takes time and does not change the losses.
     run = new_slurm_run(checkpoint__every_steps=1000, evaluation__every_steps=1, evaluation__tokens=10**6)
     run.launch(time_limit="00:02:00", signal_delay_s=30)  # Slurm may signal a minute early
     assert run.wait_for_end(timeout_s=400)["exit_code"] == 0
@@ -74,7 +74,7 @@ def test_stop_removes_a_pending_job_from_the_queue(new_slurm_run: NewRun, cluste
     run.launch()
     row = run.status()
     assert row["state"] == "pending"
-    assert row["reason"] in ("Resources", "Priority")  # the first until Slurm has looked for nodes
+    assert row["reason"] in ("Resources", "Priority")  # Resources until Slurm has looked for nodes
     done = run.outlast("stop", str(run.dir.path))
     last_line = done.stderr.splitlines()[-1]
     assert (done.returncode, last_line) == (0, "removed from the queue; it had not started")

@@ -1,4 +1,4 @@
-"""Workers, nodes and controllers that die: on a real Slurm, two nodes, ZeRO-2, real training."""
+"""Workers, nodes and controllers that die, in real trainings (ZeRO-2, two nodes) on a real Slurm."""
 
 import os
 import signal
@@ -37,7 +37,7 @@ def test_lost_node_costs_the_steps_since_the_last_checkpoint(
     cluster.kill_node(node)
     for pid in daemons:
         os.kill(pid, signal.SIGKILL)
-    run.wait_for_turn(1)
+    run.wait_for_job_run(1)
     assert run.wait_for_end()["exit_code"] == 0
     assert run.losses() == reference
     assert node not in cluster.field(run.job_id, "NodeList") or node in cluster.nodes[:2]
@@ -51,10 +51,10 @@ def test_orphaned_workers_on_a_lost_node_detect_the_newer_attempt_and_exit(
     run.wait_for_step(60)
     node, daemons = step_daemon(run, rank=0)
     everything = [pid for daemon in daemons for pid in (*descendants(daemon), daemon)]
-    for pid in everything:  # cut off, as by a network that is gone for a while
+    for pid in everything:  # as if the network were gone for a while
         os.kill(pid, signal.SIGSTOP)
     cluster.kill_node(node)
-    run.wait_for_turn(1)
+    run.wait_for_job_run(1)
     run.wait(lambda: len(run.events("attempt_started")) == 2)
     run.wait_for_step(120)
     for pid in reversed(everything):
@@ -73,13 +73,13 @@ def test_run_survives_an_absent_controller(
     cluster.stop_controller()
     attempt = len(run.events("attempt_started"))
     run.wait_for_step(60)
-    # A signal that only the task gets: what Slurm does with proctrack/cgroup.
+    # With proctrack/cgroup, too, Slurm signals only the task.
     os.kill(node_task(run, node=0), signal.SIGTERM)
     run.wait(lambda: bool(run.events("stopped")))
-    subprocess.run(["sleep", "8"], check=True)  # the first questions stay without an answer
+    subprocess.run(["sleep", "8"], check=True)  # the first questions get no answer
     assert len(run.events("attempt_started")) == attempt
     cluster.start_controller()
-    run.wait_for_turn(1)
+    run.wait_for_job_run(1)
     assert run.wait_for_end()["exit_code"] == 0
     assert run.losses() == reference
 
@@ -158,7 +158,7 @@ def step_daemon(run: SlurmRun, rank: int) -> tuple[str, list[int]]:
 
 
 def run_alone(reference: list[float], run: SlurmRun) -> list[float]:
-    """One node's losses differ from two nodes' in the last bits; the steps must be whole."""
+    """Every step is recorded once. On one node the losses differ from those on two in the last bits."""
     losses = run.losses()
     assert all(abs(mine - theirs) < 1e-3 for mine, theirs in zip(losses, reference, strict=True))
     return losses

@@ -1,4 +1,4 @@
-"""Preempted, out of time, cancelled: on a real Slurm, two nodes, ZeRO-2, real training."""
+"""Preemptions of real trainings (ZeRO-2, two nodes) on a real Slurm."""
 
 from collections.abc import Callable
 
@@ -55,7 +55,7 @@ if os.environ.get("SLURM_STEP_ID") == "0" and os.environ.get("SLURM_RESTART_COUN
 
 def test_job_preempted_while_python_starts_is_requeued(new_slurm_run: NewRun) -> None:
     run = new_slurm_run(schedule__total_steps=20)
-    run.launch(sbatch={"export": "NONE"})  # nor does the job see the environment of whoever submits it
+    run.launch(sbatch={"export": "NONE"})  # the job does not inherit the submitter's environment either
     seen = run.folder / "seen"
     (run.dir.code / "sitecustomize.py").write_text(SLOW_PYTHON.format(seen=seen))
     run.wait(seen.exists)

@@ -1,4 +1,4 @@
-"""A preparation spread over the nodes of a real Slurm."""
+"""A preparation in several jobs of a real Slurm."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What is told before the queue, arrays, and containers: on a real Slurm."""
+"""Checks before a submission, arrays and containers, on a real Slurm."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def test_dry_run_shows_the_batch_script_that_sbatch_gets(new_slurm_run: NewRun) 
     options = ["--cluster", str(cluster), "--run-dir", str(run.dir.path)]
     shown = run.outlast("launch", str(run.folder / "run.toml"), *options, "--dry-run")
     assert shown.returncode == 0, shown.stderr
-    assert "other machines usually cannot see" in shown.stderr  # a disk of this machine, and two nodes
+    assert "other machines usually cannot see" in shown.stderr  # the run is on a local disk
     assert not run.dir.path.exists()
     launched = run.outlast("launch", str(run.folder / "run.toml"), *options)
     assert launched.returncode == 0, launched.stderr
@@ -103,7 +103,7 @@ def test_sweep_is_one_array_and_its_jobs_are_requeued_separately(
     for run in runs:
         run.wait_for_step(30)
     os.kill(node_task(first, node=0), signal.SIGTERM)
-    first.wait_for_turn(1)
+    first.wait_for_job_run(1)
     for run in runs:
         assert run.wait_for_end()["exit_code"] == 0
     assert [len(run.events("requeued")) for run in runs] == [1, 0]

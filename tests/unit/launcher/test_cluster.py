@@ -1,4 +1,4 @@
-"""Cluster files: what they may say, and in what words a wrong one is refused."""
+"""Cluster files: which are valid, how wrong ones are refused, and what is asked of Slurm for them."""
 
 import os
 import subprocess
@@ -153,14 +153,14 @@ CONFIG = RunConfig.model_validate(
 
 
 def submission(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **fields: Any) -> list[str]:
-    """The lines of the file that sbatch would get, on a machine that has an srun."""
+    """The lines of the batch script, on a machine that has srun."""
     has_srun(tmp_path, monkeypatch)
     return submission_text(RUN, CONFIG, ClusterConfig(kind="slurm", **fields)).splitlines()
 
 
 def test_omitted_fields_are_not_asked_of_slurm() -> None:
     asked = slurm_parameters("name-x", ClusterConfig(kind="slurm", nodes=2), [], Path("/folder"), {})
-    assert asked.pop("teardown")  # ours, for the end of the batch script
+    assert asked.pop("teardown")  # our lines at the end of the batch script
     assert asked == {
         "job_name": "name-x",
         "nodes": 2,

@@ -1,4 +1,4 @@
-"""The node task under submitit's local executor and a real torchrun: how it ends, what it leaves behind."""
+"""How the node task ends and what it leaves, under submitit's local executor and a real torchrun."""
 
 import os
 import shutil
@@ -68,8 +68,9 @@ HERE = NodeIdentity("local-1", 0, 0, 1, "here", "1")
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A run directory to be, beside the folder for temporary files; whatever still names it afterwards is
-    ended, so that one failure stays one.
+    """The path for a run directory, next to its folder for temporary files.
+
+    Processes that still use it afterwards are killed, so that one failure does not cause others.
     """
     path = tmp_path / "run"
     temporary_files(path).mkdir()
@@ -83,7 +84,7 @@ def temporary_files(run: Path) -> Path:
 
 
 def end_of(run: RunDir, job: Job) -> JobOutcome:
-    """How the job ends; nothing of it may be left."""
+    """Wait for the end of the job, and check that it leaves nothing; its outcome."""
     wait_for(lambda: job.pid is not None and not is_alive(job.pid))
     assert list(temporary_files(run.path).iterdir()) == []
     assert job_state(run, job) == "ended"
@@ -117,7 +118,7 @@ if generation < 1 and rank == 1:
 try:
     dist.barrier()
 except RuntimeError:
-    os._exit(1)  # leaving by the usual way may wait for gloo's threads
+    os._exit(1)  # a normal exit may wait for gloo's threads
 if rank == 0:
     finish(number, 0, f"generation {generation}")
 """,
@@ -128,7 +129,7 @@ if rank == 0:
 
 @pytest.mark.chaos  # half a minute: torchrun's own wait between SIGTERM and SIGKILL
 def test_peer_that_waits_forever_does_not_delay_the_restart(folder: Path) -> None:
-    # What a rank in an NCCL kernel is when its peer has died: deaf to SIGTERM, and never done.
+    # Like a rank in an NCCL kernel when its peer has died, this one ignores SIGTERM and never ends.
     run = make_run(
         folder,
         """
@@ -166,8 +167,8 @@ time.sleep(600)
     assert hang["culprit"] == (
         f"rank 1 on {host} does not wait for the others, they do for it; importing: state S in /proc"
     )
-    assert hang["attempt"] is None  # it had claimed none
-    assert again["culprit"] == hang["culprit"]  # and after two of them the turn is over
+    assert hang["attempt"] is None  # the workers had claimed none
+    assert again["culprit"] == hang["culprit"]  # the second one ended the job run
 
 
 def test_workers_that_end_without_a_result_fail_with_their_last_output(folder: Path) -> None:
@@ -262,7 +263,7 @@ def test_killed_process_leaves_no_orphan(folder: Path, victim: str) -> None:
     job = start(run)
     wait_for(lambda: worker_pid(run, 0, 0) and worker_pid(run, 0, 1))
     family = tree(job)
-    assert len(family) == 6  # controller, node task, mirror, agent, two workers
+    assert len(family) == 6  # controller, node task, tracking sidecar, agent, two workers
     [pid] = [pid for pid in family if victim in command_line(pid)]
     os.kill(pid, signal.SIGKILL)
     wait_for(lambda: not any(is_alive(pid) for pid in family))
@@ -308,7 +309,7 @@ def test_failure_of_the_tracking_sidecar_does_not_matter(folder: Path) -> None:
 
 
 def test_last_checkpoint_is_mirrored_when_the_job_has_ended(folder: Path, tmp_path: Path) -> None:
-    """The worker ends as soon as it has committed: the copy is made by a process that outlives it."""
+    """The worker ends as soon as it has committed; the mirroring sidecar outlives it and copies."""
     (tmp_path / "second").mkdir()
     worker = f"""
 import shutil
