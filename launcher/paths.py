@@ -1,13 +1,13 @@
-"""A path as somebody types it, as it is stored: absolute, against the folder that the command is given in."""
+"""How a path that a user types is stored: absolute, relative to the directory of the command."""
 
 from pathlib import Path
 
 
 def absolute(path: str | Path) -> Path:
-    """`path` against the caller's folder, with `~` expanded and no `..` left.
+    """`path` resolved against the caller's directory, with `~` expanded and no `..` left.
 
-    Symbolic links stay as they are, since other machines may know the folder by that name alone; but what is
-    above a link is for the file system to say, so a path with `..` is resolved.
+    Symbolic links stay, because other machines may know the folder only by that name. A path with `..` is
+    resolved, because only the file system knows the parent of a linked folder.
     """
     whole = Path(path).expanduser().absolute()
     return whole.resolve() if ".." in whole.parts else whole

@@ -1,7 +1,7 @@
-"""Who is alive on this host, and how a tree of processes is ended whole.
+"""Which processes are alive on this host, and how a whole tree of them is ended.
 
-A process id alone is not an identity: ids are used again, soonest after a reboot. Linux only; refuses to
-signal anything that is not a descendant of the caller.
+A process id alone does not identify a process: ids are reused, especially after a reboot. Linux only. Only
+descendants of the caller are ever signalled.
 """
 
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def identity(pid: int) -> str | None:
-    """What tells process `pid` from a later one with the same id; None when it is dead or a zombie."""
+    """What distinguishes process `pid` from a later one with the same id; None if it is dead or a zombie."""
     fields = _stat(pid)
     if fields is None or fields[0] in "ZX":
         return None
@@ -21,13 +21,13 @@ def identity(pid: int) -> str | None:
 
 
 def process_state(pid: int) -> str | None:
-    """The letter of proc(5): R, S, D, T (stopped), Z…; None when there is no such process."""
+    """The state letter of proc(5): R, S, D, T (stopped), Z…; None if there is no such process."""
     fields = _stat(pid)
     return fields[0] if fields is not None else None
 
 
 def workers(root: int) -> list[int]:
-    """The training processes below `root`, wherever torchrun is there; not what they started in turn."""
+    """The training processes below `root`, at whatever depth torchrun is; not their own children."""
     families = _families()
     found: list[int] = []
     unseen = [root]
@@ -38,16 +38,16 @@ def workers(root: int) -> list[int]:
 
 
 def descendants(root: int, spare: Collection[int] = ()) -> list[int]:
-    """The living processes below `root`, `root` left out, and those of `spare` with all below them."""
+    """The living processes below `root`, without `root` itself and without the trees of `spare`."""
     return list(_below(_families(), root, spare))
 
 
-def kill_descendants(spare: Collection[int] = (), patience_s: float = 10.0) -> None:
-    """End everything below this process with SIGKILL, except the trees of `spare`; returns when it is gone.
+def kill_descendants(spare: Collection[int] = (), timeout_s: float = 10.0) -> None:
+    """End everything below this process with SIGKILL, except the trees of `spare`, and wait until it is gone.
 
-    One in uninterruptible sleep cannot be waited for: after `patience_s` it is left to its kernel.
+    A process in uninterruptible sleep does not die until it wakes up, so the wait ends after `timeout_s`.
     """
-    deadline = time.monotonic() + patience_s
+    deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         left = descendants(os.getpid(), spare)
         if not left:
@@ -61,7 +61,7 @@ def kill_descendants(spare: Collection[int] = (), patience_s: float = 10.0) -> N
 
 
 def _families() -> dict[int, list[int]]:
-    """Parent → living children, of all processes here."""
+    """Parent → living children, for all processes of this host."""
     families: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -79,16 +79,16 @@ def _below(families: dict[int, list[int]], root: int, spare: Collection[int]) ->
 
 
 def _has_variable(pid: int, name: bytes) -> bool:
-    """Whether process `pid` was started with an environment variable `name`."""
+    """Whether process `pid` was started with the environment variable `name`."""
     try:
         variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except OSError:  # it has ended, or has become another user's
+    except OSError:  # it has ended, or now belongs to another user
         return False
     return any(variable.startswith(name + b"=") for variable in variables)
 
 
 def _stat(pid: int) -> list[str] | None:
-    """The fields of /proc/PID/stat from the third on (the second, the name, may hold anything)."""
+    """The fields of /proc/PID/stat from the third on (the second one, the name, may contain anything)."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, ProcessLookupError):

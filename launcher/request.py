@@ -1,4 +1,4 @@
-"""A launch that preflight has accepted: what the commands hand to each other."""
+"""A launch that preflight has accepted, as the commands pass it on."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from launcher.cluster import ClusterConfig
 
 @dataclass(frozen=True)
 class Request:
-    """A launch that may start: the resolved config, where it runs, what it reads, what to warn of."""
+    """The resolved config, the cluster, the data and the warnings of a launch that may start."""
 
     config: RunConfig
     cluster: ClusterConfig
@@ -18,5 +18,5 @@ class Request:
 
     @property
     def train_tokens(self) -> tuple[int, ...]:
-        """Tokens of each source's training data."""
+        """Training tokens per source."""
         return tuple(manifest.train_tokens for manifest in self.manifests)

@@ -25,7 +25,8 @@ def status(run_dirs: tuple[str, ...], as_json: bool, watch: bool) -> int:
     from launcher.commands.status import statuses
     from launcher.commands.status_table import show
     from launcher.paths import absolute
-    from launcher.runs.store import list_runs, open_run, runs_folder, sweep_runs
+    from launcher.runs.store import list_runs, open_run, runs_folder
+    from launcher.runs.sweep_index import sweep_runs
 
     def find() -> list[RunDir]:
         named = [sweep_runs(absolute(folder)) or [open_run(folder)] for folder in run_dirs]

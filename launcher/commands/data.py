@@ -21,7 +21,7 @@ from data_pipeline.prepare.progress import Progress
 from data_pipeline.prepare.worker_pool import EncodeAll, encode_all
 from gpt.checkpoint import format as checkpoint_format
 from gpt.run.run_dir import RunDir
-from launcher.cluster import load_cluster
+from launcher.cluster_file import load_cluster
 
 _PLAIN_LINE_S = 10.0
 _SHOWN_CHARACTERS = 600  # of each decoded document
@@ -48,10 +48,10 @@ def prepare(
     config = validate(DataPrepConfig, with_overrides(tables, overrides), name)
     encode: EncodeAll = encode_all
     if cluster is not None:
-        from launcher.commands.prepare_on_cluster import Spread
+        from launcher.commands.prepare_on_cluster import ClusterEncoder
 
         where = load_cluster(cluster)
-        encode = Spread(where, tasks or where.nodes, config.workers)
+        encode = ClusterEncoder(where, tasks or where.nodes, config.workers)
     made = prepare_with_progress(config, encode)
     _print_counts(made)
     for reason, count in made.skipped.items():

@@ -14,6 +14,7 @@ from launcher.commands.record_follower import RecordFollower, Update
 from launcher.commands.signal_guard import SignalGuard
 from launcher.commands.submit import submit
 from launcher.runs.job_record import read_outcome
+from launcher.scheduler.registry import scheduler_of
 
 # Is called with every update and with a function that prints a line above the progress bar.
 Observer = Callable[[Update, Callable[[str], None]], None]
@@ -35,7 +36,7 @@ def submit_and_follow(
     job: Job = submit(run, reason)
     if claim is not None:
         claim.close()  # from here on job.json refuses a second start
-    stays = cluster.kind == "local" if attend is None else attend
+    stays = scheduler_of(cluster.kind).is_attended if attend is None else attend
     code = 0
     if stays:
         outcome = follow_job(run, job, follower, total_steps)

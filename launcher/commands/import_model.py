@@ -19,8 +19,9 @@ from launcher.commands.launch import command_line
 from launcher.commands.plan import show_warnings
 from launcher.paths import absolute
 from launcher.preflight.check import examine
+from launcher.runs.code_snapshot import python_module
 from launcher.runs.recipes import with_absolute_paths
-from launcher.runs.store import create_run, python_module
+from launcher.runs.store import create_run
 
 
 def import_run(hf_dir: Path, run_dir: Path, data: str, cluster: str, overrides: Sequence[str]) -> int:

@@ -19,7 +19,7 @@ from launcher.paths import absolute
 from launcher.preflight.check import examine
 from launcher.runs.recipes import run_tables
 from launcher.runs.store import create_run, next_run_folder
-from launcher.scheduler.sbatch import submission_text
+from launcher.scheduler.registry import scheduler_of
 
 
 def launch(
@@ -43,8 +43,10 @@ def launch(
     start = find_origin(origin, request.config) if origin is not None else None
     show_warnings(request)
     if dry_run:
-        if request.cluster.kind == "slurm":
-            click.echo(submission_text(RunDir(folder), request.config, request.cluster))
+        scheduler = scheduler_of(request.cluster.kind)
+        text = scheduler.submission_text(RunDir(folder), request.config, request.cluster)
+        if text is not None:
+            click.echo(text)
         show_plan(request)
         click.echo("dry run: all checks passed, nothing was written", err=True)
         click.echo(folder)

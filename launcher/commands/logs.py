@@ -12,7 +12,7 @@ from data_pipeline.errors import LaunchError
 from gpt.run.run_dir import RunDir
 from launcher.runs.job_record import read_job
 from launcher.runs.store import read_cluster
-from launcher.scheduler.jobs import Lookout
+from launcher.scheduler.jobs import JobWatcher
 
 _POLL_S = 0.3
 _LONGEST_LINE_BYTES = 1 << 20  # a longer line is printed in parts
@@ -49,12 +49,12 @@ def lines(run: RunDir, *, follow: bool, attempt: int | None, node: int | None) -
             f"there is no node {node}. Available nodes: {', '.join(map(str, sorted(there))) or 'none'}."
         )
     offsets: dict[Path, int] = {}
-    watched, lookout = None, None
+    watched, watcher = None, None
     while True:
         if follow and (job := read_job(run)) != watched:
             watched = job
-            lookout = Lookout(run, job, serves_stop=False) if job is not None else None
-        is_over = lookout is None or lookout.word() == "ended"
+            watcher = JobWatcher(run, job, serves_stop=False) if job is not None else None
+        is_over = watcher is None or watcher.state() == "ended"
         for label, path in log_files(run, attempt, node):
             for text in _new_lines(path, offsets, is_over):
                 yield f"[{label}] {text}"

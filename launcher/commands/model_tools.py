@@ -9,7 +9,8 @@ import click
 from data_pipeline.errors import LaunchError
 from gpt.run.run_dir import RunDir, is_exported, mlflow_database_in
 from launcher.paths import absolute
-from launcher.runs.store import open_run, python_module, read_config, runs_folder
+from launcher.runs.code_snapshot import python_module
+from launcher.runs.store import open_run, read_config, runs_folder
 
 
 def sample_command(folder: Path, prompt: str, **options: float | None) -> list[str]:

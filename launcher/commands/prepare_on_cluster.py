@@ -1,51 +1,47 @@
-"""`outlast prepare --cluster`: pieces of a preparation on several Slurm nodes or in local tasks, by submitit.
+"""`outlast prepare --cluster`: the chunks of a preparation as jobs of a scheduler.
 
-The command plans the pieces, hands each task a share of them, and publishes what they have committed: the
-same bytes as on one machine, since no piece depends on who made it. A task that fails is started again alone,
-with what it has not committed. All machines see the folder of the data set and the sources.
+The command plans the chunks, gives each job a share of them, and publishes what the jobs have committed. The
+bytes are the same as on one machine, because no chunk depends on who made it. A job that fails is started
+again alone, with the chunks that it has not committed. All machines must see the data set's folder and the
+sources.
 """
 
 import os
+import socket
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from data_pipeline.errors import DataError, LaunchError, OutlastError
 from data_pipeline.prepare.chunk import Chunk, read_chunk_record
 from data_pipeline.prepare.encode import EncodeSettings
 from data_pipeline.prepare.progress import Advance
 from data_pipeline.prepare.worker_pool import Task, encode_all, is_done
+from gpt.run.records import Job
 from launcher.cluster import ClusterConfig
-from launcher.scheduler import slurm
-from launcher.scheduler.sbatch import slurm_executor
-from launcher.scheduler.slurm import Standing
+from launcher.process_tree import identity
+from launcher.scheduler.protocol import JobRequest, JobState, Standing, SubmittedJob
+from launcher.scheduler.registry import scheduler_of
 
-if TYPE_CHECKING:
-    from submitit import Executor, Job
-
-_STARTS = 3  # of one task, before the preparation gives up
+_MAX_STARTS = 3  # of one share, before the preparation gives up
 _POLL_S = 0.5
-_SCHEDULER_POLL_S = 5.0  # squeue is a shared service
-_LOCAL_TIMEOUT_MIN = 60 * 24 * 365 * 10  # submitit's local default is 2 minutes
 _LOG_LINES = 5
-_SILENCE_S = 30.0  # a result that lies on the file system of another machine may take as long to be seen here
 
 
 @dataclass(frozen=True)
 class PartOfPreparation:
-    """What runs on a node: encodes pieces, and returns the sentence of an error of ours, if there was one."""
+    """What runs on a node: it encodes chunks, and returns the message of an error of ours, if any."""
 
     folder: Path
-    pieces: tuple[Chunk, ...]
+    chunks: tuple[Chunk, ...]
     settings: EncodeSettings
     workers: int | None
     task: Task
 
     def __call__(self) -> str | None:
-        """Do what is not done yet: a job that Slurm requeued begins with what it had committed."""
-        missing = [piece for piece in self.pieces if not is_done(self.folder, piece, self.task)]
+        """Encode the chunks that are not committed yet; a requeued job may find some done."""
+        missing = [chunk for chunk in self.chunks if not is_done(self.folder, chunk, self.task)]
         workers = self.workers or len(os.sched_getaffinity(0))
         try:
             for advance in encode_all(self.folder, missing, self.settings, workers, self.task):
@@ -57,25 +53,26 @@ class PartOfPreparation:
 
 
 @dataclass
-class _Share:
-    """One task: its pieces, and the job that does them now."""
+class Share:
+    """A part of the chunks, and the job that works on it."""
 
     number: int
-    pieces: tuple[Chunk, ...]
-    job: "Job[Any]"
+    chunks: tuple[Chunk, ...]
+    job: SubmittedJob
     starts: int = 1
-    over_since: float | None = None
+    ended_since: float | None = None
 
 
-class Spread:
-    """Encodes pieces on `tasks` tasks of `cluster`, in the place of `encode_all`.
+class ClusterEncoder:
+    """Encodes chunks in `tasks` jobs on `cluster`; a replacement for `encode_all`.
 
-    A task uses `workers` processes; by default all cores of its node, or its share of this machine's.
+    A job uses `workers` processes: by default all cores of its node, or its share of this machine's cores.
     """
 
     def __init__(self, cluster: ClusterConfig, tasks: int, workers: int | None) -> None:
         self._cluster, self._tasks = cluster, tasks
-        if workers is None and cluster.kind == "local":
+        self._scheduler = scheduler_of(cluster.kind)
+        if workers is None and self._scheduler.runs_here:
             workers = max(1, len(os.sched_getaffinity(0)) // tasks)
         self._workers = workers
         self._standings: dict[str, Standing] = {}
@@ -84,128 +81,138 @@ class Spread:
     def __call__(
         self,
         folder: Path,
-        pieces: Sequence[Chunk],
+        chunks: Sequence[Chunk],
         settings: EncodeSettings,
         workers: int,
         task: Task = "encode",
     ) -> Generator[Advance | Chunk, None, None]:
-        """See `encode_all`; of its `workers` nothing is heard here."""
-        from submitit.core.utils import FailedJobError
-
-        from launcher.commands.submit import outside_any_job
-
+        """See `encode_all`. Its `workers` does not apply here."""
         del workers
         folder = folder.absolute()
         settings = replace(settings, encoding=settings.encoding.absolute())
-        executor = self._executor(folder / "tasks")
-
-        def start(pieces: tuple[Chunk, ...]) -> "Job[Any]":
-            return executor.submit(PartOfPreparation(folder, pieces, settings, self._workers, task))
-
-        count = min(self._tasks, len(pieces))
-        parts = [tuple(pieces[number::count]) for number in range(count)]
-        shares: list[_Share] = []
+        count = min(self._tasks, len(chunks))
+        parts = [
+            PartOfPreparation(folder, tuple(chunks[number::count]), settings, self._workers, task)
+            for number in range(count)
+        ]
+        shares: list[Share] = []
         try:
-            with outside_any_job(), executor.batch():
-                jobs = [start(part) for part in parts]
-            for number, (part, job) in enumerate(zip(parts, jobs, strict=True), 1):
-                shares.append(_Share(number, part, job))
-                yield _said(f"task {number} of {count}: {self._cluster.kind} job {job.job_id}")
-            yield from self._follow(shares, start, folder, task)
-        except FailedJobError as error:
-            raise LaunchError(f"the tasks could not be submitted: {error}") from error
+            for number, (part, job) in enumerate(zip(parts, self._submit(parts), strict=True), 1):
+                shares.append(Share(number, part.chunks, job))
+                yield _message(f"task {number} of {count}: {self._cluster.kind} job {job.job_id}")
+            yield from self.follow(shares, parts[0] if parts else None, folder, task)
         finally:
             for share in shares:
-                if not self._is_over(share):
-                    share.job.cancel(check=False)
+                if not self._is_over(share, folder):
+                    self._scheduler.cancel(share.job)
 
-    def _follow(
-        self, shares: list[_Share], start: Any, folder: Path, task: Task
+    def follow(
+        self, shares: list[Share], part: PartOfPreparation | None, folder: Path, task: Task
     ) -> Generator[Advance | Chunk, None, None]:
-        waiting = {piece for share in shares for piece in share.pieces}
+        """Report the chunks as the jobs commit them; `part` is the model for a job that starts again."""
+        waiting = {chunk for share in shares for chunk in share.chunks}
         while waiting:
-            self._ask_slurm(shares)
-            over = {
-                share.number for share in shares if self._is_over(share)
-            }  # before the pieces are looked at
-            for piece in [piece for piece in waiting if is_done(folder, piece, task)]:
-                waiting.remove(piece)
-                yield _advance(folder, piece, task)
-                yield piece
+            self._ask_scheduler(shares)
+            # Before the chunks: a job may commit its last one and end in between.
+            over = {share.number for share in shares if self._is_over(share, folder)}
+            for chunk in [chunk for chunk in waiting if is_done(folder, chunk, task)]:
+                waiting.remove(chunk)
+                yield _advance(folder, chunk, task)
+                yield chunk
             for share in shares:
-                left = tuple(piece for piece in share.pieces if piece in waiting)
+                left = tuple(chunk for chunk in share.chunks if chunk in waiting)
                 if share.number not in over or not left:
                     continue
-                reason = self._why_failed(share)
-                if share.starts == _STARTS:
+                reason = self._why_failed(share, folder)
+                if share.starts == _MAX_STARTS or part is None:
                     raise DataError(
-                        f"task {share.number} failed {_STARTS} times, at last: {reason}\n"
-                        f"What is finished stays; run again to continue"
+                        f"task {share.number} failed {_MAX_STARTS} times; the last time: {reason}\n"
+                        "The finished chunks stay; run the command again to continue."
                     )
-                share.job, share.starts, share.over_since = start(left), share.starts + 1, None
-                yield _said(
+                [share.job] = self._submit([replace(part, chunks=left)])
+                share.starts, share.ended_since = share.starts + 1, None
+                yield _message(
                     f"task {share.number} failed and starts again as job {share.job.job_id}, with "
-                    f"{len(left)} of {len(share.pieces)} pieces: {reason}"
+                    f"{len(left)} of {len(share.chunks)} chunks: {reason}"
                 )
             if waiting:
                 time.sleep(_POLL_S)
 
-    def _ask_slurm(self, shares: list[_Share]) -> None:
-        """Learn how the jobs of all tasks stand, once every few seconds."""
-        if self._cluster.kind == "slurm" and time.monotonic() >= self._next_question:
-            self._standings = slurm.standings(share.job.job_id for share in shares)
-            self._next_question = time.monotonic() + _SCHEDULER_POLL_S
-
-    def _is_over(self, share: _Share) -> bool:
-        """Whether the job has ended, by its result or by what its executor has said."""
-        if share.job.paths.result_pickle.exists():
-            return True
-        if self._cluster.kind == "local":
-            return share.job.done()
-        standing = self._standings.get(share.job.job_id)
-        if standing is None or standing.word != "ended":
-            share.over_since = None
-            return False
-        share.over_since = share.over_since or time.monotonic()
-        return time.monotonic() - share.over_since > _SILENCE_S
-
-    def _why_failed(self, share: _Share) -> str:
-        paths = share.job.paths
-        if paths.result_pickle.exists():
-            outcome, result = share.job._get_outcome_and_result()
-            if outcome == "success":
-                return str(result or "it ended without having done its pieces")
-            return str(result).rstrip().splitlines()[-1]
-        is_slurm = self._cluster.kind == "slurm"
-        word = slurm.why_ended(share.job.job_id) or "Slurm has dropped it" if is_slurm else "it was killed"
-        log = paths.stderr.read_text(errors="replace").splitlines() if paths.stderr.exists() else []
-        said = " | ".join(log[-_LOG_LINES:])
-        return f"{word} ({said})" if said else word
-
-    def _executor(self, folder: Path) -> "Executor":
-        if self._cluster.kind == "local":
-            from submitit import LocalExecutor
-
-            local = LocalExecutor(folder)
-            local.update_parameters(timeout_min=_LOCAL_TIMEOUT_MIN, gpus_per_node=0, tasks_per_node=1)
-            return local
-        cores = self._cluster.cpus_per_process
-        one_node = self._cluster.model_copy(
-            update={
-                "nodes": 1,
-                "gpus_per_node": 0,
-                "processes_per_node": None,
-                "cpus_per_process": cores and cores * self._cluster.processes,
-            }
+    def _submit(self, parts: Sequence[PartOfPreparation]) -> list[SubmittedJob]:
+        if not parts:
+            return []
+        kept = {name: os.environ[name] for name in ("PYTHONPATH", "PYTHONSAFEPATH") if name in os.environ}
+        request = JobRequest(
+            name="prepare",
+            cluster=self._cluster.one_node_without_gpus(),
+            folder=_job_folder(parts[0].folder),
+            environment=kept,
+            at_once=self._tasks,
         )
-        ours = {name: os.environ[name] for name in ("PYTHONPATH", "PYTHONSAFEPATH") if name in os.environ}
-        return slurm_executor("prepare", one_node, [], folder, ours, array_parallelism=self._tasks)
+        try:
+            return self._scheduler.submit(request, parts)
+        except LaunchError as error:
+            raise LaunchError(f"the tasks could not be submitted: {error}") from error
+
+    def _ask_scheduler(self, shares: list[Share]) -> None:
+        """Update the standing of all jobs, once every few seconds."""
+        if time.monotonic() < self._next_question:
+            return
+        jobs = [self._record(share.job) for share in shares]
+        answers = self._scheduler.standings(jobs)
+        self._standings = {job.job_id: answer for job, answer in zip(jobs, answers, strict=True)}
+        self._next_question = time.monotonic() + self._scheduler.poll_s
+
+    def _record(self, job: SubmittedJob) -> Job:
+        return Job(
+            submission=0,
+            executor=self._scheduler.kind,
+            job_id=job.job_id,
+            host=socket.gethostname(),
+            pid=job.pid,
+            process=identity(job.pid) if job.pid is not None else None,
+            run_inode=0,
+            submitted_at=0.0,
+        )
+
+    def _is_over(self, share: Share, folder: Path) -> bool:
+        """Whether the job has a result, or has ended without one."""
+        from submitit.core.utils import JobPaths
+
+        if JobPaths(_job_folder(folder), share.job.job_id).result_pickle.exists():
+            return True
+        standing = self._standings.get(share.job.job_id)
+        if standing is None or standing.state != JobState.ENDED:
+            share.ended_since = None
+            return False
+        share.ended_since = share.ended_since or time.monotonic()
+        # Its result may be on the file system already, and not visible to this machine yet.
+        return time.monotonic() - share.ended_since >= self._scheduler.result_delay_s
+
+    def _why_failed(self, share: Share, folder: Path) -> str:
+        from submitit.core.utils import JobPaths, pickle_load
+
+        paths = JobPaths(_job_folder(folder), share.job.job_id)
+        if paths.result_pickle.exists():
+            outcome, result = pickle_load(paths.result_pickle)
+            if outcome == "success":
+                return str(result or "it ended without encoding its chunks")
+            return str(result).rstrip().splitlines()[-1]
+        reason = self._scheduler.why_ended(share.job.job_id) or "its job ended without a result"
+        log = paths.stderr.read_text(errors="replace").splitlines() if paths.stderr.exists() else []
+        last_lines = " | ".join(log[-_LOG_LINES:])
+        return f"{reason} ({last_lines})" if last_lines else reason
 
 
-def _said(message: str) -> Advance:
-    return Advance(0, 0, 0, message)
+def _job_folder(folder: Path) -> Path:
+    """Where submitit keeps the files of the jobs for the data set in `folder`."""
+    return folder / "tasks"
 
 
-def _advance(folder: Path, piece: Chunk, task: Task) -> Advance:
-    record = read_chunk_record(folder, piece) if task == "encode" else None
-    return Advance(piece.size_bytes, record.documents, record.tokens) if record else Advance(0, 0, 0)
+def _message(text: str) -> Advance:
+    return Advance(0, 0, 0, text)
+
+
+def _advance(folder: Path, chunk: Chunk, task: Task) -> Advance:
+    record = read_chunk_record(folder, chunk) if task == "encode" else None
+    return Advance(chunk.size_bytes, record.documents, record.tokens) if record else Advance(0, 0, 0)

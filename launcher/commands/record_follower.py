@@ -12,7 +12,7 @@ from typing import Any
 from gpt.run import record
 from gpt.run.records import Job
 from gpt.run.run_dir import RunDir
-from launcher.scheduler.jobs import Lookout
+from launcher.scheduler.jobs import JobWatcher
 
 _POLL_S = 0.2
 
@@ -34,9 +34,9 @@ class RecordFollower:
 
     def updates(self, job: Job) -> Iterator[Update]:
         """An update every fifth of a second until `job` has ended, then a last one."""
-        lookout = Lookout(self.run, job, serves_stop=True)
+        watcher = JobWatcher(self.run, job, serves_stop=True)
         while True:
-            is_over = lookout.word() == "ended"
+            is_over = watcher.state() == "ended"
             yield Update(self._new(self.run.metrics), self._new(self.run.events))
             if is_over:
                 return

@@ -33,7 +33,7 @@ from launcher.request import Request
 from launcher.runs.recipes import run_tables
 from launcher.runs.stop_request import request_stop
 from launcher.runs.store import create_run, next_run_folder, put_submission
-from launcher.scheduler import slurm
+from launcher.scheduler.registry import scheduler_of
 from launcher.units import processes
 
 _PUSH_S = 3.0  # repeated, because Slurm ignores it until the last job run has ended
@@ -107,16 +107,17 @@ class _JobKill:
 
     def kill(self) -> str:
         """Kill the run, and say what was killed."""
-        if self.cluster.kind == "slurm":
-            slurm.requeue(self._job_id(), slurm.restarts(self._job_id()))
+        scheduler = scheduler_of(self.cluster.kind)
+        if scheduler.can_requeue:
+            scheduler.interrupt(self._job_id())
             return "the job"
         return kill_worker(self.run)
 
     def push(self) -> None:
         """Start a requeued job at once; Slurm delays it by two minutes when its last job run has ended."""
-        if self.cluster.kind == "slurm" and time.monotonic() >= self._next_push:
+        if time.monotonic() >= self._next_push:
             self._next_push = time.monotonic() + _PUSH_S
-            slurm.start_now(self._job_id())
+            scheduler_of(self.cluster.kind).start_now(self._job_id())
 
     def _job_id(self) -> str:
         job = read_json(self.run.job)
@@ -160,8 +161,10 @@ def _train(run: RunDir, request: Request, reason: str, observe: Observer | None)
     """Submit `run` and follow its job until it ends."""
     follower = RecordFollower(run)
     job = submit(run, reason)
-    if job.executor == "slurm":
-        click.echo(f"submitted Slurm job {job.job_id}; it starts when Slurm has nodes for it", err=True)
+    scheduler = scheduler_of(job.executor)
+    if not scheduler.runs_here:
+        title = scheduler.title
+        click.echo(f"submitted {title} job {job.job_id}; it starts when {title} has nodes for it", err=True)
     return follow_job(run, job, follower, request.config.total_steps, observe)
 
 

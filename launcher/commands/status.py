@@ -15,9 +15,8 @@ from gpt.run.run_dir import RunDir
 from launcher.commands.record_summary import EventIndex, last_metrics
 from launcher.runs.job_record import read_job, read_outcome
 from launcher.runs.store import read_config
-from launcher.scheduler import slurm
 from launcher.scheduler.jobs import standings
-from launcher.scheduler.slurm import Standing
+from launcher.scheduler.protocol import CANCELLED, Standing
 
 UNREADABLE = "unreadable"  # the state of a run whose files cannot be read
 # A file was edited by hand, was written by another version, or belongs to another user.
@@ -67,20 +66,16 @@ def statuses(runs: Sequence[RunDir]) -> list[Status]:
     A run that cannot be read has the state UNREADABLE and the reason; the other runs are not affected.
     """
     jobs: dict[Path, Job] = {}
-    without_outcome: list[Path] = []
     broken: dict[Path, Exception] = {}
     for run in runs:
         try:
             if (job := read_job(run)) is not None:
-                if read_outcome(run, job) is None and job.executor == "slurm":
-                    without_outcome.append(run.path)
+                read_outcome(run, job)  # raises when it cannot be read
                 jobs[run.path] = job
         except _READ_ERRORS as error:
             broken[run.path] = error
-    standing = standings((run, jobs[run.path]) for run in runs if run.path in jobs)
-    forgotten = {path: jobs[path].job_id for path in without_outcome if standing[path] == Standing("ended")}
-    last_words = slurm.last_words(list(forgotten.values()))
-    standing |= {path: Standing("ended", last_words.get(job_id, "")) for path, job_id in forgotten.items()}
+    pairs = [(run, jobs[run.path]) for run in runs if run.path in jobs]
+    standing = standings(pairs, with_end_states=True)
     found = []
     for run in runs:
         try:
@@ -141,11 +136,11 @@ def _state(run: RunDir, outcome: JobOutcome | None, standing: Standing | None) -
         return ("created" if not run.attempt_numbers() else "copied"), ""
     if outcome is not None:
         return "cancelled" if outcome.is_cancelled else _OUTCOME_STATES.get(outcome.exit_code, "failed"), ""
-    if standing.word == "running" and run.stop.exists():
+    if standing.state == "running" and run.stop.exists():
         return "stopping", standing.reason
-    if standing.word != "ended":
-        return standing.word, standing.reason
-    return "cancelled" if standing.slurm_state == "CANCELLED" else "lost", standing.slurm_state
+    if standing.state != "ended":
+        return standing.state, standing.reason
+    return "cancelled" if standing.scheduler_state == CANCELLED else "lost", standing.scheduler_state
 
 
 def _save_problem(events: EventIndex) -> str | None:

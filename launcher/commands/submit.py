@@ -1,8 +1,8 @@
-"""ClusterConfig → submitit, and the job that comes of it: local and Slurm through one interface.
+"""Hand runs to their scheduler. `python -m launcher.commands.submit` is the process that does it.
 
-A child process (`python -m launcher.commands.submit RUN_DIR`) makes the submission. It has a session of its
-own and imports the run's snapshot of the code. So whatever it starts is out of reach of the terminal's Ctrl-C
-and hang-up, holds none of the caller's pipes open, and imports what was submitted.
+That child process has a session of its own and imports the run's snapshot of the code. So the jobs that it
+starts are out of reach of the terminal's Ctrl-C and hang-up, hold none of the caller's pipes open, and run
+the code that was submitted.
 """
 
 import os
@@ -10,8 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from data_pipeline.errors import LaunchError
@@ -19,19 +18,19 @@ from gpt.run.events import Event, record_event
 from gpt.run.records import Job
 from gpt.run.run_dir import RunDir, SubmissionDir
 from launcher.process_tree import identity
+from launcher.runs.code_snapshot import job_environment, python_module
 from launcher.runs.job_record import read_job
-from launcher.runs.store import job_environment, python_module, read_cluster, read_config
-from launcher.scheduler.bad_nodes import without_bad_nodes
+from launcher.runs.store import read_cluster, read_config
+from launcher.scheduler.bad_nodes import bad_nodes
 from launcher.scheduler.container import needed_folders
-from launcher.scheduler.sbatch import slurm_executor
-
-_LOCAL_TIMEOUT_MIN = 60 * 24 * 365 * 10  # submitit's local default is 2 minutes
+from launcher.scheduler.protocol import JobRequest
+from launcher.scheduler.registry import scheduler_of
 
 
 def submit(run: RunDir, reason: str) -> Job:
-    """Start a job for `run` and return once its executor has taken it. Raises LaunchError.
+    """Start a job for `run` and return once the scheduler has accepted it. Raises LaunchError.
 
-    `reason` ("launch", "resume") goes into the event "submitted".
+    `reason` ("launch", "resume", "sweep") is recorded in the event "submitted".
     """
     [job] = submit_together([run], reason, run)
     return job
@@ -40,10 +39,10 @@ def submit(run: RunDir, reason: str) -> Job:
 def submit_together(
     runs: Sequence[RunDir], reason: str, home: RunDir, at_once: int | None = None
 ) -> list[Job]:
-    """Start a job for each of `runs`, several as one array of Slurm, of which `at_once` run at a time.
+    """Start a job for each of `runs`, of which `at_once` may run at the same time.
 
-    submitit's files lie in `home`, whose code they run: the run itself, or the folder of all. A stop request
-    that stands is removed. Raises LaunchError.
+    submitit's files and the code are in `home`: the run itself, or the sweep that the runs belong to. An old
+    stop request is removed. Raises LaunchError.
     """
     for run in runs:
         run.stop.unlink(missing_ok=True)
@@ -67,61 +66,35 @@ def submit_together(
     return jobs
 
 
-@contextmanager
-def outside_any_job() -> Iterator[None]:
-    """The environment without the job that this command runs in, if it does: sbatch would inherit it.
-
-    Where Slurm's configuration lies stays, and so do the SBATCH_ variables of somebody on a login node.
-    """
-    if "SLURM_JOB_ID" not in os.environ:
-        yield
-        return
-    from submitit import helpers
-
-    kept = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
-    with helpers.clean_env():
-        os.environ.update(kept)
-        yield
-
-
 def main() -> None:
-    """The child of `submit_together`: hand the node tasks to submitit and write each run's job.json."""
-    from submitit import Executor, LocalExecutor
-    from submitit.core.utils import FailedJobError
-
+    """The child of `submit_together`: submit the node tasks and write each run's job.json."""
     from launcher.node.task import NodeTask
 
     folder, reason, at_once = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     runs = [RunDir(Path(path)) for path in sys.argv[4:]]
     cluster = read_cluster(runs[0])
-    executor: Executor
-    if cluster.kind == "local":
-        executor = LocalExecutor(folder)
-        executor.update_parameters(
-            timeout_min=_LOCAL_TIMEOUT_MIN, gpus_per_node=cluster.gpus_per_node, tasks_per_node=1
-        )
-    else:
-        mounts = [path for run in runs for path in needed_folders(run, read_config(run))]
-        name = runs[0].path.name if len(runs) == 1 else runs[0].path.parent.name
-        for run in runs:
-            cluster = without_bad_nodes(run, cluster)
-        ours = {variable: os.environ[variable] for variable in runs[0].code_environment}
-        executor = slurm_executor(name, cluster, mounts, folder, ours, array_parallelism=at_once)
+    request = JobRequest(
+        name=runs[0].path.name if len(runs) == 1 else runs[0].path.parent.name,
+        cluster=cluster,
+        folder=folder,
+        environment={name: os.environ[name] for name in runs[0].code_environment},
+        mounts=[path for run in runs for path in needed_folders(run, read_config(run))],
+        excluded_nodes=list(dict.fromkeys(node for run in runs for node in bad_nodes(run))),
+        at_once=at_once,
+    )
     tasks = [NodeTask(str(run.path), f"{run.last_submission():04d}") for run in runs]
     try:
-        with outside_any_job(), executor.batch():
-            submitted = [executor.submit(task) for task in tasks]
-    except FailedJobError as error:
-        sys.exit(str(error))  # sbatch's own words
+        submitted = scheduler_of(cluster.kind).submit(request, tasks)
+    except LaunchError as error:
+        sys.exit(str(error))
     for run, task, made in zip(runs, tasks, submitted, strict=True):
-        pid = int(made.job_id) if cluster.kind == "local" else None
         job = Job(
             submission=int(task.submission),
             executor=cluster.kind,
             job_id=made.job_id,
             host=socket.gethostname(),
-            pid=pid,
-            process=identity(pid) if pid is not None else None,
+            pid=made.pid,
+            process=identity(made.pid) if made.pid is not None else None,
             run_inode=run.path.stat().st_ino,
             submitted_at=time.time(),
         )

@@ -1,11 +1,11 @@
-"""`outlast sweep`: one run for each point of a grid over config fields, as one Slurm array.
+"""`outlast sweep`: one run for each point of a grid over config fields, in Slurm as one array.
 
-    SWEEP_DIR/sweep.json        the points: folder and fields; where they run
-    SWEEP_DIR/0001_peak_lr=…/   an ordinary run directory each, for status, logs, resume and the others
-    SWEEP_DIR/submission/       submitit's files of the arrays
+    SWEEP_DIR/sweep.json        the points, each with its folder and its values
+    SWEEP_DIR/0001_peak_lr=…/   one ordinary run directory per point
+    SWEEP_DIR/submission/       submitit's files for the arrays
 
-A sweep is a list of runs and nothing else: every command works on each. The same command on SWEEP_DIR takes
-up what has not finished.
+A sweep is only a list of runs: status, logs, resume and every other command work on each of them. The same
+command on SWEEP_DIR starts the runs that have not finished.
 """
 
 import itertools
@@ -26,6 +26,7 @@ from rich.table import Table
 
 from data_pipeline.config_file import Section, dotted, read_toml, validate, with_fields
 from data_pipeline.errors import ConfigError, LaunchError, OutlastError
+from gpt.config.run import RunConfig
 from gpt.run.exit_codes import ExitCode
 from gpt.run.json_file import write_json
 from gpt.run.run_dir import RunDir, mlflow_database_in
@@ -39,42 +40,38 @@ from launcher.commands.submit import submit, submit_together
 from launcher.paths import absolute
 from launcher.preflight.check import examine
 from launcher.request import Request
+from launcher.runs.code_snapshot import job_environment, python_module, snapshot_code
 from launcher.runs.recipes import run_tables, with_absolute_paths
-from launcher.runs.store import (
-    SweepIndex,
-    SweepPoint,
-    create_run,
-    job_environment,
-    next_run_folder,
-    python_module,
-    read_cluster,
-    read_config,
-    read_sweep,
-    snapshot_code,
-)
+from launcher.runs.store import create_run, next_run_folder, read_cluster, read_config
+from launcher.runs.sweep_index import SweepIndex, SweepPoint, read_sweep
 from launcher.scheduler.jobs import claim_start
+from launcher.scheduler.registry import scheduler_of
 
 _LARGEST_GRID = 1000  # Slurm's default MaxArraySize is 1001
-_OTHER_FILES = 256  # that a process has open, at most
+_OTHER_FILES = 256  # open files of this process besides the claims, at most
 _ALIVE = ("running", "stopping", "pending")
-_PARENT_PATIENCE_S = 60.0
+_MLFLOW_TIMEOUT_S = 60.0
 
 
 class SweepConfig(Section):
     """SWEEP.toml."""
 
-    run: str = Field(description="A recipe's name or a TOML file, relative to the caller's directory.")
-    fixed: dict[str, Any] = Field(
-        default_factory=dict, alias="set", description="Fields of every run, by their dotted names."
+    run: str = Field(
+        description="The run config: a recipe's name or a TOML file, relative to the caller's directory."
     )
-    grid: dict[str, Any] = Field(description="Lists of values by field; every combination is a run.")
+    fixed: dict[str, Any] = Field(
+        default_factory=dict, alias="set", description="Values for every run, by the field's dotted name."
+    )
+    grid: dict[str, Any] = Field(
+        description="A list of values for each field that varies; every combination is a run."
+    )
     at_once: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="Runs of the array that Slurm runs at a time. Default: all."
+        default=None, description="How many runs Slurm may run at the same time. Default: all."
     )
 
     @property
     def axes(self) -> dict[str, list[Any]]:
-        """The grid by dotted field, also where the file wrote it as nested tables."""
+        """The grid by dotted field name, even if the file nests it in tables."""
         return dict(dotted(self.grid))
 
     @model_validator(mode="after")
@@ -95,11 +92,11 @@ class SweepConfig(Section):
 
 
 def sweep(source: Path, cluster: str | None, folder: Path | None, *, attend: bool | None) -> int:
-    """Launch the sweep of a SWEEP.toml, or take up that of a SWEEP_DIR; the exit code."""
+    """Launch the sweep of a SWEEP.toml, or continue the one in a SWEEP_DIR; the exit code."""
     if source.is_dir():
         home = RunDir(absolute(source))
         if cluster is not None or folder is not None:
-            raise ConfigError("--cluster and --out are those of the sweep already; give its folder alone.")
+            raise ConfigError("the sweep already has its --cluster and --out; give only its folder.")
     else:
         home = _create(source, cluster or "local", folder)
     code = _run(home, attend)
@@ -108,7 +105,7 @@ def sweep(source: Path, cluster: str | None, folder: Path | None, *, attend: boo
 
 
 def show_results(folder: Path, *, as_json: bool = False) -> None:
-    """A sweep's points and how they did, the best validation loss first, on standard output."""
+    """Print a sweep's points and their losses, the best validation loss first."""
     points = _index(folder).points
     found = statuses([RunDir(folder / point.folder) for point in points])
     rows = sorted(
@@ -139,7 +136,7 @@ def show_results(folder: Path, *, as_json: bool = False) -> None:
 
 
 def _create(path: Path, cluster: str, folder: Path | None) -> RunDir:
-    """Check every point, then make all run directories. Raises ConfigError with the problems of all."""
+    """Check every point, then create all run directories. Raises ConfigError with all the problems."""
     config = validate(SweepConfig, read_toml(path), path.name)
     home = RunDir(absolute(folder or next_run_folder(path.stem)))
     if home.path.exists() and (not home.path.is_dir() or any(home.path.iterdir())):
@@ -156,8 +153,7 @@ def _create(path: Path, cluster: str, folder: Path | None) -> RunDir:
     for point, request in zip(points, requests, strict=True):
         run_config = request.config
         if parent is not None:
-            named = run_config.tracking.model_copy(update={"parent": parent})
-            run_config = run_config.model_copy(update={"tracking": named})
+            run_config = _with_mlflow_parent(run_config, parent)
         made = Request(run_config, request.cluster, request.manifests, request.warnings)
         create_run(home.path / point.folder, made, command_line())
     index = SweepIndex(at_once=config.at_once, points=tuple(points))
@@ -169,7 +165,7 @@ def _create(path: Path, cluster: str, folder: Path | None) -> RunDir:
 def examine_points(
     config: SweepConfig, points: Sequence[SweepPoint], cluster: str, folder: Path
 ) -> list[Request]:
-    """The launch of every point, into folders below `folder`. Raises ConfigError with the problems of all."""
+    """The launch of every point, into a folder below `folder`. Raises ConfigError with all the problems."""
     problems: dict[str, None] = {}
     requests = []
     where: str | ClusterConfig = cluster
@@ -196,17 +192,18 @@ def _run(home: RunDir, attend: bool | None) -> int:
             click.echo(f"{path.name} is left out: {reason}", err=True)
         code = 1 if left_out else 0
         if not waiting:
-            click.echo("nothing is left to start", err=True)
+            click.echo("no run is left to start", err=True)
             show_results(home.path)
             return code
-        if read_cluster(waiting[0]).kind == "local":
+        scheduler = scheduler_of(read_cluster(waiting[0]).kind)
+        if scheduler.runs_here:
             code = _one_after_the_other(waiting) or code
             show_results(home.path)
             return code
         jobs = submit_together(waiting, "sweep", home, _index(home.path).at_once)
     click.echo(
-        f"submitted: {len(jobs)} runs as Slurm jobs {jobs[0].job_id} to {jobs[-1].job_id}; "
-        f"`outlast status {home.path}` shows them, `outlast sweep {home.path} --results` what came out",
+        f"submitted: {len(jobs)} runs as {scheduler.title} jobs {jobs[0].job_id} to {jobs[-1].job_id}; "
+        f"`outlast status {home.path}` shows them, `outlast sweep {home.path} --results` their losses",
         err=True,
     )
     if attend:
@@ -215,16 +212,16 @@ def _run(home: RunDir, attend: bool | None) -> int:
                 follow_job(run, job, RecordFollower(run), read_config(run).total_steps).exit_code
                 == ExitCode.STOPPED
             ):
-                click.echo("the others go on; `outlast stop RUN_DIR` ends one", err=True)
+                click.echo("the other runs go on; `outlast stop RUN_DIR` ends one", err=True)
                 break
         show_results(home.path)
     return code
 
 
 def _claimed(runs: Sequence[RunDir], claims: ExitStack) -> tuple[list[RunDir], dict[Path, str]]:
-    """The runs that are to be started, each claimed until `claims` is closed; why others cannot be.
+    """The runs to start, each claimed until `claims` is closed, and the reason why others cannot start.
 
-    A run that is finished, or that has a job, is neither.
+    A run that is finished or that already has a job is in neither.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = min(hard, len(runs) + _OTHER_FILES)  # a claim is an open file
@@ -243,14 +240,14 @@ def _claimed(runs: Sequence[RunDir], claims: ExitStack) -> tuple[list[RunDir], d
         if now.state == "unreadable":
             left_out[run.path] = now.reason or ""
         elif now.state == "unknown":
-            left_out[run.path] = f"nobody says here whether its job {now.job_id} has ended ({now.reason})"
+            left_out[run.path] = f"it is not known here whether its job {now.job_id} has ended ({now.reason})"
         elif now.state not in _ALIVE and (now.checkpoint_step or 0) < now.total_steps:
             waiting.append(run)
     return waiting, left_out
 
 
 def _one_after_the_other(runs: Sequence[RunDir]) -> int:
-    """Run all. Returns STOPPED when a user stopped one (the sweep ends), else the last failure's code."""
+    """Run them all. STOPPED if the user stopped one, which ends the sweep, else the last failure's code."""
     code = ExitCode.FINISHED
     for number, run in enumerate(runs, 1):
         click.echo(f"[{number}/{len(runs)}] {run.path.name}", err=True)
@@ -273,30 +270,37 @@ def _index(folder: Path) -> SweepIndex:
 
 
 def points_of(config: SweepConfig) -> list[SweepPoint]:
-    """Every combination of the grid's values, the last field's fastest."""
+    """Every combination of the grid's values; the last field varies fastest."""
     points = []
     for number, values in enumerate(itertools.product(*config.axes.values()), 1):
         fields = dict(zip(config.axes, values, strict=True))
-        words = [f"{name.rpartition('.')[2]}={_word(value)}" for name, value in fields.items()]
-        points.append(SweepPoint(folder="_".join([f"{number:04d}", *words])[:120], fields=fields))
+        values_in_name = [f"{name.rpartition('.')[2]}={_in_name(value)}" for name, value in fields.items()]
+        points.append(SweepPoint(folder="_".join([f"{number:04d}", *values_in_name])[:120], fields=fields))
     return points
 
 
-def _word(value: Any) -> str:
+def _in_name(value: Any) -> str:
     return re.sub(r"[^A-Za-z0-9.+-]+", "-", str(value)).strip("-")
 
 
+def _with_mlflow_parent(config: RunConfig, parent: str) -> RunConfig:
+    tables = config.model_dump(mode="json", exclude_none=True)
+    return RunConfig.model_validate({**tables, "tracking": {**tables["tracking"], "parent": parent}})
+
+
 def _mlflow_parent(home: RunDir, uri: str | None, experiment: str) -> str | None:
-    """The MLflow run under which those of the sweep stand; None, with a warning, where none can be made."""
+    """The MLflow run that groups the runs of the sweep; None, with a warning, if it cannot be created."""
     address = uri or f"sqlite:///{mlflow_database_in(home.path)}"
     command = python_module("gpt.sidecars.mlflow_parent", address, experiment, home.path.name)
     try:
         made = subprocess.run(
-            command, env=job_environment(home), capture_output=True, text=True, timeout=_PARENT_PATIENCE_S
+            command, env=job_environment(home), capture_output=True, text=True, timeout=_MLFLOW_TIMEOUT_S
         )
     except subprocess.TimeoutExpired:
         made = None
     if made is None or made.returncode != 0:
-        click.echo(f"warning: {address} does not answer; the runs get no common parent in MLflow", err=True)
+        click.echo(
+            f"warning: {address} does not answer; MLflow will not group the runs of the sweep", err=True
+        )
         return None
     return made.stdout.split()[-1]

@@ -1,7 +1,8 @@
-"""How a turn of a job ended, by what its workers, its nodes and the turns before it wrote down.
+"""How a job run ended, from what its workers, its nodes and earlier job runs have written.
 
-A job in Slurm has a turn each time it starts. torchrun's exit code is not to be trusted (it is 1 after a
-clean stop): the outcome is what rank 0 wrote in the attempt's result.json; without one, the turn failed.
+A job has a job run each time the scheduler starts it. torchrun's exit code cannot be trusted (it is 1 after a
+clean stop), so the outcome is what rank 0 wrote into the attempt's result.json. Without one, the job run
+failed.
 """
 
 from dataclasses import dataclass
@@ -14,105 +15,111 @@ from gpt.run.exit_codes import ExitCode
 from gpt.run.json_file import retry_on_oserror
 from gpt.run.records import JobOutcome, Owner, Result
 from gpt.run.run_dir import RunDir, SubmissionDir
-from launcher.node.rendezvous import Place, failures
+from launcher.node.rendezvous import reported_failures
+from launcher.scheduler.protocol import NodeIdentity, Scheduler
 
 _TAIL_LINES = 20
 
 
 @dataclass(frozen=True)
-class Turn:
-    """The turn of `place`, with its files in `submission`; attempts up to `after` were made before it."""
+class JobRun:
+    """The job run of the node `identity`. Attempts up to `after_attempt` are older than it."""
 
     run: RunDir
-    place: Place
     submission: SubmissionDir
-    after: int
+    identity: NodeIdentity
+    scheduler: Scheduler
+    after_attempt: int
 
     def failures(self) -> list[str]:
-        """What other nodes of this turn say of their failure."""
+        """The failures that other nodes of this job run have reported."""
         try:
-            return failures(self.place, self.submission)
+            return reported_failures(self.identity, self.submission)
         except OSError:  # a shared file system that fails for a moment
             return []
 
     def is_current(self) -> bool:
-        """Whether no other job, and no later turn of this one, has made an attempt since this turn began."""
+        """Whether no other job, and no later job run of this one, has started an attempt since."""
         return not any(
-            (owner := self._owner(number)) is not None and owner != (self.place.job, self.place.turn)
+            (owner := self._owner(number)) is not None and owner != self._own_name
             for number in self.run.attempt_numbers()
-            if number > self.after
+            if number > self.after_attempt
         )
 
     def own_attempt(self) -> int | None:
-        """The newest attempt of this turn."""
-        mine = (self.place.job, self.place.turn)
-        numbers = [number for number in self.run.attempt_numbers() if number > self.after]
-        return next((number for number in reversed(numbers) if self._owner(number) == mine), None)
+        """The newest attempt of this job run."""
+        numbers = [number for number in self.run.attempt_numbers() if number > self.after_attempt]
+        return next((number for number in reversed(numbers) if self._owner(number) == self._own_name), None)
 
     def outcome(self, torchrun_code: int, *, stopped_now: bool, was_signalled: bool) -> JobOutcome:
-        """How the turn ended whose workers are gone; written down where they did not do so."""
+        """How the job run ended, now that its workers are gone; recorded if they did not do so themselves."""
         attempt = self.own_attempt()
         if attempt is not None:
             result = Result.read(self.run.attempt(attempt).result)
             if result is not None:
                 outcome = JobOutcome(exit_code=result.exit_code, cause=result.cause, attempt=attempt)
-                return self._with_nodes_given_again(outcome)
-        elsewhere = self.failures()
-        cause = "; ".join([f"the workers ended without a result (torchrun: {torchrun_code})", *elsewhere])
-        if stopped_now:
-            outcome = JobOutcome(
-                exit_code=ExitCode.FAILED, cause="stopped at once, without saving, as asked", attempt=attempt
-            )
-        elif was_signalled and self.place.job_id is not None and not elsewhere:
-            # Slurm signals torchrun too, which dies of it while it still imports: no fault of the run.
-            outcome = JobOutcome(
-                exit_code=ExitCode.STOPPED, cause=f"asked to stop, and {cause}", attempt=attempt
-            )
-        else:
-            tail = _tail(self.submission.node_log(self.place.node))
-            outcome = JobOutcome(
-                exit_code=ExitCode.FAILED, cause=f"{cause}\n{tail}".rstrip(), attempt=attempt
-            )
+                return self._failed_if_bad_node_returned(outcome)
+        exit_code, cause = self._without_result(torchrun_code, stopped_now, was_signalled)
         if attempt is not None:
-            result = Result(exit_code=outcome.exit_code, cause=outcome.cause)
+            result = Result(exit_code=exit_code, cause=cause)
             retry_on_oserror(lambda: result.write(self.run.attempt(attempt).result))
-        name = Event.FAILED if outcome.exit_code == ExitCode.FAILED else Event.INTERRUPTED
-        record_event(self.run.events, name, cause=outcome.cause.splitlines()[0])
-        return outcome
+        event = Event.FAILED if exit_code == ExitCode.FAILED else Event.INTERRUPTED
+        record_event(self.run.events, event, cause=cause.splitlines()[0])
+        return JobOutcome(exit_code=exit_code, cause=cause, attempt=attempt)
 
     def bad_nodes(self, outcome: JobOutcome) -> list[str]:
-        """The nodes that this attempt's check has named."""
+        """The nodes that failed the check of this outcome's attempt."""
         if outcome.attempt is None:
             return []
         return [line["node"] for line in self._all_bad_nodes() if line.get("attempt") == outcome.attempt]
 
-    def failed_turns(self) -> int:
-        """Turns of this job that ended in a failure since the last checkpoint, this one included."""
+    def failed_in_a_row(self) -> int:
+        """How many job runs of this job have failed since the last checkpoint, including this one."""
         count = 1
         for line in retry_on_oserror(lambda: list(read_events(self.run.events))):
             match line["event"]:
                 case Event.CHECKPOINT_SAVED:
                     count = 1
-                case Event.REQUEUED if line.get("failed") and line.get("job") == self.place.job:
+                case Event.REQUEUED if line.get("failed") and line.get("job") == self.identity.job:
                     count += 1
         return count
+
+    def _without_result(
+        self, torchrun_code: int, stopped_now: bool, was_signalled: bool
+    ) -> tuple[ExitCode, str]:
+        """The exit code and the cause of a job run that left no result."""
+        elsewhere = self.failures()
+        cause = "; ".join([f"the workers ended without a result (torchrun: {torchrun_code})", *elsewhere])
+        if stopped_now:
+            return ExitCode.FAILED, "stopped at once without saving, as requested"
+        if was_signalled and self.scheduler.can_requeue and not elsewhere:
+            # The scheduler signals torchrun too, which dies of it while it still imports: not a failure.
+            return ExitCode.STOPPED, f"the scheduler asked the job to stop, and {cause}"
+        tail = _tail(self.submission.node_log(self.identity.node))
+        return ExitCode.FAILED, f"{cause}\n{tail}".rstrip()
+
+    @property
+    def _own_name(self) -> tuple[str, int]:
+        return self.identity.job, self.identity.job_run
 
     def _owner(self, attempt: int) -> tuple[str, int] | None:
         owner = Owner.read(self.run.attempt(attempt).owner)
         return (owner.job, owner.job_run) if owner is not None and owner.job else None
 
-    def _with_nodes_given_again(self, outcome: JobOutcome) -> JobOutcome:
-        """A stop for a bad node is a failure where that node had been named before: Slurm was asked to keep
-        the job away from it and has not, and would do so for ever.
+    def _failed_if_bad_node_returned(self, outcome: JobOutcome) -> JobOutcome:
+        """A stop because of a bad node is a failure if that node was already known to be bad.
+
+        The scheduler was asked to exclude it and has not, and would give it to the job again and again.
         """
-        named = {line["node"] for line in self._all_bad_nodes() if line.get("attempt") != outcome.attempt}
-        again = named.intersection(self.bad_nodes(outcome))
+        known = {line["node"] for line in self._all_bad_nodes() if line.get("attempt") != outcome.attempt}
+        again = known.intersection(self.bad_nodes(outcome))
         if outcome.exit_code != ExitCode.STOPPED or not again:
             return outcome
-        given = f"Slurm has given the job {', '.join(sorted(again))} again, which it was to keep away from"
-        return JobOutcome(
-            exit_code=ExitCode.FAILED, cause=f"{outcome.cause}; {given}", attempt=outcome.attempt
+        nodes = ", ".join(sorted(again))
+        cause = (
+            f"{outcome.cause}; {self.scheduler.title} has given the job {nodes} again despite the exclusion"
         )
+        return JobOutcome(exit_code=ExitCode.FAILED, cause=cause, attempt=outcome.attempt)
 
     def _all_bad_nodes(self) -> list[dict[str, Any]]:
         return retry_on_oserror(lambda: [line for line in record.read(self.run.bad_nodes) if "node" in line])

@@ -17,8 +17,9 @@ from data_pipeline.sampling.batches import windows_in
 from gpt.config.data import DataConfig
 from gpt.config.run import RunConfig
 from gpt.run.run_dir import RunDir
-from launcher.cluster import ClusterConfig, load_cluster
-from launcher.preflight.findings import Findings
+from launcher.cluster import ClusterConfig
+from launcher.cluster_file import load_cluster
+from launcher.findings import Findings
 from launcher.preflight.mirror import check_mirror
 from launcher.preflight.plan import (
     checkpoint_bytes,
@@ -30,8 +31,9 @@ from launcher.preflight.plan import (
     plan,
     sequences,
 )
-from launcher.preflight.slurm_site import check_site, check_tracker
+from launcher.preflight.tracker import check_tracker
 from launcher.request import Request
+from launcher.scheduler.registry import scheduler_of
 from launcher.units import size
 
 READ_WHOLE_BYTES = 64 << 20  # data sets up to this size are verified byte by byte: 10 ms of xxh3
@@ -79,8 +81,11 @@ def examine(
             check_disk(config, folder, findings)
             check_tracker(config, findings)
             check_mirror(RunDir(folder), config, findings, is_new=is_new)
-        if cluster_config is not None and check_machine(cluster_config, findings) and config is not None:
-            check_site(RunDir(folder), config, cluster_config, findings)
+        if cluster_config is not None:
+            scheduler = scheduler_of(cluster_config.kind)
+            if scheduler.check_machine(cluster_config, findings) and config is not None:
+                state = checkpoint_bytes(config)
+                scheduler.check_site(RunDir(folder), config, cluster_config, state, findings)
     if findings.problems:
         raise ConfigError(findings.problems)
     assert config is not None and cluster_config is not None
@@ -168,31 +173,6 @@ def check_disk(config: RunConfig, folder: Path, findings: Findings) -> None:
         findings.problem(f"{sentence} Use another --run-dir, or keep fewer checkpoints.")
     elif free < 2 * needed:
         findings.warnings.append(sentence)
-
-
-def check_machine(cluster: ClusterConfig, findings: Findings) -> bool:
-    """What this machine must have: its GPUs for a local run, Slurm's commands for the others.
-
-    Whether there is a Slurm to ask further.
-    """
-    if cluster.kind == "slurm":
-        missing = [command for command in ("sbatch", "srun", "scontrol") if shutil.which(command) is None]
-        if missing:
-            findings.problem(
-                f"kind = 'slurm', but there is no {missing[0]} here. Launch from a login node of the cluster."
-            )
-        return not missing
-    if cluster.gpus_per_node:
-        present = len(list(Path("/dev").glob("nvidia[0-9]*")))
-        if present < cluster.gpus_per_node:
-            findings.problem(
-                f"gpus_per_node = {cluster.gpus_per_node}, but this machine has {present} NVIDIA GPUs."
-            )
-        return False
-    cores = len(os.sched_getaffinity(0))
-    if cluster.processes > cores:
-        findings.warnings.append(f"{cluster.processes} processes share {cores} CPU cores: it will be slow.")
-    return False
 
 
 def nearest_existing(path: Path) -> Path:

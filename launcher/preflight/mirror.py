@@ -7,7 +7,7 @@ from data_pipeline.remote import is_remote
 from gpt.checkpoint.mirror import Mirror, MirrorError
 from gpt.config.run import RunConfig
 from gpt.run.run_dir import RunDir
-from launcher.preflight.findings import Findings
+from launcher.findings import Findings
 from launcher.runs.job_record import is_copy
 
 

@@ -4,7 +4,6 @@ The time estimate assumes a fraction of the accelerator's peak FLOPs (MFU). The 
 launcher/preflight/memory.py.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,9 +14,10 @@ from data_pipeline.sampling.skip_list import SkipList
 from gpt.config.parameter_table import parameter_count
 from gpt.config.run import RunConfig
 from gpt.model.flops import PEAK_FLOPS_PER_SECOND, flops_per_token
-from gpt.run.host_memory import LARGEST_SHARE, available_bytes
+from gpt.run.host_memory import LARGEST_SHARE
 from launcher.cluster import ACCELERATOR_MEMORY_GIB, ClusterConfig
 from launcher.preflight.memory import Memory, largest_micro_batch, memory, state_bytes
+from launcher.scheduler.registry import scheduler_of
 from launcher.units import size
 
 _GIB = 2**30
@@ -193,12 +193,9 @@ def host_memory_warning(config: RunConfig, cluster: ClusterConfig) -> str | None
     The memory of a node is known for this machine, and for Slurm nodes if the cluster file sets `mem`.
     """
     copies = host_copy_bytes(config, cluster)
-    if cluster.kind == "local":
-        total, which = available_bytes(), "free on this machine"
-    elif (given := _slurm_bytes(cluster.mem)) is not None:
-        total, which = given, f"mem = {cluster.mem}"
-    else:
+    if (known := scheduler_of(cluster.kind).node_memory(cluster)) is None:
         return None
+    total, which = known
     left = total - cluster.processes * _host_bytes(config, cluster)
     if copies <= LARGEST_SHARE * left:
         return None
@@ -219,14 +216,6 @@ def _host_bytes(config: RunConfig, cluster: ClusterConfig) -> int:
         # ZeRO-Offload also keeps the fp32 gradients of its partition in host memory.
         bytes_of_training = (state_bytes(config) + 4 * parameter_count(config.model)) // cluster.world_size
     return _PROCESS_BYTES + bytes_of_training
-
-
-def _slurm_bytes(mem: str | None) -> int | None:
-    """Bytes of memory as Slurm writes it, in MiB without a unit; None of 0, which means all there is."""
-    found = re.fullmatch(r"(\d+)([KMGT]?)B?", mem or "", re.IGNORECASE)
-    if found is None or not int(found[1]):
-        return None
-    return int(found[1]) << {"K": 10, "": 20, "M": 20, "G": 30, "T": 40}[found[2].upper()]
 
 
 def _available_bytes(cluster: ClusterConfig) -> float | None:

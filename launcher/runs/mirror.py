@@ -1,4 +1,4 @@
-"""A run's mirror (checkpoint.mirror) as `outlast resume` uses it: it fetches what this machine lacks."""
+"""How `outlast resume` uses a run's mirror (checkpoint.mirror): it fetches what this machine lacks."""
 
 from pathlib import Path
 
@@ -11,11 +11,11 @@ from gpt.run.run_dir import RunDir
 
 
 def fetch_run(place: str, runs: Path) -> RunDir:
-    """The run that is mirrored at the URL `place`, brought into the folder `runs`."""
+    """Fetch the run that is mirrored at the URL `place` into the folder `runs`."""
     mirror = Mirror(place)
     run = RunDir(runs / mirror.place.rpartition("/")[2])
     if run.path.exists():
-        raise LaunchError(f"{run.path} is there already. `outlast resume {run.path}` asks its mirror too.")
+        raise LaunchError(f"{run.path} is there already. `outlast resume {run.path}` uses its mirror too.")
     run.path.parent.mkdir(parents=True, exist_ok=True)
     step = mirror.fetch_run(run, _say)
     what = f"with the checkpoint of step {step}" if step is not None else "without a checkpoint"
@@ -24,9 +24,9 @@ def fetch_run(place: str, runs: Path) -> RunDir:
 
 
 def fetch_newer(run: RunDir, place: str, step: int | None) -> None:
-    """Take `step`, or else the newest checkpoint, from the mirror at `place` where the run has none such.
+    """Fetch `step`, or by default the newest checkpoint, from the mirror at `place` if the run lacks it.
 
-    Raises MirrorError where the mirror cannot be asked and the run has no checkpoint to go on from.
+    Raises MirrorError if the mirror does not answer and the run has no checkpoint to continue from.
     """
     here = [number for number, _ in committed(run.checkpoints)]
     if step in here:

@@ -1,7 +1,7 @@
 """RUN on the command line: a recipe's name or a TOML file, with `--set` on top, as plain tables.
 
-Relative paths are taken against the caller's directory and made absolute here, once. Refuses nothing
-but what it cannot find: whether the tables make a run is preflight's to say.
+Relative paths are resolved against the caller's directory, here and only here. Only a config that cannot be
+found is refused: preflight decides whether the tables make a valid run.
 """
 
 import difflib
@@ -30,7 +30,7 @@ def recipe_path(name: str) -> Path:
 
 
 def run_tables(name_or_path: str, overrides: Sequence[str]) -> tuple[dict[str, Any], str]:
-    """The tables of a run config and the name to blame in messages. Raises ConfigError."""
+    """The tables of a run config, and its name for messages. Raises ConfigError."""
     path = Path(name_or_path)
     is_name = name_or_path in recipe_names()  # some have a dot: gpt2-1.5b
     if (is_name or not path.suffix) and not path.is_file():
@@ -43,7 +43,7 @@ def run_tables(name_or_path: str, overrides: Sequence[str]) -> tuple[dict[str, A
 
 
 def with_absolute_paths(tables: dict[str, Any]) -> dict[str, Any]:
-    """`tables` with the paths of data and checkpoint.mirror absolute, against the caller's directory."""
+    """`tables` with absolute paths for data and checkpoint.mirror, from the caller's directory."""
     checkpoint = tables.get("checkpoint")
     mirror = checkpoint.get("mirror") if isinstance(checkpoint, dict) else None
     if isinstance(checkpoint, dict) and isinstance(mirror, str) and mirror and not is_remote(mirror):

@@ -1,7 +1,8 @@
 """Commands inside the cluster file's container: which of them run there, and how they are written.
 
-What trains runs in the image. What speaks to Slurm stays outside, where scontrol and munge are: with
-apptainer that is the node task, with Pyxis, whose containers srun alone can start, the batch script.
+The training processes run inside the image. What talks to Slurm stays outside, where scontrol and munge are.
+With apptainer that is the node task; with Pyxis, whose containers only srun can start, it is the batch
+script.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,7 +15,7 @@ from launcher.cluster import ClusterConfig, Container
 
 
 def inside(command: Sequence[str], cluster: ClusterConfig, mounts: Iterable[Path]) -> list[str]:
-    """`command`, which starts with a Python, as the node task runs it."""
+    """`command`, which starts with a Python interpreter, as the node task must run it."""
     container = cluster.container
     if container is None or container.runtime != "apptainer":
         return list(command)
@@ -24,7 +25,7 @@ def inside(command: Sequence[str], cluster: ClusterConfig, mounts: Iterable[Path
 
 
 def srun_options(container: Container, mounts: Iterable[Path]) -> list[str]:
-    """The options of srun with which Pyxis puts the node tasks into the image."""
+    """The options of srun that make Pyxis start the node tasks inside the image."""
     return [
         f"--container-image={container.image}",
         f"--container-mounts={','.join(all_mounts(container, mounts))}",
@@ -32,12 +33,12 @@ def srun_options(container: Container, mounts: Iterable[Path]) -> list[str]:
 
 
 def all_mounts(container: Container, mounts: Iterable[Path]) -> list[str]:
-    """SOURCE:TARGET of each folder that the processes need, under the name that it has outside."""
+    """SOURCE:TARGET of each folder that the processes need, under the same path as outside."""
     return [*dict.fromkeys(f"{path}:{path}" for path in mounts), *container.mounts]
 
 
 def needed_folders(run: RunDir, config: RunConfig) -> list[Path]:
-    """What a run's processes read and write: its folder, the tracker's database beside it, mirror, data."""
+    """The folders that a run's processes use: its parent (for mlflow.db), the mirror, and the data."""
     mirror = config.checkpoint.mirror
     mirrors = [Path(mirror)] if mirror is not None and not is_remote(mirror) else []
     return [run.path.parent, *mirrors, *(source.path for source in config.data.sources)]

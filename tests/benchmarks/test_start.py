@@ -41,7 +41,7 @@ def test_outlast_adds_less_than_two_seconds_to_a_restart(
         cluster.run("scontrol", "requeue", run.job_id)
         wait_for(lambda: "BeginTime" in cluster.field(run.job_id, "Reason"))
         bare.append(bare_start_s(run.folder / f"bare-{job_run}", run.dir.config, cluster))
-        run.wait_for_turn(job_run)
+        run.wait_for_job_run(job_run)
         run.wait(lambda count=job_run: len(first_steps(run)) > count)
         began_at = float(began.read_text().split()[-1])
         ours.append(first_steps(run)[-1] - began_at)

@@ -1,6 +1,6 @@
-"""A real Slurm on this machine: munged, slurmctld and a slurmd for each node, from Debian's packages.
+"""A real Slurm on this machine: munged, slurmctld and one slurmd per node, from Debian's packages.
 
-All nodes are this host under names of their own, each with its own port. `low` is preempted by `high`.
+All nodes are this host, each under its own name and port. Jobs in `high` preempt those in `low`.
 """
 
 import os
@@ -62,11 +62,11 @@ def missing() -> str | None:
 
 
 class SlurmCluster:
-    """Starts the daemons in `folder`; `stop` ends them and whatever their jobs left."""
+    """Starts the daemons in `folder`; `stop` ends them and all processes that their jobs have left."""
 
     def __init__(self, folder: Path, nodes: int = 3) -> None:
         self.folder = folder
-        folder.chmod(0o755)  # munge refuses a socket that others cannot reach
+        folder.chmod(0o755)  # munge refuses a socket that other users cannot reach
         self.nodes = [f"node{number}" for number in range(1, nodes + 1)]
         self.temporary_files = folder / "tmp"
         self.temporary_files.mkdir()
@@ -76,7 +76,7 @@ class SlurmCluster:
             "TMPDIR": str(self.temporary_files),
         }
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._hurried: dict[str, float] = {}  # jobs, and when they were told to start
+        self._hurried: dict[str, float] = {}  # job id → when it was released
         host = socket.gethostname().partition(".")[0]
         lines = [
             f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs=2 "
@@ -115,7 +115,7 @@ class SlurmCluster:
         self._start(name, ["slurmd", "-D", "-N", name])
 
     def kill_node(self, name: str) -> None:
-        """End the node's slurmd at once; its jobs go on until slurmd is missed."""
+        """Kill the node's slurmd; its jobs go on until the controller misses it."""
         process = self._processes.pop(name)
         process.kill()
         process.wait()
@@ -124,9 +124,9 @@ class SlurmCluster:
         return subprocess.run(command, env=self.environment, capture_output=True, text=True, check=check)
 
     def start_at_once(self, job_id: str) -> None:
-        """Slurm keeps a requeued job back for two minutes; no test waits for that.
+        """Release a requeued job, which Slurm holds for two minutes.
 
-        It ends after two seconds: within the second of the requeue the nodes would refuse its credential.
+        It starts two seconds later: within the second of the requeue the nodes refuse its credential.
         """
         if time.monotonic() - self._hurried.get(job_id, -10.0) > 5.0:
             self._hurried[job_id] = time.monotonic()
@@ -138,7 +138,7 @@ class SlurmCluster:
         return next((word.partition("=")[2] for word in words if word.startswith(f"{name}=")), "")
 
     def occupy(self, seconds: int = 600, nodes: int = 3) -> str:
-        """A job in `high` that wants whole nodes; its id."""
+        """Submit a job in `high` that needs whole nodes; its id."""
         script = self.folder / "occupy.sh"
         script.write_text(f"#!/bin/sh\nsleep {seconds}\n")
         done = self.run(
@@ -155,7 +155,7 @@ class SlurmCluster:
         return done.stdout.strip()
 
     def clear(self) -> None:
-        """End all jobs and wait until the nodes are free, with every daemon there again."""
+        """End all jobs, restart missing daemons, and wait until the nodes are free."""
         if "slurmctld" not in self._processes:
             self.start_controller()
         for name in self.nodes:
@@ -206,7 +206,7 @@ def wait_for(condition: Callable[[], object], timeout_s: float = 60.0) -> None:
 
 
 def processes_naming(text: str) -> list[int]:
-    """Living processes whose command line or environment's Slurm configuration holds `text`."""
+    """Living processes with `text` in their command line."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:

@@ -1,4 +1,4 @@
-"""Runs on a real Slurm: submitted by the command as a user types it, watched through their directories."""
+"""Runs on a real Slurm, submitted with the command line and watched through their run directories."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ from tests.slurm.cluster import SlurmCluster, missing, processes_naming, wait_fo
 from tests.toml_text import toml_text
 
 STEPS = 800
-# What every run of these tests is, so that one uninterrupted run is the reference of all.
+# Shared by every run of these tests, so that one uninterrupted run is the reference for all.
 FIELDS: dict[str, Any] = {
     "zero__stage": 2,
     "schedule__total_steps": STEPS,
@@ -51,7 +51,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> list[float]:
-    """The losses of the same run on two processes, never interrupted."""
+    """The losses of an uninterrupted run on two processes."""
     run = make_run(tmp_path_factory.mktemp("reference") / "run", data_dir, **FIELDS)
     assert run.train(processes=2)["exit_code"] == 0
     return run.losses()
@@ -65,7 +65,7 @@ class SlurmRun(Run):
     folder: Path
 
     def outlast(self, *arguments: str, timeout_s: float = 60) -> "subprocess.CompletedProcess[str]":
-        """The command as a user types it on the login node."""
+        """Run an `outlast` command as on the login node."""
         environment = {**self.cluster.environment, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
         return subprocess.run(
             [sys.executable, "-c", "from launcher.cli import main; main()", *arguments],
@@ -83,7 +83,7 @@ class SlurmRun(Run):
         return path
 
     def launch(self, *options: str, **fields: Any) -> None:
-        """`outlast launch` on a cluster with `fields`; the run's own config is the one made already."""
+        """`outlast launch` on a cluster with `fields`; the run config exists already."""
         config = self.folder / "run.toml"
         done = self.outlast(
             "launch",
@@ -108,7 +108,7 @@ class SlurmRun(Run):
         return read_json(newest / "outcome.json")
 
     def wait_for_end(self, timeout_s: float = 240) -> dict[str, Any]:
-        """How the job ended; requeued jobs are started at once on the way."""
+        """Wait until the job has ended, starting it at once after each requeue; its outcome."""
         deadline = time.monotonic() + timeout_s
         while (outcome := self.outcome()) is None:
             assert time.monotonic() < deadline, f"waited {timeout_s} s\n{self.logs()}"
@@ -120,21 +120,21 @@ class SlurmRun(Run):
         if "BeginTime" in self.cluster.field(self.job_id, "Reason"):
             self.cluster.start_at_once(self.job_id)
 
-    def wait_for_turn(self, turn: int, timeout_s: float = 120) -> None:
-        """Return once the job has started again for the `turn`th time."""
+    def wait_for_job_run(self, job_run: int, timeout_s: float = 120) -> None:
+        """Return once the job has started its job run number `job_run`."""
         deadline = time.monotonic() + timeout_s
-        while not any(line["turn"] >= turn for line in self.events("turn_started")):
+        while not any(line["turn"] >= job_run for line in self.events("turn_started")):
             assert time.monotonic() < deadline, f"waited {timeout_s} s\n{self.logs()}"
             self.hurry()
             time.sleep(0.3)
 
     def preempt(self) -> None:
-        """Have a job of `high` take the nodes, and give them back once this job has lost them."""
-        turn = int(self.cluster.field(self.job_id, "Restarts"))
+        """Let a job in `high` take the nodes, and free them once this job has been preempted."""
+        restarts = int(self.cluster.field(self.job_id, "Restarts"))
         intruder = self.cluster.occupy()
-        self.wait(lambda: int(self.cluster.field(self.job_id, "Restarts") or turn) > turn, 90)
+        self.wait(lambda: int(self.cluster.field(self.job_id, "Restarts") or restarts) > restarts, 90)
         self.cluster.run("scancel", intruder)
-        self.wait_for_turn(turn + 1)
+        self.wait_for_job_run(restarts + 1)
 
     def status(self) -> dict[str, Any]:
         import json
@@ -155,16 +155,14 @@ class SlurmRun(Run):
         return "\n".join(f"== {file}\n{file.read_text()[-3000:]}" for file in files if file.exists())
 
     def assert_nothing_is_left(self) -> None:
-        """No process of the run lives, and so no port is held, and no temporary folder is there, once Slurm
-        has cleaned up.
-        """
+        """Once Slurm has cleaned up, no process of the run is alive, and no temporary folder is left."""
         wait_for(lambda: not processes_naming(str(self.dir.path)), 30)
         wait_for(lambda: not list(self.cluster.temporary_files.glob("outlast-*")), 30)
 
 
 @pytest.fixture
 def new_slurm_run(tmp_path: Path, data_dir: Path, cluster: SlurmCluster) -> Iterator[Callable[..., SlurmRun]]:
-    """A run that is not launched yet; its jobs are ended and the cluster is whole again afterwards."""
+    """Creates runs that are not launched yet; afterwards ends their jobs and restores the cluster."""
     made: list[SlurmRun] = []
 
     def make(**overrides: Any) -> SlurmRun:
@@ -183,7 +181,7 @@ def new_slurm_run(tmp_path: Path, data_dir: Path, cluster: SlurmCluster) -> Iter
 
 
 def node_task(run: SlurmRun, node: int) -> int:
-    """The process of the node task on `node` of the run's job."""
+    """The process id of the node task on `node`."""
     array, _, task = run.job_id.partition("_")
     wanted = (
         {f"SLURM_ARRAY_JOB_ID={array}", f"SLURM_ARRAY_TASK_ID={task}"} if task else {f"SLURM_JOB_ID={array}"}

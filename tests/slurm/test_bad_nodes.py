@@ -1,4 +1,4 @@
-"""A node that fails its check: named, remembered, excluded; the job goes on elsewhere."""
+"""A node that fails its check is named, recorded and excluded, and the job continues on other nodes."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ if os.environ.get("SLURMD_NODENAME") == "node2":
 """
 
 
-def test_a_node_that_fails_its_check_is_left(new_slurm_run: NewRun, reference: list[float]) -> None:
+def test_node_that_fails_its_check_is_excluded(new_slurm_run: NewRun, reference: list[float]) -> None:
     run = new_slurm_run()
     run.launch()
     check = run.dir.code / "gpt" / "training" / "node_check.py"
@@ -28,6 +28,6 @@ def test_a_node_that_fails_its_check_is_left(new_slurm_run: NewRun, reference: l
     assert requeued["exclude"] == ["node2"]
     assert sorted(worker["host"] for worker in run.owner()["workers"]) == ["node1", "node3"]
     assert run.losses() == reference
-    # And a later submission stays away from it.
+    # A later submission excludes it too.
     run.dir.stop.unlink(missing_ok=True)
     assert run.cluster.field(run.job_id, "ExcNodeList") == "node2"

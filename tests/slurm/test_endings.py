@@ -1,4 +1,4 @@
-"""How jobs end and go on: the time limit, scancel, stop, resume elsewhere, GraceTime 0."""
+"""How jobs end and continue: the time limit, scancel, stop, resume on other nodes, GraceTime 0."""
 
 import json
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from tests.slurm.conftest import STEPS, SlurmRun
 NewRun = Callable[..., SlurmRun]
 
 
-def test_without_a_grace_time_a_preemption_costs_what_came_after_the_last_checkpoint(
+def test_preemption_without_grace_time_loses_the_steps_since_the_last_checkpoint(
     new_slurm_run: NewRun, reference: list[float]
 ) -> None:
     run = new_slurm_run()
@@ -22,10 +22,10 @@ def test_without_a_grace_time_a_preemption_costs_what_came_after_the_last_checkp
     assert run.losses() == reference
 
 
-def test_a_job_that_needs_longer_than_its_time_limit_takes_several_turns(
+def test_job_longer_than_its_time_limit_takes_several_job_runs(
     new_slurm_run: NewRun, reference: list[float]
 ) -> None:
-    # Evaluating at every step takes time and leaves the losses as they are.
+    # An evaluation at every step takes time and does not change the losses.
     run = new_slurm_run(checkpoint__every_steps=1000, evaluation__every_steps=1, evaluation__tokens=10**6)
     run.launch(time_limit="00:02:00", signal_delay_s=30)  # Slurm may signal a minute early
     assert run.wait_for_end(timeout_s=400)["exit_code"] == 0
@@ -35,7 +35,7 @@ def test_a_job_that_needs_longer_than_its_time_limit_takes_several_turns(
     assert all("SIGUSR2" in cause for cause in causes)
 
 
-def test_scancel_ends_a_run_for_good(new_slurm_run: NewRun, cluster: SlurmCluster) -> None:
+def test_cancelled_job_is_not_requeued(new_slurm_run: NewRun, cluster: SlurmCluster) -> None:
     run = new_slurm_run()
     run.launch()
     run.wait_for_step(20)
@@ -47,7 +47,7 @@ def test_scancel_ends_a_run_for_good(new_slurm_run: NewRun, cluster: SlurmCluste
     assert run.status()["state"] == "cancelled"
 
 
-def test_stop_saves_and_resume_goes_on_with_one_node_and_with_three(new_slurm_run: NewRun) -> None:
+def test_run_resumes_on_one_node_and_on_three_after_stop(new_slurm_run: NewRun) -> None:
     run = new_slurm_run(batch__global_batch_tokens=12 * 32, batch__micro_batch=2)
     run.launch()
     run.wait_for_step(20)
@@ -68,24 +68,21 @@ def test_stop_saves_and_resume_goes_on_with_one_node_and_with_three(new_slurm_ru
     assert len(run.losses()) == STEPS
 
 
-def test_a_job_that_waits_in_the_queue_is_taken_out_by_stop(
-    new_slurm_run: NewRun, cluster: SlurmCluster
-) -> None:
+def test_stop_removes_a_pending_job_from_the_queue(new_slurm_run: NewRun, cluster: SlurmCluster) -> None:
     intruder = cluster.occupy()
     run = new_slurm_run()
     run.launch()
     row = run.status()
     assert row["state"] == "pending"
-    assert row["reason"] in ("Resources", "Priority")  # the first until Slurm has looked for nodes
+    assert row["reason"] in ("Resources", "Priority")  # Resources until Slurm has looked for nodes
     done = run.outlast("stop", str(run.dir.path))
-    assert (done.returncode, done.stderr.splitlines()[-1]) == (0, "taken out of the queue; it had not begun")
+    last_line = done.stderr.splitlines()[-1]
+    assert (done.returncode, last_line) == (0, "removed from the queue; it had not started")
     assert run.status()["state"] == "stopped"
     cluster.run("scancel", intruder)
 
 
-def test_a_job_that_comes_back_into_the_queue_while_it_is_stopped_is_taken_out(
-    new_slurm_run: NewRun, cluster: SlurmCluster
-) -> None:
+def test_stop_removes_a_requeued_job_from_the_queue(new_slurm_run: NewRun, cluster: SlurmCluster) -> None:
     run = new_slurm_run()
     run.launch()
     run.wait_for_step(60)
@@ -93,12 +90,12 @@ def test_a_job_that_comes_back_into_the_queue_while_it_is_stopped_is_taken_out(
     wait_for(lambda: run.events("requeued"))
     done = run.outlast("stop", str(run.dir.path))
     assert done.returncode == 0, done.stderr
-    assert done.stderr.splitlines()[-1].startswith("taken out of the queue; step ")
+    assert done.stderr.splitlines()[-1].startswith("removed from the queue; step ")
     assert run.status()["state"] == "stopped"
     assert cluster.field(run.job_id, "JobState") == "CANCELLED"
 
 
-def test_taking_one_run_of_a_sweep_out_of_the_queue_leaves_the_others_in_it(
+def test_stopping_one_pending_run_of_a_sweep_leaves_the_others_in_the_queue(
     new_slurm_run: NewRun, cluster: SlurmCluster
 ) -> None:
     intruder = cluster.occupy()
@@ -111,7 +108,8 @@ def test_taking_one_run_of_a_sweep_out_of_the_queue_leaves_the_others_in_it(
     launched = draft.outlast("sweep", "sweep.toml", *options)
     assert launched.returncode == 0, launched.stderr
     done = draft.outlast("stop", str(sweep / "0002_seed=2"))
-    assert (done.returncode, done.stderr.splitlines()[-1]) == (0, "taken out of the queue; it had not begun")
+    last_line = done.stderr.splitlines()[-1]
+    assert (done.returncode, last_line) == (0, "removed from the queue; it had not started")
     rows = json.loads(draft.outlast("status", str(sweep), "--json").stdout)
     assert [row["state"] for row in rows] == ["pending", "stopped", "pending"]
     cluster.run("scancel", intruder)

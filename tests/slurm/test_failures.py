@@ -1,4 +1,4 @@
-"""Workers, nodes and controllers that die: on a real Slurm, two nodes, ZeRO-2, real training."""
+"""Workers, nodes and controllers that die, in real trainings (ZeRO-2, two nodes) on a real Slurm."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from tests.slurm.conftest import SlurmRun, node_task
 NewRun = Callable[..., SlurmRun]
 
 
-def test_a_killed_worker_is_restarted_inside_the_job(new_slurm_run: NewRun, reference: list[float]) -> None:
+def test_killed_worker_is_restarted_inside_the_job(new_slurm_run: NewRun, reference: list[float]) -> None:
     run = new_slurm_run()
     run.launch()
     for rank, step in ((1, 60), (0, 110)):
@@ -27,7 +27,7 @@ def test_a_killed_worker_is_restarted_inside_the_job(new_slurm_run: NewRun, refe
     assert [line["turn"] for line in run.events("turn_started")] == [0]
 
 
-def test_a_lost_node_costs_its_job_what_came_after_the_last_checkpoint(
+def test_lost_node_costs_the_steps_since_the_last_checkpoint(
     new_slurm_run: NewRun, reference: list[float], cluster: SlurmCluster
 ) -> None:
     run = new_slurm_run()
@@ -37,13 +37,13 @@ def test_a_lost_node_costs_its_job_what_came_after_the_last_checkpoint(
     cluster.kill_node(node)
     for pid in daemons:
         os.kill(pid, signal.SIGKILL)
-    run.wait_for_turn(1)
+    run.wait_for_job_run(1)
     assert run.wait_for_end()["exit_code"] == 0
     assert run.losses() == reference
     assert node not in cluster.field(run.job_id, "NodeList") or node in cluster.nodes[:2]
 
 
-def test_workers_left_alive_on_a_lost_node_find_that_they_are_no_longer_the_run(
+def test_orphaned_workers_on_a_lost_node_detect_the_newer_attempt_and_exit(
     new_slurm_run: NewRun, reference: list[float], cluster: SlurmCluster
 ) -> None:
     run = new_slurm_run()
@@ -51,10 +51,10 @@ def test_workers_left_alive_on_a_lost_node_find_that_they_are_no_longer_the_run(
     run.wait_for_step(60)
     node, daemons = step_daemon(run, rank=0)
     everything = [pid for daemon in daemons for pid in (*descendants(daemon), daemon)]
-    for pid in everything:  # cut off, as by a network that is gone for a while
+    for pid in everything:  # as if the network were gone for a while
         os.kill(pid, signal.SIGSTOP)
     cluster.kill_node(node)
-    run.wait_for_turn(1)
+    run.wait_for_job_run(1)
     run.wait(lambda: len(run.events("attempt_started")) == 2)
     run.wait_for_step(120)
     for pid in reversed(everything):
@@ -64,7 +64,7 @@ def test_workers_left_alive_on_a_lost_node_find_that_they_are_no_longer_the_run(
     assert run.losses() == run_alone(reference, run)
 
 
-def test_the_controller_may_be_away(
+def test_run_survives_an_absent_controller(
     new_slurm_run: NewRun, reference: list[float], cluster: SlurmCluster
 ) -> None:
     run = new_slurm_run()
@@ -73,18 +73,18 @@ def test_the_controller_may_be_away(
     cluster.stop_controller()
     attempt = len(run.events("attempt_started"))
     run.wait_for_step(60)
-    # A signal that only the task gets: what Slurm does with proctrack/cgroup.
+    # With proctrack/cgroup, too, Slurm signals only the task.
     os.kill(node_task(run, node=0), signal.SIGTERM)
     run.wait(lambda: bool(run.events("stopped")))
-    subprocess.run(["sleep", "8"], check=True)  # the first questions stay without an answer
+    subprocess.run(["sleep", "8"], check=True)  # the first questions get no answer
     assert len(run.events("attempt_started")) == attempt
     cluster.start_controller()
-    run.wait_for_turn(1)
+    run.wait_for_job_run(1)
     assert run.wait_for_end()["exit_code"] == 0
     assert run.losses() == reference
 
 
-def test_a_crash_loop_is_ended_and_not_requeued(new_slurm_run: NewRun) -> None:
+def test_crash_loop_ends_the_job_without_a_requeue(new_slurm_run: NewRun) -> None:
     run = new_slurm_run(launch__max_failures=3)
     run.launch()
     for attempt in (1, 2, 3):
@@ -97,9 +97,7 @@ def test_a_crash_loop_is_ended_and_not_requeued(new_slurm_run: NewRun) -> None:
     assert run.status()["state"] == "failed"
 
 
-def test_a_stopped_rank_is_named_and_the_workers_start_again(
-    new_slurm_run: NewRun, reference: list[float]
-) -> None:
+def test_stopped_rank_is_named_and_the_workers_restart(new_slurm_run: NewRun, reference: list[float]) -> None:
     run = new_slurm_run(launch__hang_timeout_s=12)
     run.launch()
     run.wait_for_step(60)
@@ -114,9 +112,7 @@ def test_a_stopped_rank_is_named_and_the_workers_start_again(
     assert run.losses() == reference
 
 
-def test_a_rank_that_does_not_come_to_the_collective_is_named(
-    new_slurm_run: NewRun, reference: list[float]
-) -> None:
+def test_rank_missing_from_a_collective_is_named(new_slurm_run: NewRun, reference: list[float]) -> None:
     run = new_slurm_run(launch__hang_timeout_s=12)
     run.launch()
     run.wait(run.dir.submissions.exists)
@@ -162,7 +158,7 @@ def step_daemon(run: SlurmRun, rank: int) -> tuple[str, list[int]]:
 
 
 def run_alone(reference: list[float], run: SlurmRun) -> list[float]:
-    """One node's losses differ from two nodes' in the last bits; the steps must be whole."""
+    """Every step is recorded once. On one node the losses differ from those on two in the last bits."""
     losses = run.losses()
     assert all(abs(mine - theirs) < 1e-3 for mine, theirs in zip(losses, reference, strict=True))
     return losses

@@ -1,4 +1,4 @@
-"""Preempted, out of time, cancelled: on a real Slurm, two nodes, ZeRO-2, real training."""
+"""Preemptions of real trainings (ZeRO-2, two nodes) on a real Slurm."""
 
 from collections.abc import Callable
 
@@ -7,9 +7,7 @@ from tests.slurm.conftest import STEPS, SlurmRun
 NewRun = Callable[..., SlurmRun]
 
 
-def test_an_undisturbed_run_ends_and_equals_the_reference(
-    new_slurm_run: NewRun, reference: list[float]
-) -> None:
+def test_undisturbed_run_equals_the_reference(new_slurm_run: NewRun, reference: list[float]) -> None:
     run = new_slurm_run()
     run.launch()
     outcome = run.wait_for_end()
@@ -18,9 +16,7 @@ def test_an_undisturbed_run_ends_and_equals_the_reference(
     assert run.status()["state"] == "finished"
 
 
-def test_preempted_within_the_grace_time_no_step_is_lost(
-    new_slurm_run: NewRun, reference: list[float]
-) -> None:
+def test_preemption_with_grace_time_loses_no_step(new_slurm_run: NewRun, reference: list[float]) -> None:
     run = new_slurm_run()
     run.launch()
     run.wait_for_step(60)
@@ -35,7 +31,7 @@ def test_preempted_within_the_grace_time_no_step_is_lost(
     run.assert_nothing_is_left()
 
 
-def test_a_partition_that_cancels_after_a_grace_time_gives_the_run_back(new_slurm_run: NewRun) -> None:
+def test_run_survives_a_partition_that_preempts_by_cancelling(new_slurm_run: NewRun) -> None:
     run = new_slurm_run()
     run.launch(partition="cancel")
     run.wait_for_step(60)
@@ -57,9 +53,9 @@ if os.environ.get("SLURM_STEP_ID") == "0" and os.environ.get("SLURM_RESTART_COUN
 """
 
 
-def test_preempted_before_python_listens_the_job_comes_back(new_slurm_run: NewRun) -> None:
+def test_job_preempted_while_python_starts_is_requeued(new_slurm_run: NewRun) -> None:
     run = new_slurm_run(schedule__total_steps=20)
-    run.launch(sbatch={"export": "NONE"})  # nor does the job see the environment of whoever submits it
+    run.launch(sbatch={"export": "NONE"})  # the job does not inherit the submitter's environment either
     seen = run.folder / "seen"
     (run.dir.code / "sitecustomize.py").write_text(SLOW_PYTHON.format(seen=seen))
     run.wait(seen.exists)

@@ -1,4 +1,4 @@
-"""A preparation spread over the nodes of a real Slurm."""
+"""A preparation in several jobs of a real Slurm."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ from tests.slurm.conftest import ROOT
 from tests.unit.data_pipeline.support import config, files_of, packaged_texts, write_jsonl
 
 
-def test_a_preparation_over_two_tasks_gives_the_bytes_of_one_and_survives_a_cancelled_task(
+def test_preparation_in_two_jobs_gives_the_same_bytes_and_survives_a_cancelled_job(
     cluster: SlurmCluster, tmp_path: Path
 ) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", packaged_texts()[:200])
@@ -36,6 +36,6 @@ def test_a_preparation_over_two_tasks_gives_the_bytes_of_one_and_survives_a_canc
     again = [line for line in said if "starts again" in line]
     assert len(again) == 1
     assert again[0].startswith("task 2 failed and starts again")
-    # Cancelled before it had begun, it is nowhere: Slurm forgets such a job of an array at once.
-    assert again[0].rstrip().endswith("Slurm has dropped it")
+    # Slurm forgets a job of an array at once if it is cancelled before it starts.
+    assert again[0].rstrip().endswith("its job ended without a result")
     assert files_of(tmp_path / "spread") == files_of(tmp_path / "alone")

@@ -1,4 +1,4 @@
-"""A run that the cluster treats badly a dozen times, at random: its losses are those of a quiet one."""
+"""A run that is preempted, killed and requeued at random has the losses of an undisturbed one."""
 
 import os
 import random
@@ -16,10 +16,10 @@ BLOWS = int(os.environ.get("OUTLAST_KILLS", "12"))
 
 
 @pytest.mark.chaos
-def test_random_blows_leave_no_trace(
+def test_random_preemptions_and_kills_leave_the_losses_unchanged(
     new_slurm_run: Callable[..., SlurmRun], cluster: SlurmCluster, reference: list[float]
 ) -> None:
-    # Slow steps, so that the run is not over before the last blow: evaluation changes no loss.
+    # Evaluations make the steps slow, so that the run lasts until the last fault, and change no loss.
     run = new_slurm_run(evaluation__every_steps=2, evaluation__tokens=200_000, launch__max_failures=1000)
     run.launch()
     seed = time.time_ns()
@@ -27,7 +27,7 @@ def test_random_blows_leave_no_trace(
     chance = random.Random(seed)
     for _ in range(BLOWS):
         turn = int(cluster.field(run.job_id, "Restarts"))
-        run.wait_for_turn(turn)
+        run.wait_for_job_run(turn)
         time.sleep(chance.uniform(0.0, 12.0))  # also while it starts
         if run.outcome() is not None:
             break
@@ -36,12 +36,12 @@ def test_random_blows_leave_no_trace(
                 run.preempt()
             case "requeue":
                 cluster.run("scontrol", "requeue", run.job_id)
-                run.wait_for_turn(turn + 1)
+                run.wait_for_job_run(turn + 1)
             case "signal":
                 os.kill(node_task(run, node=0), signal.SIGTERM)
-                run.wait_for_turn(turn + 1)
+                run.wait_for_job_run(turn + 1)
             case "worker":
-                with suppress(ProcessLookupError, LookupError):  # it may be on its way already
+                with suppress(ProcessLookupError, LookupError):  # the job may have ended already
                     run.kill_worker(chance.choice([0, 1]))
     assert run.wait_for_end(600)["exit_code"] == 0
     assert run.losses() == reference

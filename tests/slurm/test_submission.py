@@ -1,4 +1,4 @@
-"""What is told before the queue, arrays, and containers: on a real Slurm."""
+"""Checks before a submission, arrays and containers, on a real Slurm."""
 
 import json
 import os
@@ -12,20 +12,20 @@ import pytest
 
 from gpt.run import record
 from gpt.run.run_dir import RunDir
-from launcher.runs.store import sweep_runs
+from launcher.runs.sweep_index import sweep_runs
 from tests.slurm.cluster import SlurmCluster, wait_for
 from tests.slurm.conftest import SlurmRun, node_task
 
 NewRun = Callable[..., SlurmRun]
 
 
-def test_a_dry_run_shows_the_very_file_that_sbatch_gets(new_slurm_run: NewRun) -> None:
+def test_dry_run_shows_the_batch_script_that_sbatch_gets(new_slurm_run: NewRun) -> None:
     run = new_slurm_run(schedule__total_steps=5)
     cluster = run.cluster_file(cpus_per_process=1, sbatch={"comment": "mine"})
     options = ["--cluster", str(cluster), "--run-dir", str(run.dir.path)]
     shown = run.outlast("launch", str(run.folder / "run.toml"), *options, "--dry-run")
     assert shown.returncode == 0, shown.stderr
-    assert "lies on" in shown.stderr  # a disk of this machine, and two nodes
+    assert "other machines usually cannot see" in shown.stderr  # the run is on a local disk
     assert not run.dir.path.exists()
     launched = run.outlast("launch", str(run.folder / "run.toml"), *options)
     assert launched.returncode == 0, launched.stderr
@@ -44,7 +44,7 @@ def test_a_dry_run_shows_the_very_file_that_sbatch_gets(new_slurm_run: NewRun) -
         ({"partition": "short", "time_limit": "10:00:00"}, "is more than partition short allows (01:00:00)"),
     ],
 )
-def test_what_slurm_would_refuse_is_refused_before_a_file_is_written(
+def test_job_that_slurm_would_refuse_is_refused_before_anything_is_written(
     new_slurm_run: NewRun, fields: dict[str, object], words: str
 ) -> None:
     run = new_slurm_run(batch__micro_batch=1)
@@ -71,7 +71,7 @@ def test_what_slurm_would_refuse_is_refused_before_a_file_is_written(
         ),
     ],
 )
-def test_what_a_partition_does_to_its_jobs_is_told_beforehand(
+def test_preemption_of_a_partition_is_reported_before_the_launch(
     new_slurm_run: NewRun, partition: str, told: list[str]
 ) -> None:
     run = new_slurm_run()
@@ -80,12 +80,13 @@ def test_what_a_partition_does_to_its_jobs_is_told_beforehand(
     shown = run.outlast("launch", str(run.folder / "run.toml"), *options, "--dry-run")
     assert shown.returncode == 0, shown.stderr
     warnings = [line for line in shown.stderr.splitlines() if line.startswith("warning: ")]
-    warnings = [line for line in warnings if " lies on " not in line]  # all nodes are this machine
+    # All nodes are this machine.
+    warnings = [line for line in warnings if "other machines usually cannot see" not in line]
     assert len(warnings) == len(told)
     assert all(line.startswith(f"warning: {words}") for line, words in zip(warnings, told, strict=True))
 
 
-def test_a_sweep_is_one_array_whose_tasks_are_requeued_one_by_one(
+def test_sweep_is_one_array_and_its_jobs_are_requeued_separately(
     new_slurm_run: NewRun, cluster: SlurmCluster
 ) -> None:
     draft = new_slurm_run(schedule__total_steps=400)
@@ -102,7 +103,7 @@ def test_a_sweep_is_one_array_whose_tasks_are_requeued_one_by_one(
     for run in runs:
         run.wait_for_step(30)
     os.kill(node_task(first, node=0), signal.SIGTERM)
-    first.wait_for_turn(1)
+    first.wait_for_job_run(1)
     for run in runs:
         assert run.wait_for_end()["exit_code"] == 0
     assert [len(run.events("requeued")) for run in runs] == [1, 0]
@@ -113,7 +114,7 @@ def test_a_sweep_is_one_array_whose_tasks_are_requeued_one_by_one(
     status = draft.outlast("status", str(draft.folder / "sweep"), "--json")
     assert [row["state"] for row in json.loads(status.stdout)] == ["finished", "finished"]
     again = draft.outlast("sweep", str(draft.folder / "sweep"))
-    assert (again.returncode, again.stderr) == (0, "nothing is left to start\n")
+    assert (again.returncode, again.stderr) == (0, "no run is left to start\n")
 
 
 # No container runtime can be had where these tests run: programs of the same names and options stand in for
@@ -145,7 +146,7 @@ def put_program(folder: Path, name: str, text: str, **fields: object) -> list[st
     return [f'export PATH="{folder}:$PATH"']
 
 
-def test_apptainer_runs_the_workers_and_a_hang_inside_is_found(
+def test_apptainer_runs_the_workers_and_a_hang_inside_is_detected(
     new_slurm_run: NewRun, reference: list[float]
 ) -> None:
     run = new_slurm_run(launch__hang_timeout_s=20)
@@ -167,7 +168,7 @@ def test_apptainer_runs_the_workers_and_a_hang_inside_is_found(
     assert run.losses() == reference
 
 
-def test_with_pyxis_the_batch_script_requeues(
+def test_batch_script_requeues_the_job_under_pyxis(
     new_slurm_run: NewRun, cluster: SlurmCluster, reference: list[float]
 ) -> None:
     run = new_slurm_run()
@@ -198,7 +199,7 @@ def test_with_pyxis_the_batch_script_requeues(
     assert again.status()["state"] == "cancelled"
 
 
-def test_the_rehearsal_passes_on_two_nodes(new_slurm_run: NewRun) -> None:
+def test_rehearsal_passes_on_two_nodes(new_slurm_run: NewRun) -> None:
     run = new_slurm_run(batch__global_batch_tokens=12 * 32, batch__micro_batch=2)
     options = ["--cluster", str(run.cluster_file()), "--run-dir", str(run.folder / "rehearsal")]
     done = run.outlast("rehearse", str(run.folder / "run.toml"), *options, "--steps", "60", timeout_s=400)

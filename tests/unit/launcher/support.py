@@ -1,7 +1,7 @@
-"""Small runs for the launcher's tests: a real run directory whose workers are a few lines of Python.
+"""Small runs for the launcher's tests: a real run directory in which a worker is a few lines of Python.
 
-The worker stands in for gpt.train only (it is put into the run's own snapshot of the code); submitit, the
-node task, torchrun and the processes are real.
+The worker replaces gpt.train in the run's snapshot of the code. submitit, the node task, torchrun and all the
+processes are real.
 """
 
 import json
@@ -26,9 +26,10 @@ from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig
 from launcher.commands.submit import submit
 from launcher.process_tree import descendants, identity
-from launcher.runs.store import explicit, snapshot_code
+from launcher.runs.code_snapshot import snapshot_code
 
-# What the fake workers share: rank, attempt, a way to finish as gpt.train does, the parent-death signal.
+# Shared by the fake workers: their rank, how to claim an attempt and to finish like gpt.train, and the
+# parent-death signal.
 WORKER_PRELUDE = """
 import json, os, signal, sys, tempfile, time
 from pathlib import Path
@@ -68,7 +69,7 @@ def make_run(folder: Path, worker: str, *, processes: int = 1, tracking: str | N
     )
     write_json(run.config, config.model_dump(mode="json", exclude_none=True))
     cluster = ClusterConfig(kind="local", processes_per_node=processes)
-    write_json(run.cluster, explicit(cluster))
+    write_json(run.cluster, cluster.explicit())
     snapshot_code(run)
     shutil.rmtree(run.code / "gpt" / "__pycache__", ignore_errors=True)
     (run.code / "gpt" / "train.py").write_text(WORKER_PRELUDE + worker)
@@ -111,7 +112,7 @@ def start(run: RunDir) -> Job:
 
 
 def wait_for(condition: Callable[[], object], timeout_s: float = 120.0) -> None:
-    """Return once `condition` holds; fail loudly when it does not within `timeout_s`."""
+    """Return once `condition` holds; fail if it does not within `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:
@@ -144,7 +145,7 @@ def outcome(run: RunDir) -> dict[str, object]:
 
 
 def processes_naming(text: str) -> list[int]:
-    """Living processes whose command line holds `text`, this one left out."""
+    """Other living processes with `text` in their command line."""
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
@@ -159,7 +160,9 @@ def processes_naming(text: str) -> list[int]:
 
 
 def make_data(folder: Path, *, val_fraction: float = 0.2, tokenizer_of: str | None = None) -> Path:
-    """A small data set of made-up text: about 12,000 tokens, by `outlast-4k` or a BPE learnt from a text."""
+    """A small data set of random words, about 12,000 tokens, encoded by `outlast-4k` or by a BPE trained on a
+    text.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     words = ("light", "water", "and", "the", "days", "of", "stone", "made", "he", "river")
     texts = [" ".join(random.Random(i).choices(words, k=200)) for i in range(60)]
@@ -178,7 +181,7 @@ def make_data(folder: Path, *, val_fraction: float = 0.2, tokenizer_of: str | No
 
 
 def kill_tree(folder: Path) -> None:
-    """End what a failed test left running for the run in `folder`."""
+    """Kill the processes that a failed test has left for the run in `folder`."""
     for pid in processes_naming(str(folder)):
         os.kill(pid, signal.SIGKILL)
 

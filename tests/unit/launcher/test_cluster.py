@@ -1,4 +1,4 @@
-"""Cluster files: what they may say, and in what words a wrong one is refused."""
+"""Cluster files: which are valid, how wrong ones are refused, and what is asked of Slurm for them."""
 
 import os
 import subprocess
@@ -12,11 +12,13 @@ from data_pipeline.errors import ConfigError
 from gpt.config.run import RunConfig
 from gpt.run.exit_codes import exit_code_of
 from gpt.run.run_dir import RunDir
-from launcher.cluster import ClusterConfig, cluster_names, load_cluster
-from launcher.node.rendezvous import Meeting, Place
+from launcher.cluster import ClusterConfig
+from launcher.cluster_file import cluster_names, load_cluster
+from launcher.node.rendezvous import Rendezvous
 from launcher.node.torchrun import torchrun_command, worker_environment
-from launcher.runs.store import explicit
+from launcher.scheduler.protocol import NodeIdentity
 from launcher.scheduler.sbatch import slurm_parameters, submission_text
+from tests.unit.launcher.fake_slurm import FakeJob, FakeSlurm, has_srun
 
 
 def problems(**tables: Any) -> list[str]:
@@ -30,23 +32,23 @@ def test_every_shipped_cluster_file_is_valid() -> None:
     assert {load_cluster(name).kind for name in cluster_names()} == {"local", "slurm"}
 
 
-def test_a_name_close_to_a_shipped_one_is_suggested() -> None:
+def test_misspelt_name_suggests_the_nearest_shipped_cluster() -> None:
     with pytest.raises(ConfigError, match=r"^--cluster lcal: neither a file nor .*; did you mean 'local'\?$"):
         load_cluster("lcal")
 
 
-def test_a_name_like_none_lists_the_shipped_ones() -> None:
+def test_unknown_name_lists_the_shipped_clusters() -> None:
     names = "local, slurm-a100, slurm-container, slurm-h100, slurm-preemptible"
     with pytest.raises(ConfigError, match=rf"known: {names}$"):
         load_cluster("zzz")
 
 
-def test_a_missing_file_is_named() -> None:
+def test_missing_file_is_named() -> None:
     with pytest.raises(ConfigError, match=r"^nowhere\.toml: no such file$"):
         load_cluster("nowhere.toml")
 
 
-def test_a_folder_of_the_same_name_does_not_hide_a_shipped_cluster(
+def test_folder_of_the_same_name_does_not_hide_a_shipped_cluster(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "local").mkdir()
@@ -68,7 +70,7 @@ def test_a_folder_of_the_same_name_does_not_hide_a_shipped_cluster(
         ("pyxis", "registry/team/a:1", "registry/team/a:1"),
     ],
 )
-def test_paths_of_a_container_are_taken_against_the_callers_folder(
+def test_container_paths_are_relative_to_the_callers_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runtime: str, image: str, stored: str
 ) -> None:
     (tmp_path / "below" / "here").mkdir(parents=True)
@@ -85,19 +87,19 @@ def test_paths_of_a_container_are_taken_against_the_callers_folder(
     assert container.mounts == (f"{here}/data:/data", "/scratch:/s:ro")
 
 
-def test_an_unknown_key_suggests_the_nearest() -> None:
+def test_unknown_key_suggests_the_nearest() -> None:
     assert problems(kind="slurm", partiton="gpu") == [
         "mine.toml: unknown key 'partiton'; did you mean 'partition'?"
     ]
 
 
-def test_slurm_fields_do_not_belong_to_a_local_cluster() -> None:
+def test_slurm_fields_are_refused_for_a_local_cluster() -> None:
     assert problems(kind="local", partition="gpu", mem="1G") == [
         "mine.toml: partition, mem: only with kind = 'slurm'; this file says kind = 'local'."
     ]
 
 
-def test_a_local_cluster_is_one_machine() -> None:
+def test_local_cluster_is_one_machine() -> None:
     assert problems(kind="local", nodes=2) == [
         "mine.toml: nodes = 2: kind = 'local' is one machine; use nodes = 1."
     ]
@@ -111,13 +113,13 @@ def test_more_processes_than_gpus_are_refused() -> None:
     ]
 
 
-def test_an_unknown_accelerator_suggests_the_nearest() -> None:
+def test_unknown_accelerator_suggests_the_nearest() -> None:
     assert problems(kind="slurm", accelerator="h100") == [
         "mine.toml: accelerator = 'h100' is not known; did you mean 'h100-80gb'?"
     ]
 
 
-def test_a_time_limit_without_seconds_is_refused() -> None:
+def test_time_limit_without_seconds_is_refused() -> None:
     assert problems(kind="slurm", time_limit="24:00")[0].startswith(
         "mine.toml: time_limit = '24:00': string should"
     )
@@ -126,7 +128,7 @@ def test_a_time_limit_without_seconds_is_refused() -> None:
 @pytest.mark.parametrize(
     ("text", "minutes"), [("24:00:00", 1440), ("2-01:30:00", 2970), ("0:02:00", 2), ("0:02:01", 3)]
 )
-def test_the_time_limit_in_minutes(text: str, minutes: int) -> None:
+def test_time_limit_in_minutes(text: str, minutes: int) -> None:
     assert ClusterConfig(kind="slurm", time_limit=text).time_limit_min == minutes
 
 
@@ -151,17 +153,14 @@ CONFIG = RunConfig.model_validate(
 
 
 def submission(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **fields: Any) -> list[str]:
-    """The lines of the file that sbatch would get, on a machine that has an srun."""
-    srun = tmp_path / "srun"
-    srun.touch()
-    srun.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    """The lines of the batch script, on a machine that has srun."""
+    has_srun(tmp_path, monkeypatch)
     return submission_text(RUN, CONFIG, ClusterConfig(kind="slurm", **fields)).splitlines()
 
 
-def test_what_the_file_omits_is_not_asked_of_slurm() -> None:
+def test_omitted_fields_are_not_asked_of_slurm() -> None:
     asked = slurm_parameters("name-x", ClusterConfig(kind="slurm", nodes=2), [], Path("/folder"), {})
-    assert asked.pop("teardown")  # ours, for the end of the batch script
+    assert asked.pop("teardown")  # our lines at the end of the batch script
     assert asked == {
         "job_name": "name-x",
         "nodes": 2,
@@ -215,7 +214,7 @@ def test_every_slurm_field_reaches_the_submission_file(
     "sbatch",
     [{"requeue": False}, {"no-requeue": True}, {"no_requeue": ""}, {"requeue": True, "no-requeue": True}],
 )
-def test_a_file_that_forbids_requeueing_is_obeyed(
+def test_cluster_file_can_forbid_requeueing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sbatch: dict[str, Any]
 ) -> None:
     lines = submission(monkeypatch, tmp_path, sbatch=sbatch)
@@ -223,33 +222,31 @@ def test_a_file_that_forbids_requeueing_is_obeyed(
     assert asked == ["#SBATCH --no-requeue"]
 
 
-def test_an_option_of_sbatch_that_is_false_is_not_asked_for(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_false_sbatch_option_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     lines = submission(monkeypatch, tmp_path, sbatch={"exclusive": False, "contiguous": True})
     assert "#SBATCH --contiguous" in lines
     assert not any("exclusive" in line for line in lines)
 
 
-def test_an_option_of_sbatch_that_a_field_decides_is_refused() -> None:
+def test_sbatch_option_that_a_field_decides_is_refused() -> None:
     options = {"nodes": 4, "ntasks_per_node": 8, "cpus-per-task": 2, "output": "x", "mail-user": "me"}
     [problem] = problems(kind="slurm", sbatch=options)
     assert problem == (
-        "mine.toml: sbatch.nodes: say it by the field nodes, outside [sbatch]. "
+        "mine.toml: sbatch.nodes: set it with the field nodes, outside [sbatch]. "
         "sbatch.ntasks-per-node: a node has one task, which starts processes_per_node. "
-        "sbatch.cpus-per-task: say it by the field cpus_per_process, outside [sbatch]. "
+        "sbatch.cpus-per-task: set it with the field cpus_per_process, outside [sbatch]. "
         "sbatch.output: the launcher itself needs this option; leave it out."
     )
 
 
-def test_no_time_limit_and_no_wckey_is_asked_of_slurm_unless_the_file_does(
+def test_time_limit_and_wckey_are_not_asked_of_slurm_by_default(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     lines = submission(monkeypatch, tmp_path)
     assert not any(line.startswith(("#SBATCH --time", "#SBATCH --wckey")) for line in lines)
 
 
-def test_pyxis_puts_the_tasks_into_the_image_and_the_batch_script_requeues(
+def test_pyxis_starts_the_tasks_in_the_image_and_the_batch_script_requeues(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     container = {"runtime": "pyxis", "image": "team/outlast:1", "mounts": ["/scratch:/s"], "python": "py3"}
@@ -263,7 +260,7 @@ def test_pyxis_puts_the_tasks_into_the_image_and_the_batch_script_requeues(
     assert "/shared/runs/name-x/submission/0001/requeue-$job-$turn" in after
 
 
-def test_the_tasks_get_their_code_where_sbatch_takes_no_environment_along(
+def test_tasks_get_their_code_when_sbatch_exports_no_environment(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     lines = submission(monkeypatch, tmp_path, setup=("module load mod-x",), sbatch={"export": "NONE"})
@@ -273,39 +270,29 @@ def test_the_tasks_get_their_code_where_sbatch_takes_no_environment_along(
     assert " --export=ALL " in srun
 
 
-# Stands in for a Slurm that is asked about a job, and says what it has been asked.
-SCONTROL = """#!/bin/sh
-case "$*" in
-    *"show job"*) echo "JobId=7 JobName=x JobState={state} Reason=None Restarts={restarts} \
-PreemptTime={preempted} ExcNodeList=(null)" ;;
-    *) echo "$@" >> {asked}; kill $PPID ;;
-esac
-"""
+PREEMPTED = "2026-11-25T13:47:17"
 
 
 @pytest.mark.parametrize(
-    ("code", "answer", "is_requeued"),
+    ("code", "job", "is_requeued"),
     [
-        (143, {"preempted": "2026-11-25T13:47:17"}, True),
-        (143, {"preempted": "None"}, False),  # another node failed, and srun ended this one
-        (143, {"preempted": "2026-11-25T13:47:17", "state": "CANCELLED"}, False),
-        (143, {"preempted": "2026-11-25T13:47:17", "restarts": 1}, False),  # a later turn runs already
-        (1, {"preempted": "2026-11-25T13:47:17"}, False),
-        (0, {"preempted": "2026-11-25T13:47:17"}, False),
+        (143, FakeJob(preempted=PREEMPTED), True),
+        (143, FakeJob(), False),  # another node failed, and srun ended this one
+        (143, FakeJob(state="CANCELLED", preempted=PREEMPTED), False),
+        (143, FakeJob(restarts=1, preempted=PREEMPTED), False),  # a later job run has started already
+        (1, FakeJob(preempted=PREEMPTED), False),
+        (0, FakeJob(preempted=PREEMPTED), False),
     ],
 )
-def test_a_preemption_before_python_listens_is_answered_by_the_batch_script(
-    tmp_path: Path, code: int, answer: dict[str, Any], is_requeued: bool
+def test_batch_script_requeues_a_job_preempted_before_python_catches_signals(
+    tmp_path: Path, code: int, job: FakeJob, is_requeued: bool
 ) -> None:
-    bin_folder, asked = tmp_path / "bin", tmp_path / "asked"
-    bin_folder.mkdir()
-    (bin_folder / "scontrol").write_text(
-        SCONTROL.format(**{"state": "RUNNING", "restarts": 0, "asked": asked, **answer})
-    )
-    (bin_folder / "scontrol").chmod(0o755)
-    asked_of_slurm = slurm_parameters("x", ClusterConfig(kind="slurm"), [], tmp_path, {})
-    script = "\n".join([f"(exit {code})", *asked_of_slurm["teardown"]])
-    environment = {"PATH": f"{bin_folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    slurm = FakeSlurm()
+    slurm.jobs["7"] = job
+    asked = slurm.install_scontrol(tmp_path / "bin")
+    parameters = slurm_parameters("x", ClusterConfig(kind="slurm"), [], tmp_path, {})
+    script = "\n".join([f"(exit {code})", *parameters["teardown"]])
+    environment = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
     done = subprocess.run(["bash", "-c", script], env=environment, timeout=20)
     assert asked.exists() == is_requeued
     if is_requeued:
@@ -314,14 +301,12 @@ def test_a_preemption_before_python_listens_is_answered_by_the_batch_script(
         assert done.returncode == code
 
 
-def test_apptainer_runs_torchrun_and_nothing_else_in_the_image(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_apptainer_runs_only_torchrun_in_the_image(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     container = {"runtime": "apptainer", "image": "/images/outlast.sif", "mounts": ["/scratch:/s"]}
     cluster = ClusterConfig(kind="slurm", gpus_per_node=2, container=container)
-    place = Place("slurm-7", 0, 0, 1, "node1", "7")
-    meeting, mounts = Meeting("", "127.0.0.1:0"), [Path("/shared/runs"), Path("/shared/data")]
-    command = torchrun_command(RUN, CONFIG, cluster, place, meeting, Path("/logs"), mounts)
+    identity = NodeIdentity("slurm-7", 0, 0, 1, "node1", "7")
+    meeting, mounts = Rendezvous("", "127.0.0.1:0"), [Path("/shared/runs"), Path("/shared/data")]
+    command = torchrun_command(RUN, CONFIG, cluster, identity, meeting, Path("/logs"), mounts)
     assert command[:9] == [
         "apptainer", "exec", "--nv", "--bind=/shared/runs:/shared/runs", "--bind=/shared/data:/shared/data",
         "--bind=/scratch:/s", "/images/outlast.sif", "python3", "-u",
@@ -330,14 +315,14 @@ def test_apptainer_runs_torchrun_and_nothing_else_in_the_image(
     assert not any("container" in line for line in submission(monkeypatch, tmp_path, container=container))
 
 
-def test_the_interface_is_that_of_nccl_and_of_gloo() -> None:
-    place = Place("slurm-7", 0, 0, 1, "node1", "7")
+def test_interface_is_set_for_nccl_and_gloo() -> None:
+    identity = NodeIdentity("slurm-7", 0, 0, 1, "node1", "7")
     cluster = ClusterConfig(kind="slurm", interface="ib0", environment={"GLOO_SOCKET_IFNAME": "eth1"})
-    environment = worker_environment(cluster, place, 0, "heartbeat", {})
+    environment = worker_environment(cluster, identity, 0, "heartbeat", {})
     assert (environment["NCCL_SOCKET_IFNAME"], environment["GLOO_SOCKET_IFNAME"]) == ("ib0", "eth1")
 
 
-def test_cluster_json_holds_what_was_said_and_no_defaults() -> None:
+def test_cluster_json_holds_only_the_fields_that_the_file_sets() -> None:
     cluster = ClusterConfig(kind="slurm", nodes=2)
-    assert explicit(cluster) == {"kind": "slurm", "nodes": 2}
-    assert validate(ClusterConfig, explicit(cluster), "cluster.json") == cluster
+    assert cluster.explicit() == {"kind": "slurm", "nodes": 2}
+    assert validate(ClusterConfig, cluster.explicit(), "cluster.json") == cluster

@@ -14,7 +14,7 @@ import pytest
 
 from gpt.run.run_dir import RunDir
 from launcher.cli import commands
-from launcher.scheduler.jobs import state
+from launcher.scheduler.jobs import job_state
 from tests.paths import ROOT
 from tests.unit.launcher.support import kill_tree, make_data, make_run, start, wait_for
 
@@ -190,11 +190,11 @@ def test_stop_waits_until_the_run_has_saved_and_status_says_so(tmp_path: Path, r
     wait_for(lambda: run.attempt_numbers())
     busy = outlast("resume", str(run.path), cwd=tmp_path)
     assert busy.returncode == 2
-    assert f"has a job already (local {job.job_id} on" in busy.stderr
+    assert f"already has a job (local {job.job_id} on" in busy.stderr
     assert json.loads(outlast("status", "--json", cwd=tmp_path).stdout)[0]["state"] == "running"
     done = outlast("stop", str(run.path), cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "saving, then stopping\nstopped: outlast stop\n")
-    assert state(run, job) == "ended"
+    assert job_state(run, job) == "ended"
     [row] = json.loads(outlast("status", str(run.path), "--json", cwd=tmp_path).stdout)
     assert (row["state"], row["cause"], row["attempts"]) == ("stopped", "stopped: outlast stop", 1)
     again = outlast("stop", str(run.path), cwd=tmp_path)
@@ -209,7 +209,7 @@ def test_stop_now_waits_until_the_run_has_ended(tmp_path: Path, run: RunDir) -> 
     wait_for(lambda: run.attempt_numbers())
     done = outlast("stop", str(run.path), "--now", cwd=tmp_path)
     assert done.returncode == 0
-    assert done.stderr.splitlines()[-1] == "stopped at once, without saving, as asked"
+    assert done.stderr.splitlines()[-1] == "stopped at once without saving, as requested"
 
 
 def test_logs_follow_a_run_to_its_end(tmp_path: Path, run: RunDir) -> None:

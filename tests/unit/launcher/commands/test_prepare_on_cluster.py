@@ -1,13 +1,11 @@
-"""Preparation in tasks: real submitit jobs on this machine."""
+"""Preparation on a cluster: real submitit jobs on this machine."""
 
 import os
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -19,17 +17,17 @@ from data_pipeline.prepare.progress import Progress
 from data_pipeline.sources.files import SourceFile
 from data_pipeline.sources.spans import Span
 from launcher.cluster import ClusterConfig
-from launcher.commands.prepare_on_cluster import Spread, _Share
-from launcher.scheduler import slurm
-from launcher.scheduler.slurm import Standing
+from launcher.commands.prepare_on_cluster import ClusterEncoder, Share
+from launcher.scheduler.protocol import SubmittedJob
 from tests.unit.data_pipeline.support import config, files_of, packaged_texts, write_jsonl
+from tests.unit.launcher.fake_slurm import FakeJob, FakeSlurm
 
 LOCAL = ClusterConfig(kind="local")
 
 
 @pytest.fixture
 def wanted(tmp_path: Path) -> DataPrepConfig:
-    """A preparation of several pieces, of which copies are to be left out."""
+    """A preparation of several pieces, which leaves out duplicates."""
     texts = packaged_texts()[:60]
     source = write_jsonl(tmp_path / "a.jsonl", [*texts, *texts[:3]])
     return config(tmp_path / "out", source, shard_tokens=5000, deduplicate=True)
@@ -45,14 +43,14 @@ def with_messages(seen: list[str], act: Callable[[str], None]) -> Callable[[Prog
 
 
 def kill_job(pid: int) -> None:
-    """End a local job and its task, as a node that is lost does."""
+    """End a local job and its task, as the loss of its node would."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     for process in (pid, *map(int, children)):
         with suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
 
 
-def test_tasks_make_the_same_bytes_and_one_that_is_killed_starts_again_alone(
+def test_jobs_make_the_same_bytes_and_a_killed_one_starts_again_alone(
     tmp_path: Path, wanted: DataPrepConfig
 ) -> None:
     alone = wanted.model_copy(update={"out": tmp_path / "alone"})
@@ -63,14 +61,14 @@ def test_tasks_make_the_same_bytes_and_one_that_is_killed_starts_again_alone(
         if message.startswith("task 2 of 2: local job "):
             kill_job(int(message.split()[-1]))
 
-    prepare(wanted, with_messages(seen, kill_the_second), Spread(LOCAL, 2, workers=1))
+    prepare(wanted, with_messages(seen, kill_the_second), ClusterEncoder(LOCAL, 2, workers=1))
     assert files_of(wanted.out) == files_of(alone.out)
     again = [message for message in seen if "starts again" in message]
     assert len(again) == 2  # once for hashing, once for encoding
     assert all(message.startswith("task 2 failed and starts again as job ") for message in again)
 
 
-def test_a_task_that_fails_again_and_again_ends_the_preparation_with_its_reason(
+def test_job_that_keeps_failing_ends_the_preparation_with_its_reason(
     wanted: DataPrepConfig,
 ) -> None:
     source = Path(wanted.sources[0])
@@ -82,25 +80,22 @@ def test_a_task_that_fails_again_and_again_ends_the_preparation_with_its_reason(
             source.unlink(missing_ok=True)
 
     with pytest.raises(DataError) as error:
-        prepare(wanted, with_messages(seen, lose_the_source), Spread(LOCAL, 1, workers=1))
-    assert str(error.value).startswith("task 1 failed 3 times, at last: FileNotFoundError: [Errno 2]")
-    assert str(error.value).endswith("What is finished stays; run again to continue")
+        prepare(wanted, with_messages(seen, lose_the_source), ClusterEncoder(LOCAL, 1, workers=1))
+    assert str(error.value).startswith("task 1 failed 3 times; the last time: FileNotFoundError: [Errno 2]")
+    assert str(error.value).endswith("The finished pieces stay; run the command again to continue.")
     assert sum("starts again" in message for message in seen) == 2
     source.write_bytes(text)
     assert prepare(wanted).documents == 60
 
 
-def test_slurm_is_asked_about_all_tasks_at_once_and_every_five_seconds(
+def test_slurm_is_asked_about_all_jobs_at_once_and_every_five_seconds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now = [0.0]
-    asked = []
-
-    def standings(job_ids: Iterable[str]) -> dict[str, Standing]:
-        asked.append((now[0], wanted := sorted(job_ids)))
-        return dict.fromkeys(wanted, Standing("running"))
-
-    monkeypatch.setattr(slurm, "standings", standings)
+    now, asked_at = [0.0], list[float]()
+    slurm = FakeSlurm()
+    slurm.jobs = {f"7_{number}": FakeJob() for number in range(3)}
+    monkeypatch.setattr(slurm, "before", lambda _command: asked_at.append(now[0]))
+    slurm.install(monkeypatch)
     monkeypatch.setattr("launcher.commands.prepare_on_cluster.time.monotonic", lambda: now[0])
     monkeypatch.setattr(
         "launcher.commands.prepare_on_cluster.time.sleep",
@@ -109,11 +104,10 @@ def test_slurm_is_asked_about_all_tasks_at_once_and_every_five_seconds(
     monkeypatch.setattr("launcher.commands.prepare_on_cluster.is_done", lambda *_: now[0] >= 60)
     source = SourceFile("a", str(tmp_path / "a"), 9, 0)
     pieces = [Chunk((Span(source, start, start + 3),)) for start in (0, 3, 6)]
-    paths = SimpleNamespace(result_pickle=tmp_path / "none")
-    jobs = [SimpleNamespace(job_id=f"7_{number}", paths=paths) for number in range(3)]
-    shares: Any = [_Share(number, (pieces[number],), jobs[number]) for number in range(3)]
-    done = list(Spread(ClusterConfig(kind="slurm"), 3, None)._follow(shares, None, tmp_path, "hash"))
+    shares = [Share(number, (pieces[number],), SubmittedJob(f"7_{number}")) for number in range(3)]
+    encoder = ClusterEncoder(ClusterConfig(kind="slurm"), 3, None)
+    done = list(encoder.follow(shares, None, tmp_path, "hash"))
     assert {piece for piece in done if isinstance(piece, Chunk)} == set(pieces)
-    assert 12 <= len(asked) <= 13
-    assert all(ids == ["7_0", "7_1", "7_2"] for _, ids in asked)
-    assert all(later - earlier >= 5 for (earlier, _), (later, _) in pairwise(asked))
+    assert 12 <= len(asked_at) <= 13
+    assert {command[0] for command in slurm.asked} == {"squeue"}
+    assert all(later - earlier >= 5 for earlier, later in pairwise(asked_at))

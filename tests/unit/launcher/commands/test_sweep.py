@@ -1,4 +1,4 @@
-"""Grids: what they may hold, what becomes of it in each run's config, and how a sweep is taken up again."""
+"""Sweeps: which grids are valid, which runs they make, and how a sweep is continued."""
 
 import json
 import os
@@ -14,9 +14,9 @@ from gpt.run.json_file import write_json
 from gpt.run.records import Job
 from gpt.run.run_dir import RunDir
 from launcher.commands.sweep import SweepConfig, examine_points, points_of, show_results
-from launcher.commands.sweep import sweep as take_up
+from launcher.commands.sweep import sweep as continue_sweep
 from launcher.process_tree import identity
-from launcher.runs.store import sweep_runs
+from launcher.runs.sweep_index import sweep_runs
 from launcher.scheduler.jobs import claim_start
 from tests.unit.launcher.support import job_record, make_data
 
@@ -30,7 +30,7 @@ def sweep(**tables: Any) -> SweepConfig:
     return validate(SweepConfig, {"run": "tiny", **tables}, "sweep.toml")
 
 
-def test_every_combination_is_a_point_with_a_name_of_its_own() -> None:
+def test_every_combination_is_a_point_with_its_own_name() -> None:
     config = sweep(grid={"optimizer": {"peak_lr": [1e-3, 3e-3]}, "seed": [1, 2, 3]})
     points = points_of(config)
     assert len(points) == len({point.folder for point in points}) == 6
@@ -38,7 +38,7 @@ def test_every_combination_is_a_point_with_a_name_of_its_own() -> None:
     assert points[-1].fields == {"optimizer.peak_lr": 3e-3, "seed": 3}
 
 
-def test_values_reach_the_config_as_they_are_also_tables(data: Path, tmp_path: Path) -> None:
+def test_values_that_are_tables_reach_the_config_unchanged(data: Path, tmp_path: Path) -> None:
     mixtures = [[{"path": str(data), "weight": weight}] for weight in (1, 2)]
     config = sweep(set={"batch": {"micro_batch": 2}}, grid={"data.mixture": mixtures})
     requests = examine_points(config, points_of(config), "local", tmp_path)
@@ -46,7 +46,7 @@ def test_values_reach_the_config_as_they_are_also_tables(data: Path, tmp_path: P
     assert {request.config.batch.micro_batch for request in requests} == {2}
 
 
-def test_the_problems_of_all_points_are_told_at_once(tmp_path: Path) -> None:
+def test_problems_of_all_points_are_reported_at_once(tmp_path: Path) -> None:
     config = sweep(grid={"model.n_layer": [1], "batch.micro_batch": [0]})
     with pytest.raises(ConfigError) as error:
         examine_points(config, points_of(config), "local", tmp_path)
@@ -63,14 +63,14 @@ def test_the_problems_of_all_points_are_told_at_once(tmp_path: Path) -> None:
         ({str(i): list(range(8)) for i in range(10)}, "grid: 1073741824 combinations are more than 1000"),
     ],
 )
-def test_a_grid_that_is_none_is_refused(grid: dict[str, Any], words: str) -> None:
+def test_invalid_grid_is_refused(grid: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         sweep(grid=grid)
 
 
 @pytest.fixture
 def home(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A sweep of three runs here, whose submission is stood in for: each is done as soon as it starts."""
+    """A sweep of three runs with a fake submission: each run is finished as soon as it starts."""
     (tmp_path / "sweep.toml").write_text(
         f'run = "tiny"\n[set]\ndata.path = "{data}"\ntracking.enabled = false\n[grid]\nseed = [1, 2, 3]\n'
     )
@@ -87,7 +87,7 @@ def home(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setattr("launcher.commands.sweep.submit", submit)
     monkeypatch.setattr("launcher.commands.sweep._one_after_the_other", lambda _runs: 0)
-    assert take_up(tmp_path / "sweep.toml", None, tmp_path / "sweep", attend=None) == 0
+    assert continue_sweep(tmp_path / "sweep.toml", None, tmp_path / "sweep", attend=None) == 0
     monkeypatch.undo()
     monkeypatch.setattr("launcher.commands.sweep.submit", submit)
     return tmp_path / "sweep"
@@ -97,13 +97,13 @@ def started(home: Path) -> list[str]:
     return [run.path.name for run in sweep_runs(home) or [] if run.job.exists()]
 
 
-def test_a_run_that_is_broken_or_being_started_is_left_out_and_the_others_go_on(
+def test_broken_or_starting_run_is_left_out_and_the_others_start(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first, second, _ = sweep_runs(home) or []
     first.config.write_text("{")
     with claim_start(second):
-        assert take_up(home, None, None, attend=None) == 1
+        assert continue_sweep(home, None, None, attend=None) == 1
     assert started(home) == ["0003_seed=3"]
     shown = capsys.readouterr()
     assert "0001_seed=1 is left out: " in shown.err
@@ -116,20 +116,20 @@ def test_a_run_that_is_broken_or_being_started_is_left_out_and_the_others_go_on(
         (2, "created"),
         (3, "finished"),
     ]
-    assert take_up(home, None, None, attend=None) == 1
+    assert continue_sweep(home, None, None, attend=None) == 1
     assert started(home) == ["0002_seed=2", "0003_seed=3"]
 
 
-def test_a_sweep_is_taken_up_by_one_command_at_a_time(home: Path) -> None:
+def test_sweep_is_continued_by_one_command_at_a_time(home: Path) -> None:
     with (
         claim_start(RunDir(home)),
         pytest.raises(LaunchError, match=rf"^{home} is being started by another command"),
     ):
-        take_up(home, None, None, attend=None)
+        continue_sweep(home, None, None, attend=None)
     assert started(home) == []
 
 
-def test_a_run_whose_job_may_live_is_not_started_by_its_sweep(
+def test_run_with_a_job_that_may_be_alive_is_not_started_by_its_sweep(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     alive, elsewhere, _ = sweep_runs(home) or []
@@ -139,19 +139,20 @@ def test_a_run_whose_job_may_live_is_not_started_by_its_sweep(
         )
         job.write(run.job)
     before = [run.job.read_bytes() for run in (alive, elsewhere)]
-    assert take_up(home, None, None, attend=None) == 1
+    assert continue_sweep(home, None, None, attend=None) == 1
     assert [run.job.read_bytes() for run in (alive, elsewhere)] == before
     said = capsys.readouterr().err
     assert (
-        "0002_seed=2 is left out: nobody says here whether its job 1 has ended (started on not-here)" in said
+        "0002_seed=2 is left out: it is not known here whether its job 1 has ended (started on not-here)"
+        in said
     )
     assert "0001" not in said
 
 
-def test_a_sweep_of_another_shape_is_refused_in_words(tmp_path: Path) -> None:
+def test_damaged_or_missing_sweep_index_is_refused(tmp_path: Path) -> None:
     (tmp_path / "sweep.json").write_text('{"points": [{"fields": {}}]}')
     with pytest.raises(ConfigError, match=r"sweep\.json: points\.0\.folder is missing and has no default"):
         show_results(tmp_path)
     (tmp_path / "sweep.json").unlink()
     with pytest.raises(LaunchError, match=r"is not a sweep: it has no sweep\.json\.$"):
-        take_up(tmp_path, None, None, attend=None)
+        continue_sweep(tmp_path, None, None, attend=None)

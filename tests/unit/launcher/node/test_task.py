@@ -1,4 +1,4 @@
-"""The node task under submitit's local executor and a real torchrun: how it ends, what it leaves behind."""
+"""How the node task ends and what it leaves, under submitit's local executor and a real torchrun."""
 
 import os
 import shutil
@@ -19,13 +19,14 @@ from gpt.run.records import Job, JobOutcome
 from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig
 from launcher.commands.follow_job import outcome_of
-from launcher.node.rendezvous import Place, find_place
 from launcher.node.torchrun import worker_environment
 from launcher.process_tree import identity
 from launcher.runs.job_record import read_job
 from launcher.runs.stop_request import request_stop
 from launcher.runs.store import read_config
-from launcher.scheduler.jobs import refuse_while_alive, state
+from launcher.scheduler.jobs import job_state, refuse_while_alive
+from launcher.scheduler.protocol import NodeIdentity
+from launcher.scheduler.registry import scheduler_of
 from tests.unit.gpt.checkpoint.support import write_checkpoint
 from tests.unit.launcher.support import (
     is_alive,
@@ -62,13 +63,14 @@ time.sleep(600)
 """
 
 
-HERE = Place("local-1", 0, 0, 1, "here")
+HERE = NodeIdentity("local-1", 0, 0, 1, "here", "1")
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A run directory to be, beside the folder for temporary files; whatever still names it afterwards is
-    ended, so that one failure stays one.
+    """The path for a run directory, next to its folder for temporary files.
+
+    Processes that still use it afterwards are killed, so that one failure does not cause others.
     """
     path = tmp_path / "run"
     temporary_files(path).mkdir()
@@ -82,25 +84,25 @@ def temporary_files(run: Path) -> Path:
 
 
 def end_of(run: RunDir, job: Job) -> JobOutcome:
-    """How the job ends; nothing of it may be left."""
+    """Wait for the end of the job, and check that it leaves nothing; its outcome."""
     wait_for(lambda: job.pid is not None and not is_alive(job.pid))
     assert list(temporary_files(run.path).iterdir()) == []
-    assert state(run, job) == "ended"
+    assert job_state(run, job) == "ended"
     assert processes_naming(str(run.path)) == []
     return outcome_of(run, job)
 
 
-def test_the_outcome_is_what_the_workers_wrote(folder: Path) -> None:
+def test_outcome_is_the_result_of_the_workers(folder: Path) -> None:
     run = make_run(folder, 'finish(claim(), 0, "all 10 steps are done")')
     assert end_of(run, start(run)) == job_outcome(0, "all 10 steps are done", 1)
 
 
-def test_the_outcome_is_the_result_and_not_torchruns_code(folder: Path) -> None:
+def test_outcome_ignores_the_exit_code_of_torchrun(folder: Path) -> None:
     run = make_run(folder, 'finish(claim(), 93, "no intact checkpoint")')
     assert end_of(run, start(run)) == job_outcome(93, "no intact checkpoint", 1)
 
 
-def test_a_killed_worker_is_restarted_with_the_others(folder: Path) -> None:
+def test_killed_worker_is_restarted_with_the_others(folder: Path) -> None:
     run = make_run(
         folder,
         """
@@ -116,7 +118,7 @@ if generation < 1 and rank == 1:
 try:
     dist.barrier()
 except RuntimeError:
-    os._exit(1)  # leaving by the usual way may wait for gloo's threads
+    os._exit(1)  # a normal exit may wait for gloo's threads
 if rank == 0:
     finish(number, 0, f"generation {generation}")
 """,
@@ -126,8 +128,8 @@ if rank == 0:
 
 
 @pytest.mark.chaos  # half a minute: torchrun's own wait between SIGTERM and SIGKILL
-def test_a_peer_that_waits_for_ever_does_not_hold_up_the_restart(folder: Path) -> None:
-    # What a rank in an NCCL kernel is when its peer has died: deaf to SIGTERM, and never done.
+def test_peer_that_waits_forever_does_not_delay_the_restart(folder: Path) -> None:
+    # Like a rank in an NCCL kernel when its peer has died, this one ignores SIGTERM and never ends.
     run = make_run(
         folder,
         """
@@ -145,7 +147,7 @@ if rank == 0:
     assert time.monotonic() - started < 60  # launch.collective_timeout_s is 1200
 
 
-def test_a_worker_that_is_stuck_while_it_starts_is_named_and_not_for_ever_started_again(folder: Path) -> None:
+def test_worker_that_hangs_at_the_start_is_named_and_ends_the_job_run_after_two_hangs(folder: Path) -> None:
     run = make_run(
         folder,
         """
@@ -165,11 +167,11 @@ time.sleep(600)
     assert hang["culprit"] == (
         f"the other ranks wait for rank 1 on {host}, which is not waiting; importing: state S in /proc"
     )
-    assert hang["attempt"] is None  # it had claimed none
-    assert again["culprit"] == hang["culprit"]  # and after two of them the turn is over
+    assert hang["attempt"] is None  # the workers had claimed none
+    assert again["culprit"] == hang["culprit"]  # the second one ended the job run
 
 
-def test_workers_that_end_without_a_result_are_a_failure_with_their_last_words(folder: Path) -> None:
+def test_workers_that_end_without_a_result_fail_with_their_last_output(folder: Path) -> None:
     run = make_run(folder, 'print("the last words", flush=True)')
     outcome = end_of(run, start(run))
     assert (outcome.exit_code, outcome.attempt) == (1, None)
@@ -179,7 +181,7 @@ def test_workers_that_end_without_a_result_are_a_failure_with_their_last_words(f
     ]
 
 
-def test_an_attempt_without_a_result_gets_the_failure_as_its_result(folder: Path) -> None:
+def test_failure_becomes_the_result_of_an_attempt_without_one(folder: Path) -> None:
     run = make_run(folder, "claim()")
     assert end_of(run, start(run)).attempt == 1
     result = read_json(run.attempt(1).result)
@@ -187,7 +189,7 @@ def test_an_attempt_without_a_result_gets_the_failure_as_its_result(folder: Path
     assert result["exit_code"] == 1
 
 
-def test_the_result_of_an_earlier_submission_does_not_count(folder: Path) -> None:
+def test_result_of_an_earlier_submission_does_not_count(folder: Path) -> None:
     run = make_run(folder, "pass")
     run.attempt(1).path.mkdir()
     write_json(run.attempt(1).result, {"exit_code": 0, "cause": "done long ago"})
@@ -195,7 +197,7 @@ def test_the_result_of_an_earlier_submission_does_not_count(folder: Path) -> Non
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
-def test_a_signal_to_the_node_task_becomes_a_stop_request(folder: Path, number: signal.Signals) -> None:
+def test_signal_to_the_node_task_becomes_a_stop_request(folder: Path, number: signal.Signals) -> None:
     run = make_run(folder, WAIT_FOR_STOP)
     job = start(run)
     wait_for(lambda: run.attempt_numbers())
@@ -213,7 +215,7 @@ def test_sigterm_to_the_controller_saves_and_stops(folder: Path) -> None:
     assert end_of(run, job) == job_outcome(75, "stopped: SIGTERM", 1)
 
 
-def test_a_stop_request_reaches_the_workers(folder: Path) -> None:
+def test_stop_request_reaches_the_workers(folder: Path) -> None:
     run = make_run(folder, WAIT_FOR_STOP, processes=2)
     job = start(run)
     wait_for(lambda: run.attempt_numbers())
@@ -221,15 +223,15 @@ def test_a_stop_request_reaches_the_workers(folder: Path) -> None:
     assert end_of(run, job) == job_outcome(75, "stopped: outlast stop", 1)
 
 
-def test_stop_now_ends_the_workers_without_asking_them(folder: Path) -> None:
+def test_stop_now_kills_the_workers_without_saving(folder: Path) -> None:
     run = make_run(folder, FOREVER)
     job = start(run)
     wait_for(lambda: run.attempt_numbers())
     request_stop(run, "outlast stop --now", now=True)
-    assert end_of(run, job) == job_outcome(1, "stopped at once, without saving, as asked", 1)
+    assert end_of(run, job) == job_outcome(1, "stopped at once without saving, as requested", 1)
 
 
-def test_a_later_request_can_only_make_a_stop_more_urgent(tmp_path: Path) -> None:
+def test_later_stop_request_can_only_be_more_urgent(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     seen = []
     for reason, now in (
@@ -246,7 +248,7 @@ def test_a_later_request_can_only_make_a_stop_more_urgent(tmp_path: Path) -> Non
     assert seen == [("first", False)] * 2 + [("third", True)] * 3
 
 
-def test_submitting_removes_a_standing_stop_request(folder: Path) -> None:
+def test_submission_removes_an_old_stop_request(folder: Path) -> None:
     run = make_run(folder, 'finish(claim(), 0, "stop stands: " + str(run.stop.exists()))')
     request_stop(run, "of yesterday", now=True)
     assert end_of(run, start(run)) == job_outcome(0, "stop stands: False", 1)
@@ -255,25 +257,25 @@ def test_submitting_removes_a_standing_stop_request(folder: Path) -> None:
 @pytest.mark.parametrize(
     "victim", ["submitit.core._submit", "submitit.local._local", "torch.distributed.run"]
 )
-def test_a_killed_process_leaves_no_orphan(folder: Path, victim: str) -> None:
+def test_killed_process_leaves_no_orphan(folder: Path, victim: str) -> None:
     tracking = "import time\ntime.sleep(600)"
     run = make_run(folder, FOREVER, processes=2, tracking=tracking)
     job = start(run)
     wait_for(lambda: worker_pid(run, 0, 0) and worker_pid(run, 0, 1))
     family = tree(job)
-    assert len(family) == 6  # controller, node task, mirror, agent, two workers
+    assert len(family) == 6  # controller, node task, tracking sidecar, agent, two workers
     [pid] = [pid for pid in family if victim in command_line(pid)]
     os.kill(pid, signal.SIGKILL)
     wait_for(lambda: not any(is_alive(pid) for pid in family))
     wait_for(lambda: list(temporary_files(folder).iterdir()) == [])
-    assert state(run, job) == "ended"
+    assert job_state(run, job) == "ended"
     if victim == "torch.distributed.run":
         assert outcome_of(run, job).cause.startswith("the workers ended without a result (torchrun: -9)")
     else:
         assert outcome_of(run, job).cause.startswith("the job ended without a word, as when its node is lost")
 
 
-def test_a_worker_that_left_its_session_does_not_outlive_the_job(folder: Path) -> None:
+def test_process_in_another_session_does_not_outlive_the_job(folder: Path) -> None:
     run = make_run(
         folder,
         """
@@ -288,7 +290,7 @@ finish(claim(), 0, "done")
     assert not is_alive(int((run.path / "stray").read_text()))
 
 
-def test_the_mirror_is_told_to_drain_and_waited_for(folder: Path) -> None:
+def test_job_waits_for_the_tracking_sidecar_to_drain(folder: Path) -> None:
     tracking = "import os, signal, sys, time\nfrom pathlib import Path\nfrom gpt.run.run_dir import RunDir\n"
     tracking += "run = RunDir(Path(sys.argv[1]))\n" + WRITES_75_WHEN_TERMINATED
     worker = """
@@ -301,15 +303,13 @@ finish(claim(), 0, "done")
     assert (run.path / "drained").read_text() == "yes"
 
 
-def test_a_mirror_that_fails_does_not_matter(folder: Path) -> None:
+def test_failure_of_the_tracking_sidecar_does_not_matter(folder: Path) -> None:
     run = make_run(folder, 'time.sleep(1); finish(claim(), 0, "done")', tracking="raise SystemExit(3)")
     assert end_of(run, start(run)) == job_outcome(0, "done", 1)
 
 
-def test_the_last_checkpoint_is_at_the_second_place_when_the_job_has_ended(
-    folder: Path, tmp_path: Path
-) -> None:
-    """The worker ends as soon as it has committed: the copy is made by a process that outlives it."""
+def test_last_checkpoint_is_mirrored_when_the_job_has_ended(folder: Path, tmp_path: Path) -> None:
+    """The worker ends as soon as it has committed; the mirroring sidecar outlives it and copies."""
     (tmp_path / "second").mkdir()
     worker = f"""
 import shutil
@@ -324,7 +324,7 @@ finish(claim(), 0, "done")
     assert list(verify(tmp_path / "second" / "run" / "checkpoints" / "step-00000005")) == []
 
 
-def test_the_job_runs_the_code_as_submitted_and_not_the_current_folders(
+def test_job_runs_the_submitted_code_and_not_the_current_folder(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoy = tmp_path / "checkout" / "gpt"
@@ -335,7 +335,7 @@ def test_the_job_runs_the_code_as_submitted_and_not_the_current_folders(
     assert end_of(run, start(run)) == job_outcome(0, str(run.code / "gpt" / "config" / "run.py"), 1)
 
 
-def test_the_job_survives_its_submitters_terminal(folder: Path) -> None:
+def test_job_survives_the_terminal_of_its_submitter(folder: Path) -> None:
     run = make_run(folder, WAIT_FOR_STOP)
     program = f"from pathlib import Path; from gpt.run.run_dir import RunDir; \
 from launcher.commands.submit import submit; \
@@ -349,14 +349,14 @@ submit(RunDir(Path({str(folder)!r})), 'launch'); print('submitted')"
     assert job is not None
     assert os.getsid(job.pid or 0) != submitter.pid
     wait_for(lambda: run.attempt_numbers())
-    with pytest.raises(LaunchError, match=rf"has a job already \(local {job.job_id} on .*, running\)"):
+    with pytest.raises(LaunchError, match=rf"already has a job \(local {job.job_id} on .*, running\)"):
         refuse_while_alive(run)
     request_stop(run, "test")
     assert end_of(run, job).exit_code == 75
     refuse_while_alive(run)
 
 
-def test_a_submission_that_fails_says_why(folder: Path) -> None:
+def test_failed_submission_says_why(folder: Path) -> None:
     run = make_run(folder, "pass")
     run.cluster.write_text("{}")
     with pytest.raises(
@@ -365,7 +365,7 @@ def test_a_submission_that_fails_says_why(folder: Path) -> None:
         start(run)
 
 
-def test_a_copy_of_a_run_is_not_held_by_the_originals_job_and_a_moved_one_is(tmp_path: Path) -> None:
+def test_job_blocks_a_moved_run_but_not_a_copy(tmp_path: Path) -> None:
     original, copy = RunDir(tmp_path / "original"), RunDir(tmp_path / "copy")
     original.path.mkdir()
     process = identity(os.getpid())
@@ -377,23 +377,23 @@ def test_a_copy_of_a_run_is_not_held_by_the_originals_job_and_a_moved_one_is(tmp
     refuse_while_alive(copy)
     moved = RunDir(original.path.rename(tmp_path / "moved"))
     assert read_job(moved) == job
-    with pytest.raises(LaunchError, match=r"has a job already"):
+    with pytest.raises(LaunchError, match=r"already has a job"):
         refuse_while_alive(moved)
 
 
-def test_a_process_id_used_again_is_not_the_job(tmp_path: Path) -> None:
+def test_reused_process_id_is_not_the_job(tmp_path: Path) -> None:
     mine = job_record(1, "local", "1", os.uname().nodename, os.getpid(), "another-boot/17", 0, 0.0)
-    assert state(RunDir(tmp_path), mine) == "ended"
+    assert job_state(RunDir(tmp_path), mine) == "ended"
 
 
-def test_a_local_job_of_another_host_is_unknown_here(tmp_path: Path) -> None:
+def test_local_job_of_another_host_is_unknown(tmp_path: Path) -> None:
     assert (
-        state(RunDir(tmp_path), job_record(1, "local", "1", "elsewhere", os.getpid(), "x", 0, 0.0))
+        job_state(RunDir(tmp_path), job_record(1, "local", "1", "elsewhere", os.getpid(), "x", 0, 0.0))
         == "unknown"
     )
 
 
-def test_workers_on_a_cpu_share_its_cores() -> None:
+def test_workers_share_the_cores_of_the_cpu() -> None:
     cores = len(os.sched_getaffinity(0))
     cluster = ClusterConfig(kind="local", processes_per_node=2)
     environment = worker_environment(cluster, HERE, 3, "", {"A": "b"})
@@ -401,28 +401,28 @@ def test_workers_on_a_cpu_share_its_cores() -> None:
     assert environment["A"] == "b"
 
 
-def test_a_slurm_node_uses_the_cores_that_slurm_gave_it() -> None:
-    here = Place("slurm-7", 0, 0, 1, "node1", "7")
+def test_slurm_node_uses_the_allocated_cores() -> None:
+    here = NodeIdentity("slurm-7", 0, 0, 1, "node1", "7")
     environment = worker_environment(ClusterConfig(kind="slurm"), here, 0, "", {"SLURM_CPUS_ON_NODE": "1"})
     assert environment["OMP_NUM_THREADS"] == "1"
 
 
-def test_the_cluster_files_environment_has_the_last_word() -> None:
+def test_environment_of_the_cluster_file_overrides_the_others() -> None:
     cluster = ClusterConfig(kind="local", environment={"OMP_NUM_THREADS": "7", "NCCL_DEBUG": "INFO"})
     environment = worker_environment(cluster, HERE, 0, "", {"OMP_NUM_THREADS": "3"})
     assert (environment["OMP_NUM_THREADS"], environment["NCCL_DEBUG"]) == ("7", "INFO")
 
 
-def test_local_gpus_are_taken_from_those_that_the_caller_may_use() -> None:
+def test_local_job_uses_the_gpus_of_the_caller() -> None:
     cluster = ClusterConfig(kind="local", gpus_per_node=2)
     inherited = {"CUDA_VISIBLE_DEVICES": "0,1", "OUTLAST_CUDA_VISIBLE_DEVICES": "5,GPU-7,6"}
     assert worker_environment(cluster, HERE, 0, "", inherited)["CUDA_VISIBLE_DEVICES"] == "5,GPU-7"
 
 
-def test_a_slurm_node_task_outside_slurm_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slurm_node_task_outside_slurm_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLURM_NODEID", raising=False)
     with pytest.raises(LaunchError, match=r"^not inside a Slurm job: 'SLURM_NODEID' is not set$"):
-        find_place(ClusterConfig(kind="slurm"))
+        scheduler_of("slurm").node_identity()
 
 
 def command_line(pid: int) -> str:

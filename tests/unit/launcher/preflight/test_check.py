@@ -14,12 +14,13 @@ from gpt.config.run import RunConfig
 from gpt.run.exit_codes import exit_code_of
 from gpt.run.json_file import read_json
 from launcher.cluster import ClusterConfig
-from launcher.preflight.check import check_disk, check_machine, examine
-from launcher.preflight.findings import Findings
+from launcher.findings import Findings
+from launcher.preflight.check import check_disk, examine
 from launcher.preflight.plan import host_memory_warning, plan
 from launcher.request import Request
 from launcher.runs.recipes import recipe_names, run_tables
 from launcher.runs.store import create_run, next_run_folder, read_cluster, read_config
+from launcher.scheduler.registry import scheduler_of
 from tests.paths import ROOT
 from tests.unit.launcher.support import make_data
 
@@ -277,11 +278,11 @@ def test_too_little_host_memory_for_asynchronous_saves_warns(monkeypatch: pytest
         assert host_memory_warning(config, nodes.model_copy(update={"mem": mem})) is None
     checkpoint = config.checkpoint.model_copy(update={"asynchronous": False})
     assert host_memory_warning(config.model_copy(update={"checkpoint": checkpoint}), nodes) is None
-    monkeypatch.setattr("launcher.preflight.plan.available_bytes", lambda: 6 << 30)
+    monkeypatch.setattr("launcher.scheduler.local.available_bytes", lambda: 6 << 30)
     warning = host_memory_warning(config, LOCAL)  # its CPU trains, so the host holds the whole state
     assert warning is not None
     assert "(free on this machine)" in warning
-    monkeypatch.setattr("launcher.preflight.plan.available_bytes", lambda: 600 << 30)
+    monkeypatch.setattr("launcher.scheduler.local.available_bytes", lambda: 600 << 30)
     assert host_memory_warning(config, LOCAL) is None
 
 
@@ -339,7 +340,7 @@ def test_slurm_without_slurm_says_where_to_launch(
 
 def test_more_processes_than_cores_warn() -> None:
     findings = Findings()
-    check_machine(ClusterConfig(kind="local", processes_per_node=4096), findings)
+    scheduler_of("local").check_machine(ClusterConfig(kind="local", processes_per_node=4096), findings)
     assert findings.problems == []
     [warning] = findings.warnings
     assert warning.startswith("4096 processes share ")
