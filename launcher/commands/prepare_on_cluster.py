@@ -51,7 +51,7 @@ class PartOfPreparation:
 
 
 @dataclass
-class Share:
+class TaskShare:
     """A part of the pieces, and the job that works on it."""
 
     number: int
@@ -88,10 +88,10 @@ class ClusterEncoder:
             PartOfPreparation(folder, tuple(pieces[number::count]), settings, self._workers, task)
             for number in range(count)
         ]
-        shares: list[Share] = []
+        shares: list[TaskShare] = []
         try:
             for number, (part, job) in enumerate(zip(parts, self._submit(parts), strict=True), 1):
-                shares.append(Share(number, part.pieces, job))
+                shares.append(TaskShare(number, part.pieces, job))
                 yield _message(f"task {number} of {count}: {self._cluster.kind} job {job.job_id}")
             yield from self.follow(shares, parts[0] if parts else None, folder, task)
         finally:
@@ -100,7 +100,7 @@ class ClusterEncoder:
                     self._scheduler.cancel(share.job)
 
     def follow(
-        self, shares: list[Share], part: PartOfPreparation | None, folder: Path, task: Task
+        self, shares: list[TaskShare], part: PartOfPreparation | None, folder: Path, task: Task
     ) -> Generator[Advance | Piece, None, None]:
         """Report the pieces as the jobs commit them; `part` is the model for a job that starts again."""
         waiting = {piece for share in shares for piece in share.pieces}
@@ -147,7 +147,7 @@ class ClusterEncoder:
         except LaunchError as error:
             raise LaunchError(f"the tasks could not be submitted: {error}") from error
 
-    def _ask_scheduler(self, shares: list[Share]) -> None:
+    def _ask_scheduler(self, shares: list[TaskShare]) -> None:
         """Update the standing of all jobs, once every few seconds."""
         if time.monotonic() < self._next_question:
             return
@@ -168,7 +168,7 @@ class ClusterEncoder:
             submitted_at=0.0,
         )
 
-    def _is_over(self, share: Share, folder: Path) -> bool:
+    def _is_over(self, share: TaskShare, folder: Path) -> bool:
         """Whether the job has a result, or has ended without one."""
         from submitit.core.utils import JobPaths
 
@@ -182,7 +182,7 @@ class ClusterEncoder:
         # Its result may be on the file system already, and not visible to this machine yet.
         return time.monotonic() - share.ended_since >= self._scheduler.result_delay_s
 
-    def _why_failed(self, share: Share, folder: Path) -> str:
+    def _why_failed(self, share: TaskShare, folder: Path) -> str:
         from submitit.core.utils import JobPaths, pickle_load
 
         paths = JobPaths(_job_folder(folder), share.job.job_id)
