@@ -44,7 +44,7 @@ class _Failpoint:
 
 def reach(place: str) -> None:
     """Do what the environment asks for at `place`. May raise OSError."""
-    armed = _armed()
+    armed = armed_failpoint()
     if armed is None or armed.place != place:
         return
     match armed.action:
@@ -62,7 +62,7 @@ def reach(place: str) -> None:
 
 
 @cache
-def _armed() -> _Failpoint | None:
+def armed_failpoint() -> _Failpoint | None:
     """The failpoint that the environment sets for this process."""
     entries = os.environ.get(Variable.FAILPOINTS, "").split(",")
     generation = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

@@ -53,7 +53,7 @@ class PartOfPreparation:
 
 
 @dataclass
-class Share:
+class TaskShare:
     """A part of the chunks, and the job that works on it."""
 
     number: int
@@ -95,10 +95,10 @@ class ClusterEncoder:
             PartOfPreparation(folder, tuple(chunks[number::count]), settings, self._workers, task)
             for number in range(count)
         ]
-        shares: list[Share] = []
+        shares: list[TaskShare] = []
         try:
             for number, (part, job) in enumerate(zip(parts, self._submit(parts), strict=True), 1):
-                shares.append(Share(number, part.chunks, job))
+                shares.append(TaskShare(number, part.chunks, job))
                 yield _message(f"task {number} of {count}: {self._cluster.kind} job {job.job_id}")
             yield from self.follow(shares, parts[0] if parts else None, folder, task)
         finally:
@@ -107,7 +107,7 @@ class ClusterEncoder:
                     self._scheduler.cancel(share.job)
 
     def follow(
-        self, shares: list[Share], part: PartOfPreparation | None, folder: Path, task: Task
+        self, shares: list[TaskShare], part: PartOfPreparation | None, folder: Path, task: Task
     ) -> Generator[Advance | Chunk, None, None]:
         """Report the chunks as the jobs commit them; `part` is the model for a job that starts again."""
         waiting = {chunk for share in shares for chunk in share.chunks}
@@ -154,7 +154,7 @@ class ClusterEncoder:
         except LaunchError as error:
             raise LaunchError(f"the tasks could not be submitted: {error}") from error
 
-    def _ask_scheduler(self, shares: list[Share]) -> None:
+    def _ask_scheduler(self, shares: list[TaskShare]) -> None:
         """Update the standing of all jobs, once every few seconds."""
         if time.monotonic() < self._next_question:
             return
@@ -175,7 +175,7 @@ class ClusterEncoder:
             submitted_at=0.0,
         )
 
-    def _is_over(self, share: Share, folder: Path) -> bool:
+    def _is_over(self, share: TaskShare, folder: Path) -> bool:
         """Whether the job has a result, or has ended without one."""
         from submitit.core.utils import JobPaths
 
@@ -189,7 +189,7 @@ class ClusterEncoder:
         # Its result may be on the file system already, and not visible to this machine yet.
         return time.monotonic() - share.ended_since >= self._scheduler.result_delay_s
 
-    def _why_failed(self, share: Share, folder: Path) -> str:
+    def _why_failed(self, share: TaskShare, folder: Path) -> str:
         from submitit.core.utils import JobPaths, pickle_load
 
         paths = JobPaths(_job_folder(folder), share.job.job_id)

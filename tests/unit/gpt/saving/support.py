@@ -163,7 +163,7 @@ def _rank(folder: Path, meeting: Path, rank: int, steps: Sequence[int], failpoin
 def arm(patch: pytest.MonkeyPatch, failpoint: str) -> None:
     """Set a failpoint in this process."""
     patch.setenv("OUTLAST_FAILPOINTS", failpoint)
-    patch.setattr(failpoints, "_armed", inspect.unwrap(failpoints._armed))
+    patch.setattr(failpoints, "armed_failpoint", inspect.unwrap(failpoints.armed_failpoint))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from data_pipeline.prepare.progress import Progress
 from data_pipeline.sources.files import SourceFile
 from data_pipeline.sources.spans import Span
 from launcher.cluster import ClusterConfig
-from launcher.commands.prepare_on_cluster import ClusterEncoder, Share
+from launcher.commands.prepare_on_cluster import ClusterEncoder, TaskShare
 from launcher.scheduler.protocol import SubmittedJob
 from tests.unit.data_pipeline.support import config, files_of, packaged_texts, write_jsonl
 from tests.unit.launcher.fake_slurm import FakeJob, FakeSlurm
@@ -104,7 +104,7 @@ def test_slurm_is_asked_about_all_jobs_at_once_and_every_five_seconds(
     monkeypatch.setattr("launcher.commands.prepare_on_cluster.is_done", lambda *_: now[0] >= 60)
     source = SourceFile("a", str(tmp_path / "a"), 9, 0)
     pieces = [Chunk((Span(source, start, start + 3),)) for start in (0, 3, 6)]
-    shares = [Share(number, (pieces[number],), SubmittedJob(f"7_{number}")) for number in range(3)]
+    shares = [TaskShare(number, (pieces[number],), SubmittedJob(f"7_{number}")) for number in range(3)]
     encoder = ClusterEncoder(ClusterConfig(kind="slurm"), 3, None)
     done = list(encoder.follow(shares, None, tmp_path, "hash"))
     assert {piece for piece in done if isinstance(piece, Chunk)} == set(pieces)
