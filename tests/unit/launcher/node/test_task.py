@@ -272,7 +272,7 @@ def test_killed_process_leaves_no_orphan(folder: Path, victim: str) -> None:
     if victim == "torch.distributed.run":
         assert outcome_of(run, job).cause.startswith("the workers ended without a result (torchrun: -9)")
     else:
-        assert outcome_of(run, job).cause.startswith("the job ended without a word, as when its node is lost")
+        assert outcome_of(run, job).cause.startswith("the job ended without reporting an outcome")
 
 
 def test_process_in_another_session_does_not_outlive_the_job(folder: Path) -> None:
