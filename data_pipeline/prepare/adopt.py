@@ -28,6 +28,7 @@ def adopt(
     val: Sequence[str],
     tokenizer: str,
     tokenizer_pattern: str | None = None,
+    end_of_text: str | None = None,
     warn: Callable[[str], None] = lambda _: None,
 ) -> tuple[Path, Manifest]:
     """The folder and the new manifest of the shards with these path prefixes (Megatron's names for them).
@@ -35,7 +36,7 @@ def adopt(
     `warn` is called with each warning for the user. Raises ConfigError with every prefix that names no shard;
     DataError for files that their index does not describe and for ids outside the vocabulary.
     """
-    encoding = load_encoding(tokenizer, tokenizer_pattern)
+    encoding = load_encoding(tokenizer, tokenizer_pattern, end_of_text)
     paths = [Path(prefix.removesuffix(".bin").removesuffix(".idx")).absolute() for prefix in (*train, *val)]
     folder = _common_folder(paths)
     dtypes = {path.name: read_header(path.with_name(f"{path.name}.idx")).dtype for path in paths}

@@ -31,6 +31,13 @@ class DataPrepConfig(Section):
         description="How the encoding of a .tiktoken file splits text: a tiktoken name or a regular "
         "expression. Required unless tiktoken publishes a file of that name.",
     )
+    end_of_text: str | None = Field(
+        default=None,
+        min_length=1,
+        description="The end-of-text of a .tiktoken file as TOKEN=ID, for example <|end_of_text|>=128001 for "
+        "Llama 3. Default: <|endoftext|> with the next free id; refused if that is another token of a known "
+        "tokenizer.",
+    )
     encoder: EncoderChoice = Field(
         default="auto",
         description="auto encodes with gigatoken or fastokens if installed, and checks their ids against "

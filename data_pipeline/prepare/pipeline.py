@@ -85,7 +85,8 @@ def _open_inputs(config: DataPrepConfig) -> tuple[Encoding, list[SourceFile | Ro
     sources: list[SourceFile | RowSource] = []
     ignored = 0
     try:
-        encoding = load_encoding(config.tokenizer, config.tokenizer_pattern)
+        encoding = load_encoding(config.tokenizer, config.tokenizer_pattern, config.end_of_text)
+        encoding.require_lossless()
     except (ConfigError, DataError) as error:
         problems.append(str(error))
     try:

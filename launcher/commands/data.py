@@ -63,7 +63,8 @@ def prepare(
 def _print_counts(made: Manifest) -> None:
     click.echo(
         f"{made.train_tokens:,} training tokens and {made.val_tokens:,} validation tokens from "
-        f"{made.documents:,} documents, tokenizer {made.encoding.name}",
+        f"{made.documents:,} documents, tokenizer {made.encoding.name}, end-of-text "
+        f"{made.encoding.end_of_text}",
         err=True,
     )
 
@@ -72,14 +73,18 @@ def adopt(prefixes: Sequence[str], val: Sequence[str], options: dict[str, Any]) 
     """Make existing Megatron files a data set without copying them; the exit code. Prints its folder last."""
     from data_pipeline.prepare.adopt import adopt
 
-    foreign = sorted(set(options) - {"tokenizer"})
+    options = dict(options)
+    settings = with_overrides({}, options.pop("set", ()))
+    foreign = [f"--{name.replace('_', '-')}" for name in options if name not in ("tokenizer", "end_of_text")]
+    foreign += [f"--set {name}" for name in settings if name not in ("tokenizer_pattern", "end_of_text")]
     if foreign:
         raise ConfigError(
-            f"--adopt uses existing files as they are and cannot be combined with --{', --'.join(foreign)}."
+            f"--adopt uses existing files as they are and cannot be combined with {', '.join(foreign)}."
         )
     if "tokenizer" not in options:
         raise ConfigError("--tokenizer must be given: the files do not record which tokenizer encoded them.")
-    folder, made = adopt(prefixes, val, options["tokenizer"], warn=lambda text: click.echo(text, err=True))
+    settings |= {key: options[key] for key in ("tokenizer", "end_of_text") if key in options}
+    folder, made = adopt(prefixes, val, **settings, warn=lambda text: click.echo(text, err=True))
     _print_counts(made)
     click.echo(folder)
     return 0

@@ -39,6 +39,6 @@ def test_the_inspect_command_prints_counts_a_histogram_and_text(made: Path) -> N
     assert done.exception is None
     manifest = read_manifest(made)
     assert f"{manifest.train_tokens:,}" in done.output
-    assert "tokenizer outlast-4k, 4,096 ids, stored as uint16" in done.output
+    assert "tokenizer outlast-4k with 4,096 ids, stored as uint16" in done.output
     assert "512 – 1,023" in done.output
     assert done.output.count("── train-") == 3
