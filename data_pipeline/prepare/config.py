@@ -16,8 +16,9 @@ class DataPrepConfig(Section):
 
     sources: tuple[str, ...] = Field(
         default=(),
-        description="Files, folders and globs, local or at s3://, gs:// or hf://. Supported kinds: .parquet, "
-        ".jsonl and .txt, the last two also with .gz or .zst.",
+        description="Files, folders and globs, local or at s3://, gs:// or hf://. Supported kinds: .jsonl, "
+        ".ndjson, .json (one object a line, or an array), .txt, .csv and .tsv (with a header), each also "
+        "with .gz, .zst, .xz or .bz2; .parquet and .arrow.",
     )
     datasets: tuple[HubDataset, ...] = Field(
         default=(), description="Hugging Face data sets, named on the hub or in a local folder."
@@ -47,7 +48,14 @@ class DataPrepConfig(Section):
     text_field: str = Field(
         default="text",
         min_length=1,
-        description="Field of a JSON line, or column of a table, that contains the text.",
+        description="Field of a JSON object, or column of a table, that contains the text. A path such as "
+        "meta.text names a nested one.",
+    )
+    document_separator: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Text between the documents of a .txt file, for example <|endoftext|>. A separator on a "
+        "line of its own takes that line with it. Default: a .txt file is one document.",
     )
     val_fraction: float = Field(
         default=0.005,

@@ -141,8 +141,8 @@ class Encoding:
             if found != text:
                 raise ConfigError(
                     f"tokenizer {self.name!r} loses text, because its split pattern {self.pattern!r} does "
-                    f"not cover every character: {text[:40]!r} becomes {found[:40]!r}. Correct the pattern; a "
-                    f"backslash is written once, while a tokenizer.json shows it twice"
+                    f"not cover every character: {text[:40]!r} becomes {found[:40]!r}. Correct the pattern; "
+                    f"a backslash is written once, while a tokenizer.json shows it twice"
                 )
 
     def token_bytes(self) -> NDArray[np.int64]:
