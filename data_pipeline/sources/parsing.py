@@ -180,7 +180,7 @@ def document_from_json(line: bytes, text_field: str) -> bytes | Broken:
     except orjson.JSONDecodeError:
         # orjson is stricter than JSON in use (NaN, lone surrogates, depth), so Python's parser decides.
         try:
-            value = json.loads(line.decode(), parse_int=_ignore_integer)
+            value = json.loads(line.rstrip(b"\r\n").decode(), parse_int=_ignore_integer)
         except UnicodeDecodeError as error:
             return Broken("not valid UTF-8", error.start + 1)
         except json.JSONDecodeError as error:

@@ -139,7 +139,7 @@ def inspect(folder: Path, documents: int, seed: int) -> int:
     for reason, count in made.skipped.items():
         console.print(_describe_skipped(reason, count), markup=False)
     if made.sources:
-        console.print(_describe_sources(made), markup=False)
+        console.print(_describe_sources(made), markup=False, soft_wrap=True)
     histogram = Table("tokens per document", "train", "val", "")
     most = max((*found["train"].counts, *found["val"].counts), default=0)
     for power in range(max(len(found["train"].counts), len(found["val"].counts))):
