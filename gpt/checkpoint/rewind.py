@@ -24,7 +24,7 @@ def rewind(
     steps = [number for number, _ in checkpoints]
     if step not in steps:
         known = ", ".join(map(str, steps)) or "none"
-        raise LaunchError(f"there is no checkpoint of step {step}; there are: {known}.")
+        raise LaunchError(f"there is no checkpoint of step {step}. Available steps: {known}.")
     report(f"verifying every byte of the checkpoint of step {step}")
     bad = next(verify(dict(checkpoints)[step]), None)
     if bad is not None:
