@@ -120,7 +120,7 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         if was == value:
             continue
         if key == "sources":
-            changed = sorted({name for name, _ in set(was or ()) ^ set(value)})
+            changed = sorted({name for name, _ in set(was or ()) ^ set(value or ())})
             changes.append(f"sources (for example {changed[0]})" if changed else "the order of sources")
         elif key == "fingerprint":
             changes.append("the tokenizer's ids")
