@@ -83,7 +83,8 @@ def test_a_task_that_fails_again_and_again_ends_the_preparation_with_its_reason(
 
     with pytest.raises(DataError) as error:
         prepare(wanted, with_messages(seen, lose_the_source), Spread(LOCAL, 1, workers=1))
-    assert str(error.value).startswith("task 1 failed 3 times, at last: FileNotFoundError: [Errno 2]")
+    assert str(error.value).startswith("task 1 failed 3 times, at last: ")
+    assert "a.jsonl: it cannot be read any more: No such file" in str(error.value)
     assert str(error.value).endswith("What is finished stays; run again to continue")
     assert sum("starts again" in message for message in seen) == 2
     source.write_bytes(text)
