@@ -115,8 +115,10 @@ def intact_candidates(run_dir: RunDir, step: int | None) -> Iterator[tuple[int, 
     """
     candidates = [(s, folder) for s, folder in committed(run_dir.checkpoints) if step in (None, s)]
     if not candidates:
-        which = "checkpoint" if step is None else f"checkpoint of step {step}"
-        raise ConfigError(f"{run_dir.path} has no {which} yet")
+        if step is None:
+            raise ConfigError(f"{run_dir.path} has no checkpoint yet")
+        known = ", ".join(str(s) for s, _ in committed(run_dir.checkpoints)) or "none"
+        raise ConfigError(f"{run_dir.path} has no checkpoint of step {step}. Available steps: {known}.")
     for found, folder in reversed(candidates):
         try:
             reader = CheckpointReader(folder)

@@ -26,8 +26,10 @@ def print_plan(run: str, cluster: str, overrides: Sequence[str], *, as_json: boo
 
 def show_plan(request: Request, mfu: float = ASSUMED_MFU) -> None:
     """Print the plan of a request on standard output, as an aligned table."""
-    for name, value in table(plan(request.config, request.cluster, request.train_tokens, mfu)):
-        click.echo(f"{name:<32}{value}")
+    rows = table(plan(request.config, request.cluster, request.train_tokens, mfu))
+    width = max(32, *(len(name) + 2 for name, _ in rows))  # the path of a source can be long
+    for name, value in rows:
+        click.echo(f"{name:<{width}}{value}")
 
 
 def show_warnings(request: Request) -> None:

@@ -232,7 +232,7 @@ def table(plan: Plan) -> list[tuple[str, str]]:
     """The plan as rows of name and value."""
     return [
         ("parameters", f"{plan.parameters:,}"),
-        ("processes", f"{plan.world_size}, with {plan.micro_batches} micro-batches per step each"),
+        ("processes", f"{plan.world_size}, each with {plan.micro_batches} micro-batches per step"),
         ("steps", f"{plan.steps:,}"),
         ("tokens", f"{plan.tokens:,}" + (f" ({plan.epochs:.2f} epochs)" if plan.epochs is not None else "")),
         *(

@@ -189,7 +189,7 @@ def test_model_without_a_transformers_architecture_is_exported_with_our_names(
 
 def test_non_empty_folder_and_missing_step_are_refused(data: Path, tmp_path: Path) -> None:
     run_dir, _ = make_run(tmp_path / "run", data)
-    with pytest.raises(ConfigError, match="has no checkpoint of step 9 yet"):
+    with pytest.raises(ConfigError, match=r"has no checkpoint of step 9\. Available steps: \d"):
         export(run_dir, tmp_path / "out", step=9)
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine").touch()
