@@ -29,10 +29,10 @@ def step_with_more(self: Engine, lr: float) -> dict[str, Tensor]:
     return numbers
 
 
-def counted(values: Tensor, *args: Any, **kwargs: Any) -> Any:
+def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
     if kwargs.get("async_op"):
-        started.append(len(values))
-    return all_reduce(values, *args, **kwargs)
+        started.append(len(tensor))
+    return all_reduce(tensor, *args, **kwargs)
 
 
 Engine.step = step_with_more  # type: ignore[method-assign]
