@@ -23,7 +23,9 @@ def test_resuming_a_finished_run_changes_nothing(run: RunDir, capsys: pytest.Cap
     before = run.config.read_bytes()
     assert resume(run) == 0
     shown = capsys.readouterr()
-    assert shown.err.endswith("the run has finished: step 20 of 20\n")
+    assert (
+        "the run has finished: step 20 of 20. To train longer, add --set schedule.total_steps=" in shown.err
+    )
     assert shown.out == f"{run.path}\n"
     assert run.config.read_bytes() == before
     assert not run.job.exists()
@@ -101,10 +103,14 @@ def test_resuming_from_an_older_step_sets_later_checkpoints_aside(
 ) -> None:
     monkeypatch.setattr(follow_job, "submit", submit_what_ends_well)
     commit(run, 5, 10, 15)
-    with pytest.raises(LaunchError, match=r"^there is no checkpoint of step 7\. Available steps: 5, 10, 15\.$"):
+    with pytest.raises(
+        LaunchError, match=r"^there is no checkpoint of step 7\. Available steps: 5, 10, 15\.$"
+    ):
         resume(run, step=7)
     spoil(run, 10)
-    with pytest.raises(LaunchError, match=r"step 10 is corrupt: .*: byte 0: .*\. Other checkpoints: 5, 15\.$"):
+    with pytest.raises(
+        LaunchError, match=r"step 10 is corrupt: .*: byte 0: .*\. Other checkpoints: 5, 15\.$"
+    ):
         resume(run, step=10)
     assert [number for number, _ in committed(run.checkpoints)] == [5, 10, 15]
     assert resume(run, step=5) == 0
