@@ -9,6 +9,8 @@ import os
 from pathlib import Path
 from typing import IO, Any
 
+from data_pipeline.errors import DataError
+
 
 def write_durably(path: Path, content: bytes) -> None:
     """Write `content` to `path`; after a crash a reader finds either the old file or the complete new one."""
@@ -18,6 +20,16 @@ def write_durably(path: Path, content: bytes) -> None:
         fsync_file(file)
     temporary.replace(path)
     fsync_folder(path.parent)
+
+
+def require_writable(folder: Path) -> None:
+    """Raises DataError if no file can be created in `folder`."""
+    probe = folder / f".writable.{os.getpid()}"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise DataError(f"{folder}: no file can be created there: {error.strerror}") from None
 
 
 def rename_durably(source: Path, target: Path) -> None:

@@ -58,7 +58,7 @@ def list_remote(source: str) -> list[RemoteFile]:
 
     store, path = find_store(source)
     try:
-        if fsspec.core.has_magic(path):
+        if fsspec.core.has_magic(path) and not store.exists(path):  # a key may contain such characters
             found = store.glob(path, detail=True)
             fixed = PurePosixPath(path[: min(path.index(sign) for sign in "*?[" if sign in path)])
             base = fixed if path[len(str(fixed))] == "/" else fixed.parent

@@ -31,11 +31,12 @@ import torch.distributed as dist
 from data_pipeline.errors import LaunchError, OutlastError
 from gpt.config.run import RunConfig
 from gpt.distributed.world import barrier, from_first, join
-from gpt.run import record
 from gpt.run.attempts import Superseded, failures_in_a_row
+from gpt.run.bad_nodes import record_bad_node
 from gpt.run.environment import WorkerEnvironment
 from gpt.run.exit_codes import ExitCode, exit_code_of
 from gpt.run.failure_policy import Action, Trigger, action_on
+from gpt.run.records import BadNode
 from gpt.run.run_dir import RunDir
 from gpt.training.attempt import Attempt, AttemptOutcome, claim, finish, log_line
 from gpt.training.node_check import check_nodes
@@ -109,7 +110,7 @@ def _end_on_bad_nodes(attempt: Attempt, environment: WorkerEnvironment) -> Attem
             all_reduce_mb_per_s=round(mb),
         )
         for node, reason in found.bad.items():
-            record.append(run_dir.bad_nodes, node=node, reason=reason, attempt=number)
+            record_bad_node(run_dir, BadNode(node=node, reason=reason, attempt=number))
     reasons = "; ".join(f"{node}: {reason}" for node, reason in found.bad.items())
     action = action_on(Trigger.NODE_FAILED_CHECK, can_requeue=environment.can_requeue)
     if found.bad and action is Action.REQUEUE_ELSEWHERE:

@@ -124,6 +124,11 @@ class Manifest:
         return b'{"sha256": "' + hashlib.sha256(rest).hexdigest().encode() + b'",\n' + rest
 
 
+def is_shard_name(name: str) -> bool:
+    """Whether a manifest may give a shard this name."""
+    return _NAME.fullmatch(name) is not None
+
+
 def joint_fingerprint(manifests: Iterable[Manifest]) -> str:
     """Identifies the data of a run that reads these data sets in this order."""
     return "+".join(manifest.fingerprint for manifest in manifests)
@@ -191,7 +196,7 @@ def shard_from_json(content: Any) -> Shard:
     records = {kind: _record(content[kind]) for kind in ("bin", "idx", "sum")}
     shard = Shard(content["name"], content["tokens"], content["documents"], **records)
     _require_counts(shard.tokens, shard.documents)
-    if not isinstance(shard.name, str) or not _NAME.fullmatch(shard.name):
+    if not isinstance(shard.name, str) or not is_shard_name(shard.name):
         raise ValueError(f"shard name {shard.name!r} is not a plain file name")
     return shard
 

@@ -38,11 +38,16 @@ class Chunk:
 
 
 class ListedDocument(NamedTuple):
-    """A broken document: the number of its span in the chunk, its line in the span, and the reason."""
+    """A broken document: the number of its span in the chunk, its place in the span, and the reason.
+
+    `lost` is the number of documents that the reason leaves out.
+    """
 
     span: int
     line: int
     reason: str
+    column: int | None = None
+    lost: int = 1
 
 
 @dataclass
@@ -71,7 +76,7 @@ class ChunkRecord:
 
     def add_bad(self, bad: ListedDocument) -> None:
         """Count a broken document, and list it unless MOST_LISTED are listed already."""
-        self.bad[bad.reason] = self.bad.get(bad.reason, 0) + 1
+        self.bad[bad.reason] = self.bad.get(bad.reason, 0) + bad.lost
         if len(self.listed) < MOST_LISTED:
             self.listed.append(bad)
 

@@ -16,8 +16,9 @@ class DataPrepConfig(Section):
 
     sources: tuple[str, ...] = Field(
         default=(),
-        description="Files, folders and globs, local or at s3://, gs:// or hf://. Supported kinds: .parquet, "
-        ".jsonl and .txt, the last two also with .gz or .zst.",
+        description="Files, folders and globs, local or at s3://, gs:// or hf://. Supported kinds: .jsonl, "
+        ".ndjson, .json (one object a line, or an array), .txt, .csv and .tsv (with a header), each also "
+        "with .gz, .zst, .xz or .bz2; .parquet and .arrow.",
     )
     datasets: tuple[HubDataset, ...] = Field(
         default=(), description="Hugging Face data sets, named on the hub or in a local folder."
@@ -31,6 +32,13 @@ class DataPrepConfig(Section):
         description="How the encoding of a .tiktoken file splits text: a tiktoken name or a regular "
         "expression. Required unless tiktoken publishes a file of that name.",
     )
+    end_of_text: str | None = Field(
+        default=None,
+        min_length=1,
+        description="The end-of-text of a .tiktoken file as TOKEN=ID, for example <|end_of_text|>=128001 for "
+        "Llama 3. Default: <|endoftext|> with the next free id; refused if that is another token of a known "
+        "tokenizer.",
+    )
     encoder: EncoderChoice = Field(
         default="auto",
         description="auto encodes with gigatoken or fastokens if installed, and checks their ids against "
@@ -40,7 +48,14 @@ class DataPrepConfig(Section):
     text_field: str = Field(
         default="text",
         min_length=1,
-        description="Field of a JSON line, or column of a table, that contains the text.",
+        description="Field of a JSON object, or column of a table, that contains the text. A path such as "
+        "meta.text names a nested one.",
+    )
+    document_separator: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Text between the documents of a .txt file, for example <|endoftext|>. A separator on a "
+        "line of its own takes that line with it. Default: a .txt file is one document.",
     )
     val_fraction: float = Field(
         default=0.005,

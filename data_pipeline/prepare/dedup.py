@@ -28,14 +28,16 @@ def is_hashed(work: Path, chunk: Chunk) -> bool:
     return _hash_file(work, chunk).exists()
 
 
-def hash_chunk(work: Path, chunk: Chunk, text_field: str) -> Iterator[None]:
+def hash_chunk(
+    work: Path, chunk: Chunk, text_field: str, document_separator: str | None = None
+) -> Iterator[None]:
     """Write the xxh3_128 of each document that is neither broken nor empty, in order; durable at the end.
 
     Yields after each span.
     """
     hashes = bytearray()
     for span in chunk.spans:
-        for document in DocumentReader(span, text_field):
+        for document in DocumentReader(span, text_field, document_separator):
             if document and not isinstance(document, BadDocument):
                 hashes += xxhash.xxh3_128_digest(document)
         yield

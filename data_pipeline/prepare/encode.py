@@ -51,6 +51,7 @@ class EncodeSettings:
     seed: int
     shard_tokens: int
     deduplicate: bool = False
+    document_separator: str | None = None
 
 
 def encode_chunk(
@@ -92,11 +93,13 @@ def _encode_chunk(
     record.copies_note = xxhash.xxh3_128_hexdigest(note) if note else ""
     is_copy = iter(note or repeat(False))
     for number, span in enumerate(chunk.spans):
-        reader = DocumentReader(span, settings.text_field)
+        reader = DocumentReader(span, settings.text_field, settings.document_separator)
         reported_bytes = 0
         for document in reader:
             if isinstance(document, BadDocument):
-                record.add_bad(ListedDocument(number, document.line, document.reason))
+                record.add_bad(
+                    ListedDocument(number, document.line, document.reason, document.column, document.lost)
+                )
             elif not document:
                 record.empty += 1
             elif _next_is_copy(is_copy, chunk):
@@ -112,7 +115,9 @@ def _encode_chunk(
         yield Advance(span.size_bytes - reported_bytes, documents + val_documents, tokens + val_tokens)
         record.checksums.append(reader.checksum)
     record.train, record.val = train.finish(), val.finish()
-    record.listed.sort()  # documents that cannot be encoded are found later than unreadable ones
+    record.listed.sort(
+        key=lambda bad: (bad.span, bad.line, bad.reason)
+    )  # documents that cannot be encoded are found later than unreadable ones
     write_durably(temporary / RECORD_FILE, (json.dumps(asdict(record)) + "\n").encode())
     _commit(temporary, folder, chunk)
 

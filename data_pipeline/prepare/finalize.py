@@ -95,7 +95,23 @@ def _sources(
             part = {"start": span.start, "stop": span.stop, "xxh3_128": checksum}
             ranges[number[span.source.identity]].append(part)
     for source, parts in zip(sources, ranges, strict=True):
-        yield {"name": source.name, "size_bytes": source.size_bytes, "unit": source.unit, "ranges": parts}
+        yield {
+            "name": source.name,
+            "size_bytes": source.size_bytes,
+            "unit": source.unit,
+            "ranges": parts,
+            **source_version(source),
+        }
+
+
+def source_version(source: SourceFile | RowSource) -> dict[str, str | int]:
+    """What shows that a source is the same without reading it: where it is, and its version there.
+
+    Manifests of data sets that earlier versions prepared do not have these keys.
+    """
+    if isinstance(source, RowSource):
+        return {"version": source.fingerprint}
+    return {"location": source.location, "version": source.version}
 
 
 def _versions(records: Iterable[ChunkRecord]) -> dict[str, str]:

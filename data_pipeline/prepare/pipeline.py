@@ -28,7 +28,7 @@ from data_pipeline.prepare.progress import Advance, Progress, ProgressReporter
 from data_pipeline.prepare.resume_check import require_identical, require_same_settings
 from data_pipeline.prepare.split import split_into_chunks
 from data_pipeline.prepare.worker_pool import EncodeAll, encode_all, start_fork_server
-from data_pipeline.sources.files import SourceFile, find_files
+from data_pipeline.sources.files import SourceFile, describe_ignored, find_files
 from data_pipeline.sources.hub import RowSource, open_dataset
 from data_pipeline.sources.spans import locate_line
 from data_pipeline.tokenizer.encoding import Encoding, load_encoding
@@ -46,7 +46,7 @@ def prepare(
     """Create the data directory `config.out`, or continue an unfinished one, and return its manifest.
 
     `encode` encodes the chunks; the default does it on this machine. If `config.out` is complete and was
-    made with the same settings and sources (compared by name and size), it is returned unchanged.
+    made with the same settings and sources, it is returned unchanged.
 
     Raises ConfigError for wrong settings or a folder that contains something else. Raises DataError for
     broken documents, a worker that dies, or a full disk; finished work is then kept.
@@ -56,16 +56,16 @@ def prepare(
     encoding, sources, ignored = _open_inputs(config)
     reporter = ProgressReporter(report, sum(source.size_bytes for source in sources))
     if ignored:
-        reporter.message(f"ignoring {ignored} files of unsupported kinds in the folders")
+        reporter.message(describe_ignored(ignored))
     out, work = config.out, config.out / ".prepare"
     if (out / FILE_NAME).exists() and not work.exists():
-        return require_identical(out, encoding, _preparation(config), sources)
+        return _complete(config, encoding, sources, reporter)
     if out.exists() and not work.exists():
         _require_no_shards(out)
     try:
         with _locked(work):
             if (out / FILE_NAME).exists():  # the last run ended after the manifest, before the cleanup
-                manifest = require_identical(out, encoding, _preparation(config), sources)
+                manifest = _complete(config, encoding, sources, reporter)
             else:
                 manifest = _build(config, encoding, sources, reporter, encode)
         # The lock's file must be closed first, or NFS keeps it. A process that takes the lock from now on
@@ -78,14 +78,15 @@ def prepare(
     return manifest
 
 
-def _open_inputs(config: DataPrepConfig) -> tuple[Encoding, list[SourceFile | RowSource], int]:
-    """The encoding, the sources and the number of ignored files; raises ConfigError with every problem."""
+def _open_inputs(config: DataPrepConfig) -> tuple[Encoding, list[SourceFile | RowSource], list[str]]:
+    """The encoding, the sources and the ignored files; raises ConfigError with every problem."""
     problems: list[str] = []
     encoding: Encoding | None = None
     sources: list[SourceFile | RowSource] = []
-    ignored = 0
+    ignored: list[str] = []
     try:
-        encoding = load_encoding(config.tokenizer, config.tokenizer_pattern)
+        encoding = load_encoding(config.tokenizer, config.tokenizer_pattern, config.end_of_text)
+        encoding.require_lossless()
     except (ConfigError, DataError) as error:
         problems.append(str(error))
     try:
@@ -103,6 +104,18 @@ def _open_inputs(config: DataPrepConfig) -> tuple[Encoding, list[SourceFile | Ro
     if problems or encoding is None:
         raise ConfigError(problems)
     return encoding, sources, ignored
+
+
+def _complete(
+    config: DataPrepConfig,
+    encoding: Encoding,
+    sources: Sequence[SourceFile | RowSource],
+    reporter: ProgressReporter,
+) -> Manifest:
+    """The manifest of the complete data set, which must be the one that the user asks for."""
+    manifest = require_identical(config.out, encoding, _preparation(config), sources, reporter.message)
+    reporter.message(f"{config.out} is complete already, with the same settings and sources: nothing is done")
+    return manifest
 
 
 def _build(
@@ -150,6 +163,7 @@ def _encode(
         seed=config.seed,
         shard_tokens=config.shard_tokens,
         deduplicate=config.deduplicate,
+        document_separator=config.document_separator,
     )
     notes = {}
     if config.deduplicate:
@@ -216,7 +230,10 @@ def _require_no_shards(out: Path) -> None:
 
 def _preparation(config: DataPrepConfig) -> dict[str, Any]:
     """The settings that determine the ids, under the names that the manifest uses."""
+    # Data sets that were made before the setting existed have no such key.
+    separator = config.document_separator
     return {
+        **({} if separator is None else {"document_separator": separator}),
         "pipeline": _PIPELINE,
         "text_field": config.text_field,
         "val_fraction": config.val_fraction,
@@ -230,11 +247,14 @@ def _preparation(config: DataPrepConfig) -> dict[str, Any]:
 def _describe_broken(chunks: Sequence[Chunk], records: Mapping[Chunk, ChunkRecord], bad: Counter[str]) -> str:
     reasons = ", ".join(f"{count} × {reason}" for reason, count in bad.most_common())
     lines: list[str] = []
+    more = bad.total()
     for chunk in chunks:
         for listed in records[chunk].listed if chunk in records else ():
             if len(lines) < MOST_LISTED:
-                lines.append(f"{locate_line(chunk.spans[listed.span], listed.line)}: {listed.reason}")
-    more = bad.total() - len(lines)
+                place = locate_line(chunk.spans[listed.span], listed.line)
+                column = "" if listed.column is None else f":{listed.column}"
+                lines.append(f"{place}{column}: {listed.reason}")
+                more -= listed.lost
     return "\n".join(
         [
             f"broken documents: {reasons}",

@@ -10,7 +10,7 @@ from data_pipeline.sources.hub import RowSource
 from data_pipeline.sources.spans import Span
 
 # A rough estimate of the bytes of text per byte of the file, so that chunks take about equal time.
-_EXPANSION = {".gz": 4, ".zst": 4, ".parquet": 3}
+_EXPANSION = {".gz": 4, ".zst": 4, ".xz": 5, ".bz2": 5, ".parquet": 3}
 _LEAST_CHUNKS = 64
 _SMALLEST_BYTES = 4 << 20
 # Several workers share a compressed file in that each decompresses it up to its own part. Decompressing is
@@ -38,7 +38,9 @@ def split_into_chunks(sources: Sequence[SourceFile | RowSource], shard_tokens: i
 
 
 def _expansion(source: SourceFile | RowSource) -> int:
-    return _EXPANSION.get(PurePath(source.location).suffix, 1) if isinstance(source, SourceFile) else 1
+    return (
+        _EXPANSION.get(PurePath(source.location).suffix.lower(), 1) if isinstance(source, SourceFile) else 1
+    )
 
 
 class _Splitter:
@@ -77,10 +79,11 @@ class _Splitter:
         """Keep a file whole, or split it into parts of equal text if it has more than `share` bytes."""
         parts = min(_MOST_PARTS, source.size_bytes * _expansion(source) // share)
         # A remote file is not split, because every part would fetch it from the beginning.
-        if parts < 2 or source.suffix.startswith(".txt") or source.is_remote:
+        # Only of lines it is known where a part begins.
+        if parts < 2 or source.kind != "lines" or source.is_remote:
             self._add(Span(source, 0, source.size_bytes))
             return
-        text_bytes = int(source.size_bytes * text_per_byte(Path(source.location), source.suffix) / parts)
+        text_bytes = int(source.size_bytes * text_per_byte(Path(source.location), source.compression) / parts)
         for part in range(parts):
             start, stop = source.size_bytes * part // parts, source.size_bytes * (part + 1) // parts
             until = None if part == parts - 1 else text_bytes * (part + 1)

@@ -94,7 +94,7 @@ def _prepare_task(
 
 
 def _hash(folder: Path, settings: EncodeSettings, chunk: Chunk) -> Iterator[Advance]:
-    for _ in hash_chunk(folder, chunk, settings.text_field):
+    for _ in hash_chunk(folder, chunk, settings.text_field, settings.document_separator):
         yield Advance(0, 0, 0)
 
 

@@ -117,22 +117,62 @@ def open_dataset(wanted: HubDataset, text_field: str) -> RowSource:
 def _loaded(wanted: HubDataset) -> tuple[Any, str, int]:
     import datasets
 
-    if any((Path(wanted.name) / name).exists() for name in _SAVED):
-        dataset: Any = datasets.load_from_disk(wanted.name)
-        if isinstance(dataset, datasets.DatasetDict):
-            if wanted.split not in dataset:
-                raise ValueError(f"no split {wanted.split!r}; it has {', '.join(dataset)}")
-            dataset = dataset[wanted.split]
-    else:
-        dataset = datasets.load_dataset(
-            wanted.name, wanted.config, split=wanted.split, revision=wanted.revision
-        )
+    if _is_saved(wanted):
+        return _load_saved(wanted)
+    dataset: Any = datasets.load_dataset(
+        wanted.name, wanted.config, split=wanted.split, revision=wanted.revision
+    )
     return dataset, str(dataset._fingerprint), int(dataset.data.nbytes)
+
+
+def _is_saved(wanted: HubDataset) -> bool:
+    """Whether the data set is a folder that `save_to_disk` wrote."""
+    return any((Path(wanted.name) / name).exists() for name in _SAVED)
+
+
+def _load_saved(wanted: HubDataset) -> tuple[Any, str, int]:
+    """The rows of the wanted split of a saved data set. Raises ValueError for what such a folder lacks."""
+    import datasets
+
+    for setting, value in (("config", wanted.config), ("revision", wanted.revision)):
+        if value is not None:
+            raise ValueError(f"a folder of save_to_disk has no {setting}; leave {setting} = {value!r} out")
+    try:
+        saved: Any = datasets.load_from_disk(wanted.name)
+    except IndexError:  # the data set has no file
+        raise ValueError("the saved data set is empty") from None
+    if isinstance(saved, datasets.DatasetDict):
+        splits = dict(saved)
+    else:
+        # `train` is the default of the setting, so it means the only split unless the user wrote it.
+        is_default = "split" not in wanted.model_fields_set
+        splits = {"train" if is_default or saved.split is None else str(saved.split): saved}
+    parts = []
+    for part in wanted.split.split("+"):
+        name = part.strip().partition("[")[0]
+        if name not in splits:
+            raise ValueError(f"no split {name!r}; it has {', '.join(splits)}")
+        instruction = datasets.ReadInstruction.from_spec(part.strip())
+        for rows in instruction.to_absolute({name: len(splits[name])}):
+            parts.append((name, rows.from_ or 0, len(splits[name]) if rows.to is None else rows.to))
+    if parts == [(wanted.split, 0, len(splits[parts[0][0]]))]:
+        dataset, fingerprint = splits[wanted.split], str(splits[wanted.split]._fingerprint)
+    else:
+        ranges = [(str(splits[name]._fingerprint), start, stop) for name, start, stop in parts]
+        fingerprint = hashlib.sha256(json.dumps(ranges).encode()).hexdigest()[:32]
+        dataset = datasets.concatenate_datasets(
+            [splits[name].select(range(start, stop)) for name, start, stop in parts]
+        )
+    if not len(dataset):
+        raise ValueError(f"split {wanted.split!r} has no rows")
+    return dataset, fingerprint, int(dataset.data.nbytes)
 
 
 def _streamed(wanted: HubDataset) -> tuple[Any, str, int]:
     import datasets
 
+    if _is_saved(wanted):
+        raise ValueError("a folder of save_to_disk cannot be streamed; leave streaming out")
     builder = datasets.load_dataset_builder(wanted.name, wanted.config, revision=wanted.revision)
     dataset = builder.as_streaming_dataset(split=wanted.split)
     # A stream has no fingerprint, so its files and their modification times or ETags identify it.

@@ -24,8 +24,11 @@ def row_groups_within(metadata: Any, start: int, stop: int) -> list[int]:
     """The row groups that begin in the bytes [start, stop); a group begins where its first column does."""
     found = []
     for index in range(metadata.num_row_groups):
-        column = metadata.row_group(index).column(0)
-        begin = min(offset for offset in (column.dictionary_page_offset, column.data_page_offset) if offset)
-        if start <= begin < stop:
+        group = metadata.row_group(index)
+        if group.num_rows == 0:  # it need not have any page
+            continue
+        column = group.column(0)
+        pages = [offset for offset in (column.dictionary_page_offset, column.data_page_offset) if offset]
+        if start <= min(pages, default=0) < stop:
             found.append(index)
     return found

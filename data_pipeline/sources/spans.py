@@ -42,13 +42,15 @@ class Span:
 
 def is_plain_lines(source: SourceFile) -> bool:
     """Whether spans of `source` are ranges of uncompressed lines, so that each byte belongs to one span."""
-    return source.suffix == ".jsonl"
+    return source.kind == "lines" and not source.compression
 
 
 def locate_line(span: Span, line: int) -> str:
     """`FILE:LINE` of line or row `line` of the span; both count from 1."""
     source = span.source
     if isinstance(source, SourceFile):
+        if source.kind in ("json", "csv", "tsv", "arrow"):
+            return f"{source.location}: document {line}"
         return f"{source.location}:{_lines_before(span, source) + line}"
     if source.is_streamed:
         return f"{source.name}, shards {span.start} to {span.stop}:{line}"
@@ -60,7 +62,7 @@ def _lines_before(span: Span, source: SourceFile) -> int:
     """The number of lines or rows of the file that come before the span."""
     if span.start == 0:
         return 0
-    if source.suffix == ".parquet":
+    if source.kind == "parquet":
         with open_table(source) as table:
             metadata = table.metadata
         groups = row_groups_within(metadata, 0, span.start)
@@ -68,7 +70,7 @@ def _lines_before(span: Span, source: SourceFile) -> int:
     left = span.lines[0] - 1  # the byte before the span belongs to the last line before it
     newlines = 0
     with suppress(DamagedError):
-        for block in decompress(source.read_blocks(), source.suffix):
+        for block in decompress(source.read_blocks(), source.compression):
             newlines += block.count(b"\n", 0, max(0, left))
             left -= len(block)
             if left <= 0:

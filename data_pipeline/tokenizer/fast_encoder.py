@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.errors import DataError
-from data_pipeline.tokenizer.encoding import END_OF_TEXT, TRAINING_PATTERN, Encoding
+from data_pipeline.tokenizer.encoding import TRAINING_PATTERN, Encoding
+from data_pipeline.tokenizer.hard_cases import HARD_CASES
 from data_pipeline.tokenizer.rank_files import published_pattern
 
 EncoderChoice = Literal["auto", "tiktoken"]
@@ -46,24 +47,6 @@ _DOUBTFUL_LEADS = {chr(point).encode()[0] for first, last in _DOUBTFUL for point
 
 # gigatoken caches every word that it has seen, so it is loaded again once the process has grown by this much.
 _MOST_GROWTH_BYTES = 256 << 20
-
-HARD_CASES = (
-    f"before {END_OF_TEXT} after <|fim_prefix|><|endofprompt|>",
-    "".join(map(chr, range(0x20))) + "\x7f\x80\x85\xa0\xad",
-    "   leading, trailing   \n\n\n \t\t\r\n\r\r\n  x \u3000\u2028\u2029\u200b\ufeff y",
-    "don't DON'T they'Ll it’s 'tis 'S'll''ve",
-    "0 12 123 1234 12345 ٣٤٥ ¹²³ ½ Ⅷ 一二三 1,000.00e-10",
-    "日本語のテキスト、中文文本。한국어 텍스트 ภาษาไทย हिन्दी தமிழ் العربية עברית",
-    "ÀÉÎõü ﬁﬂ ǅ ẞß İı e\u0301a\u0308\u0323 Å\u030a Ω≈ç√ ∑ § ©®™",
-    "👩‍👩‍👧‍👦🏳️‍🌈🇩🇪 👍🏽 🤷🏿‍♀️ \U0001f9d1\u200d\U0001f680 \U000e0041 \U0010ffff",
-    "def f(x):\n\tif x<=0 and not(y!=z):\n\t\treturn {'a':[1,2.5e-3]}  # ünï\n\n\n    }\r\n",
-    "<html><body class=\"a-b_c\">&nbsp;&#x27;</body></html>\\n\\t\\\\ C:\\dir\\x /usr/lib/../a.b",
-    "aAaA" * 40 + "a" * 3000 + " " * 3000 + "!" * 3000 + "\n" * 300 + "é" * 1000 + "字" * 500,
-    " " * 5 + "word" + " " * 7 + "\n" + " " * 3 + "\n" + "word ",
-    "how a text ends, where patterns differ \r\n \t",
-    "and so \n\n  ",
-)  # fmt: skip
-
 
 FlatIds = tuple[NDArray[np.uint32], NDArray[np.int64]]
 """The ids of several documents, concatenated, each followed by an end-of-text; and the offsets at which the
@@ -96,16 +79,24 @@ class Encoder(Protocol):
 
 
 class TiktokenEncoder:
-    """The reference encoder. Raises DataError for a text that tiktoken cannot encode."""
+    """The reference encoder. Raises DataError for a text that tiktoken cannot encode or encodes in part."""
 
     name = "tiktoken"
 
     def __init__(self, encoding: Encoding) -> None:
         self._encoding = encoding
+        self._bytes_of = encoding.token_bytes()
 
     def encode(self, documents: Sequence[bytes]) -> FlatIds:
         """See Encoder."""
-        return _flatten([self._encoding.encode(document.decode()) for document in documents], self._encoding)
+        all_ids = [self._encoding.encode(document.decode()) for document in documents]
+        for ids, document in zip(all_ids, documents, strict=True):
+            found = int(self._bytes_of[ids].sum())
+            if found != len(document):
+                raise DataError(
+                    "the tokenizer cannot encode it: its split pattern does not cover all of the text"
+                )
+        return _flatten(all_ids, self._encoding)
 
 
 def _flatten(documents: Sequence[NDArray[np.uint32]], encoding: Encoding) -> FlatIds:

@@ -16,6 +16,9 @@ from data_pipeline.errors import ConfigError, DataError
 # The encodings whose constructors read exactly one rank file, which has the encoding's name.
 PUBLISHED = ("r50k_base", "p50k_base", "cl100k_base", "o200k_base")
 
+# Tables with an entry for each id are held in memory. The largest known vocabularies have about 2^18 ids.
+LARGEST_ID = (1 << 24) - 1
+
 
 class RankFile(NamedTuple):
     """What a rank file defines: ids by byte string, the split pattern, and the special tokens if known."""
@@ -23,6 +26,18 @@ class RankFile(NamedTuple):
     ranks: dict[bytes, int]
     pattern: str
     special_tokens: Mapping[str, int] | None
+
+
+def is_rank_file(path: Path) -> bool:
+    """Whether the file at `path` has the suffix or the first line of a rank file."""
+    if path.suffix == ".tiktoken":
+        return True
+    try:
+        with path.open("rb") as file:
+            token, rank = file.read(4096).partition(b"\n")[0].split()
+        return rank.isdigit() and bool(binascii.a2b_base64(token, strict_mode=True))
+    except (OSError, ValueError):
+        return False
 
 
 def read_rank_file(path: Path, pattern: str | None) -> RankFile:
@@ -80,11 +95,16 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
             continue
         try:
             token, rank = line.split()
-            ranks[binascii.a2b_base64(token, strict_mode=True)] = int(rank)
+            text, id = binascii.a2b_base64(token, strict_mode=True), int(rank)
         except ValueError:
             raise DataError(
                 f"{path}:{number}: not a rank (a rank is the bytes in base64, a space, and a number)"
             ) from None
+        if not 0 <= id <= LARGEST_ID:
+            raise DataError(f"{path}:{number}: rank {id} is outside 0 to {LARGEST_ID}")
+        if text in ranks:
+            raise DataError(f"{path}:{number}: the bytes {text!r} have a rank already, {ranks[text]}")
+        ranks[text] = id
     missing = [value for value in range(256) if bytes([value]) not in ranks]
     if missing:
         raise DataError(

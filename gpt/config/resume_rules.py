@@ -17,9 +17,7 @@ class Change(Enum):
     """What a change of a field on resume means for the run."""
 
     FREE = auto()  # It changes no number, or only the order in which the same numbers are summed.
-    WARNED = (
-        auto()
-    )  # It takes effect from the resumed step onwards, which is what a user wants who changes it.
+    WARNED = auto()  # It takes effect from the resumed step onwards, as the user expects.
     MUST_MATCH = auto()  # With another value it would be another run.
 
 

@@ -64,8 +64,8 @@ def write_tokenizer(encoding: Encoding, context: int, folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": END_OF_TEXT,
-        "eos_token": END_OF_TEXT,
+        "bos_token": encoding.end_of_text_token,
+        "eos_token": encoding.end_of_text_token,
         "model_max_length": context,
         "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,

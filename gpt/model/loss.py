@@ -95,10 +95,10 @@ class _CrossEntropySum(torch.autograd.Function):
         is_grad_enabled: bool,
         block_loss: BlockLoss,
     ) -> Tensor:
-        wants = [is_grad_enabled and needed for needed in ctx.needs_input_grad[:2]]
+        needs_grad = [is_grad_enabled and needed for needed in ctx.needs_input_grad[:2]]
         dtype = compute_dtype(hidden_xd)
         hidden, weight = hidden_xd.to(dtype), weight_vd.to(dtype)
-        d_hidden = torch.empty_like(hidden_xd) if wants[0] else None
+        d_hidden = torch.empty_like(hidden_xd) if needs_grad[0] else None
         d_weight: Tensor | None = None
         is_one_chunk = len(hidden) <= chunk_rows
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -112,14 +112,14 @@ class _CrossEntropySum(torch.autograd.Function):
             for first in range(0, len(logits_cv), block_rows):
                 block = slice(first, first + block_rows)
                 logits_rv, index_r = logits_cv[block], index_c[block]
-                loss_r, d_target_r1 = block_loss(logits_rv, index_r, softcap, z_loss, any(wants))
+                loss_r, d_target_r1 = block_loss(logits_rv, index_r, softcap, z_loss, any(needs_grad))
                 loss += loss_r.where(is_scored_c[block], 0.0).sum()
-                if any(wants):
+                if any(needs_grad):
                     logits_rv.scatter_(1, index_r[:, None], d_target_r1)
             d_logits_cv = logits_cv
             if d_hidden is not None:
                 d_hidden[rows] = (d_logits_cv @ weight) * is_scored_c[:, None]
-            if not wants[1]:
+            if not needs_grad[1]:
                 continue
             if is_one_chunk and dtype == weight_vd.dtype != torch.float16:
                 d_weight = d_logits_cv.t() @ chunk_cd

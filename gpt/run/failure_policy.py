@@ -55,9 +55,7 @@ POLICIES: Mapping[Trigger, Policy] = {
     Trigger.STOPPED_BY_PERSON: Policy(Action.END),
     Trigger.FINISHED: Policy(Action.END),
     Trigger.CANNOT_CONTINUE: Policy(Action.END),
-    Trigger.GRADIENT_NOT_FINITE: Policy(
-        Action.SKIP_UPDATE
-    ),  # gpt.distributed.zero.engine has DeepSpeed do so
+    Trigger.GRADIENT_NOT_FINITE: Policy(Action.SKIP_UPDATE),  # DeepSpeed skips it: see distributed/zero
 }
 
 # Which trigger the exit code of a job run is, when no person has asked for a stop.

@@ -38,8 +38,8 @@ def load_newest(
 ) -> CheckpointIndex | None:
     """Fill `engine` from the newest intact checkpoint; its index, or None for a run that has not begun.
 
-    Collective. `is_begun` is what `has_begun` told rank 0 before the model was built. A checkpoint is corrupt
-    when a rank finds a bad byte in what it reads; it is reported, passed over and rejected. Raises
+    Collective. `is_begun` is the value of `has_begun` on rank 0 before the model was built. A checkpoint is
+    corrupt when a rank finds a bad byte in what it reads; it is reported, skipped and rejected. Raises
     CheckpointError when the run has had checkpoints and none is intact.
     """
     candidates = Candidates(run_dir, world, engine.run.checkpoint.mirror)

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
+from gpt.run.stop import STOP_SIGNALS
+
 
 def become_sidecar() -> threading.Event:
     """Set up the signals and the priority of this process; the event is set by SIGTERM.
@@ -24,7 +26,7 @@ def become_sidecar() -> threading.Event:
         ended.set()
 
     signal.signal(signal.SIGTERM, on_end)
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+    for number in {*STOP_SIGNALS} - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
     os.nice(10)
     return ended

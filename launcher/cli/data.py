@@ -18,6 +18,12 @@ from launcher.cli.options import example
     metavar="NAME",
     help="A tiktoken encoding, a tokenizer file, or outlast-4k, which is packaged.",
 )
+@click.option(
+    "--end-of-text",
+    metavar="TOKEN=ID",
+    help="The token that ends documents, if the tokenizer is a .tiktoken file of ranks.",
+)
+@click.option("--document-separator", metavar="TEXT", help="The text between the documents of a .txt file.")
 @click.option("--out", metavar="DIR", help="The data directory to create.")
 @click.option("--workers", type=int, metavar="N", help="The number of processes that tokenize.")
 @click.option(

@@ -19,11 +19,13 @@ from data_pipeline.prepare.config import DataPrepConfig
 from data_pipeline.prepare.pipeline import prepare as prepare_data
 from data_pipeline.prepare.progress import Progress
 from data_pipeline.prepare.worker_pool import EncodeAll, encode_all
+from data_pipeline.sources.compression import REST_LOST
 from gpt.checkpoint import format as checkpoint_format
 from gpt.run.run_dir import RunDir
 from launcher.cluster_file import load_cluster
 
 _PLAIN_LINE_S = 10.0
+_SHOWN_SOURCES = 5
 _SHOWN_CHARACTERS = 600  # of each decoded document
 
 
@@ -55,15 +57,31 @@ def prepare(
     made = prepare_with_progress(config, encode)
     _print_counts(made)
     for reason, count in made.skipped.items():
-        click.echo(f"{count:,} documents were left out: {reason}", err=True)
+        click.echo(_describe_skipped(reason, count), err=True)
     click.echo(config.out.absolute())
     return 0
+
+
+def _describe_sources(made: Manifest) -> str:
+    size_bytes = sum(source["size_bytes"] for source in made.sources)
+    names = ", ".join(str(source["name"]) for source in made.sources[:_SHOWN_SOURCES])
+    more = len(made.sources) - _SHOWN_SOURCES
+    return f"{len(made.sources):,} sources of {size_bytes:,} bytes: {names}" + (
+        f" and {more:,} more (see {FILE_NAME})" if more > 0 else ""
+    )
+
+
+def _describe_skipped(reason: str, count: int) -> str:
+    if reason.endswith(REST_LOST):  # nobody knows how many documents it had
+        return f"{count:,} files were read in part or not at all: {reason}"
+    return f"{count:,} documents were left out: {reason}"
 
 
 def _print_counts(made: Manifest) -> None:
     click.echo(
         f"{made.train_tokens:,} training tokens and {made.val_tokens:,} validation tokens from "
-        f"{made.documents:,} documents, tokenizer {made.encoding.name}",
+        f"{made.documents:,} documents, tokenizer {made.encoding.name}, end-of-text "
+        f"{made.encoding.end_of_text}",
         err=True,
     )
 
@@ -72,14 +90,18 @@ def adopt(prefixes: Sequence[str], val: Sequence[str], options: dict[str, Any]) 
     """Make existing Megatron files a data set without copying them; the exit code. Prints its folder last."""
     from data_pipeline.prepare.adopt import adopt
 
-    foreign = sorted(set(options) - {"tokenizer"})
+    options = dict(options)
+    settings = with_overrides({}, options.pop("set", ()))
+    foreign = [f"--{name.replace('_', '-')}" for name in options if name not in ("tokenizer", "end_of_text")]
+    foreign += [f"--set {name}" for name in settings if name not in ("tokenizer_pattern", "end_of_text")]
     if foreign:
         raise ConfigError(
-            f"--adopt uses existing files as they are and cannot be combined with --{', --'.join(foreign)}."
+            f"--adopt uses existing files as they are and cannot be combined with {', '.join(foreign)}."
         )
     if "tokenizer" not in options:
         raise ConfigError("--tokenizer must be given: the files do not record which tokenizer encoded them.")
-    folder, made = adopt(prefixes, val, options["tokenizer"], warn=lambda text: click.echo(text, err=True))
+    settings |= {key: options[key] for key in ("tokenizer", "end_of_text") if key in options}
+    folder, made = adopt(prefixes, val, **settings, warn=lambda text: click.echo(text, err=True))
     _print_counts(made)
     click.echo(folder)
     return 0
@@ -115,9 +137,9 @@ def inspect(folder: Path, documents: int, seed: int) -> int:
         f"tokenizer {made.encoding.name} with {made.encoding.vocab_size:,} ids, stored as {made.dtype}"
     )
     for reason, count in made.skipped.items():
-        console.print(f"{count:,} documents were left out: {reason}", markup=False)
-    for source in made.sources:
-        console.print(f"source {source['name']}: {source['size_bytes']:,} bytes", markup=False)
+        console.print(_describe_skipped(reason, count), markup=False)
+    if made.sources:
+        console.print(_describe_sources(made), markup=False, soft_wrap=True)
     histogram = Table("tokens per document", "train", "val", "")
     most = max((*found["train"].counts, *found["val"].counts), default=0)
     for power in range(max(len(found["train"].counts), len(found["val"].counts))):
@@ -167,7 +189,7 @@ def train_encoding(sources: Sequence[str], vocab_size: int, out: Path) -> int:
 
     if not out.absolute().parent.is_dir():
         raise ConfigError(f"--out {out}: the folder {out.absolute().parent} does not exist. Create it first.")
-    encoding = train_tokenizer(sources, vocab_size, out)
+    encoding = train_tokenizer(sources, vocab_size, out, message=lambda text: click.echo(text, err=True))
     click.echo(f"{encoding.vocab_size:,} ids, fingerprint {encoding.fingerprint[:12]}", err=True)
     click.echo(out.absolute())
     return 0

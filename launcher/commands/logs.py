@@ -13,6 +13,7 @@ from gpt.run.run_dir import RunDir
 from launcher.runs.job_record import read_job
 from launcher.runs.store import read_cluster
 from launcher.scheduler.jobs import JobWatcher
+from launcher.scheduler.protocol import JobState
 
 _POLL_S = 0.3
 _LONGEST_LINE_BYTES = 1 << 20  # a longer line is printed in parts
@@ -54,7 +55,7 @@ def lines(run: RunDir, *, follow: bool, attempt: int | None, node: int | None) -
         if follow and (job := read_job(run)) != watched:
             watched = job
             watcher = JobWatcher(run, job, serves_stop=False) if job is not None else None
-        is_over = watcher is None or watcher.state() == "ended"
+        is_over = watcher is None or watcher.state() == JobState.ENDED
         for label, path in log_files(run, attempt, node):
             for text in _new_lines(path, offsets, is_over):
                 yield f"[{label}] {text}"

@@ -13,6 +13,7 @@ from gpt.run import record
 from gpt.run.records import Job
 from gpt.run.run_dir import RunDir
 from launcher.scheduler.jobs import JobWatcher
+from launcher.scheduler.protocol import JobState
 
 _POLL_S = 0.2
 
@@ -36,7 +37,7 @@ class RecordFollower:
         """An update every fifth of a second until `job` has ended, then a last one."""
         watcher = JobWatcher(self.run, job, serves_stop=True)
         while True:
-            is_over = watcher.state() == "ended"
+            is_over = watcher.state() == JobState.ENDED
             yield Update(self._new(self.run.metrics), self._new(self.run.events))
             if is_over:
                 return

@@ -16,7 +16,7 @@ from launcher.commands.record_summary import EventIndex, last_metrics
 from launcher.runs.job_record import read_job, read_outcome
 from launcher.runs.store import read_config
 from launcher.scheduler.jobs import standings
-from launcher.scheduler.protocol import CANCELLED, Standing
+from launcher.scheduler.protocol import CANCELLED, JobState, Standing
 
 UNREADABLE = "unreadable"  # the state of a run whose files cannot be read
 # A file was edited by hand, was written by another version, or belongs to another user.
@@ -90,15 +90,15 @@ def statuses(runs: Sequence[RunDir]) -> list[Status]:
 def _status(run: RunDir, job: Job | None, standing: Standing | None) -> Status:
     config = read_config(run)
     outcome = read_outcome(run, job) if job is not None else None
-    word, reason = _state(run, outcome, standing)
+    state, reason = _state(run, outcome, standing)
     line, scored = last_metrics(run.metrics)
     step = int(line.get("step", 0))
-    is_going = word in ("running", "stopping")
+    is_going = state in ("running", "stopping")
     checkpoints = committed(run.checkpoints)
     events = EventIndex(run.events)
     return Status(
         run_dir=str(run.path),
-        state=word,
+        state=state,
         reason=reason or None,
         cause=outcome.cause if outcome is not None else None,
         step=step,
@@ -136,9 +136,9 @@ def _state(run: RunDir, outcome: JobOutcome | None, standing: Standing | None) -
         return ("created" if not run.attempt_numbers() else "copied"), ""
     if outcome is not None:
         return "cancelled" if outcome.is_cancelled else _OUTCOME_STATES.get(outcome.exit_code, "failed"), ""
-    if standing.state == "running" and run.stop.exists():
+    if standing.state == JobState.RUNNING and run.stop.exists():
         return "stopping", standing.reason
-    if standing.state != "ended":
+    if standing.state != JobState.ENDED:
         return standing.state, standing.reason
     return "cancelled" if standing.scheduler_state == CANCELLED else "lost", standing.scheduler_state
 

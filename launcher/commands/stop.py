@@ -11,6 +11,7 @@ from launcher.runs.job_record import read_job
 from launcher.runs.stop_request import request_stop
 from launcher.runs.store import open_run
 from launcher.scheduler.jobs import JobWatcher, job_state
+from launcher.scheduler.protocol import JobState
 
 _POLL_S = 0.2
 _SILENCE_S = 120.0  # a Slurm controller restarts in less
@@ -20,12 +21,12 @@ def stop(folder: str, *, now: bool) -> int:
     """Ask a run to save and stop (`now`: to stop without saving) and wait until it has; the exit code."""
     run = open_run(folder)
     job = read_job(run)
-    if job is None or job_state(run, job) == "ended":
+    if job is None or job_state(run, job) == JobState.ENDED:
         raise LaunchError(f"{folder} is not running. `outlast status {folder}` shows how it ended.")
     request_stop(run, "outlast stop --now" if now else "outlast stop", now=now)
     click.echo("stopping without saving" if now else "saving, then stopping", err=True)
     watcher = JobWatcher(run, job, serves_stop=True)
-    while watcher.state() != "ended":
+    while watcher.state() != JobState.ENDED:
         if watcher.unknown_s > _SILENCE_S:
             click.echo(
                 f"the state of {job.executor} job {job.job_id} on {job.host} is unknown from here. The stop "

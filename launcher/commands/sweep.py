@@ -35,7 +35,7 @@ from launcher.commands.follow_job import follow_job
 from launcher.commands.launch import command_line
 from launcher.commands.plan import show_warnings
 from launcher.commands.record_follower import RecordFollower
-from launcher.commands.status import statuses
+from launcher.commands.status import UNREADABLE, statuses
 from launcher.commands.submit import submit, submit_together
 from launcher.paths import absolute
 from launcher.preflight.check import examine
@@ -45,11 +45,12 @@ from launcher.runs.recipes import run_tables, with_absolute_paths
 from launcher.runs.store import create_run, next_run_folder, read_cluster, read_config
 from launcher.runs.sweep_index import SweepIndex, SweepPoint, read_sweep
 from launcher.scheduler.jobs import claim_start
+from launcher.scheduler.protocol import JobState
 from launcher.scheduler.registry import scheduler_of
 
 _LARGEST_GRID = 1000  # Slurm's default MaxArraySize is 1001
 _OTHER_FILES = 256  # open files of this process besides the claims, at most
-_ALIVE = ("running", "stopping", "pending")
+_ALIVE = (JobState.RUNNING, "stopping", JobState.PENDING)
 _MLFLOW_TIMEOUT_S = 60.0
 
 
@@ -121,11 +122,11 @@ def show_results(folder: Path, *, as_json: bool = False) -> None:
         table.add_column(heading, no_wrap=True)
     for point, now in rows:
         numbers = ("–" if loss is None else f"{loss:.4f}" for loss in (now.loss, now.val_loss))
-        is_readable = now.state != "unreadable"
+        is_readable = now.state != UNREADABLE
         table.add_row(
             point.folder.partition("_")[0],
             *(str(point.fields.get(name, "–")) for name in names),
-            now.state if is_readable else f"unreadable: {now.reason}",
+            now.state if is_readable else f"{UNREADABLE}: {now.reason}",
             f"{now.step}/{now.total_steps}" if is_readable else "–",
             *numbers,
         )
@@ -237,9 +238,9 @@ def _claimed(runs: Sequence[RunDir], claims: ExitStack) -> tuple[list[RunDir], d
             left_out[run.path] = str(error)
     waiting = []
     for run, now in zip(claimed, statuses(claimed), strict=True):
-        if now.state == "unreadable":
+        if now.state == UNREADABLE:
             left_out[run.path] = now.reason or ""
-        elif now.state == "unknown":
+        elif now.state == JobState.UNKNOWN:
             left_out[run.path] = f"it is not known here whether its job {now.job_id} has ended ({now.reason})"
         elif now.state not in _ALIVE and (now.checkpoint_step or 0) < now.total_steps:
             waiting.append(run)

@@ -7,13 +7,12 @@ failed.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from gpt.run import record
+from gpt.run.bad_nodes import read_bad_nodes
 from gpt.run.events import Event, read_events, record_event
 from gpt.run.exit_codes import ExitCode
 from gpt.run.json_file import retry_on_oserror
-from gpt.run.records import JobOutcome, Owner, Result
+from gpt.run.records import BadNode, JobOutcome, Owner, Result
 from gpt.run.run_dir import RunDir, SubmissionDir
 from launcher.node.rendezvous import reported_failures
 from launcher.scheduler.protocol import NodeIdentity, Scheduler
@@ -71,7 +70,7 @@ class JobRun:
         """The nodes that failed the check of this outcome's attempt."""
         if outcome.attempt is None:
             return []
-        return [line["node"] for line in self._all_bad_nodes() if line.get("attempt") == outcome.attempt]
+        return [bad.node for bad in self._all_bad_nodes() if bad.attempt == outcome.attempt]
 
     def failed_in_a_row(self) -> int:
         """How many job runs of this job have failed since the last checkpoint, including this one."""
@@ -111,7 +110,7 @@ class JobRun:
 
         The scheduler was asked to exclude it and has not, and would give it to the job again and again.
         """
-        known = {line["node"] for line in self._all_bad_nodes() if line.get("attempt") != outcome.attempt}
+        known = {bad.node for bad in self._all_bad_nodes() if bad.attempt != outcome.attempt}
         again = known.intersection(self.bad_nodes(outcome))
         if outcome.exit_code != ExitCode.STOPPED or not again:
             return outcome
@@ -121,8 +120,8 @@ class JobRun:
         )
         return JobOutcome(exit_code=ExitCode.FAILED, cause=cause, attempt=outcome.attempt)
 
-    def _all_bad_nodes(self) -> list[dict[str, Any]]:
-        return retry_on_oserror(lambda: [line for line in record.read(self.run.bad_nodes) if "node" in line])
+    def _all_bad_nodes(self) -> list[BadNode]:
+        return retry_on_oserror(lambda: list(read_bad_nodes(self.run)))
 
 
 def _tail(path: Path) -> str:

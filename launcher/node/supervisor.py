@@ -23,7 +23,7 @@ from launcher.process_tree import kill_descendants, workers
 from launcher.runs.stop_request import pending_stop, request_stop
 
 _POLL_S = 0.1
-_LOOK_S = 1.0  # each look goes through all processes of the node, and asks the shared file system
+_CHECK_S = 1.0  # each check reads all processes of the node, and asks the shared file system
 
 
 class ReceivedSignals:
@@ -72,15 +72,15 @@ class Supervisor:
         """Start torchrun and return when it has ended."""
         torchrun = self._start()
         stopped_now = False
-        next_look = time.monotonic() + _LOOK_S
+        next_check = time.monotonic() + _CHECK_S
         while torchrun.poll() is None:
             time.sleep(_POLL_S)
             if self._signals.newest is not None:
                 self._forward(self._signals.newest, torchrun.pid)
                 self._signals.newest = None
-            if time.monotonic() < next_look:
+            if time.monotonic() < next_check:
                 continue
-            next_look = time.monotonic() + _LOOK_S
+            next_check = time.monotonic() + _CHECK_S
             if self._hangs.handle(workers(torchrun.pid)) is Action.END_JOB_RUN:
                 torchrun.kill()
             stopped_now = (request := pending_stop(self._job_run.run)) is not None and request.now
@@ -91,13 +91,13 @@ class Supervisor:
 
     def _start(self) -> subprocess.Popen[bytes]:
         identity, submission = self._job_run.identity, self._job_run.submission
-        meeting = rendezvous(identity, self._job_run.scheduler, submission)
+        point = rendezvous(identity, self._job_run.scheduler, submission)
         environment = worker_environment(
             self._cluster, identity, self._job_run.after_attempt, self._hangs.heartbeat, os.environ
         )
         logs = submission.torchrun_logs(identity.job_run, identity.node)
         command = torchrun_command(
-            self._job_run.run, self._config, self._cluster, identity, meeting, logs, self._mounts
+            self._job_run.run, self._config, self._cluster, identity, point, logs, self._mounts
         )
         with submission.node_log(identity.node).open("ab") as log:
             return subprocess.Popen(

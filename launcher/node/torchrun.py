@@ -26,7 +26,7 @@ def torchrun_command(
     config: RunConfig,
     cluster: ClusterConfig,
     identity: NodeIdentity,
-    meeting: Rendezvous,
+    rendezvous: Rendezvous,
     logs: Path,
     mounts: Sequence[Path],
 ) -> list[str]:
@@ -39,10 +39,10 @@ def torchrun_command(
         f"--nnodes={identity.nodes}",
         f"--nproc-per-node={cluster.processes}",
         "--rdzv-backend=c10d",
-        f"--rdzv-endpoint={meeting.endpoint}",
+        f"--rdzv-endpoint={rendezvous.endpoint}",
         f"--rdzv-id={run.path.name}-{identity.job}-{identity.job_run}",
         f"--rdzv-conf=is_host={int(identity.is_first)}",
-        f"--local-addr={meeting.address}",  # never a name lookup
+        f"--local-addr={rendezvous.address}",  # never a name lookup
         f"--max-restarts={config.launch.max_restarts}",
         "--monitor-interval=0.2",
         f"--signals-to-handle={_FORWARDED}",

@@ -14,6 +14,7 @@ from data_pipeline.dataset.integrity import check, verify
 from data_pipeline.dataset.manifest import Manifest, read_manifest
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.sampling.batches import windows_in
+from gpt.checkpoint.format import committed
 from gpt.config.data import DataConfig
 from gpt.config.run import RunConfig
 from gpt.run.run_dir import RunDir
@@ -24,11 +25,11 @@ from launcher.preflight.mirror import check_mirror
 from launcher.preflight.plan import (
     checkpoint_bytes,
     checkpoint_counts,
+    disk_bytes,
     host_memory_warning,
     memory_problem,
     memory_warning,
     mixture_of,
-    plan,
     sequences,
 )
 from launcher.preflight.tracker import check_tracker
@@ -161,9 +162,10 @@ def check_disk(config: RunConfig, folder: Path, findings: Findings) -> None:
     """Check that the checkpoints that `config` keeps, and one being written, fit on the disk of `folder`."""
     parent = nearest_existing(folder)
     # Pruning frees the space of the checkpoints that the run has already saved.
-    saved = sum(file.stat().st_size for file in (folder / "checkpoints").glob("step-*/*"))
+    checkpoints = committed(RunDir(folder).checkpoints)
+    saved = sum(file.stat().st_size for _, checkpoint in checkpoints for file in checkpoint.iterdir())
     free = shutil.disk_usage(parent).free + saved
-    needed = plan(config, ClusterConfig(kind="local"), None).disk_bytes
+    needed = disk_bytes(config)
     kept = " + ".join(f"{name} {count}" for name, count in checkpoint_counts(config).items())
     sentence = (
         f"checkpoints need {size(needed)} ({size(checkpoint_bytes(config))} each × "

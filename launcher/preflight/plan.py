@@ -79,7 +79,6 @@ def plan(
     hours = None
     if cluster.accelerator is not None:
         hours = gpu_hours(flops, cluster.accelerator, config.precision, mfu)
-    one_checkpoint = checkpoint_bytes(config)
     return Plan(
         parameters=parameter_count(config.model),
         world_size=world_size,
@@ -94,9 +93,9 @@ def plan(
         assumed_mfu=mfu,
         gpu_hours=hours,
         days=None if hours is None else hours / world_size / 24,
-        checkpoint_bytes=one_checkpoint,
+        checkpoint_bytes=checkpoint_bytes(config),
         host_copy_bytes=host_copy_bytes(config, cluster),
-        disk_bytes=one_checkpoint * (sum(checkpoint_counts(config).values()) + 1),
+        disk_bytes=disk_bytes(config),
     )
 
 
@@ -136,6 +135,11 @@ def checkpoint_counts(config: RunConfig) -> dict[str, int]:
     for_ever = config.total_steps // checkpoint.keep_every if checkpoint.keep_every is not None else 0
     counts = {"keep_last": checkpoint.keep_last, "keep_best": checkpoint.keep_best, "keep_every": for_ever}
     return {name: count for name, count in counts.items() if count}
+
+
+def disk_bytes(config: RunConfig) -> int:
+    """Bytes of the checkpoints that `config` keeps, and of the one that is being written."""
+    return checkpoint_bytes(config) * (sum(checkpoint_counts(config).values()) + 1)
 
 
 def gpu_hours(flops: float, accelerator: str, precision: str, mfu: float) -> float:

@@ -87,8 +87,8 @@ def job_fields(job_id: str) -> dict[str, str] | None:
     if answer is None:
         return None
     if answer.returncode != 0:
-        said = answer.stdout + answer.stderr
-        return {} if any(words in said for words in _FORGOTTEN) else None
+        output = answer.stdout + answer.stderr
+        return {} if any(words in output for words in _FORGOTTEN) else None
     return _fields(answer.stdout.splitlines()[0])
 
 
@@ -137,8 +137,8 @@ def submission_refusal(submission: str) -> str | None:
     answer = ask(["sbatch", "--test-only"], submission)
     if answer is None or answer.returncode == 0 or _AWAY in answer.stderr:
         return None
-    said = [line for line in answer.stderr.splitlines() if line.strip()]
-    return "; ".join(line.removeprefix("sbatch: ").removeprefix("error: ") for line in said) or None
+    messages = [line for line in answer.stderr.splitlines() if line.strip()]
+    return "; ".join(line.removeprefix("sbatch: ").removeprefix("error: ") for line in messages) or None
 
 
 def is_wanted(job_id: str, job_run: int) -> bool:
@@ -212,11 +212,13 @@ def requeue(job_id: str, job_run: int, exclude: Sequence[str] = ()) -> bool:
             if exclude:
                 _exclude(job_id, {*exclude, *([] if before == "(null)" else hostnames(before))})
             return True
-        said = answer.stderr.strip() if answer is not None else "no answer"
-        print(f"scontrol requeue {job_id}: {said}", flush=True)
-        refusals += answer is not None and _AWAY not in said
+        message = answer.stderr.strip() if answer is not None else "no answer"
+        print(f"scontrol requeue {job_id}: {message}", flush=True)
+        refusals += answer is not None and _AWAY not in message
         if refusals == _REFUSALS:
-            raise LaunchError(f"Slurm does not requeue the job: {said}. `outlast resume` continues the run.")
+            raise LaunchError(
+                f"Slurm does not requeue the job: {message}. `outlast resume` continues the run."
+            )
         time.sleep(_RETRY_S)
     return False
 
@@ -304,10 +306,10 @@ def ask(command: list[str], stdin: str | None = None) -> "subprocess.CompletedPr
 def _require(command: list[str]) -> str:
     answer = ask(command)
     if answer is None or answer.returncode != 0:
-        said = (
+        message = (
             answer.stderr.strip()
             if answer is not None
             else "the command is not installed here, or did not end in time"
         )
-        raise LaunchError(f"`{' '.join(command)}` failed: {said}")
+        raise LaunchError(f"`{' '.join(command)}` failed: {message}")
     return answer.stdout

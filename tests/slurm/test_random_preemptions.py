@@ -12,7 +12,7 @@ import pytest
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.conftest import SlurmRun, node_task
 
-BLOWS = int(os.environ.get("OUTLAST_KILLS", "12"))
+INTERRUPTIONS = int(os.environ.get("OUTLAST_KILLS", "12"))
 
 
 @pytest.mark.chaos
@@ -25,7 +25,7 @@ def test_random_preemptions_and_kills_leave_the_losses_unchanged(
     seed = time.time_ns()
     print(f"seed {seed}")
     chance = random.Random(seed)
-    for _ in range(BLOWS):
+    for _ in range(INTERRUPTIONS):
         turn = int(cluster.field(run.job_id, "Restarts"))
         run.wait_for_job_run(turn)
         time.sleep(chance.uniform(0.0, 12.0))  # also while it starts

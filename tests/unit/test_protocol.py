@@ -18,7 +18,7 @@ from gpt.run.exit_codes import ExitCode
 from gpt.run.run_dir import AttemptDir, RunDir, SubmissionDir
 from tests.paths import ROOT
 
-ROOMS = ("launcher", "gpt", "data_pipeline")
+PACKAGES = ("launcher", "gpt", "data_pipeline")
 OWNER = ROOT / "gpt/run"
 # transformers calls its config file config.json too.
 TRANSFORMERS = ("gpt/huggingface/", "gpt/export.py", "launcher/commands/import_model.py")
@@ -26,8 +26,8 @@ CODES = {int(ExitCode.STOPPED), int(ExitCode.DO_NOT_RESTART)}
 
 
 def sources() -> Iterator[Path]:
-    for room in ROOMS:
-        yield from (path for path in sorted((ROOT / room).rglob("*.py")) if not path.is_relative_to(OWNER))
+    for package in PACKAGES:
+        yield from (path for path in sorted((ROOT / package).rglob("*.py")) if not path.is_relative_to(OWNER))
 
 
 def trees() -> Iterator[tuple[str, ast.Module]]:

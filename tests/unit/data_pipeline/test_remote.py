@@ -84,7 +84,7 @@ def test_files_of_a_bucket_have_the_same_names_as_local_ones(tmp_path: Path) -> 
         here, ignored_here = find_files([f"{raw}{end}"])
         there, ignored = find_files([f"s3://corpus/raw{end}"])
         assert [(f.name, f.size_bytes) for f in there] == [(f.name, f.size_bytes) for f in here], end
-        assert ignored == ignored_here + (end == "")  # only the bucket contains the .pdf
+        assert len(ignored) == len(ignored_here) + (end == "")  # only the bucket contains the .pdf
     assert {file.location.partition("://")[0] for file in there} == {"s3"}
 
 

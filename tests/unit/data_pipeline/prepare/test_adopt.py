@@ -9,11 +9,13 @@ from click.testing import CliRunner
 
 from data_pipeline.dataset.integrity import verify
 from data_pipeline.dataset.manifest import read_manifest
+from data_pipeline.dataset.megatron_index import Header
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.prepare.adopt import adopt
 from data_pipeline.sampling.batches import BatchReader
-from data_pipeline.tokenizer.encoding import Encoding
+from data_pipeline.tokenizer.encoding import Encoding, load_encoding
 from launcher.cli import commands
+from tests.unit.data_pipeline.tokenizer.support import write_rank_file
 
 
 @pytest.fixture
@@ -167,3 +169,68 @@ def test_the_adopt_command_adopts_and_refuses_conflicting_options(files: Path) -
     assert done.exception is None
     assert done.stdout.splitlines()[-1] == str(files)
     assert len(read_manifest(files).val) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_shards_are_read(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, *_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "touch", refuse)  # root may write anywhere
+    monkeypatch.setattr("data_pipeline.prepare.adopt._adopt_shard", lambda *_: pytest.fail("read a shard"))
+    with pytest.raises(DataError, match="no file can be created there: Permission denied"):
+        _adopt(files)
+
+
+def test_a_multimodal_index_is_named_as_such(files: Path) -> None:
+    path = files / "train-00000_text_document.idx"
+    raw = path.read_bytes()
+    path.write_bytes(raw + bytes(int.from_bytes(raw[18:26], "little")))
+    with pytest.raises(DataError, match="has a mode for each sequence, as multimodal data sets do"):
+        _adopt(files)
+
+
+def test_negative_ids_are_shown_as_they_are(files: Path) -> None:
+    path = files / "train-00000_text_document"
+    ids = np.fromfile(path.with_suffix(".bin"), np.uint16).astype(np.int32)
+    ids[7] = -5
+    ids.tofile(path.with_suffix(".bin"))
+    raw = bytearray(path.with_suffix(".idx").read_bytes())
+    sequences = int.from_bytes(raw[18:26], "little")
+    raw[17] = 4  # int32
+    start = 34 + 4 * sequences
+    raw[start : start + 8 * sequences] = (
+        np.frombuffer(raw[start : start + 8 * sequences], "<i8") * 2
+    ).tobytes()
+    path.with_suffix(".idx").write_bytes(raw)
+    with pytest.raises(DataError, match="contains the negative id -5"):
+        _adopt(files)
+
+
+def test_shards_for_training_without_tokens_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "none.bin").touch()
+    (tmp_path / "none.idx").write_bytes(Header("uint16", 0, 0).pack() + bytes(8))
+    with pytest.raises(DataError, match="the shards for training contain no tokens"):
+        _adopt_prefix(tmp_path / "none")
+    assert not (tmp_path / "manifest.json").exists()
+
+
+def test_a_name_that_a_manifest_cannot_give_is_refused(files: Path) -> None:
+    for kind in ("bin", "idx"):
+        (files / f"train-00000_text_document.{kind}").rename(files / f"donn\xe9es.{kind}")
+    with pytest.raises(ConfigError, match="a shard's name consists of ASCII letters"):
+        _adopt_prefix(files / "donn\xe9es")
+
+
+def test_the_pattern_and_end_of_text_of_a_rank_file_can_be_given(files: Path, tmp_path: Path) -> None:
+    ranks = write_rank_file(tmp_path / "mine.tiktoken", load_encoding("outlast-4k").ranks)
+    arguments = ["prepare", "--adopt", _prefix(files, "train-00000"), "--tokenizer", str(ranks)]
+    arguments += ["--end-of-text", "<|end|>=4095", "--set", "tokenizer_pattern=cl100k_base"]
+    done = CliRunner().invoke(commands, arguments, standalone_mode=False)
+    assert done.exception is None
+    assert load_encoding(files).end_of_text_token == "<|end|>"
+
+
+def _adopt_prefix(prefix: Path) -> None:
+    adopt([str(prefix)], [], "outlast-4k")

@@ -105,7 +105,7 @@ def test_a_source_that_changes_between_the_passes_is_an_error(tmp_path: Path) ->
         return encode_all(folder, chunks, settings, workers, task)
 
     settings = config(tmp_path / "data", source, val_fraction=0, deduplicate=True)
-    with pytest.raises(DataError, match=r"a\.jsonl: it changed after its documents were hashed"):
+    with pytest.raises(DataError, match=r"a\.jsonl: it changed while it was being prepared"):
         prepare(settings, encode=encode)
 
 

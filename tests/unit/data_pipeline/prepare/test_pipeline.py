@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -399,7 +400,7 @@ def test_an_empty_validation_split_is_reported(tmp_path: Path) -> None:
     assert manifest.val == ()
     assert source.exists()
     assert [progress.message for progress in seen if progress.message] == [
-        "ignoring 1 files of unsupported kinds in the folders",
+        f"ignoring 1 files of unsupported kinds in the folders: {tmp_path}/notes.pdf",
         "val_fraction = 0.005 held out no document: there is no validation split",
     ]
 
@@ -488,3 +489,68 @@ def test_the_manifest_contains_the_checksums_of_the_sources(raw: Path, tmp_path:
     assert len(source["ranges"]) > 5
     for part in source["ranges"]:
         assert xxhash.xxh3_128_hexdigest(content[part["start"] : part["stop"]]) == part["xxh3_128"]
+
+
+def test_a_complete_data_set_is_compared_with_sources_of_another_time_or_place(tmp_path: Path) -> None:
+    texts = packaged_texts()[:20]
+    first, second = (write_jsonl(tmp_path / name / "x.jsonl", texts) for name in ("a", "b"))
+    packed = tmp_path / "c.jsonl.gz"
+    packed.write_bytes(gzip.compress(json.dumps({"text": "packed"}).encode()))
+    write_jsonl(second, texts[::-1])  # as long as the first
+    out = tmp_path / "data"
+    manifest = prepare(config(out, first, second, packed, **SMALL))
+    os.utime(first)
+    os.utime(packed)
+    seen: list[Progress] = []
+    assert prepare(config(out, first, second, packed, **SMALL), seen.append) == manifest
+    assert [progress.message for progress in seen if progress.message] == [
+        "comparing x.jsonl with its recorded checksum, because its time or place differs",
+        "comparing c.jsonl.gz with its recorded checksum, because its time or place differs",
+        f"{out} is complete already, with the same settings and sources: nothing is done",
+    ]
+    with pytest.raises(ConfigError, match=r"other settings: sources \(the text of x\.jsonl changed\)"):
+        prepare(config(out, second, first, packed, **SMALL))
+    write_jsonl(first, [texts[1], texts[0], *texts[2:]])  # another text of the same size
+    with pytest.raises(ConfigError, match=r"other settings: sources \(the text of x\.jsonl changed\)"):
+        prepare(config(out, first, second, packed, **SMALL))
+
+
+def test_a_data_set_made_before_versions_were_recorded_is_recognised(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", packaged_texts()[:5])
+    out = tmp_path / "data"
+    manifest = prepare(config(out, source))
+    old = tuple({k: v for k, v in s.items() if k not in ("location", "version")} for s in manifest.sources)
+    (out / "manifest.json").write_bytes(replace(manifest, sources=old).to_bytes())
+    assert prepare(config(out, source)).fingerprint == manifest.fingerprint
+    os.truncate(source, 0)
+    write_jsonl(source, packaged_texts()[:5][::-1])
+    with pytest.raises(ConfigError, match="other settings: sources"):
+        prepare(config(out, source))
+
+
+def test_text_files_are_split_into_documents(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n<|endoftext|>\ntwo\n<|endoftext|>\n")
+    out = tmp_path / "data"
+    settings = {"val_fraction": 0, "document_separator": "<|endoftext|>", "deduplicate": True}
+    manifest = prepare(config(out, tmp_path / "a.txt", **settings))
+    encoding = load_encoding(out)
+    assert [encoding.decode(ids[:-1].tolist()) for ids in documents_of(out, "train")] == ["one\n", "two\n"]
+    assert prepare(config(out, tmp_path / "a.txt", **settings)) == manifest
+    with pytest.raises(ConfigError, match=r"document_separator = '<\|endoftext\|>', now None"):
+        prepare(config(out, tmp_path / "a.txt", val_fraction=0, deduplicate=True))
+    plain = prepare(config(tmp_path / "plain", tmp_path / "a.txt", val_fraction=0))
+    assert "document_separator" not in plain.preparation
+
+
+def test_a_source_that_changes_during_the_preparation_ends_it(tmp_path: Path) -> None:
+    sources = [write_jsonl(tmp_path / f"{n}.jsonl", packaged_texts()[:20]) for n in range(3)]
+
+    def append(_: Progress) -> None:
+        if sources[1].stat().st_size == sources[0].stat().st_size:
+            with sources[1].open("a") as file:
+                file.write(json.dumps({"text": "more"}) + "\n")
+
+    with pytest.raises(DataError, match=r"1\.jsonl: it changed while it was being prepared"):
+        prepare(config(tmp_path / "data", *sources, **SMALL), append)
+    manifest = prepare(config(tmp_path / "data", *sources, **SMALL))
+    assert manifest.sources[1]["size_bytes"] == sources[1].stat().st_size

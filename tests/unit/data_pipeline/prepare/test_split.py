@@ -137,7 +137,7 @@ def test_chunks_cover_every_byte_once_and_depend_only_on_the_sources(raw: Path, 
         assert covered == Counter({file.name: file.size_bytes for file in files})
         assert len({chunk.name for chunk in found}) == len(found)
     assert len(split_into_chunks(files, 10**8)) == 1, "too small to split"
-    large = [files[0].__class__("x.jsonl", tmp_path / "x.jsonl", 10**12, 0)]
+    large = [files[0].__class__("x.jsonl", str(tmp_path / "x.jsonl"), 10**12, 0)]
     assert 2400 < len(split_into_chunks(large, 100_000_000)) < 2600
-    large = [files[0].__class__("x.jsonl", tmp_path / "x.jsonl", 10**9, 0)]
+    large = [files[0].__class__("x.jsonl", str(tmp_path / "x.jsonl"), 10**9, 0)]
     assert 60 < len(split_into_chunks(large, 100_000_000)) < 70

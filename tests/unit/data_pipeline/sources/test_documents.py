@@ -74,7 +74,7 @@ def test_a_truncated_compressed_file_is_a_broken_document(tmp_path: Path, suffix
 def test_damaged_compressed_data_is_a_broken_document(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(b"this is not compressed at all")
-    ((line, reason),) = _read(path)
+    ((line, reason, *_),) = _read(path)
     assert line == 1
     assert reason.startswith(f"damaged {'gzip' if suffix == '.gz' else 'zstd'} data")
 
@@ -82,8 +82,8 @@ def test_damaged_compressed_data_is_a_broken_document(tmp_path: Path, suffix: st
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (b'{"text": "a"', "not valid JSON"),
-        (b"[" * 100_000, "not valid JSON"),
+        (b'{"text": "a"', "not valid JSON: Expecting ',' delimiter"),
+        (b"[" * 100_000, "JSON that is nested too deeply to be read"),
         (b'"text"', "not a JSON object"),
         (b'{"body": "a"}', "no field 'text'"),
         (b'{"text": null}', "'text' is null"),
@@ -97,13 +97,16 @@ def test_a_broken_line_is_reported_with_its_number_and_reason(
 ) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(json_lines("before") + line + b"\n" + json_lines("after"))
-    assert _read(path) == [b"before", BadDocument(2, reason), b"after"]
+    before, bad, after = _read(path)
+    assert (before, after) == (b"before", b"after")
+    assert isinstance(bad, BadDocument)
+    assert (bad.line, bad.reason) == (2, reason)
 
 
 def test_a_text_file_that_is_not_utf8_is_reported_with_the_line(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(b"fine\nfine\nG\xf6del\n")
-    assert _read(path) == [BadDocument(3, "not valid UTF-8")]
+    assert _read(path) == [BadDocument(3, "not valid UTF-8", 2)]
 
 
 def test_parquet_columns_are_read_in_order(tmp_path: Path) -> None:
@@ -118,9 +121,9 @@ def test_problems_of_a_parquet_file_are_reported(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None, "c"], "n": [1, 2, 3]}), path)
     assert _read(path) == [b"a", BadDocument(2, "'text' is null"), b"c"]
     assert _read(path, "n")[0] == BadDocument(1, "'n' is int, not a string")
-    assert _read(path, "body") == [BadDocument(1, "no column 'body'; it has text, n")]
+    assert _read(path, "body") == [BadDocument(1, "no column 'body'; it has text, n", lost=3)]
     path.write_bytes(b"PAR1 or not")
-    ((line, reason),) = _read(path)
+    ((line, reason, *_),) = _read(path)
     assert line == 1
     assert reason.startswith("not a readable Parquet file")
 
@@ -135,9 +138,11 @@ def test_the_packaged_corpus_is_complete() -> None:
 def test_a_text_file_too_large_for_one_document_is_broken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
 ) -> None:
-    monkeypatch.setattr(documents, "LARGEST_TEXT_BYTES", 1000)
+    monkeypatch.setattr(documents, "LARGEST_DOCUMENT_BYTES", 1000)
     path = tmp_path / f"a.txt{suffix}"
     path.write_bytes(COMPRESSIONS[suffix](b"x" * 1000))
     assert _read(path) == [b"x" * 1000]
     path.write_bytes(COMPRESSIONS[suffix](b"x" * 1001))
-    assert _read(path) == [BadDocument(1, "a text file is one document, and this one has more than 1 GiB")]
+    ((line, reason, *_),) = _read(path)
+    assert line == 1
+    assert reason.startswith("a text file is one document, and this one has more than 1 GiB")

@@ -1,6 +1,7 @@
 """Hugging Face data sets as sources: the real package `datasets` reads local folders."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +159,65 @@ def test_the_error_of_a_broken_stream_says_where_it_broke_and_how_to_continue(
 def test_nothing_to_prepare_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"nothing to prepare: give sources .* or \[\[datasets\]\]"):
         _config(Path("data"))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One data set without splits, and one with the splits train and test."""
+    import datasets
+
+    out = tmp_path_factory.mktemp("saved")
+    rows = datasets.Dataset.from_dict({"body": TEXTS})
+    rows.save_to_disk(out / "rows")
+    datasets.DatasetDict({"train": rows.select(range(80)), "test": rows.select(range(80, 90))}).save_to_disk(
+        out / "splits"
+    )
+    rows.select([]).save_to_disk(out / "empty")
+    return out
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "rows"),
+    [
+        ("rows", "train[:10]", range(10)),
+        ("rows", "train[:10%]", range(9)),
+        ("rows", "train[90%:]", range(81, 90)),
+        ("splits", "test", range(80, 90)),
+        ("splits", "train[-2:]+test[:1]", range(78, 81)),
+    ],
+)
+def test_the_split_of_a_saved_data_set_is_honoured(
+    saved: Path, tmp_path: Path, name: str, split: str, rows: range
+) -> None:
+    prepare(_config(tmp_path / "data", {"name": str(saved / name), "split": split, "text_field": "body"}))
+    assert _texts(tmp_path / "data") == [TEXTS[row] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "reason"),
+    [
+        ("rows", {"split": "test"}, "no split 'test'; it has train"),
+        ("splits", {"split": "val[:10%]"}, "no split 'val'; it has train, test"),
+        ("splits", {"config": "en"}, "a folder of save_to_disk has no config; leave config = 'en' out"),
+        ("splits", {"revision": "v2"}, "a folder of save_to_disk has no revision; leave revision = 'v2' out"),
+        ("rows", {"streaming": True}, "a folder of save_to_disk cannot be streamed; leave streaming out"),
+        ("rows", {"split": "train[:0]"}, "split 'train[:0]' has no rows"),
+        ("empty", {}, "the saved data set is empty"),
+    ],
+)
+def test_what_a_saved_data_set_does_not_have_is_refused(
+    saved: Path, name: str, table: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(reason)):
+        open_dataset(HubDataset(name=str(saved / name), **table), "body")
+
+
+def test_parts_of_a_saved_data_set_have_different_identities(saved: Path) -> None:
+    name = str(saved / "rows")
+    sources = [
+        open_dataset(HubDataset(name=name, split=split), "body")
+        for split in ("train", "train[:50%]", "train[50%:]", "train[:45]")
+    ]
+    whole, first, second, same = (source.fingerprint for source in sources)
+    assert len({whole, first, second}) == 3
+    assert first == same

@@ -21,7 +21,6 @@ from data_pipeline.prepare.worker_pool import encode_all
 from data_pipeline.tokenizer.encoding import END_OF_TEXT, Encoding, load_encoding
 from data_pipeline.tokenizer.fast_encoder import (
     FAST_ENCODERS,
-    HARD_CASES,
     EncodeBatch,
     EncoderMismatch,
     FastEncoder,
@@ -31,6 +30,7 @@ from data_pipeline.tokenizer.fast_encoder import (
     open_encoder,
     resident_bytes,
 )
+from data_pipeline.tokenizer.hard_cases import HARD_CASES
 from data_pipeline.tokenizer.rank_files import PUBLISHED
 from tests.unit.data_pipeline.support import config, files_of, packaged_texts, write_jsonl
 from tests.unit.data_pipeline.tokenizer.support import write_rank_file

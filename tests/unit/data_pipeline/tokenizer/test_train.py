@@ -1,6 +1,8 @@
+import time
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from data_pipeline.corpus import packaged_corpus
@@ -8,6 +10,7 @@ from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.sources.held_out import is_held_out
 from data_pipeline.tokenizer.encoding import TRAINING_PATTERN, Encoding, load_encoding
 from data_pipeline.tokenizer.train import train_tokenizer
+from launcher.cli import commands
 from tests.unit.data_pipeline.support import packaged_texts, write_jsonl
 
 
@@ -67,3 +70,29 @@ def test_training_stops_at_a_broken_document(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", ["fine", 5])
     with pytest.raises(DataError, match=r"a\.jsonl:2: 'text' is int, not a string"):
         train_tokenizer([source], 300, tmp_path / "t.json")
+
+
+@pytest.mark.parametrize("run", ["ACGT" * 100_000, " " * 500_000, "=-" * 200_000, "\u5b57" * 300_000])
+def test_an_unbroken_run_is_trained_on_in_linear_time(tmp_path: Path, run: str) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", [run, "some ordinary words"])
+    started = time.process_time()
+    train_tokenizer([source], 260, tmp_path / "t.json")
+    assert time.process_time() - started < 10
+
+
+def test_the_command_says_what_it_read_and_refuses_to_overwrite(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "raw" / "a.jsonl", packaged_texts()[:100])
+    (tmp_path / "raw" / "notes.pdf").touch()
+    out = tmp_path / "t.json"
+    arguments = ["tokenizer", "train", str(source.parent), "--vocab-size", "500", "--out", str(out)]
+    done = CliRunner().invoke(commands, arguments, standalone_mode=False)
+    assert done.exception is None
+    size_bytes = sum(len(text.encode()) for text in packaged_texts()[:100])
+    assert f"read 100 documents of {size_bytes:,} bytes in 1 files; ignoring 1 files" in done.stderr
+    encoding = load_encoding(out)
+    tokens = len(encoding.encode("".join(packaged_texts()[:100])))
+    assert f"{size_bytes / tokens:.2f} bytes a token, on the first {size_bytes:,} bytes" in done.stderr
+    before = out.read_bytes()
+    refused = CliRunner().invoke(commands, arguments, standalone_mode=False)
+    assert "t.json exists already; remove it, or name another file" in str(refused.exception)
+    assert out.read_bytes() == before

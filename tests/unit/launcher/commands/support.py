@@ -1,4 +1,4 @@
-"""Writes what a run's processes would leave behind: lines of the record, and checkpoints."""
+"""Writes lines of the record and checkpoints, as the processes of a run would."""
 
 from pathlib import Path
 

@@ -81,8 +81,9 @@ def test_job_that_keeps_failing_ends_the_preparation_with_its_reason(
 
     with pytest.raises(DataError) as error:
         prepare(wanted, with_messages(seen, lose_the_source), ClusterEncoder(LOCAL, 1, workers=1))
-    assert str(error.value).startswith("task 1 failed 3 times; the last time: FileNotFoundError: [Errno 2]")
-    assert str(error.value).endswith("The finished pieces stay; run the command again to continue.")
+    assert str(error.value).startswith("task 1 failed 3 times; the last time: ")
+    assert "a.jsonl: it cannot be read any more: No such file" in str(error.value)
+    assert str(error.value).endswith("The finished chunks stay; run the command again to continue.")
     assert sum("starts again" in message for message in seen) == 2
     source.write_bytes(text)
     assert prepare(wanted).documents == 60

@@ -249,9 +249,9 @@ def test_later_stop_request_can_only_be_more_urgent(tmp_path: Path) -> None:
 
 
 def test_submission_removes_an_old_stop_request(folder: Path) -> None:
-    run = make_run(folder, 'finish(claim(), 0, "stop stands: " + str(run.stop.exists()))')
+    run = make_run(folder, 'finish(claim(), 0, "stop exists: " + str(run.stop.exists()))')
     request_stop(run, "of yesterday", now=True)
-    assert end_of(run, start(run)) == job_outcome(0, "stop stands: False", 1)
+    assert end_of(run, start(run)) == job_outcome(0, "stop exists: False", 1)
 
 
 @pytest.mark.parametrize(
@@ -272,7 +272,7 @@ def test_killed_process_leaves_no_orphan(folder: Path, victim: str) -> None:
     if victim == "torch.distributed.run":
         assert outcome_of(run, job).cause.startswith("the workers ended without a result (torchrun: -9)")
     else:
-        assert outcome_of(run, job).cause.startswith("the job ended without a word, as when its node is lost")
+        assert outcome_of(run, job).cause.startswith("the job ended without reporting an outcome")
 
 
 def test_process_in_another_session_does_not_outlive_the_job(folder: Path) -> None:

@@ -115,7 +115,7 @@ def test_stop_gives_up_on_a_scheduler_that_does_not_answer(
     assert stop(str(run.path), now=False) == 1
     assert 210 <= slurm.now < 220
     said = capsys.readouterr().err
-    assert "nobody says here how slurm job 7 of login1 stands. The request stays" in said
+    assert "the state of slurm job 7 on login1 is unknown from here. The stop request remains" in said
     assert read_json(run.stop)
 
 
