@@ -87,7 +87,11 @@ def _resume(
     if step is None and newest >= request.config.total_steps:
         bad = next(verify(checkpoints[newest]), None)
         if bad is None:
-            click.echo(f"the run has finished: step {newest} of {request.config.total_steps}", err=True)
+            click.echo(
+                f"the run has finished: step {newest} of {request.config.total_steps}. To train longer, add "
+                "--set schedule.total_steps=N with a larger N.",
+                err=True,
+            )
             click.echo(run.path)
             return 0
         click.echo(f"the last checkpoint is corrupt; its steps are trained again: {bad}", err=True)

@@ -23,7 +23,9 @@ def test_resuming_a_finished_run_changes_nothing(run: RunDir, capsys: pytest.Cap
     before = run.config.read_bytes()
     assert resume(run) == 0
     shown = capsys.readouterr()
-    assert shown.err.endswith("the run has finished: step 20 of 20\n")
+    assert (
+        "the run has finished: step 20 of 20. To train longer, add --set schedule.total_steps=" in shown.err
+    )
     assert shown.out == f"{run.path}\n"
     assert run.config.read_bytes() == before
     assert not run.job.exists()
