@@ -27,7 +27,7 @@ PACKAGES = ("launcher", "gpt", "data_pipeline")
 LAYERS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "data_pipeline": (
         ("errors", "corpus", "encodings"),
-        ("durable", "config_file", "remote"),
+        ("durable", "config_file", "remote", "git_lfs"),
         ("sources", "dataset"),
         ("tokenizer", "sampling"),
         ("prepare", "inspect"),
