@@ -23,7 +23,7 @@ def test_node_that_fails_its_check_is_excluded(new_slurm_run: NewRun, reference:
     assert run.wait_for_end()["exit_code"] == 0
     [bad] = record.read(run.dir.bad_nodes)
     assert bad["node"] == "node2"
-    assert "its clock is" in bad["reason"]
+    assert "its clock differs" in bad["reason"]
     [requeued] = run.events("requeued")
     assert requeued["exclude"] == ["node2"]
     assert sorted(worker["host"] for worker in run.owner()["workers"]) == ["node1", "node3"]
