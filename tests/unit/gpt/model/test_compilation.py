@@ -64,5 +64,7 @@ def test_missing_compiler_is_an_error_that_says_what_to_do(monkeypatch: pytest.M
 def test_compile_with_selective_recomputation_is_refused() -> None:
     tables = {"name": "t", "data": {"path": "x"}, "schedule": {"total_steps": 1}, "compile": True}
     RunConfig.model_validate({**tables, "model": {"recompute": "full"}})
-    with pytest.raises(ValidationError, match=r"model.recompute = 'selective' does not work with compile = true"):
+    with pytest.raises(
+        ValidationError, match=r"model.recompute = 'selective' does not work with compile = true"
+    ):
         RunConfig.model_validate({**tables, "model": {"recompute": "selective"}})
