@@ -25,7 +25,7 @@ import pytest
 from data_pipeline.dataset.manifest import read_manifest
 from data_pipeline.tokenizer.encoding import load_encoding
 from data_pipeline.tokenizer.fast_encoder import FAST_ENCODERS, FastEncoder, TiktokenEncoder
-from launcher.process_tree import adopt_orphans
+from gpt.run.process_control import adopt_orphans
 from tests.paths import ROOT
 from tests.unit.data_pipeline.support import packaged_texts
 
