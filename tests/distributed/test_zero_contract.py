@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from gpt.config.run import RunConfig
 from gpt.distributed.zero.deepspeed_config import deepspeed_config
+from tests.distributed.warm_torchrun import start_torchrun
 
 
 def tiny(**fields: object) -> RunConfig:
@@ -41,16 +42,14 @@ OFFLOAD = {"offload_optimizer": "cpu"}
     ],
 )
 def test_private_attributes_of_deepspeed_have_the_assumed_meaning(
-    precision: str, micro_batch: int, zero: dict[str, object], optimizer: dict[str, object]
+    precision: str, micro_batch: int, zero: dict[str, object], optimizer: dict[str, object], tmp_path: Path
 ) -> None:
     batch = {"global_batch_tokens": 128, "micro_batch": micro_batch}
     run = tiny(precision=precision, zero=zero, batch=batch, optimizer=optimizer)
-    script = Path(__file__).with_name("zero_contract.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", str(script), run.model_dump_json()]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.stdout.count("the contract holds") == 2, done.stdout + done.stderr
+    program = [str(Path(__file__).with_name("zero_contract.py")), run.model_dump_json()]
+    log = tmp_path / "torchrun.log"
+    start_torchrun(2, program, os.environ, log).wait(timeout=120)
+    assert log.read_text().count("the contract holds") == 2, log.read_text()
 
 
 def test_step_waits_for_the_device_once() -> None:
