@@ -41,13 +41,18 @@ def rename_durably(source: Path, target: Path) -> None:
 def fsync_file(file: IO[Any]) -> None:
     """Flush the open `file` and wait until its content is on disk."""
     file.flush()
-    os.fsync(file.fileno())
+    fsync_descriptor(file.fileno())
 
 
 def fsync_folder(path: Path) -> None:
     """Wait until the names in the folder `path` are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        fsync_descriptor(descriptor)
     finally:
         os.close(descriptor)
+
+
+def fsync_descriptor(descriptor: int) -> None:
+    """Wait until what was written through the open `descriptor` is on disk."""
+    os.fsync(descriptor)
