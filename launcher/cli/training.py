@@ -44,10 +44,18 @@ def demo(out: Path) -> int:
     show_default=True,
     help="The fraction of the accelerators' peak FLOPs that the time estimate assumes.",
 )
-def plan(run: str, cluster: str, overrides: tuple[str, ...], as_json: bool, mfu: float) -> int:
+@click.option(
+    "--trace",
+    "is_traced",
+    is_flag=True,
+    help="Also run one step without GPUs, and show its memory, every collective and every host wait.",
+)
+def plan(
+    run: str, cluster: str, overrides: tuple[str, ...], as_json: bool, mfu: float, is_traced: bool
+) -> int:
     from launcher.commands.plan import print_plan
 
-    return print_plan(run, cluster, overrides, as_json=as_json, mfu=mfu)
+    return print_plan(run, cluster, overrides, as_json=as_json, mfu=mfu, is_traced=is_traced)
 
 
 @click.command(

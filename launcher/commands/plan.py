@@ -5,22 +5,32 @@ from collections.abc import Sequence
 
 import click
 
+from launcher.commands.trace import dry_step
 from launcher.preflight.check import examine
 from launcher.preflight.plan import ASSUMED_MFU, plan, table
+from launcher.preflight.trace import trace_json, trace_lines
 from launcher.request import Request
 from launcher.runs.recipes import run_tables
 
 
-def print_plan(run: str, cluster: str, overrides: Sequence[str], *, as_json: bool, mfu: float) -> int:
-    """Print what `run` will need on `cluster`; the exit code."""
+def print_plan(
+    run: str, cluster: str, overrides: Sequence[str], *, as_json: bool, mfu: float, is_traced: bool = False
+) -> int:
+    """Print what `run` will need on `cluster`, with `is_traced` a dry step too; the exit code."""
     tables, source = run_tables(run, overrides)
     request = examine(tables, source, cluster, None)
     show_warnings(request)
+    step = dry_step(request) if is_traced else None
     if as_json:
         needs = plan(request.config, request.cluster, request.train_tokens, mfu)
-        click.echo(json.dumps(needs.as_json()))
-    else:
-        show_plan(request, mfu)
+        traced = {} if step is None else {"trace": trace_json(step, request.config, request.cluster, mfu)}
+        click.echo(json.dumps({**needs.as_json(), **traced}))
+        return 0
+    show_plan(request, mfu)
+    if step is not None:
+        click.echo()
+        for line in trace_lines(step, request.config, request.cluster, mfu):
+            click.echo(line)
     return 0
 
 
