@@ -42,12 +42,14 @@ _COLLECTIVES = {
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")
 _NO_KERNELS = ("empty", "new_empty", "detach", "record_stream", "_reshape_alias", "c10d::")
 
+Counts = collections.Counter[tuple[Any, ...]]
 
-class Recorder(TorchDispatchMode):
+
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records what is dispatched to the fake device while it is entered."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.phase = "build"
         self.kernels = 0
         # What kernels read and write, matrix products and the others
@@ -56,8 +58,8 @@ class Recorder(TorchDispatchMode):
         self.live_bytes = self.peak_bytes = 0
         self.peak_phase = self.phase
         self._finalizers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
-        self._collectives: collections.Counter[tuple[str, int, int]] = collections.Counter()
-        self._waits: collections.Counter[tuple[str, str, bool]] = collections.Counter()
+        self._collectives: Counts = collections.Counter()
+        self._waits: Counts = collections.Counter()
 
     def begin(self) -> None:
         """Forget everything except what is alive."""
@@ -91,21 +93,18 @@ class Recorder(TorchDispatchMode):
         self._waits["unknown", reason, True] += 1
 
     @property
-    def counts(self) -> collections.Counter[Any]:
-        """How often what happened since `begin`, by a key for each kind of thing."""
-        return collections.Counter(
-            {
-                "kernel": self.kernels,
-                **self._collectives,
-                **self._waits,
-            }  # their keys differ in length or types
-        )
+    def counts(self) -> Counts:
+        """How often what happened since `begin`: kernels, collectives and host waits."""
+        counts: Counts = collections.Counter({("kernel",): self.kernels})
+        counts.update(self._collectives)
+        counts.update(self._waits)
+        return counts
 
-    def repeat(self, earlier: collections.Counter[Any], later: collections.Counter[Any], times: int) -> None:
+    def repeat(self, earlier: Counts, later: Counts, times: int) -> None:
         """Count what happened between two `counts` another `times` times."""
         for key, count in later.items():
             more = times * (count - earlier[key])
-            if key == "kernel":
+            if key == ("kernel",):
                 self.kernels += more
             elif key in self._collectives:
                 self._collectives[key] += more
@@ -115,12 +114,12 @@ class Recorder(TorchDispatchMode):
     @property
     def collectives(self) -> tuple[Collective, ...]:
         """The collectives since `begin`, equal ones together, in the order of their first appearance."""
-        return tuple(Collective(*key, count) for key, count in self._collectives.items())
+        return tuple(Collective(key[0], key[1], key[2], count) for key, count in self._collectives.items())
 
     @property
     def host_waits(self) -> tuple[HostWait, ...]:
         """The host waits since `begin`."""
-        return tuple(HostWait(*key, count) for key, count in self._waits.items())
+        return tuple(HostWait(key[0], key[1], key[2], count) for key, count in self._waits.items())
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -156,6 +155,8 @@ class Recorder(TorchDispatchMode):
 
     def _copied_away(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """The result of a copy from the device to the host; None if `name` does not copy there."""
+        source: Tensor
+        target: Tensor | None
         if name == "aten::copy_":
             target, source = args[0], args[1]
             blocks = not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))

@@ -1,4 +1,4 @@
-"""One optimizer step of rank 0 without the GPU, the other ranks and the data.
+"""One optimizer step of the last rank without the GPU, the other ranks and the data.
 
 It runs build_model, Engine and train_step unchanged, on a fake process group and torch's meta device. Shapes,
 the order and size of collectives, memory of tensors and host waits are those of the real step. Values,
@@ -41,9 +41,9 @@ _STEPS = 3  # the first allocates the optimizer's state; at stage 3 it also lear
 def dry_step(
     run: RunConfig, world_size: int, local_size: int, capability: tuple[int, int] = HOPPER
 ) -> DryStep:
-    """What a step of the resolved `run` does on rank 0 of `world_size`, `local_size` of them on each node.
+    """What a step of the resolved `run` does on the last of `world_size` ranks.
 
-    Raises ConfigError for offloading, whose host memory would be real.
+    `local_size` of them are on each node. Raises ConfigError for offloading, whose host memory would be real.
     """
     for field in ("offload_optimizer", "offload_parameters"):
         if (place := getattr(run.zero, field)) != "none":
@@ -91,7 +91,7 @@ def _run(run: RunConfig, world: World, recorder: Recorder) -> DryStep:
         activations = max(activations, recorder.live_bytes - before)
         return loss
 
-    model.forward = watched_forward  # type: ignore[method-assign]
+    model.forward = watched_forward  # type: ignore[method-assign,assignment]
     micro_batches = run.micro_batches(world.size)
     for _ in range(_STEPS if run.zero.stage == 3 else _STEPS - 1):
         inputs = [_inputs(run, world) for _ in range(min(micro_batches, _MICRO_BATCHES))]
@@ -126,16 +126,18 @@ def _inputs(run: RunConfig, world: World) -> ModelInputs:
 
 @contextlib.contextmanager
 def _world(run: RunConfig, size: int, local_size: int) -> Iterator[World]:
-    places = {"RANK": "0", "WORLD_SIZE": str(size), "LOCAL_RANK": "0"}
+    rank, local_rank = size - 1, local_size - 1
+    places = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(local_rank)}
     os.environ.update({**places, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"})
-    dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
+    dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
     try:
         sequence = WHOLE_SEQUENCES
         if run.parallel.sequence > 1:
-            ranks = next(iter(Mesh.over(size, **{SEQUENCE: run.parallel.sequence}).groups(SEQUENCE)))
-            sequence = SequenceGroup(0, len(ranks), dist.new_group(list(ranks)))
+            ranks = Mesh.over(size, **{SEQUENCE: run.parallel.sequence}).groups(SEQUENCE)[-1]
+            sequence = SequenceGroup(len(ranks) - 1, len(ranks), dist.new_group(ranks))
         control = dist.group.WORLD
         assert control is not None
-        yield World(0, size, 0, local_size, 0, DEVICE, control, sequence=sequence)
+        node = rank // local_size
+        yield World(rank, size, local_rank, local_size, node, DEVICE, control, sequence=sequence)
     finally:
         dist.destroy_process_group()

@@ -7,6 +7,7 @@ at its own depth.
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 from gpt.config.run import RunConfig
 from gpt.dry_run.step import HOPPER, dry_step
@@ -19,7 +20,7 @@ DEPTHS = (16, 24)
 def dry_step_of(
     run: RunConfig, world_size: int, local_size: int, capability: tuple[int, int] = HOPPER
 ) -> DryStep:
-    """The dry step of the resolved `run` on rank 0 of `world_size`, `local_size` of them on each node."""
+    """The dry step of the resolved `run` on the last of `world_size` ranks, `local_size` on each node."""
     layers = run.model.n_layers
     if layers <= DEPTHS[1]:
         return dry_step(run, world_size, local_size, capability)
@@ -33,7 +34,9 @@ def dry_step_of(
 def at_depth(layers: int, shallow: DryStep, deep: DryStep) -> DryStep:
     """The step at `layers`, on the lines through the steps at the two DEPTHS."""
     names = ("weights", "optimizer", "kept", "activations", "peak", "kernels")
-    numbers = {name: _line(layers, getattr(shallow, name), getattr(deep, name)) for name in names}
+    numbers: dict[str, Any] = {
+        name: _line(layers, getattr(shallow, name), getattr(deep, name)) for name in names
+    }
     waits = {(wait.line, wait.reason): wait.count for wait in shallow.host_waits}
     return replace(
         deep,

@@ -36,7 +36,7 @@ class HostWait:
 
 @dataclass(frozen=True)
 class DryStep:
-    """One optimizer step of rank 0. Memory is in bytes.
+    """One optimizer step of the last rank, which updates the head at stages 1 and 2. Memory is in bytes.
 
     `kept` is all that lives between two steps, `peak` the most that lives at a time.
     """

@@ -14,6 +14,11 @@ from gpt.config.run import RunConfig
 from gpt.config.zero_sizes import zero_sizes
 from gpt.model.loss_chunks import block_elements, chunk_elements, rows_within
 
+# DeepSpeed's defaults: stage 3 keeps up to so many weights gathered for reuse, and stage 1 with accumulation
+# puts gradients together until it has so many.
+_MOST_GATHERED_NUMEL = 10**9
+_JOINED_BELOW_NUMEL = 5 * 10**8
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -36,41 +41,77 @@ def memory(config: RunConfig, world_size: int, *, on_cpu: bool = False) -> Memor
     """The memory of each of `world_size` ranks, which are GPUs or CPU processes.
 
     ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054, section 3): stage 1 cuts the optimizer's state into
-    `world_size` parts, stage 2 the gradients too, stage 3 the weights too. The peak is either the end of the
-    forward pass, when all activations exist, or the update, when all gradients exist; stage 3 reserves room
-    for the gradients of its shard throughout.
+    `world_size` parts, stage 2 the gradients too, stage 3 the weights too. The peak is in the forward pass,
+    in the backward pass or in the update. Tests compare it with what a dry step allocates (gpt.dry_run).
     """
-    zero, model = config.zero, config.model
-    parameters, width = parameter_count(model), _bytes(config)
-    on_device = zero.offload_optimizer == "none"
+    zero, parameters, width = config.zero, parameter_count(config.model), _bytes(config)
     weights = width * parameters
-    gathered = 0
     if zero.stage == 3:
-        weights //= world_size
-        if zero.offload_parameters == "cpu":
-            weights = 0
-        # Gathered at a time: two blocks (one computes, the next arrives), the embedding and the head.
-        gathered = width * (2 * block_numel(model) + 2 * model.vocabulary * model.d_model)
-    optimizer = state_bytes(config) // world_size if on_device else 0
-    gradients = width * parameters
-    if zero.stage >= 2:
-        gradients = gradients // world_size + width * zero_sizes(config).bucket_numel
-    accumulated = 0
-    if config.micro_batches(world_size) > 1 and config.precision != "fp32":
-        accumulated = 4 * parameters // (world_size if zero.stage >= 2 else 1)
-    update = 4 * parameters // world_size if on_device else 0  # the fp32 copy of the gradient
-    activations = activation_bytes(config)
-    loss = _loss_bytes(config, on_cpu=on_cpu)
-    fixed = weights + optimizer + accumulated + gathered
-    forward = activations + loss + (gradients if zero.stage == 3 else 0)
+        weights = 0 if zero.offload_parameters == "cpu" else weights // world_size
+    optimizer = state_bytes(config) // world_size if zero.offload_optimizer == "none" else 0
+    kept, buckets, reducing, at_head, update = _gradient_bytes(config, world_size, on_cpu=on_cpu)
+    gathered = _gathered_bytes(config, world_size)
+    activations, loss = activation_bytes(config), _loss_bytes(config, on_cpu=on_cpu)
+    recomputed = _tokens(config) * _block(config.model, width) if config.model.recompute != "none" else 0
+    # The weights of a block arrive in one buffer, from which they are copied.
+    arriving = width * block_numel(config.model) if gathered else 0
+    forward = gathered + activations - recomputed + max(loss, arriving)
+    # The head comes first, when no block has been recomputed yet.
+    backward = gathered + buckets + reducing + max(activations, activations - recomputed + at_head)
+    if zero.stage == 3:  # the bucket is never freed
+        forward, update = forward + buckets, update + buckets
     return Memory(
         weights=weights,
         optimizer=optimizer,
-        gradients=gradients + accumulated,
+        gradients=kept + buckets,
         activations=activations,
-        workspace=loss + gathered + update,
-        peak=fixed + max(forward, gradients + update),
+        workspace=gathered + max(loss, reducing + at_head, update),
+        peak=weights + optimizer + kept + max(forward, backward, update),
     )
+
+
+def _gathered_bytes(config: RunConfig, world_size: int) -> int:
+    """Bytes of the weights of other ranks that stage 3 has gathered at a time."""
+    if config.zero.stage < 3 or world_size == 1:
+        return 0
+    return _bytes(config) * min(parameter_count(config.model), _MOST_GATHERED_NUMEL)
+
+
+def _gradient_bytes(config: RunConfig, world_size: int, *, on_cpu: bool) -> tuple[int, int, int, int, int]:
+    """Bytes of gradients.
+
+    Kept between micro-batches; in buckets; while a bucket is reduced; in addition while the head's is; in the
+    update.
+
+    A gradient is reduced in a bucket as soon as that is full, and each rank keeps its part. On GPUs there are
+    two buckets at stages 1 and 2, one of which fills while the other is reduced.
+    """
+    zero, model, width = config.zero, config.model, _bytes(config)
+    parameters = parameter_count(model)
+    shard = parameters // world_size
+    is_accumulating = config.micro_batches(world_size) > 1
+    in_fp32 = 4 if is_accumulating or width == 4 else width  # bytes of an element that is kept
+    on_device = zero.offload_optimizer == "none"
+    bucket = width * zero_sizes(config).bucket_numel
+    # The update needs this rank's gradient flat and in fp32.
+    update = (4 * shard + (0 if in_fp32 == 4 else in_fp32 * shard)) if on_device else 0
+    if zero.stage == 3:
+        return in_fp32 * shard, bucket, 0, 0, update
+    if zero.stage == 1 and is_accumulating:
+        # Every rank keeps the whole gradient, and reduces it only in the last micro-batch. In bf16 the
+        # gradient of the micro-batch stays until the next backward pass; the sum is reduced as one bf16 copy,
+        # after all groups have been put together unless they are large.
+        raw = width * parameters
+        if config.precision != "bf16":
+            return in_fp32 * parameters, bucket, raw, 0, update
+        joined = 4 * parameters if parameters < _JOINED_BELOW_NUMEL else 0
+        return 4 * parameters, 0, raw, 0, raw + joined + 2 * parameters
+    head, buckets = model.vocabulary * model.d_model, (1 if on_cpu else 2) * bucket
+    if is_accumulating:  # the last rank's part of the head's gradient is added in fp32
+        return 4 * shard, buckets, bucket, width * head + 4 * min(head, shard), 0
+    if zero.stage == 1:  # keeps the head's gradient until the update
+        return 0, buckets, bucket + width * head, 0, width * shard + update
+    return 0, buckets, bucket, width * head, width * shard + update
 
 
 def largest_micro_batch(config: RunConfig, world_size: int, available: float) -> int | None:
@@ -133,8 +174,8 @@ def _products(model: ModelConfig, width: int) -> int:
 def _loss_bytes(config: RunConfig, *, on_cpu: bool) -> int:
     """Working memory of the loss.
 
-    The logits of a chunk; for a block of it the logits and log p in fp32 and the gradient; the gradient of
-    the head.
+    The logits of a chunk; for a block of it the logits and log p in fp32, or afterwards the gradient of the
+    head.
     """
     model, tokens, width = config.model, _tokens(config), _bytes(config)
     head = model.vocabulary * model.d_model
@@ -144,10 +185,10 @@ def _loss_bytes(config: RunConfig, *, on_cpu: bool) -> int:
     rows = min(tokens, rows_within(elements, model.vocabulary))
     chunk = rows * model.vocabulary
     block = min(chunk, block_elements(is_cpu=on_cpu))
+    in_block = (4 if wide == 4 else 8) + (4 if model.z_loss else 0) + (8 if model.logit_softcap else 0)
     is_summed = rows < tokens or wide != width  # the head's gradient is summed in fp32
-    gradient = (4 if is_summed else 0) + width
-    weight = wide if wide != width else 0
-    return chunk * wide + block * (8 + wide) + head * (gradient + weight)
+    always = head * ((4 if is_summed else 0) + (wide if wide != width else 0))
+    return chunk * wide + always + max(block * in_block, head * width)
 
 
 def state_bytes(config: RunConfig, *, moment_bytes: int | None = None) -> int:

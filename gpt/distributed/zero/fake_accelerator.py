@@ -5,6 +5,7 @@ Private in DeepSpeed 0.19 and used here: the object that holds the accelerator, 
 """
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
@@ -69,8 +70,6 @@ def shapes_only(engine: Engine) -> list[torch.Tensor]:
 
 
 def _users_of(name: str) -> list[Any]:
-    import sys
-
     return [m for key, m in list(sys.modules.items()) if key.startswith("deepspeed.") and hasattr(m, name)]
 
 
