@@ -99,7 +99,7 @@ def trace_lines(step: DryStep, config: RunConfig, cluster: ClusterConfig, mfu: f
     planned = memory(config, cluster.world_size)
     depths = " and ".join(map(str, step.depths))
     how = f"a line through {depths} layers" if depths else "all layers"
-    yield f"one step of rank 0 of {cluster.world_size}, run without GPUs ({how}):"
+    yield f"one step of the last of {cluster.world_size} ranks, run without GPUs ({how}):"
     yield ""
     yield f"{'memory per rank':<32}{'dry step':>12}{'plan':>12}"
     for name in ("weights", "optimizer", "activations", "peak"):
