@@ -49,6 +49,7 @@ LAYERS: Mapping[str, tuple[tuple[str, ...], ...]] = {
         ("runs",),
         ("scheduler",),
         ("preflight", "node"),
+        ("simulation",),
         ("commands",),
         ("cli",),
     ),
@@ -61,6 +62,7 @@ TORCH_FREE_MODULES = (
     "gpt.model.flops",
     "gpt.model.loss_chunks",
     "gpt.optimizer.parameter_groups",
+    "gpt.saving.save_interval",
 )
 
 # What turns token ids into batches. It runs in every worker and needs no parser of raw text.
