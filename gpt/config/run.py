@@ -31,7 +31,7 @@ class CheckpointConfig(Section):
     every_minutes: float | None = Field(default=None, gt=0, description="Minutes between checkpoints.")
     interval: Literal["auto"] | None = Field(
         default=None,
-        description="auto: choose the interval that costs the least time (Young 1974, Daly 2006), from the "
+        description="auto: choose the interval that costs the least time (arXiv:2410.18124), from the "
         "measured stall of a save and the failures of this run.",
     )
     max_lost_minutes: float = Field(
