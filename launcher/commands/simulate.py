@@ -41,7 +41,7 @@ def simulate_run(
     mfu: float,
     histories: Sequence[str],
     disk_gb_per_s: float,
-    changes: Mapping[str, float | None],
+    changes: Mapping[str, Any],
     replicas: int,
     seed: int,
     as_json: bool,

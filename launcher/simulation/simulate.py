@@ -139,6 +139,6 @@ class _Replicas:
         first = self._spare_from.argmin(axis=1)
         rows = np.arange(len(first))
         wanted = fails & ~preempted & (is_lost < self._scenario.needs_other_node)
-        taken = wanted & (self._spare_from[rows, first] <= self.wall_s)
+        taken: NDArray[np.bool_] = wanted & (self._spare_from[rows, first] <= self.wall_s)
         self._spare_from[rows[taken], first[taken]] = self.wall_s[taken] + self._scenario.repair_s
         return taken
