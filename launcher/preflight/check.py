@@ -105,7 +105,8 @@ def check_data(config: RunConfig, manifests: Sequence[Manifest], findings: Findi
         if config.model.vocabulary < vocabulary:
             findings.problem(
                 f"model.vocab_size = {config.model.vocabulary} is smaller than the {vocabulary} token ids of "
-                f"{source.path}. Remove model.vocab_size, or set it to at least {vocabulary}."
+                f"{source.path}. A new model gets a fitting vocabulary when model.vocab_size is left out. A "
+                "trained one, as in an import, needs data that were prepared with its own tokenizer."
             )
         if train <= config.model.context:
             findings.problem(

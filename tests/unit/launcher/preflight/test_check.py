@@ -191,8 +191,9 @@ def test_a_mixture_of_two_tokenizers_is_refused(data: Path, tmp_path: Path) -> N
 
 def test_a_vocabulary_smaller_than_that_of_the_data_is_refused(data: Path, tmp_path: Path) -> None:
     assert refused(lambda: ask(data, tmp_path / "run", "model.vocab_size=4000")) == [
-        f"model.vocab_size = 4000 is smaller than the 4096 token ids of {data}. Remove model.vocab_size, or "
-        "set it to at least 4096."
+        f"model.vocab_size = 4000 is smaller than the 4096 token ids of {data}. A new model gets a "
+        "fitting vocabulary when model.vocab_size is left out. A trained one, as in an import, needs data "
+        "that were prepared with its own tokenizer."
     ]
 
 
