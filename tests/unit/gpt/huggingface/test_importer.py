@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from gpt.config.run import RunConfig
 from gpt.huggingface.config_json import model_fields
@@ -54,20 +55,23 @@ def test_imported_weights_give_the_logits_of_transformers(
         assert (gpt.logits(tokens, rows(tokens)) - theirs(tokens).logits).abs().max() <= 1e-4
 
 
+def options(data: Path) -> list[str]:
+    """The options of a short run."""
+    short = ["--set", "schedule.total_steps=3", "--set", "batch.global_batch_tokens=512"]
+    return ["--data", str(data), *short]
+
+
 def test_import_command_creates_a_run_with_the_weights_at_step_0(
     data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     theirs = save("llama", LLAMA, tmp_path / "hf")
-    options = [
-        "--data",
-        str(data),
-        "--set",
-        "schedule.total_steps=3",
-        "--set",
-        "batch.global_batch_tokens=512",
-    ]
-    assert outlast(["import", str(tmp_path / "hf"), str(tmp_path / "run"), *options]) == 0
-    assert capfd.readouterr().out.strip() == str(tmp_path / "run")
+    assert outlast(["import", str(tmp_path / "hf"), str(tmp_path / "run"), *options(data)]) == 0
+    printed = capfd.readouterr()
+    assert printed.out.strip() == str(tmp_path / "run")
+    plan = dict(line.split("  ", 1) for line in printed.err.splitlines() if "  " in line)
+    assert plan["steps"].strip() == "3"
+    assert plan["tokens"].strip().startswith("1,536 (")
+    assert f"start training with: outlast resume {tmp_path / 'run'}" in printed.err
     run_dir = RunDir(tmp_path / "run")
     run = RunConfig.model_validate_json(run_dir.config.read_text())
     trained = from_run(run_dir)
@@ -80,15 +84,26 @@ def test_import_command_creates_a_run_with_the_weights_at_step_0(
 
 def test_failed_import_leaves_nothing(data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     save("llama", LLAMA, tmp_path / "hf")
+    weights = load_file(tmp_path / "hf/model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, tmp_path / "hf/model.safetensors", metadata={"format": "pt"})
+    command = ["import", str(tmp_path / "hf"), str(tmp_path / "run"), *options(data)]
+    assert outlast(command) == 2
+    assert "holds 1 numbers that are not finite in fp32, the first is nan at [3]" in capfd.readouterr().err
     (tmp_path / "hf/model.safetensors").write_bytes(b"junk" * 99)
-    options = [
-        "--data",
-        str(data),
-        "--set",
-        "schedule.total_steps=3",
-        "--set",
-        "batch.global_batch_tokens=512",
-    ]
-    assert outlast(["import", str(tmp_path / "hf"), str(tmp_path / "run"), *options]) == 2
+    assert outlast(command) == 2
     assert "model.safetensors cannot be read" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_import_refuses_data_of_another_vocabulary_or_end_of_text(
+    data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = ["import", str(tmp_path), str(tmp_path / "run"), *options(data)]
+    save("llama", {**LLAMA, "eos_token_id": 0}, tmp_path)
+    assert outlast(command) == 2
+    assert "config.json has eos_token_id = 0. Prepare the data with the end-of-text" in capfd.readouterr().err
+    save("llama", {**LLAMA, "vocab_size": 1000, "bos_token_id": 0, "eos_token_id": 0}, tmp_path)
+    assert outlast(command) == 2
+    assert "A trained one, as in an import, needs data that were prepared with" in capfd.readouterr().err
     assert not (tmp_path / "run").exists()
