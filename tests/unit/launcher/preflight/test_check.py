@@ -256,6 +256,20 @@ def test_a_mixture_with_a_schedule_is_counted_for_each_source(data: Path) -> Non
     ]
 
 
+def test_data_that_a_mixture_names_twice_warn_with_the_sum(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(data)
+    paths = {str(data): 1, f"{tmp_path / 'link'}": 2}
+    mixture = ", ".join(f"{{path = '{path}', weight = {weight}}}" for path, weight in paths.items())
+    tables, _ = run_tables("tiny", [f"data.mixture=[{mixture}]", "evaluation.tokens=64"])
+    [warning] = examine(tables, "t", LOCAL, None).warnings
+    epochs = 320 * 64 / read_manifest(data).train_tokens
+    assert warning == (
+        f"data.mixture.0 ({data}) and data.mixture.1 ({tmp_path / 'link'}) are the same data. Together they "
+        f"have the weight 3 of 3, and the run reads {epochs:.2f} epochs of them; every limit of epochs "
+        "counts each by itself. Keep one of them, with the sum of the weights."
+    )
+
+
 def test_more_evaluation_tokens_than_the_data_has_warn(data: Path, tmp_path: Path) -> None:
     tokens = read_manifest(data).val_tokens
     [warning] = ask(data, tmp_path / "run", "evaluation.tokens=99999999").warnings
