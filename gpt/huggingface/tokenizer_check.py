@@ -25,7 +25,7 @@ _TOKENS_A_TEXT = 512
 def check_tokenizer(folder: Path, encoding: Encoding) -> None:
     """Raise ConfigError when the folder's tokenizer.json gives other ids than the encoding of the data.
 
-    The end-of-text of the data must also be one of the ids that end a text in the folder.
+    The end-of-text of the data must also end a text in each file of the folder that names such ids.
     """
     tokenizer = read_tokenizer(folder)
     content: Mapping[str, Any] = json.loads(tokenizer.to_str())
@@ -114,9 +114,9 @@ def _end_of_text_differences(
     folder: Path, tokenizer: "Tokenizer", content: Mapping[str, Any], encoding: Encoding
 ) -> Iterator[str]:
     token, id = encoding.end_of_text_token, encoding.end_of_text
-    ends = end_ids(folder)
-    if ends and not any(id in ids for ids in ends.values()):
-        named = " and ".join(f"{name} has eos_token_id = {_ids(ids)}" for name, ids in ends.items())
+    others = {name: ids for name, ids in end_ids(folder).items() if id not in ids}
+    if others:
+        named = " and ".join(f"{name} has eos_token_id = {_ids(ids)}" for name, ids in others.items())
         yield (
             f"the data end every document with the id {id} ({token}), but in {folder} {named}. Prepare the "
             "data with the end-of-text of the model (end_of_text names it for a rank file), or correct the "

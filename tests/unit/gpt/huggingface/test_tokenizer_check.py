@@ -123,6 +123,10 @@ def test_end_of_text_of_the_folder_must_be_that_of_the_data(name: str, folder: P
     found = refused(folder)
     assert "the data end every document with the id 4095 (<|endoftext|>), but in " in found
     assert f"{name} has eos_token_id = 0." in found
+    # the other file does not decide which of the two is meant
+    other = {"config.json": "generation_config.json", "generation_config.json": "config.json"}[name]
+    (folder / other).write_text('{"eos_token_id": 4095}')
+    assert f"{name} has eos_token_id = 0." in refused(folder)
 
 
 def test_end_of_text_with_another_id_in_the_tokenizer_is_refused(folder: Path) -> None:
