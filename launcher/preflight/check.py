@@ -105,7 +105,8 @@ def check_data(config: RunConfig, manifests: Sequence[Manifest], findings: Findi
         if config.model.vocabulary < vocabulary:
             findings.problem(
                 f"model.vocab_size = {config.model.vocabulary} is smaller than the {vocabulary} token ids of "
-                f"{source.path}. Remove model.vocab_size, or set it to at least {vocabulary}."
+                f"{source.path}. A new model gets a fitting vocabulary when model.vocab_size is left out. A "
+                "trained one, as in an import, needs data that were prepared with its own tokenizer."
             )
         if train <= config.model.context:
             findings.problem(
@@ -142,7 +143,9 @@ def _check_epochs(config: RunConfig, manifests: Sequence[Manifest], findings: Fi
         )
         return
     limit = config.data.max_epochs
-    for source, of_source, count in zip(config.data.sources, train, mixture.counts(numbers), strict=True):
+    counts = mixture.counts(numbers)
+    _warn_of_repeated_sources(config, manifests, counts, findings)
+    for source, of_source, count in zip(config.data.sources, train, counts, strict=True):
         tokens = count * config.model.context
         epochs = tokens / of_source
         if limit is not None and count > int(limit * windows_in(of_source, config.model.context)):
@@ -156,6 +159,28 @@ def _check_epochs(config: RunConfig, manifests: Sequence[Manifest], findings: Fi
                 f"the run reads {epochs:.1f} epochs of {source.path}; after {EPOCHS_WARNING:.0f} epochs, "
                 "repeated data improves the model little."
             )
+
+
+def _warn_of_repeated_sources(
+    config: RunConfig, manifests: Sequence[Manifest], counts: Sequence[int], findings: Findings
+) -> None:
+    """Warn of data that the mixture names more than once, under one path or several."""
+    sources = config.data.sources
+    numbers: dict[str, list[int]] = {}
+    for number, manifest in enumerate(manifests):
+        numbers.setdefault(manifest.fingerprint, []).append(number)
+    for same in numbers.values():
+        if len(same) == 1:
+            continue
+        names = " and ".join(f"data.mixture.{number} ({sources[number].path})" for number in same)
+        weight = sum(sources[number].weight for number in same)
+        tokens = sum(counts[number] for number in same) * config.model.context
+        findings.warnings.append(
+            f"{names} are the same data. Together they have the weight {weight:g} of "
+            f"{sum(source.weight for source in sources):g}, and the run reads "
+            f"{tokens / manifests[same[0]].train_tokens:.2f} epochs of them; every limit of epochs counts "
+            "each by itself. Keep one of them, with the sum of the weights."
+        )
 
 
 def check_disk(config: RunConfig, folder: Path, findings: Findings) -> None:

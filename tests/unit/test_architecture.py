@@ -59,6 +59,11 @@ LAYERS: Mapping[str, tuple[tuple[str, ...], ...]] = {
 TORCH_FREE_PACKAGES = ("gpt.config", "gpt.run", "gpt.checkpoint")
 TORCH_FREE_MODULES = (
     "gpt.huggingface.architectures",
+    "gpt.huggingface.config_json",
+    "gpt.huggingface.config_keys",
+    "gpt.huggingface.stored_tensors",
+    "gpt.huggingface.tokenizer",
+    "gpt.huggingface.tokenizer_check",
     "gpt.model.flops",
     "gpt.model.loss_chunks",
     "gpt.optimizer.parameter_groups",

@@ -191,8 +191,9 @@ def test_a_mixture_of_two_tokenizers_is_refused(data: Path, tmp_path: Path) -> N
 
 def test_a_vocabulary_smaller_than_that_of_the_data_is_refused(data: Path, tmp_path: Path) -> None:
     assert refused(lambda: ask(data, tmp_path / "run", "model.vocab_size=4000")) == [
-        f"model.vocab_size = 4000 is smaller than the 4096 token ids of {data}. Remove model.vocab_size, or "
-        "set it to at least 4096."
+        f"model.vocab_size = 4000 is smaller than the 4096 token ids of {data}. A new model gets a "
+        "fitting vocabulary when model.vocab_size is left out. A trained one, as in an import, needs data "
+        "that were prepared with its own tokenizer."
     ]
 
 
@@ -253,6 +254,20 @@ def test_a_mixture_with_a_schedule_is_counted_for_each_source(data: Path) -> Non
         "the run reads 320 sequences, but after 205 all sources with a weight have reached their max_epochs. "
         "Train on fewer tokens, prepare more, raise a max_epochs, or give another source a weight."
     ]
+
+
+def test_data_that_a_mixture_names_twice_warn_with_the_sum(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(data)
+    paths = {str(data): 1, f"{tmp_path / 'link'}": 2}
+    mixture = ", ".join(f"{{path = '{path}', weight = {weight}}}" for path, weight in paths.items())
+    tables, _ = run_tables("tiny", [f"data.mixture=[{mixture}]", "evaluation.tokens=64"])
+    [warning] = examine(tables, "t", LOCAL, None).warnings
+    epochs = 320 * 64 / read_manifest(data).train_tokens
+    assert warning == (
+        f"data.mixture.0 ({data}) and data.mixture.1 ({tmp_path / 'link'}) are the same data. Together they "
+        f"have the weight 3 of 3, and the run reads {epochs:.2f} epochs of them; every limit of epochs "
+        "counts each by itself. Keep one of them, with the sum of the weights."
+    )
 
 
 def test_more_evaluation_tokens_than_the_data_has_warn(data: Path, tmp_path: Path) -> None:
