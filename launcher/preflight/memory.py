@@ -61,14 +61,15 @@ def memory(config: RunConfig, world_size: int, *, on_cpu: bool = False) -> Memor
     update = 4 * parameters // world_size if on_device else 0  # the fp32 copy of the gradient
     activations = activation_bytes(config)
     loss = _loss_bytes(config, on_cpu=on_cpu)
-    fixed = weights + optimizer + accumulated + gathered
+    reduction = _reduction_bytes(config, is_summed_whole=zero.stage == 1 and accumulated > 0)
+    fixed = weights + optimizer + accumulated + gathered + reduction
     forward = activations + loss + (gradients if zero.stage == 3 else 0)
     return Memory(
         weights=weights,
         optimizer=optimizer,
         gradients=gradients + accumulated,
         activations=activations,
-        workspace=loss + gathered + update,
+        workspace=loss + gathered + update + reduction,
         peak=fixed + max(forward, gradients + update),
     )
 
@@ -80,6 +81,31 @@ def largest_micro_batch(config: RunConfig, world_size: int, available: float) ->
         if smaller.batch_problem(world_size) is None and memory(smaller, world_size).peak <= available:
             return micro_batch
     return None
+
+
+def _reduction_bytes(config: RunConfig, *, is_summed_whole: bool) -> int:
+    """Copies of the gradients that are reduced at a time.
+
+    One is in zero.reduce_dtype, unless the gradients have that dtype already; stage 3 also interleaves the
+    shards of all ranks. Where every rank sums its micro-batches in fp32, that whole sum is reduced.
+    """
+    zero = config.zero
+    width = 4 if zero.reduce_dtype == "fp32" else 2
+    reduced = parameter_count(config.model)
+    if not is_summed_whole:
+        reduced = min(reduced, zero_sizes(config).bucket_numel)
+    converted = width * reduced if width != (4 if is_summed_whole else _bytes(config)) else 0
+    return converted + (width * reduced if zero.stage == 3 else 0)
+
+
+def gradient_traffic_bytes(config: RunConfig, world_size: int) -> int:
+    """Bytes of gradients that a rank hands to the reductions of a step.
+
+    Stages 2 and 3 reduce the gradients of every micro-batch, stage 1 their sum.
+    """
+    width = 4 if config.zero.reduce_dtype == "fp32" else 2
+    times = config.micro_batches(world_size) if config.zero.stage >= 2 else 1
+    return width * parameter_count(config.model) * times if world_size > 1 else 0
 
 
 def activation_bytes(config: RunConfig) -> int:

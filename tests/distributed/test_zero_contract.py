@@ -119,6 +119,7 @@ def test_bucket_sizes_follow_the_model_and_can_be_overridden() -> None:
         ({"zero": {"stage": 2, "quantized_weights": True}}, "needs zero.stage = 3"),
         ({"zero": {"stage": 1, "offload_parameters": "cpu"}}, "needs zero.stage = 3"),
         ({"precision": "fp32", "zero": {"stage": 3, "quantized_weights": True}}, "Use 'bf16'"),
+        ({"zero": {"reduce_dtype": "fp16"}}, "neither 'fp32' nor precision = 'bf16'. Use one of them"),
         ({"zero": OFFLOAD, "optimizer": {"name": "muon"}}, "Use 'adamw', or no offload"),
         ({"optimizer": {"name": "muon"}, "model": {"initialization": "mup"}}, "Use one of them"),
         ({"optimizer": {"betas": [0.9, 1.0]}}, "betas.1\n *Input should be less than 1"),

@@ -22,6 +22,8 @@ def deepspeed_config(run: RunConfig, world_size: int, *, has_gpu: bool) -> dict[
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**62,
     }
+    if not run.zero.quantized_gradients:  # whose kernels read 16-bit gradients and send 4 bits
+        config["communication_data_type"] = run.zero.reduce_dtype
     if run.precision == "bf16":
         # Skip the update when a gradient is not finite; DeepSpeed does not check this in bf16 by default.
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
