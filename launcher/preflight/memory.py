@@ -11,7 +11,7 @@ from math import prod
 from gpt.config.model import ModelConfig
 from gpt.config.parameter_table import block_numel, parameter_count, parameter_table
 from gpt.config.run import RunConfig
-from gpt.config.zero_sizes import zero_sizes
+from gpt.config.zero_sizes import sums_whole_gradients, zero_sizes
 from gpt.model.loss_chunks import block_elements, chunk_elements, rows_within
 
 
@@ -55,13 +55,16 @@ def memory(config: RunConfig, world_size: int, *, on_cpu: bool = False) -> Memor
     gradients = width * parameters
     if zero.stage >= 2:
         gradients = gradients // world_size + width * zero_sizes(config).bucket_numel
+    is_summed_whole = sums_whole_gradients(config, world_size)
+    if is_summed_whole:  # a parameter's gradient is freed before the next one is computed
+        gradients = width * max(prod(shape) for _, shape in parameter_table(model))
     accumulated = 0
     if config.micro_batches(world_size) > 1 and config.precision != "fp32":
         accumulated = 4 * parameters // (world_size if zero.stage >= 2 else 1)
     update = 4 * parameters // world_size if on_device else 0  # the fp32 copy of the gradient
     activations = activation_bytes(config)
     loss = _loss_bytes(config, on_cpu=on_cpu)
-    reduction = _reduction_bytes(config, is_summed_whole=zero.stage == 1 and accumulated > 0)
+    reduction = _reduction_bytes(config, is_summed_whole=is_summed_whole)
     fixed = weights + optimizer + accumulated + gathered + reduction
     forward = activations + loss + (gradients if zero.stage == 3 else 0)
     return Memory(
