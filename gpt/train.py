@@ -40,6 +40,7 @@ from gpt.run.records import BadNode
 from gpt.run.run_dir import RunDir
 from gpt.training.attempt import Attempt, AttemptOutcome, claim, finish, log_line
 from gpt.training.node_check import check_nodes
+from gpt.training.numerics import set_rounding
 from gpt.training.setup import set_up
 from gpt.training.start_clock import StartClock
 
@@ -49,6 +50,7 @@ def main(path: Path) -> None:
     run_dir = RunDir(path)
     run = RunConfig.model_validate_json(run_dir.config.read_text())
     environment = WorkerEnvironment.read()
+    set_rounding()
     HEARTBEAT.beat(0, WAITING, is_starting=True)
     world = join(run.launch.collective_timeout_s, run.parallel.sequence, environment)
     clock = StartClock(run_dir, world, HEARTBEAT, _STARTED)

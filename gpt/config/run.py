@@ -297,6 +297,11 @@ class RunConfig(Section):
                 "zero.quantized_weights gathers 16-bit weights in 8 bits, but precision is 'fp32'. "
                 "Use 'bf16'."
             )
+        if self.zero.reduce_dtype not in ("fp32", self.precision):
+            raise ValueError(
+                f"zero.reduce_dtype = {self.zero.reduce_dtype!r} is neither 'fp32' nor precision = "
+                f"{self.precision!r}. Use one of them."
+            )
         optimizer = self.optimizer
         if not optimizer.spec.supports_mup and self.model.initialization == "mup":
             raise ValueError(
