@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gpt.model.hardware import is_cpu
 from gpt.optimizer.build import OPTIMIZER_CLASSES
 
 _NORM_BLOCK_NUMEL = 1024
@@ -25,7 +26,7 @@ _NORM_BLOCK_NUMEL = 1024
 
 def import_deepspeed(device: torch.device) -> Any:
     """The module deepspeed, with everything adapted that has to be before `initialize`."""
-    if device.type == "cpu":
+    if is_cpu(device):
         os.environ["DS_ACCELERATOR"] = "cpu"
     # DeepSpeed's autotuner imports MLflow when it is installed, which costs every start 2 s.
     was_loaded = "mlflow" in sys.modules
@@ -43,7 +44,7 @@ def import_deepspeed(device: torch.device) -> Any:
     # DeepSpeed warns about optimizers that it has not tested; ours are tested here at every stage.
     known = deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS
     known.extend(kind for kind in OPTIMIZER_CLASSES.values() if kind not in known)
-    if device.type == "cpu":
+    if is_cpu(device):
         # torch computes in fp16 on every CPU, slowly; DeepSpeed requires a CPU that is fast at it.
         deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
         # The shared-memory collectives compile for 40 s at first use and raise without a compiler, and the
