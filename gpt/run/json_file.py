@@ -17,6 +17,8 @@ T = TypeVar("T")
 RETRY_FOR_S = 300.0
 RETRY_PAUSE_S = 5.0
 
+_DECODER = json.JSONDecoder(parse_constant=lambda _name: None)  # json.loads would make one for each line
+
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write `content` so that a reader finds the old file or the new one, never a part."""
@@ -40,7 +42,7 @@ def parse_json(raw: bytes) -> Any:
     Raises ValueError when `raw` is not JSON, also when it is nested too deeply to be read.
     """
     try:
-        return json.loads(raw, parse_constant=lambda _name: None)
+        return _DECODER.decode(raw.decode("utf-8"))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
