@@ -2,7 +2,6 @@
 
 import unicodedata
 
-_LONGEST_LINE = 300
 
 
 def size(count: float) -> str:
@@ -38,10 +37,10 @@ def printable(text: str) -> str:
     )
 
 
-def one_line(text: str) -> str:
-    """`text` as a line for a table: printable, its lines joined, and cut when it is long."""
+def one_line(text: str, longest: int = 300) -> str:
+    """`text` as one line: printable, its own lines joined, and cut when it is longer than `longest`."""
     line = "; ".join(part.strip() for part in printable(text).splitlines() if part.strip())
-    return line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]}…"
+    return line if len(line) <= longest else f"{line[:longest]}…"
 
 
 def processes(count: int) -> str:

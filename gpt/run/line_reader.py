@@ -7,6 +7,7 @@ refuses: one bad line never hides the others.
 import os
 from array import array
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,6 +18,7 @@ Line = dict[str, Any]
 Check = Callable[[Line], Line | None]
 
 LONGEST_LINE_BYTES = 1 << 24  # a longer line is none of ours, and may not fit into memory
+_TAIL_BYTES = 1 << 16  # some hundred steps
 
 
 def raw_lines(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
@@ -57,9 +59,10 @@ class LineReader:
     def __init__(self, path: Path, check: Check, *, from_end: bool = False) -> None:
         """`from_end` passes over the lines that are in the file now."""
         self._path, self._check = path, check
-        self._first = _size(path) if from_end else 0
-        self._ends, self._hashes = array("Q"), array("q")
-        self._read = 0
+        self._first, self._ends, self._hashes = 0, array("Q"), array("q")
+        if from_end:
+            self._pass_over_tail()
+        self._read = len(self._ends)
 
     def unread(self) -> Iterator[Line]:
         """The lines since `mark_read` was last called, as far as they are complete now; checked."""
@@ -81,6 +84,15 @@ class LineReader:
     def mark_read(self) -> None:
         """Pass over the lines that `unread` has yielded; without this call it yields them again."""
         self._read = len(self._ends)
+
+    def _pass_over_tail(self) -> None:
+        """Remember the last lines of the file: a restart may cut the record back to one of them."""
+        with suppress(FileNotFoundError), open_regular(self._path) as file:
+            self._first = max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES)
+            file.seek(self._first)
+            for raw, end in raw_lines(file):
+                self._ends.append(end)
+                self._hashes.append(hash(raw))
 
     def _forget_changed(self, file: BinaryIO) -> None:
         """Forget the lines from the first one that is no longer in the file as it was read."""
@@ -107,10 +119,3 @@ class LineReader:
     def _end_of(self, count: int) -> int:
         """The offset after the first `count` lines."""
         return self._ends[count - 1] if count else self._first
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0

@@ -207,7 +207,7 @@ def verify(folder: Path) -> int:
         checked = "data set"
     elif not folder.exists():
         raise LaunchError(
-            f"{folder} does not exist. Name a run directory, which `outlast status` lists, or the folder of a "
+            f"{folder} does not exist. Name a run directory (`outlast status` lists runs) or the folder of a "
             "data set."
         )
     else:

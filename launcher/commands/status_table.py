@@ -15,6 +15,7 @@ from launcher.units import counted, duration, one_line
 
 _REFRESH_S = 5.0  # squeue is a shared service
 _PIPE_WIDTH = 180  # a pipe has no width of its own
+_WIDEST_CELL = 60
 _LEFT_OUT_WARNING = 10  # fp16 leaves out some at the start, until it has found its loss scale
 _LEFT_ALIGNED = ("run", "state", "reason")
 _HEADINGS = (
@@ -48,14 +49,15 @@ def show(find: Callable[[], Sequence[RunDir]], *, watch: bool) -> None:
 
 
 def table(runs: Sequence[RunDir]) -> Table:
-    """The runs as a table; problems with saving and with the weights are listed below it."""
+    """The runs as a table; what does not fit into it is listed below."""
     result = Table(box=None, pad_edge=False, caption_justify="left")
     notes = []
     for heading in _HEADINGS:
         result.add_column(heading, justify="left" if heading in _LEFT_ALIGNED else "right", no_wrap=True)
     for run, now in zip(runs, statuses(runs), strict=True):
         if now.state == UNREADABLE:
-            result.add_row(cell(run.path.name), cell(f"{UNREADABLE}: {now.reason}"))
+            result.add_row(cell(run.path.name), UNREADABLE)
+            notes.append(f"{run.path.name}: {UNREADABLE}: {now.reason}")
             continue
         result.add_row(
             cell(run.path.name),
@@ -74,13 +76,13 @@ def table(runs: Sequence[RunDir]) -> Table:
             f"{duration(time.time() - now.updated_at)} ago" if now.updated_at is not None else "–",
         )
         notes += [f"{run.path.name}: {note}" for note in _notes(now)]
-    result.caption = Text("\n").join(cell(note) for note in notes) if notes else None
+    result.caption = Text("\n".join(one_line(note) for note in notes)) if notes else None
     return result
 
 
 def cell(text: str) -> Text:
-    """A text from a file or a name, shown as it is: rich would obey markup in it."""
-    return Text(one_line(text))
+    """A text from a file or a name as a cell. Rich would obey markup in it, and squeeze the other columns."""
+    return Text(one_line(text, _WIDEST_CELL))
 
 
 def _notes(now: Status) -> Iterator[str]:
