@@ -10,8 +10,8 @@ from statistics import median
 from typing import Any, Self
 
 from gpt.config.run import CheckpointConfig
-from gpt.run import record
 from gpt.run.events import Event, read_events
+from gpt.run.history import past_attempts
 from gpt.run.run_dir import RunDir
 
 # Kokolis et al., arXiv:2410.21680: 6.5 failures per 1,000 node-days on the larger of two research clusters.
@@ -41,20 +41,9 @@ def time_between_failures_s(nodes: int, failures: int, seconds: float) -> float:
 
 
 def failures_so_far(events: Iterable[Mapping[str, Any]]) -> tuple[int, float]:
-    """How many attempts of a run ended by a failure, and the total seconds of all its attempts."""
-    failures, seconds = 0, 0.0
-    started: float | None = None
-    last = 0.0
-    has_ended = False
-    for event in events:
-        if event["event"] == Event.ATTEMPT_STARTED:
-            if started is not None:
-                failures += not has_ended
-                seconds += last - started
-            started, has_ended = event["time"], False
-        has_ended = has_ended or event["event"] in (Event.FINISHED, Event.STOPPED)
-        last = event["time"]
-    return failures, seconds
+    """How many attempts of a run ended by a failure, and the seconds of all attempts, without the pauses."""
+    earlier = past_attempts(events)[:-1]  # the last one still runs
+    return sum(attempt.has_failed for attempt in earlier), sum(attempt.seconds for attempt in earlier)
 
 
 def start_times_s(events: Iterable[Mapping[str, Any]]) -> list[float]:
@@ -85,8 +74,9 @@ class SaveClock:
     @classmethod
     def of_run(cls, run_dir: RunDir, config: CheckpointConfig, nodes: int, now: float) -> Self:
         """The clock of a run on `nodes` nodes, with the failures that the run has had so far."""
-        failures, seconds = failures_so_far(record.read(run_dir.events))
-        recovery_s = median(start_times_s(read_events(run_dir.events)) or [RECOVERY_S])
+        events = list(read_events(run_dir.events))
+        failures, seconds = failures_so_far(events)
+        recovery_s = median(start_times_s(events) or [RECOVERY_S])
         return cls(config, time_between_failures_s(nodes, failures, seconds), now, recovery_s)
 
     @property

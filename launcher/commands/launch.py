@@ -18,7 +18,7 @@ from launcher.commands.plan import show_plan, show_warnings
 from launcher.paths import absolute
 from launcher.preflight.check import examine
 from launcher.runs.recipes import run_tables
-from launcher.runs.store import create_run, next_run_folder
+from launcher.runs.store import create_run, make_next_run_folder, next_run_folder
 from launcher.scheduler.registry import scheduler_of
 
 
@@ -38,7 +38,9 @@ def launch(
     None follows a local job only.
     """
     tables, source = run_tables(run, overrides)
-    folder = absolute(folder or next_run_folder(str(tables.get("name", "run"))))
+    name = str(tables.get("name", "run"))
+    is_named = folder is not None
+    folder = absolute(folder or next_run_folder(name))
     request = examine(tables, source, cluster, folder)
     start = find_origin(origin, request.config) if origin is not None else None
     show_warnings(request)
@@ -51,7 +53,7 @@ def launch(
         click.echo("dry run: all checks passed, nothing was written", err=True)
         click.echo(folder)
         return 0
-    made = create_run(folder, request, command_line())
+    made = create_run(folder if is_named else make_next_run_folder(name), request, command_line())
     if start is not None:
         seed_checkpoint(start, made, request.config, joint_fingerprint(request.manifests))
         parent = start.folder.parent.parent.name

@@ -32,7 +32,7 @@ from launcher.preflight.check import examine
 from launcher.request import Request
 from launcher.runs.recipes import run_tables
 from launcher.runs.stop_request import request_stop
-from launcher.runs.store import create_run, next_run_folder, put_submission
+from launcher.runs.store import create_run, make_next_run_folder, next_run_folder, put_submission
 from launcher.scheduler.registry import scheduler_of
 from launcher.units import processes
 
@@ -41,6 +41,7 @@ _PUSH_S = 3.0  # repeated, because Slurm ignores it until the last job run has e
 
 def rehearse(run: str, cluster: str, overrides: Sequence[str], folder: Path | None, steps: int) -> int:
     """Rehearse `run` on `cluster` in `folder`; 0 when every check passes, else 1."""
+    is_named = folder is not None
     folder = absolute(folder or next_run_folder("rehearsal"))
     tables, source = run_tables(run, overrides)
     short = _shortened(tables, steps)
@@ -53,6 +54,8 @@ def rehearse(run: str, cluster: str, overrides: Sequence[str], folder: Path | No
             "warning: no smaller number of processes divides the global batch; the rehearsal does not resize",
             err=True,
         )
+    if not is_named:
+        folder = make_next_run_folder("rehearsal")
     runs = {name: create_run(folder / name, requests[name], command_line()) for name in requests}
 
     click.echo(f"[1/3] training {steps} steps on {processes(request.cluster.world_size)}", err=True)

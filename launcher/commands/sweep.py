@@ -36,13 +36,14 @@ from launcher.commands.launch import command_line
 from launcher.commands.plan import show_warnings
 from launcher.commands.record_follower import RecordFollower
 from launcher.commands.status import UNREADABLE, statuses
+from launcher.commands.status_table import cell
 from launcher.commands.submit import submit, submit_together
 from launcher.paths import absolute
 from launcher.preflight.check import examine
 from launcher.request import Request
 from launcher.runs.code_snapshot import job_environment, python_module, snapshot_code
 from launcher.runs.recipes import run_tables, with_absolute_paths
-from launcher.runs.store import create_run, next_run_folder, read_cluster, read_config
+from launcher.runs.store import create_run, make_next_run_folder, next_run_folder, read_cluster, read_config
 from launcher.runs.sweep_index import SweepIndex, SweepPoint, read_sweep
 from launcher.scheduler.jobs import claim_start
 from launcher.scheduler.protocol import JobState
@@ -116,17 +117,17 @@ def show_results(folder: Path, *, as_json: bool = False) -> None:
     if as_json:
         click.echo(json.dumps([{"fields": point.fields, **now.as_json()} for point, now in rows], indent=2))
         return
-    names = list(points[0].fields)
+    names = list(points[0].fields) if points else []
     table = Table(box=None, pad_edge=False)
     for heading in ("run", *names, "state", "step", "loss", "val loss"):
-        table.add_column(heading, no_wrap=True)
+        table.add_column(cell(heading), no_wrap=True)
     for point, now in rows:
         numbers = ("–" if loss is None else f"{loss:.4f}" for loss in (now.loss, now.val_loss))
         is_readable = now.state != UNREADABLE
         table.add_row(
-            point.folder.partition("_")[0],
-            *(str(point.fields.get(name, "–")) for name in names),
-            now.state if is_readable else f"{UNREADABLE}: {now.reason}",
+            cell(point.folder.partition("_")[0]),
+            *(cell(str(point.fields.get(name, "–"))) for name in names),
+            cell(now.state if is_readable else f"{UNREADABLE}: {now.reason}"),
             f"{now.step}/{now.total_steps}" if is_readable else "–",
             *numbers,
         )
@@ -139,6 +140,7 @@ def show_results(folder: Path, *, as_json: bool = False) -> None:
 def _create(path: Path, cluster: str, folder: Path | None) -> RunDir:
     """Check every point, then create all run directories. Raises ConfigError with all the problems."""
     config = validate(SweepConfig, read_toml(path), path.name)
+    is_named = folder is not None
     home = RunDir(absolute(folder or next_run_folder(path.stem)))
     if home.path.exists() and (not home.path.is_dir() or any(home.path.iterdir())):
         raise ConfigError(
@@ -147,7 +149,10 @@ def _create(path: Path, cluster: str, folder: Path | None) -> RunDir:
     points = points_of(config)
     requests = examine_points(config, points, cluster, home.path)
     show_warnings(requests[0])
-    home.path.mkdir(parents=True, exist_ok=True)
+    if is_named:
+        home.path.mkdir(parents=True, exist_ok=True)
+    else:
+        home = RunDir(make_next_run_folder(path.stem))
     snapshot_code(home)
     tracking = requests[0].config.tracking
     parent = _mlflow_parent(home, tracking.uri, tracking.experiment) if tracking.enabled else None
@@ -291,7 +296,7 @@ def _with_mlflow_parent(config: RunConfig, parent: str) -> RunConfig:
 
 def _mlflow_parent(home: RunDir, uri: str | None, experiment: str) -> str | None:
     """The MLflow run that groups the runs of the sweep; None, with a warning, if it cannot be created."""
-    address = uri or f"sqlite:///{mlflow_database_in(home.path)}"
+    address = uri or f"sqlite:///{mlflow_database_in(home.path.resolve().parent)}"
     command = python_module("gpt.sidecars.mlflow_parent", address, experiment, home.path.name)
     try:
         made = subprocess.run(

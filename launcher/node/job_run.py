@@ -54,7 +54,7 @@ class JobRun:
         """How the job run ended, now that its workers are gone; recorded if they did not do so themselves."""
         attempt = self.own_attempt()
         if attempt is not None:
-            result = Result.read(self.run.attempt(attempt).result)
+            result = Result.read_unless_garbled(self.run.attempt(attempt).result)
             if result is not None:
                 outcome = JobOutcome(exit_code=result.exit_code, cause=result.cause, attempt=attempt)
                 return self._failed_if_bad_node_returned(outcome)
@@ -63,7 +63,8 @@ class JobRun:
             result = Result(exit_code=exit_code, cause=cause)
             retry_on_oserror(lambda: result.write(self.run.attempt(attempt).result))
         event = Event.FAILED if exit_code == ExitCode.FAILED else Event.INTERRUPTED
-        record_event(self.run.events, event, cause=cause.splitlines()[0])
+        requested = {"requested": True} if stopped_now else {}
+        record_event(self.run.events, event, cause=cause.splitlines()[0], **requested)
         return JobOutcome(exit_code=exit_code, cause=cause, attempt=attempt)
 
     def bad_nodes(self, outcome: JobOutcome) -> list[str]:
@@ -102,7 +103,7 @@ class JobRun:
         return self.identity.job, self.identity.job_run
 
     def _owner(self, attempt: int) -> tuple[str, int] | None:
-        owner = Owner.read(self.run.attempt(attempt).owner)
+        owner = Owner.read_unless_garbled(self.run.attempt(attempt).owner)
         return (owner.job, owner.job_run) if owner is not None and owner.job else None
 
     def _failed_if_bad_node_returned(self, outcome: JobOutcome) -> JobOutcome:

@@ -137,7 +137,7 @@ def _check_epochs(config: RunConfig, manifests: Sequence[Manifest], findings: Fi
     numbers = sequences(config)
     if mixture.end is not None and numbers > mixture.end:
         findings.problem(
-            f"the run reads {numbers} sequences, but after {mixture.end} all sources with a weight have "
+            f"the run reads {numbers:,} sequences, but after {mixture.end:,} all sources with a weight have "
             "reached their max_epochs. Train on fewer tokens, prepare more, raise a max_epochs, or "
             "give another source a weight."
         )
@@ -150,13 +150,13 @@ def _check_epochs(config: RunConfig, manifests: Sequence[Manifest], findings: Fi
         epochs = tokens / of_source
         if limit is not None and count > int(limit * windows_in(of_source, config.model.context)):
             findings.problem(
-                f"the run reads {epochs:.2f} epochs of {source.path} ({tokens} tokens, the source has "
-                f"{of_source}), but data.max_epochs = {limit:g}. Train on fewer tokens, prepare more, or "
+                f"the run reads {epochs:,.2f} epochs of {source.path} ({tokens:,} tokens, the source has "
+                f"{of_source:,}), but data.max_epochs = {limit:g}. Train on fewer tokens, prepare more, or "
                 "raise data.max_epochs."
             )
         elif epochs > EPOCHS_WARNING:
             findings.warnings.append(
-                f"the run reads {epochs:.1f} epochs of {source.path}; after {EPOCHS_WARNING:.0f} epochs, "
+                f"the run reads {epochs:,.1f} epochs of {source.path}; after {EPOCHS_WARNING:.0f} epochs, "
                 "repeated data improves the model little."
             )
 

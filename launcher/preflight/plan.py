@@ -242,9 +242,9 @@ def table(plan: Plan) -> list[tuple[str, str]]:
         ("parameters", f"{plan.parameters:,}"),
         ("processes", f"{plan.world_size}, each with {plan.micro_batches} micro-batches per step"),
         ("steps", f"{plan.steps:,}"),
-        ("tokens", f"{plan.tokens:,}" + (f" ({plan.epochs:.2f} epochs)" if plan.epochs is not None else "")),
+        ("tokens", f"{plan.tokens:,}" + (f" ({plan.epochs:,.2f} epochs)" if plan.epochs is not None else "")),
         *(
-            (f"  from {share.path}", f"{share.sequences:,} sequences, {share.epochs:.2f} epochs")
+            (f"  from {share.path}", f"{share.sequences:,} sequences, {share.epochs:,.2f} epochs")
             for share in (plan.sources if len(plan.sources) > 1 else ())
         ),
         ("compute", f"{plan.flops:.3g} FLOPs"),

@@ -4,8 +4,10 @@ A run directory holds everything that its workers need, including the code, and 
 """
 
 import os
+import re
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +33,20 @@ def runs_folder() -> Path:
 def next_run_folder(name: str, folder: Path | None = None) -> Path:
     """The first free `NAME-NNNN` in `folder`, by default in `runs_folder()`. Creates nothing."""
     folder = folder or runs_folder()
-    taken = [
-        int(entry.name.removeprefix(f"{name}-"))
-        for entry in (folder.iterdir() if folder.is_dir() else ())
-        if entry.name.startswith(f"{name}-") and entry.name.removeprefix(f"{name}-").isdigit()
-    ]
+    number = re.compile(re.escape(name) + "-([0-9]+)")
+    names = (entry.name for entry in (folder.iterdir() if folder.is_dir() else ()))
+    taken = [int(match[1]) for each in names if (match := number.fullmatch(each))]
     return folder / f"{name}-{max(taken, default=0) + 1:04d}"
+
+
+def make_next_run_folder(name: str, folder: Path | None = None) -> Path:
+    """Create the folder that `next_run_folder` names; two commands at the same moment get two folders."""
+    while True:
+        path = next_run_folder(name, folder)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            path.mkdir()
+            return path
 
 
 def open_run(folder: str | Path) -> RunDir:
@@ -50,11 +60,18 @@ def open_run(folder: str | Path) -> RunDir:
 
 
 def list_runs() -> list[RunDir]:
-    """All runs in the default folder, by name."""
+    """All runs in the default folder, by name; a sweep counts as one, and so does a private folder."""
     folder = runs_folder()
     if not folder.is_dir():
         return []
-    return [run for entry in sorted(folder.iterdir()) if (run := RunDir(entry)).config.exists()]
+    return [run for entry in sorted(folder.iterdir()) if _may_be_run(run := RunDir(entry))]
+
+
+def _may_be_run(run: RunDir) -> bool:
+    try:
+        return run.config.exists() or run.sweep.exists()
+    except PermissionError:  # it belongs to somebody else
+        return True
 
 
 def read_config(run: RunDir) -> RunConfig:

@@ -222,7 +222,7 @@ def test_many_epochs_warn_and_more_than_max_epochs_are_refused(data: Path, tmp_p
     epochs = steps * 1024 / tokens
     warnings = ask(data, tmp_path / "run", f"schedule.total_steps={steps}").warnings
     assert (
-        f"the run reads {epochs:.1f} epochs of {data}; after 4 epochs, repeated data improves the model "
+        f"the run reads {epochs:,.1f} epochs of {data}; after 4 epochs, repeated data improves the model "
         "little."
     ) in warnings
     assert ask(data, tmp_path / "run", "evaluation.tokens=1024").warnings == ()
@@ -230,8 +230,9 @@ def test_many_epochs_warn_and_more_than_max_epochs_are_refused(data: Path, tmp_p
         lambda: ask(data, tmp_path / "run", f"schedule.total_steps={steps}", "data.max_epochs=2.5")
     )
     assert found == [
-        f"the run reads {epochs:.2f} epochs of {data} ({steps * 1024} tokens, the source has {tokens}), but "
-        "data.max_epochs = 2.5. Train on fewer tokens, prepare more, or raise data.max_epochs."
+        f"the run reads {epochs:,.2f} epochs of {data} ({steps * 1024:,} tokens, the source has "
+        f"{tokens:,}), but data.max_epochs = 2.5. Train on fewer tokens, prepare more, or raise "
+        "data.max_epochs."
     ]
 
 
