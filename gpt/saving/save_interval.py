@@ -53,7 +53,7 @@ def start_times_s(events: Iterable[Mapping[str, Any]]) -> list[float]:
         if event["event"] == Event.ATTEMPT_STARTED:
             starts.append(0.0)
         elif event["event"] == Event.PHASE and starts:
-            starts[-1] += event["seconds"]
+            starts[-1] += event.get("seconds", 0.0)
     return [seconds for seconds in starts if seconds]
 
 

@@ -44,6 +44,12 @@ def history_of(runs: Iterable[tuple[RunDir, int]]) -> History:
         failures,
         node_seconds,
         start_s=median(starts) if starts else None,
-        stall_s=median(event["stall_s"] for event in saves) if saves else None,
-        save_s=median(event["seconds"] for event in saves) if saves else None,
+        stall_s=_median_of(saves, "stall_s"),
+        save_s=_median_of(saves, "seconds"),
     )
+
+
+def _median_of(events: list[dict[str, Any]], field: str) -> float | None:
+    """The median of a field over the events that have it."""
+    found = [event[field] for event in events if field in event]
+    return median(found) if found else None
