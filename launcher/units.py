@@ -3,7 +3,6 @@
 import unicodedata
 
 
-
 def size(count: float) -> str:
     """Bytes with a binary unit: 1.5 GiB."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
