@@ -84,6 +84,10 @@ class Display:
                 self._attempts += 1
                 what = "started" if self._attempts == 1 else "restarted the workers"
                 return f"attempt {event['attempt']} {what} on {processes(event['world_size'])}"
+            case Event.WORKERS_CRASHED:
+                return f"warning: the workers crashed before an attempt began: {event['cause']}"
+            case Event.HANG:
+                return f"warning: the workers hang: {event['culprit']}"
             case Event.RESUMED:
                 return f"resumed from the checkpoint of step {event['step']}"
             case Event.CHECKPOINT_SAVED:

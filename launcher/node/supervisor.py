@@ -6,19 +6,19 @@ import subprocess
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 from gpt.config.run import RunConfig
-from gpt.run.failure_policy import Action
+from gpt.run.failure_policy import Action, Trigger, action_on
 from gpt.run.process_control import dies_with_parent
 from gpt.run.stop import STOP_SIGNALS
 from launcher.cluster import ClusterConfig
+from launcher.node.crash_loop import CrashLoop
 from launcher.node.hangs import HangHandler
 from launcher.node.job_run import JobRun
 from launcher.node.rendezvous import rendezvous
-from launcher.node.torchrun import torchrun_command, worker_environment
+from launcher.node.torchrun import GivenUp, TorchrunEnd, torchrun_command, worker_environment
 from launcher.process_tree import kill_descendants, workers
 from launcher.runs.stop_request import pending_stop, request_stop
 
@@ -44,14 +44,6 @@ class ReceivedSignals:
         self.has_any = True
 
 
-@dataclass(frozen=True)
-class TorchrunEnd:
-    """torchrun's exit code, and whether a stop request killed the workers without saving."""
-
-    code: int
-    stopped_now: bool
-
-
 class Supervisor:
     """The workers of one node in one job run. `spared` processes outlive the workers."""
 
@@ -67,11 +59,14 @@ class Supervisor:
         self._job_run, self._config, self._cluster = job_run, config, cluster
         self._signals, self._mounts, self._spared = signals, mounts, spared
         self._hangs = HangHandler(job_run.run, job_run.identity, config.launch)
+        identity, submission = job_run.identity, job_run.submission
+        self._logs = submission.torchrun_logs(identity.job_run, identity.node)
+        self._crashes = CrashLoop(job_run, self._logs, submission.node_log(identity.node))
 
     def run(self) -> TorchrunEnd:
         """Start torchrun and return when it has ended."""
         torchrun = self._start()
-        stopped_now = False
+        stopped_now, given_up = False, None
         next_check = time.monotonic() + _CHECK_S
         while torchrun.poll() is None:
             time.sleep(_POLL_S)
@@ -81,13 +76,26 @@ class Supervisor:
             if time.monotonic() < next_check:
                 continue
             next_check = time.monotonic() + _CHECK_S
-            if self._hangs.handle(workers(torchrun.pid)) is Action.END_JOB_RUN:
-                torchrun.kill()
-            stopped_now = (request := pending_stop(self._job_run.run)) is not None and request.now
-            if stopped_now or self._job_run.failures():
+            request = pending_stop(self._job_run.run)
+            stopped_now = request is not None and request.now
+            given_up = given_up or self._reason_to_give_up(torchrun.pid, is_stopping=request is not None)
+            if stopped_now or given_up is not None or self._job_run.failures():
                 torchrun.kill()
                 kill_descendants(spare=self._spared)
-        return TorchrunEnd(torchrun.wait(), stopped_now)
+        return TorchrunEnd(torchrun.wait(), stopped_now, given_up, self._crashes.newest_error())
+
+    def _reason_to_give_up(self, torchrun: int, *, is_stopping: bool) -> GivenUp | None:
+        """Act on workers that hang, or that crash before they make an attempt; why torchrun is to end."""
+        trigger = self._hangs.handle(torchrun, workers(torchrun), is_stopping=is_stopping)
+        if trigger is not None and self._hangs.action_on(trigger) is Action.END_JOB_RUN:
+            return GivenUp(trigger, f"{trigger}: {self._hangs.culprit}")
+        if (crashes := self._crashes.count()) == 0:
+            return None
+        trigger = Trigger.STARTED_IN_VAIN if is_stopping else Trigger.CRASHED_AT_START
+        if action_on(trigger, count=crashes, limits=self._config.launch) is Action.RESTART_WORKERS:
+            return None
+        times = "once" if crashes == 1 else f"{crashes} times in a row"
+        return GivenUp(trigger, f"the workers crashed {times} before an attempt began: {self._crashes.cause}")
 
     def _start(self) -> subprocess.Popen[bytes]:
         identity, submission = self._job_run.identity, self._job_run.submission
@@ -95,9 +103,8 @@ class Supervisor:
         environment = worker_environment(
             self._cluster, identity, self._job_run.after_attempt, self._hangs.heartbeat, os.environ
         )
-        logs = submission.torchrun_logs(identity.job_run, identity.node)
         command = torchrun_command(
-            self._job_run.run, self._config, self._cluster, identity, point, logs, self._mounts
+            self._job_run.run, self._config, self._cluster, identity, point, self._logs, self._mounts
         )
         with submission.node_log(identity.node).open("ab") as log:
             return subprocess.Popen(

@@ -116,19 +116,20 @@ class NodeRunner:
         kill_descendants(spare=self.sidecars.pids())
         if not self.job_run.is_current():
             return None
-        return self.job_run.outcome(end.code, stopped_now=end.stopped_now, was_signalled=self.signals.has_any)
+        return self.job_run.outcome(end, was_signalled=self.signals.has_any)
 
     def _run_other_node(self) -> dict[str, Any]:
         """Train on any node but the first, and tell the first one about a failure."""
         try:
-            code = self._train().code
+            end = self._train()
             self._clean_up()
             attempt = self.job_run.own_attempt()
             has_result = attempt is not None and self.run.attempt(attempt).result.exists()
             is_stopping = pending_stop(self.run) is not None
-            if code != 0 and not has_result and not is_stopping and not self.job_run.failures():
-                cause = f"the workers ended without a result (torchrun: {code})"
-                report_failure(self.identity, self.submission, cause)
+            # The other nodes wait for workers that this one does not start again, also while they stop.
+            is_failure = end.given_up is not None or (end.code != 0 and not is_stopping)
+            if is_failure and not has_result and not self.job_run.failures():
+                report_failure(self.identity, self.submission, end.cause)
         except Exception as error:
             traceback.print_exc()
             self._clean_up()

@@ -57,6 +57,7 @@ class LocalScheduler(Scheduler):
 
     def check_machine(self, cluster: ClusterConfig, findings: Findings) -> bool:
         """Check that the GPUs are here, and warn when processes share CPU cores."""
+        _check_interface(cluster, findings)
         if cluster.gpus_per_node:
             present = len(list(Path("/dev").glob("nvidia[0-9]*")))
             if present < cluster.gpus_per_node:
@@ -174,6 +175,17 @@ class LocalScheduler(Scheduler):
         else:
             is_alive = job.process is not None and job.pid is not None and identity(job.pid) == job.process
         return Standing(JobState.RUNNING if is_alive else JobState.ENDED)
+
+
+def _check_interface(cluster: ClusterConfig, findings: Findings) -> None:
+    """Find names in `interface` that no network interface here has; gloo compares whole names."""
+    present = [name for _, name in socket.if_nameindex()]
+    missing = [name for name in (cluster.interface or "").split(",") if name and name not in present]
+    if missing:
+        findings.problem(
+            f"interface = {cluster.interface!r}: this machine has no network interface {missing[0]!r}. "
+            f"It has: {', '.join(present)}. On one machine, the field can be left out."
+        )
 
 
 SCHEDULER = LocalScheduler()

@@ -1,6 +1,7 @@
 """How the node task ends and what it leaves, under submitit's local executor and a real torchrun."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from data_pipeline.errors import LaunchError
 from gpt.checkpoint.format import verify
 from gpt.run import record
+from gpt.run.events import Event, read_events
 from gpt.run.json_file import read_json, write_json
 from gpt.run.records import Job, JobOutcome
 from gpt.run.run_dir import RunDir
@@ -77,6 +79,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("TMPDIR", str(temporary_files(path)))
     yield path
     kill_tree(path)
+
+
+def limit(run: RunDir, **limits: float) -> None:
+    """Set fields of [launch] in the run's config."""
+    config = read_json(run.config) or {}
+    write_json(run.config, {**config, "launch": {**config["launch"], **limits}})
 
 
 def temporary_files(run: Path) -> Path:
@@ -158,10 +166,12 @@ time.sleep(600)
 """,
         processes=2,
     )
-    config = read_json(run.config) or {}
-    limits = {"hang_timeout_s": 1, "start_timeout_s": 2, "max_failures": 2}
-    write_json(run.config, {**config, "launch": {**config["launch"], **limits}})
-    assert end_of(run, start(run)).cause.startswith("the workers ended without a result (torchrun: -9)")
+    limit(run, hang_timeout_s=1, start_timeout_s=2, max_failures=2)
+    outcome = end_of(run, start(run))
+    assert outcome.exit_code == 93
+    assert outcome.cause.startswith(
+        "the workers hang before they belong to an attempt: the other ranks wait for"
+    )
     hang, again = [line for line in record.read(run.events) if line["event"] == "hang"]
     host = os.uname().nodename
     assert hang["culprit"] == (
@@ -169,6 +179,57 @@ time.sleep(600)
     )
     assert hang["attempt"] is None  # the workers had claimed none
     assert again["culprit"] == hang["culprit"]  # the second one ended the job run
+
+
+CRASHES = """
+marker = run.path / f"generation-{generation}"
+marker.touch()
+raise RuntimeError("no interface ib9")
+"""
+
+
+def test_workers_that_crash_before_an_attempt_end_the_run_with_their_error(folder: Path) -> None:
+    run = make_run(folder, CRASHES)
+    limit(run, max_failures=2)
+    outcome = end_of(run, start(run))
+    assert (outcome.exit_code, outcome.attempt) == (93, None)
+    assert re.fullmatch(  # torchrun may be quicker than the node task looks
+        r"the workers crashed \d+ times in a row before an attempt began: RuntimeError: no interface ib9 "
+        r"\(the output is in 0001/node-0\.log\)",
+        outcome.cause,
+    )
+    [*_, crash] = read_events(run.events, Event.WORKERS_CRASHED)
+    assert (crash["times"] >= 2, crash["cause"]) == (True, "RuntimeError: no interface ib9")
+
+
+def test_stop_request_ends_workers_that_crash_before_an_attempt(folder: Path) -> None:
+    run = make_run(folder, CRASHES)
+    limit(run, max_failures=1000)
+    job = start(run)
+    wait_for(lambda: (run.path / "generation-1").exists())
+    request_stop(run, "outlast stop")
+    outcome = end_of(run, job)
+    assert outcome.exit_code == 1
+    assert "before an attempt began: RuntimeError: no interface ib9" in outcome.cause
+
+
+def test_torchrun_that_starts_no_workers_again_is_ended(folder: Path) -> None:
+    """A stopped agent does not notice that its worker has been killed."""
+    run = make_run(folder, FOREVER)
+    limit(run, hang_timeout_s=1, start_timeout_s=60, collective_timeout_s=90)
+    job = start(run)
+    wait_for(lambda: worker_pid(run, 0, 0) and run.attempt_numbers())
+    time.sleep(1.2)  # the node task has seen the worker
+    [agent] = [pid for pid in tree(job) if "torch.distributed.run" in command_line(pid)]
+    os.kill(agent, signal.SIGSTOP)
+    os.kill(worker_pid(run, 0, 0) or 0, signal.SIGKILL)
+    outcome = end_of(run, job)
+    assert outcome.exit_code == 1
+    assert re.match(
+        r"torchrun has no workers for launch.hang_timeout_s: torchrun on .* \(process \d+, state T in "
+        r"/proc\) has had no workers for \d s \(the output is in 0001/node-0\.log\)$",
+        outcome.cause,
+    )
 
 
 def test_workers_that_end_without_a_result_fail_with_their_last_output(folder: Path) -> None:
