@@ -75,9 +75,10 @@ class NodeRunner:
     def work(self) -> dict[str, Any]:
         """Train, and on the first node decide what follows; the outcome as a dict."""
         self.signals.install()
+        # A job whose controller or slurmstepd is gone counts as dead, also if that happened before this line.
+        die_with_parent(signal.SIGKILL, self.scheduler.parent_of_task())
         self.tmpdir = make_tmpdir(self.identity)
         adopt_orphans()
-        die_with_parent(signal.SIGKILL)  # a job whose controller or slurmstepd is gone counts as dead
         retry_on_oserror(self._remove_old_results)
         if not self.identity.is_first:
             return self._run_other_node()

@@ -26,7 +26,7 @@ from launcher.process_tree import identity
 from launcher.runs.job_record import read_job
 from launcher.runs.stop_request import request_stop
 from launcher.runs.store import read_config
-from launcher.scheduler.jobs import job_state, refuse_while_alive
+from launcher.scheduler.jobs import ask_to_stop, job_state, refuse_while_alive
 from launcher.scheduler.protocol import NodeIdentity
 from launcher.scheduler.registry import scheduler_of
 from tests.unit.gpt.checkpoint.support import write_checkpoint
@@ -282,6 +282,65 @@ def test_stop_request_reaches_the_workers(folder: Path) -> None:
     wait_for(lambda: run.attempt_numbers())
     request_stop(run, "outlast stop")
     assert end_of(run, job) == job_outcome(75, "stopped: outlast stop", 1)
+
+
+def test_job_is_asked_to_stop_although_the_request_cannot_be_written(folder: Path) -> None:
+    run = make_run(
+        folder,
+        """
+signal.signal(signal.SIGTERM, lambda *_: (finish(1, 75, "stopped: SIGTERM"), os._exit(0)))
+claim()
+time.sleep(600)
+""",
+    )
+    job = start(run)
+    wait_for(run.attempt_numbers)
+    (folder / f".stop.{os.getpid()}").mkdir()  # where the request is written first
+    said: list[str] = []
+    ask_to_stop(run, "outlast stop", said.append)
+    assert end_of(run, job) == job_outcome(75, "stopped: SIGTERM", 1)
+    [sentence] = said
+    assert sentence.startswith("the stop request cannot be written ([Errno 21] Is a directory")
+    assert sentence.endswith(f"; process {job.pid} of the job got SIGTERM")
+    with pytest.raises(LaunchError, match="cannot be signalled from here"):
+        ask_to_stop(run, "outlast stop --now", said.append, now=True)
+
+
+def test_signal_during_a_submission_stops_the_job_that_it_made(folder: Path) -> None:
+    run = make_run(folder, WAIT_FOR_STOP)
+    program = f"""
+import os, signal
+from pathlib import Path
+from gpt.run.run_dir import RunDir
+from launcher.cluster import ClusterConfig
+from launcher.commands import follow_job, submit
+started = submit.subprocess.run
+def run(*arguments, **options):
+    os.kill(os.getpid(), signal.SIGINT)  # while the scheduler accepts the job
+    return started(*arguments, **options)
+submit.subprocess.run = run
+cluster = ClusterConfig(kind="local")
+raise SystemExit(follow_job.submit_and_follow(RunDir(Path({str(folder)!r})), 10, cluster, "launch", False))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 75, done.stderr
+    assert f"continue with: outlast resume {folder}" in done.stderr
+    job = read_job(run)
+    assert job is not None
+    assert end_of(run, job) == job_outcome(75, "stopped: Ctrl-C", 1)
+
+
+def test_node_task_whose_controller_is_gone_before_it_starts_ends(folder: Path) -> None:
+    run = make_run(folder, FOREVER)
+    run.submission(1).path.mkdir(parents=True)
+    task = f"from launcher.node.task import NodeTask; NodeTask({str(folder)!r}, '0001')()"
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    environment = {**os.environ, **run.code_environment, "SUBMITIT_LOCAL_JOB_ID": str(gone.pid)}
+    done = subprocess.run([sys.executable, "-c", task], env=environment, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    assert run.attempt_numbers() == []
+    assert list(temporary_files(folder).iterdir()) == []
 
 
 def test_stop_now_kills_the_workers_without_saving(folder: Path) -> None:
