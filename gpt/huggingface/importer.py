@@ -30,7 +30,6 @@ from gpt.config.run import RunConfig
 from gpt.huggingface.architectures import TensorPlace, tensor_places
 from gpt.huggingface.tokenizer import SAMPLES
 from gpt.optimizer.parameter_groups import hyperparameters, parameter_entries, sizes_by_group, states
-from gpt.run.events import Event, record_event
 from gpt.run.exit_codes import exit_code_of
 from gpt.run.run_dir import RunDir
 
@@ -174,8 +173,6 @@ def main() -> None:
     check_tokenizer(arguments.hf_dir, load_encoding(run.data.sources[0].path))
     fingerprint = joint_fingerprint([read_manifest(source.path) for source in run.data.sources])
     write_first_checkpoint(run_dir, run, folder.parameter, fingerprint)
-    # This event marks the run as begun: without its first checkpoint it must not start from new weights.
-    record_event(run_dir.events, Event.IMPORTED, step=0, source=str(arguments.hf_dir))
 
 
 if __name__ == "__main__":

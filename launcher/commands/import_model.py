@@ -14,6 +14,7 @@ import click
 from data_pipeline.config_file import with_overrides
 from data_pipeline.errors import ConfigError
 from gpt.huggingface.architectures import model_fields
+from gpt.run.events import Event
 from gpt.run.json_file import read_json
 from launcher.commands.launch import command_line
 from launcher.commands.plan import show_warnings
@@ -36,11 +37,16 @@ def import_run(hf_dir: Path, run_dir: Path, data: str, cluster: str, overrides: 
     tables = with_absolute_paths(with_overrides(tables, overrides))
     request = examine(tables, "import", cluster, folder)
     show_warnings(request)
-    run = create_run(folder, request, command_line())
+    begins_with = {Event.IMPORTED: {"step": 0, "source": str(hf_dir)}}
+    run = create_run(folder, request, command_line(), begins_with)
     command = python_module("gpt.huggingface.importer", str(hf_dir.absolute()), str(run.path))
-    code = subprocess.run(command).returncode
-    if code != 0:  # the new run directory holds nothing that is worth keeping
-        shutil.rmtree(run.path)
+    code = None
+    try:
+        code = subprocess.run(command).returncode
+    finally:
+        if code != 0:  # also after Ctrl-C: the new run directory holds nothing that is worth keeping
+            shutil.rmtree(run.path)
+    if code != 0:
         return code
     click.echo(f"start training with: outlast resume {run_dir}", err=True)
     click.echo(run.path)
