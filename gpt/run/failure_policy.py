@@ -21,6 +21,7 @@ class Trigger(StrEnum):
     NO_WORKERS = "torchrun has no workers for launch.hang_timeout_s"
     NODE_FAILED_CHECK = "a node fails the check before training"
     JOB_RUN_FAILED = "a job run ends with a failure"
+    RUN_DIR_GONE = "the run directory is moved or deleted while the run is going"
     STOPPED_BY_SCHEDULER = "the scheduler preempts the job, or its time limit is near"
     STOPPED_BY_PERSON = "Ctrl-C, `outlast stop` or `scancel`"
     FINISHED = "the last step is done"
@@ -57,6 +58,7 @@ POLICIES: Mapping[Trigger, Policy] = {
     Trigger.NO_WORKERS: Policy(Action.END_JOB_RUN),
     Trigger.NODE_FAILED_CHECK: Policy(Action.REQUEUE_ELSEWHERE),
     Trigger.JOB_RUN_FAILED: Policy(Action.REQUEUE, limit="max_failures"),
+    Trigger.RUN_DIR_GONE: Policy(Action.END),
     Trigger.STOPPED_BY_SCHEDULER: Policy(Action.REQUEUE),
     Trigger.STOPPED_BY_PERSON: Policy(Action.END),
     Trigger.FINISHED: Policy(Action.END),

@@ -7,6 +7,7 @@ from typing import TextIO
 import click
 
 from gpt.run.exit_codes import ExitCode
+from gpt.run.json_file import is_listed
 from gpt.run.records import Job, JobOutcome
 from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig
@@ -99,6 +100,12 @@ def follow_job(
 
 def outcome_of(run: RunDir, job: Job) -> JobOutcome:
     """How an ended `job` ended; a job that left no outcome counts as failed."""
+    if not is_listed(run.config):
+        gone = (
+            f"{run.path} is gone: the run directory was moved or deleted while the run was going. If it is "
+        )
+        gone += "elsewhere, `outlast resume` continues the run there."
+        return JobOutcome(exit_code=ExitCode.DO_NOT_RESTART, cause=gone, attempt=None)
     folder = run.submission(job.submission).path
     lost = f"the job ended without reporting an outcome, as when its node fails; its logs are in {folder}"
     return read_outcome(run, job) or JobOutcome(exit_code=ExitCode.FAILED, cause=lost, attempt=None)

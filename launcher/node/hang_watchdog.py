@@ -61,6 +61,7 @@ class HangWatchdog:
         self._last: dict[int, tuple[float, HeartbeatMessage]] = {}  # process id → when, and what
         self._looked = self._seen_workers = time.monotonic()
         self.has_seen_workers = False
+        self.newest_attempt = 0
 
     def is_any_silent(self, workers: Iterable[int]) -> bool:
         """Whether one of the processes `workers` has sent heartbeats and then been silent for too long.
@@ -80,6 +81,7 @@ class HangWatchdog:
                 with suppress(ValueError, TypeError):
                     message = HeartbeatMessage.decode(datagram)
                     self._last[message.pid] = (time.monotonic(), message)
+                    self.newest_attempt = max(self.newest_attempt, message.attempt)
         alive = set(workers)
         self._last = {pid: last for pid, last in self._last.items() if pid in alive}
         return any(time.monotonic() - at > self._patience_s(message) for at, message in self._last.values())

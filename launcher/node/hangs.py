@@ -31,6 +31,11 @@ class HangHandler:
         """The socket to which the workers send heartbeats."""
         return self._watch.name
 
+    @property
+    def newest_attempt(self) -> int:
+        """The newest attempt of which the workers have told, 0 before the first one."""
+        return self._watch.newest_attempt
+
     def handle(self, torchrun: int, workers: Sequence[int], *, is_stopping: bool) -> Trigger | None:
         """End the workers of the process `torchrun` if one of them hangs; what has happened then, or None.
 

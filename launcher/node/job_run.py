@@ -11,7 +11,7 @@ from pathlib import Path
 from gpt.run.bad_nodes import read_bad_nodes
 from gpt.run.events import Event, read_events, record_event
 from gpt.run.exit_codes import ExitCode
-from gpt.run.failure_policy import POLICIES
+from gpt.run.failure_policy import POLICIES, Trigger
 from gpt.run.json_file import retry_on_oserror
 from gpt.run.records import BadNode, JobOutcome, Owner, Result
 from gpt.run.run_dir import RunDir, SubmissionDir
@@ -54,6 +54,8 @@ class JobRun:
 
     def outcome(self, end: TorchrunEnd, *, was_signalled: bool) -> JobOutcome:
         """How the job run ended, now that its workers are gone; recorded if they did not do so themselves."""
+        if end.given_up is not None and end.given_up.trigger is Trigger.RUN_DIR_GONE:
+            return JobOutcome(exit_code=ExitCode.DO_NOT_RESTART, cause=end.cause, attempt=None)
         attempt = self.own_attempt()
         if attempt is not None:
             result = Result.read(self.run.attempt(attempt).result)

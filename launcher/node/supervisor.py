@@ -11,6 +11,7 @@ from types import FrameType
 
 from gpt.config.run import RunConfig
 from gpt.run.failure_policy import Action, Trigger, action_on
+from gpt.run.json_file import is_listed
 from gpt.run.process_control import dies_with_parent
 from gpt.run.stop import STOP_SIGNALS
 from launcher.cluster import ClusterConfig
@@ -24,6 +25,8 @@ from launcher.runs.stop_request import pending_stop, request_stop
 
 _POLL_S = 0.1
 _CHECK_S = 1.0  # each check reads all processes of the node, and asks the shared file system
+_GONE_CHECKS = 5  # a shared file system may hide a name for a moment
+_RESUME_ELSEWHERE = "if the directory is elsewhere, `outlast resume` continues the run there"
 
 
 class ReceivedSignals:
@@ -45,7 +48,10 @@ class ReceivedSignals:
 
 
 class Supervisor:
-    """The workers of one node in one job run. `spared` processes outlive the workers."""
+    """The workers of one node in one job run. `spared` processes outlive the workers.
+
+    `tmpdir` is the job's temporary folder on this node, if there is room for one.
+    """
 
     def __init__(
         self,
@@ -55,12 +61,16 @@ class Supervisor:
         signals: ReceivedSignals,
         mounts: Sequence[Path],
         spared: Sequence[int],
+        tmpdir: Path | None,
     ) -> None:
         self._job_run, self._config, self._cluster = job_run, config, cluster
         self._signals, self._mounts, self._spared = signals, mounts, spared
         self._hangs = HangHandler(job_run.run, job_run.identity, config.launch)
+        self._gone_for = 0
         identity, submission = job_run.identity, job_run.submission
-        self._logs = submission.torchrun_logs(identity.job_run, identity.node)
+        # Not in the run directory, if possible: torchrun would make that anew after it has been moved away.
+        logs = submission.torchrun_logs(identity.job_run, identity.node)
+        self._logs = tmpdir / "torchrun" if tmpdir is not None else logs
         self._crashes = CrashLoop(job_run, self._logs, submission.node_log(identity.node))
 
     def run(self) -> TorchrunEnd:
@@ -82,10 +92,28 @@ class Supervisor:
             if stopped_now or given_up is not None or self._job_run.failures():
                 torchrun.kill()
                 kill_descendants(spare=self._spared)
+        if given_up is None and self._is_run_gone():
+            given_up = self._given_up_gone()
         return TorchrunEnd(torchrun.wait(), stopped_now, given_up, self._crashes.newest_error())
+
+    def _is_run_gone(self) -> bool:
+        """Whether the run directory is no longer there, or the folder of the workers' attempt."""
+        run, attempt = self._job_run.run, self._hangs.newest_attempt
+        try:
+            return not is_listed(run.config) or (attempt > 0 and attempt not in run.attempt_numbers())
+        except OSError:  # a shared file system that fails for a moment
+            return False
+
+    def _given_up_gone(self) -> GivenUp:
+        run, attempt = self._job_run.run, self._hangs.newest_attempt
+        what = run.attempt(attempt).path if is_listed(run.config) else run.path
+        return GivenUp(Trigger.RUN_DIR_GONE, f"{what} is gone: {Trigger.RUN_DIR_GONE}; {_RESUME_ELSEWHERE}")
 
     def _reason_to_give_up(self, torchrun: int, *, is_stopping: bool) -> GivenUp | None:
         """Act on workers that hang, or that crash before they make an attempt; why torchrun is to end."""
+        self._gone_for = self._gone_for + 1 if self._is_run_gone() else 0
+        if self._gone_for > _GONE_CHECKS:  # or torchrun would make it anew, for its logs
+            return self._given_up_gone()
         trigger = self._hangs.handle(torchrun, workers(torchrun), is_stopping=is_stopping)
         if trigger is not None and self._hangs.action_on(trigger) is Action.END_JOB_RUN:
             return GivenUp(trigger, f"{trigger}: {self._hangs.culprit}")

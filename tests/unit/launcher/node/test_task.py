@@ -330,6 +330,21 @@ raise SystemExit(follow_job.submit_and_follow(RunDir(Path({str(folder)!r})), 10,
     assert end_of(run, job) == job_outcome(75, "stopped: Ctrl-C", 1)
 
 
+def test_run_directory_that_is_moved_away_is_not_made_anew_and_ends_the_run_with_93(folder: Path) -> None:
+    run = make_run(folder, FOREVER)
+    job = start(run)
+    wait_for(run.attempt_numbers)
+    folder.rename(folder.with_name("elsewhere"))
+    wait_for(lambda: job.pid is not None and not is_alive(job.pid))
+    assert not folder.exists()
+    outcome = outcome_of(run, job)
+    assert outcome.exit_code == 93
+    assert "is gone: the run directory was moved or deleted while the run was going" in outcome.cause
+    moved = RunDir(folder.with_name("elsewhere"))
+    assert read_job(moved) == job
+    refuse_while_alive(moved)
+
+
 def test_node_task_whose_controller_is_gone_before_it_starts_ends(folder: Path) -> None:
     run = make_run(folder, FOREVER)
     run.submission(1).path.mkdir(parents=True)
