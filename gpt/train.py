@@ -31,7 +31,7 @@ import torch.distributed as dist
 from data_pipeline.errors import LaunchError, OutlastError
 from gpt.config.run import RunConfig
 from gpt.distributed.world import barrier, from_first, join
-from gpt.run.attempts import Superseded, failures_in_a_row
+from gpt.run.attempts import AttemptRemoved, Superseded, failures_in_a_row
 from gpt.run.bad_nodes import record_bad_node
 from gpt.run.environment import WorkerEnvironment
 from gpt.run.exit_codes import ExitCode, exit_code_of
@@ -71,7 +71,7 @@ def main(path: Path) -> None:
             outcome = _end_on_bad_nodes(attempt, environment)
             clock.lap("node check")
         outcome = outcome or set_up(attempt).train()
-    except Superseded as error:  # this attempt must not write any file of the run any more
+    except (Superseded, AttemptRemoved) as error:  # this attempt must not write any file of the run any more
         log_line(str(error))
     except OutlastError as error:  # every rank raises it
         outcome = AttemptOutcome(exit_code_of(error), str(error))

@@ -105,6 +105,10 @@ class TrackingConfig(Section):
     )
 
 
+# Longer than any step, and short enough for a wait of gloo's, which counts milliseconds in 32 bits.
+_LONGEST_TIMEOUT_S = 1_000_000.0
+
+
 class LaunchConfig(Section):
     """How failures and hangs are detected and how often the run is restarted."""
 
@@ -123,11 +127,13 @@ class LaunchConfig(Section):
     hang_timeout_s: float = Field(
         default=600.0,
         gt=0,
+        le=_LONGEST_TIMEOUT_S,
         description="Restart the workers after this many seconds without a step, an evaluation or a save.",
     )
     start_timeout_s: float = Field(
         default=900.0,
         gt=0,
+        le=_LONGEST_TIMEOUT_S,
         description="Restart the workers when a phase of the start takes longer than this many seconds: "
         "imports, loading a checkpoint, the first step with its compilation. Must be less than "
         "collective_timeout_s.",
@@ -135,6 +141,7 @@ class LaunchConfig(Section):
     collective_timeout_s: float = Field(
         default=1200.0,
         gt=0,
+        le=_LONGEST_TIMEOUT_S,
         description="Seconds that a rank waits for the others in a collective. Must be more than "
         "hang_timeout_s, so that a hang is reported with its cause before the collective fails.",
     )

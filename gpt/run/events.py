@@ -24,6 +24,7 @@ class Event(StrEnum):
     REQUEUED = "requeued"
     INTERRUPTED = "interrupted"
     HANG = "hang"
+    WORKERS_CRASHED = "workers_crashed"
     CONFIG_CHANGED = "config_changed"
     FORKED = "branched"
     IMPORTED = "imported"

@@ -17,6 +17,7 @@ from data_pipeline.tokenizer.encoding import load_encoding
 from gpt.huggingface.config_json import model_fields, read_config
 from gpt.huggingface.stored_tensors import list_tensors, match_tensors, weight_files
 from gpt.huggingface.tokenizer_check import check_tokenizer
+from gpt.run.events import Event
 from launcher.commands.launch import command_line
 from launcher.commands.plan import show_plan, show_warnings
 from launcher.paths import absolute
@@ -38,11 +39,16 @@ def import_run(hf_dir: Path, run_dir: Path, data: str, cluster: str, overrides: 
     check_tokenizer(hf_dir, load_encoding(request.config.data.sources[0].path))
     show_warnings(request)
     show_plan(request, err=True)
-    run = create_run(folder, request, command_line())
+    begins_with = {Event.IMPORTED: {"step": 0, "source": str(hf_dir)}}
+    run = create_run(folder, request, command_line(), begins_with)
     command = python_module("gpt.huggingface.importer", str(hf_dir.absolute()), str(run.path))
-    code = subprocess.run(command).returncode
-    if code != 0:  # the new run directory holds nothing that is worth keeping
-        shutil.rmtree(run.path)
+    code = None
+    try:
+        code = subprocess.run(command).returncode
+    finally:
+        if code != 0:  # also after Ctrl-C: the new run directory holds nothing that is worth keeping
+            shutil.rmtree(run.path)
+    if code != 0:
         return code
     click.echo(f"start training with: outlast resume {run_dir}", err=True)
     click.echo(run.path)

@@ -10,7 +10,6 @@ from pathlib import Path
 import click
 
 from data_pipeline.dataset.manifest import joint_fingerprint
-from gpt.run.events import Event, record_event
 from gpt.run.run_dir import RunDir
 from launcher.commands.follow_job import submit_and_follow
 from launcher.commands.fork import find_origin, seed_checkpoint
@@ -53,11 +52,12 @@ def launch(
         click.echo("dry run: all checks passed, nothing was written", err=True)
         click.echo(folder)
         return 0
-    made = create_run(folder if is_named else make_next_run_folder(name), request, command_line())
+    begins_with = start.event if start is not None else {}
+    made = create_run(
+        folder if is_named else make_next_run_folder(name), request, command_line(), begins_with
+    )
     if start is not None:
         seed_checkpoint(start, made, request.config, joint_fingerprint(request.manifests))
-        parent = start.folder.parent.parent.name
-        record_event(made.events, Event.FORKED, run=parent, step=start.index.step)
     return submit_and_follow(made, request.config.total_steps, request.cluster, "launch", attend)
 
 

@@ -140,7 +140,7 @@ def _status(run: RunDir, job: Job | None, standing: Standing | None) -> Status:
     return Status(
         run_dir=str(run.path),
         state=state,
-        reason=reason or None,
+        reason=(_start_problem(events) if is_going else None) or reason or None,
         cause=outcome.cause if outcome is not None else None,
         step=step,
         total_steps=config.total_steps,
@@ -210,6 +210,14 @@ def _state(run: RunDir, outcome: JobOutcome | None, standing: Standing | None) -
     if standing.state != JobState.ENDED:
         return standing.state, standing.reason
     return "cancelled" if standing.scheduler_state == CANCELLED else "lost", standing.scheduler_state
+
+
+def _start_problem(events: EventIndex) -> str | None:
+    """Why no attempt begins; None once one has."""
+    newest = events.last(Event.JOB_RUN_STARTED, Event.ATTEMPT_STARTED, Event.WORKERS_CRASHED)
+    if newest.get("event") != Event.WORKERS_CRASHED:
+        return None
+    return f"the workers crash before an attempt begins: {newest.get('cause')}"
 
 
 def _save_problem(events: EventIndex) -> str | None:

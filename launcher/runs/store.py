@@ -13,8 +13,10 @@ from typing import Any
 
 from data_pipeline.config_file import dotted, validate
 from data_pipeline.errors import ConfigError, LaunchError
+from gpt.checkpoint.format import committed
 from gpt.config.run import RunConfig
 from gpt.run.environment import Variable
+from gpt.run.events import Event, read_events, record_event
 from gpt.run.json_file import read_json, write_json
 from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig
@@ -91,8 +93,14 @@ def _content(path: Path) -> dict[str, Any]:
     return content
 
 
-def create_run(folder: Path, request: Request, command: list[str]) -> RunDir:
-    """Create a run directory with config, cluster, provenance and code. Raises LaunchError if it exists."""
+def create_run(
+    folder: Path, request: Request, command: list[str], begins_with: Mapping[Event, Mapping[str, Any]] = {}
+) -> RunDir:
+    """Create a run directory with config, cluster, provenance and code. Raises LaunchError if it exists.
+
+    `begins_with` is the event of a run that starts from given weights. It is recorded before the config, so
+    that a command that is interrupted before the weights are there leaves no run that starts from new ones.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         folder.mkdir(exist_ok=folder.is_dir() and not any(folder.iterdir()))
@@ -101,8 +109,25 @@ def create_run(folder: Path, request: Request, command: list[str]) -> RunDir:
     run = RunDir(folder)
     run.attempts.mkdir()
     run.checkpoints.mkdir()
+    for event, fields in begins_with.items():
+        record_event(run.events, event, **fields)
     put_submission(run, request, command)
     return run
+
+
+def refuse_unseeded(run: RunDir) -> None:
+    """Raise LaunchError if the command that was to give `run` its first checkpoint did not get that far."""
+    begun = list(read_events(run.events, Event.FORKED, Event.IMPORTED, Event.CHECKPOINT_SAVED))
+    if not begun or any(event["event"] == Event.CHECKPOINT_SAVED for event in begun):
+        return
+    if committed(run.checkpoints):
+        return
+    source = begun[0].get("source") or f"step {begun[0].get('step')} of {begun[0].get('run')}"
+    raise LaunchError(
+        f"{run.path} was to start from {source}, and that checkpoint is not there: the command that made the "
+        "run was interrupted, or the checkpoint was removed. It does not start from new weights instead. "
+        "Remove the directory, then repeat that command."
+    )
 
 
 def put_submission(run: RunDir, request: Request, command: list[str]) -> None:

@@ -269,6 +269,11 @@ def cancel(job_id: str) -> None:
     ask(["scancel", job_id])
 
 
+def require_cancel(job_id: str) -> None:
+    """End a job in whatever state it is. Raises LaunchError if Slurm refuses."""
+    _require(["scancel", job_id])
+
+
 def _fields(line: str) -> dict[str, str]:
     return dict(re.findall(r"(\S+?)=(\S*)", line))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.config_file import with_overrides
+from data_pipeline.config_file import validate, with_overrides
 from data_pipeline.dataset.manifest import read_manifest
 from data_pipeline.errors import ConfigError
 from gpt.config.run import RunConfig
@@ -343,6 +343,22 @@ def test_gpus_that_are_not_there_are_missed(data: Path, tmp_path: Path) -> None:
     cluster = ClusterConfig(kind="local", gpus_per_node=64, processes_per_node=2)
     [problem] = refused(lambda: ask(data, tmp_path / "run", cluster=cluster))
     assert problem.startswith("gpus_per_node = 64, but this machine has ")
+
+
+def test_interface_that_this_machine_does_not_have_is_a_problem() -> None:
+    findings = Findings()
+    scheduler_of("local").check_machine(ClusterConfig(kind="local", interface="lo"), findings)
+    assert findings.problems == []
+    scheduler_of("local").check_machine(ClusterConfig(kind="local", interface="lo,ib9"), findings)
+    [problem] = findings.problems
+    assert problem.startswith("interface = 'lo,ib9': this machine has no network interface 'ib9'. It has: lo")
+
+
+@pytest.mark.parametrize("name", ["hang_timeout_s", "start_timeout_s", "collective_timeout_s"])
+def test_timeout_that_the_libraries_cannot_count_is_refused(name: str) -> None:
+    tables = {"launch": {name: 1e14}, "data": {"path": "/nowhere"}, "schedule": {"total_steps": 1}}
+    with pytest.raises(ConfigError, match=rf"launch\.{name}.*1000000"):
+        validate(RunConfig, {"name": "x", **tables}, "x")
 
 
 def test_slurm_without_slurm_says_where_to_launch(
