@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from data_pipeline.config_file import Section
+from data_pipeline.places import shown, text_problem
 
 # The module that implements each `kind`, through its object SCHEDULER (see launcher/scheduler/protocol.py).
 # They are named here, not imported, because a scheduler reads ClusterConfig.
@@ -56,6 +57,11 @@ def _is_known_kind(kind: str) -> str:
 def _list_kinds(schema: dict[str, Any]) -> None:
     schema["enum"] = list(SCHEDULERS)
 
+
+# What the keys of the free tables must look like.
+_NAMES = {"environment": r"[A-Za-z_][A-Za-z0-9_]*", "sbatch": r"[A-Za-z][A-Za-z0-9_-]*"}
+_NAMED = {"environment": "an environment variable", "sbatch": "an option of sbatch"}
+_WHITESPACE = str.maketrans("\n\t", "  ")
 
 Count = Annotated[int, Field(ge=1)]
 Kind = Annotated[str, AfterValidator(_is_known_kind)]
@@ -176,7 +182,7 @@ class ClusterConfig(Section):
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
         own = _rules_of(self.kind)
-        problems = []
+        problems = _text_problems(self.explicit())
         for kind in SCHEDULERS:
             given = [
                 name
@@ -200,6 +206,28 @@ class ClusterConfig(Section):
         if problems:
             raise ValueError(" ".join(problems))
         return self
+
+
+def _text_problems(value: Any, name: str = "") -> list[str]:
+    """The texts of a cluster file that would add lines to a batch script, or that no script can hold."""
+    if isinstance(value, Mapping):
+        below = [_text_problems(entry, f"{name}.{key}" if name else key) for key, entry in value.items()]
+        names = [_name_problem(key, name) for key in value if name in _NAMES]
+        return [problem for problems in (names, *below) for problem in problems if problem]
+    if isinstance(value, list):
+        return [problem for entry in value for problem in _text_problems(entry, name)]
+    if not isinstance(value, str):
+        return []
+    # Lines of shell and values of variables may have several lines; these are quoted, those meant so.
+    text = value.translate(_WHITESPACE) if name == "setup" or name.startswith("environment.") else value
+    problem = text_problem(text)
+    return [] if problem is None else [f"{name} = {shown(value)}: {problem}."]
+
+
+def _name_problem(key: str, table: str) -> str | None:
+    if re.fullmatch(_NAMES[table], key):
+        return None
+    return f"{table}: {shown(key)} is not the name of {_NAMED[table]}."
 
 
 def time_limit_min(text: str) -> int | None:

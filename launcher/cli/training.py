@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from launcher.cli.options import RUN_HELP, cluster_option, detach_option, example, set_option
+from launcher.cli.options import RUN_HELP, UserPath, cluster_option, detach_option, example, set_option
 
 
 @click.command(
@@ -12,7 +12,7 @@ from launcher.cli.options import RUN_HELP, cluster_option, detach_option, exampl
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=UserPath(),
     default=Path("demo"),
     show_default=True,
     metavar="DIR",
@@ -61,7 +61,7 @@ def plan(run: str, cluster: str, overrides: tuple[str, ...], as_json: bool, mfu:
 @set_option
 @click.option(
     "--run-dir",
-    type=click.Path(path_type=Path),
+    type=UserPath(),
     metavar="DIR",
     help="The run directory to create. Default: $OUTLAST_RUNS/NAME-NNNN.",
 )
@@ -135,9 +135,7 @@ def resume(
 @click.argument("run", metavar="RUN")
 @cluster_option
 @set_option
-@click.option(
-    "--run-dir", type=click.Path(path_type=Path), metavar="DIR", help="Default: $OUTLAST_RUNS/rehearsal-NNNN."
-)
+@click.option("--run-dir", type=UserPath(), metavar="DIR", help="Default: $OUTLAST_RUNS/rehearsal-NNNN.")
 @click.option(
     "--steps",
     type=click.IntRange(min=8),
@@ -160,11 +158,9 @@ def rehearse(run: str, cluster: str, overrides: tuple[str, ...], run_dir: Path |
     short_help="Train a grid of config values.",
     epilog=example("outlast sweep sweep.toml --cluster my-cluster.toml", "outlast sweep runs/sweep-0001"),
 )
-@click.argument("source", metavar="SWEEP.toml | SWEEP_DIR", type=click.Path(path_type=Path, exists=True))
+@click.argument("source", metavar="SWEEP.toml | SWEEP_DIR", type=UserPath(exists=True))
 @click.option("--cluster", metavar="C", help="A TOML file, or a name in cluster_configs. Default: local.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), metavar="DIR", help="Default: $OUTLAST_RUNS/NAME-NNNN."
-)
+@click.option("--out", type=UserPath(), metavar="DIR", help="Default: $OUTLAST_RUNS/NAME-NNNN.")
 @click.option("--results", is_flag=True, help="Start nothing. Show the results, best first.")
 @click.option("--json", "as_json", is_flag=True, help="With --results: print a JSON list.")
 @detach_option

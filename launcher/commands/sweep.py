@@ -139,7 +139,7 @@ def show_results(folder: Path, *, as_json: bool = False) -> None:
 def _create(path: Path, cluster: str, folder: Path | None) -> RunDir:
     """Check every point, then create all run directories. Raises ConfigError with all the problems."""
     config = validate(SweepConfig, read_toml(path), path.name)
-    home = RunDir(absolute(folder or next_run_folder(path.stem)))
+    home = RunDir(absolute(folder or next_run_folder(path.stem), "--out"))
     if home.path.exists() and (not home.path.is_dir() or any(home.path.iterdir())):
         raise ConfigError(
             f"{home.path} exists and is not an empty folder. `outlast sweep {home.path}` continues it."

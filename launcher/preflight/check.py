@@ -3,7 +3,6 @@
 Runs on a login node, without torch, GPU or network. Starts nothing and writes nothing.
 """
 
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,9 @@ from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig
 from launcher.cluster_file import load_cluster
 from launcher.findings import Findings
+from launcher.paths import nearest_existing, new_folder_problem
 from launcher.preflight.mirror import check_mirror
+from launcher.preflight.places import check_places
 from launcher.preflight.plan import (
     checkpoint_bytes,
     checkpoint_counts,
@@ -67,6 +68,12 @@ def examine(
     if run is not None and 0 < len(sources) == len(manifests):
         config = run.resolve(max(manifest.encoding.vocab_size for manifest in manifests))
         check_data(config, manifests, findings)
+    found = len(findings.problems)
+    if run is not None:
+        check_places(run, cluster_config, folder, findings)
+    if folder is not None and is_new:
+        _check_folder(folder, findings)
+    is_usable = len(findings.problems) == found
     if run is not None and cluster_config is not None:
         findings.problem(run.batch_problem(cluster_config.world_size))
         has_gpu = cluster_config.gpus_per_node > 0
@@ -75,9 +82,7 @@ def examine(
         findings.problem(memory_problem(config, cluster_config))
         findings.warn(memory_warning(config, cluster_config))
         findings.warn(host_memory_warning(config, cluster_config))
-    if folder is not None:
-        if is_new:
-            _check_folder(folder, findings)
+    if folder is not None and is_usable:
         if config is not None:
             check_disk(config, folder, findings)
             check_tracker(config, findings)
@@ -177,14 +182,6 @@ def check_disk(config: RunConfig, folder: Path, findings: Findings) -> None:
         findings.warnings.append(sentence)
 
 
-def nearest_existing(path: Path) -> Path:
-    """`path`, or its closest parent folder that exists."""
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
-
-
 def _read_run(tables: dict[str, Any], source: str, findings: Findings) -> RunConfig | None:
     data = tables.get("data", {})
     if isinstance(data, dict) and "path" not in data and "mixture" not in data:
@@ -231,10 +228,10 @@ def _read_data(path: Path, findings: Findings, is_full: bool) -> list[Manifest]:
 
 
 def _check_folder(folder: Path, findings: Findings) -> None:
-    parent = nearest_existing(folder)
-    if RunDir(folder).config.exists():
+    problem = new_folder_problem(folder)
+    if problem is not None:
+        findings.problem(f"{problem} Give another --run-dir.")
+    elif RunDir(folder).config.exists():
         findings.problem(f"{folder} already is a run directory. `outlast resume {folder}` continues it.")
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         findings.problem(f"{folder} exists and is not empty. Give another --run-dir.")
-    elif not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        findings.problem(f"you cannot write to {parent}. Give another --run-dir.")

@@ -25,7 +25,7 @@ from launcher.runs.provenance import provenance
 
 def runs_folder() -> Path:
     """Where runs are created by default: $OUTLAST_RUNS, else `runs` in the caller's directory."""
-    return absolute(os.environ.get(Variable.RUNS, "runs"))
+    return absolute(os.environ.get(Variable.RUNS, "runs"), Variable.RUNS)
 
 
 def next_run_folder(name: str, folder: Path | None = None) -> Path:

@@ -326,3 +326,27 @@ def test_cluster_json_holds_only_the_fields_that_the_file_sets() -> None:
     cluster = ClusterConfig(kind="slurm", nodes=2)
     assert cluster.explicit() == {"kind": "slurm", "nodes": 2}
     assert validate(ClusterConfig, cluster.explicit(), "cluster.json") == cluster
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"partition": "a\n#SBATCH --x"}, "partition = a\\n#SBATCH --x: it has the control character"),
+        ({"sbatch": {"comment": "a\nb"}}, "sbatch.comment = a\\nb: it has the control character \\n."),
+        ({"sbatch": {"a\nb": 1}}, "sbatch: a\\nb is not the name of an option of sbatch."),
+        ({"environment": {"A=1;B": "x"}}, "environment: A=1;B is not the name of an environment variable."),
+        ({"environment": {"A": "x\0"}}, "environment.A = x\\x00: it has the control character \\x00."),
+        ({"setup": ["echo \x1b"]}, "setup = echo \\x1b: it has the control character \\x1b."),
+        ({"container": {"runtime": "pyxis", "image": "a\nb"}}, "container.image = a\\nb: it has the control"),
+    ],
+)  # fmt: skip
+def test_text_that_would_add_lines_to_the_batch_script_is_refused(
+    fields: dict[str, Any], problem: str
+) -> None:
+    [found] = problems(kind="slurm", **fields)
+    assert found.startswith(f"mine.toml: {problem}")
+
+
+def test_setup_and_environment_may_have_several_lines() -> None:
+    tables = {"setup": ["if true; then\n\tmodule load cuda\nfi"], "environment": {"A": "1\n2"}}
+    assert validate(ClusterConfig, {"kind": "slurm", **tables}, "mine.toml").setup == tuple(tables["setup"])
