@@ -50,6 +50,8 @@ def new_folder_problem(folder: Path) -> str | None:
     Its path reaches batch scripts, PYTHONPATH, containers and the URI of MLflow's database, where some
     characters have a meaning.
     """
+    if (problem := path_problem(folder)) is not None:
+        return f"{shown(folder)}: {problem}."
     for character, meaning in _MEANINGS.items():
         if character in str(folder):
             return f"{shown(folder)}: a run directory's path cannot have {character!r}: {meaning}."

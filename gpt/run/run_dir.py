@@ -118,6 +118,11 @@ class RunDir:
         return self.path / "code"
 
     @property
+    def code_being_copied(self) -> Path:
+        """The next `code`, until it is whole; a command that was killed may leave one."""
+        return self.path / ".code.new"
+
+    @property
     def code_environment(self) -> dict[str, str]:
         """The variables with which a Python imports `code`."""
         # Without the second one `-m` would find a checkout in the current folder first.

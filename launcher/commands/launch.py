@@ -38,7 +38,8 @@ def launch(
     None follows a local job only.
     """
     tables, source = run_tables(run, overrides)
-    folder = absolute(folder or next_run_folder(str(tables.get("name", "run"))), "--run-dir")
+    named = str(tables.get("name", "run"))
+    folder = absolute(folder, "--run-dir") if folder is not None else next_run_folder(named)
     request = examine(tables, source, cluster, folder)
     start = find_origin(origin, request.config) if origin is not None else None
     show_warnings(request)
