@@ -1,6 +1,6 @@
 """A second place for a run and its checkpoints: a folder or an object store, through fsspec. Torch-free.
 
-    MIRROR/RUN/config.json, cluster.json, provenance.json, metrics.jsonl, events.jsonl
+    MIRROR/RUN/config.json, encoding.json, cluster.json, provenance.json, metrics.jsonl, events.jsonl
     MIRROR/RUN/checkpoints/step-00001200/rank-00000.safetensors …, checkpoint.json (last)
 
 That is a run directory without the code and the attempts. The index is written last and deleted first, so a
@@ -233,4 +233,5 @@ class Mirror:
 
 def _run_files(run_dir: RunDir) -> tuple[Path, ...]:
     # The config is last: a folder with a config is a run.
-    return run_dir.cluster, run_dir.provenance, run_dir.events, run_dir.metrics, run_dir.config
+    files = run_dir.encoding, run_dir.cluster, run_dir.provenance, run_dir.events, run_dir.metrics
+    return *files, run_dir.config

@@ -19,12 +19,12 @@ from data_pipeline.remote import is_remote
 from data_pipeline.sampling.skip_list import SkipList
 from gpt.checkpoint.format import CheckpointIndex, Corrupt, committed, read_index, verify
 from gpt.checkpoint.rewind import rewind
-from gpt.config.resume_rules import config_fingerprint
+from gpt.config.resume_rules import RULES, Change, config_fingerprint, rule_of
 from gpt.config.run import RunConfig
 from gpt.run.events import Event, earlier_config_fingerprints, record_event
 from gpt.run.json_file import read_json
 from gpt.run.run_dir import RunDir
-from launcher.commands.config_changes import DATA, check_changes, fingerprint_changes
+from launcher.commands.config_changes import CONFIG, DATA, check_changes, fingerprint_changes
 from launcher.commands.follow_job import submit_and_follow
 from launcher.commands.fork import state_misfits
 from launcher.commands.launch import command_line
@@ -36,6 +36,7 @@ from launcher.runs.recipes import with_absolute_paths
 from launcher.runs.store import (
     changed_fields,
     open_run,
+    put_config,
     put_submission,
     read_cluster,
     read_config,
@@ -92,6 +93,7 @@ def _resume(
                 "--set schedule.total_steps=N with a larger N.",
                 err=True,
             )
+            _store_without_training(run, present, request, changes, index)
             click.echo(run.path)
             return 0
         click.echo(f"the last checkpoint is corrupt; its steps are trained again: {bad}", err=True)
@@ -140,6 +142,24 @@ def _record_changes(
     # When that checkpoint is corrupt, an older one is used, which the present config saved.
     fingerprint = index.config_fingerprint if index is not None else config_fingerprint(present)
     record_event(run.events, Event.CONFIG_CHANGED, changes=changes, config_fingerprint=fingerprint)
+
+
+def _store_without_training(
+    run: RunDir,
+    present: RunConfig,
+    request: Request,
+    changes: Mapping[str, Any],
+    index: CheckpointIndex | None,
+) -> None:
+    """Store changes that concern no number of the run, such as a new place of the data."""
+    if not changes:
+        return
+    if any(name in (DATA, CONFIG) or RULES[rule_of(name)] is not Change.FREE for name in changes):
+        click.echo(f"not stored, because nothing is trained: {', '.join(changes)}", err=True)
+        return
+    _record_changes(run, present, changes, index)
+    put_config(run, request)
+    click.echo(f"stored: {', '.join(changes)}", err=True)
 
 
 def _without_other_total(tables: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

@@ -217,7 +217,8 @@ def _read_data(path: Path, findings: Findings, is_full: bool) -> list[Manifest]:
     try:
         manifest = read_manifest(path)
     except (DataError, ConfigError) as error:
-        findings.problem(str(error))
+        moved = "" if path.exists() else ". If it was moved, give its folder with --set data.path=DIR"
+        findings.problem(f"{error}{moved}")
         return []
     found = check(path, manifest)
     size_bytes = sum(shard.bin.size_bytes for shard in (*manifest.train, *manifest.val))

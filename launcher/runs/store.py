@@ -15,6 +15,7 @@ from gpt.config.run import RunConfig
 from gpt.run.environment import Variable
 from gpt.run.json_file import read_json, write_json
 from gpt.run.run_dir import RunDir
+from gpt.run.tokenizer import copy_encoding
 from launcher.cluster import ClusterConfig
 from launcher.paths import absolute
 from launcher.request import Request
@@ -89,7 +90,7 @@ def create_run(folder: Path, request: Request, command: list[str]) -> RunDir:
 
 
 def put_submission(run: RunDir, request: Request, command: list[str]) -> None:
-    """Write what a submission decides: code, cluster, provenance, and last the config."""
+    """Write what a submission decides: code, tokenizer, cluster, provenance, and last the config."""
     snapshot_code(run)
     write_json(run.cluster, request.cluster.explicit())
     before = read_json(run.provenance) or {}
@@ -97,6 +98,12 @@ def put_submission(run: RunDir, request: Request, command: list[str]) -> None:
     inherited = None if is_copy(run) else before.get("run_id")
     run_id = inherited or uuid.uuid4().hex
     write_json(run.provenance, {**before, "run_id": run_id, **provenance(request, command)})
+    put_config(run, request)
+
+
+def put_config(run: RunDir, request: Request) -> None:
+    """Write the config, after a copy of the tokenizer of its data."""
+    copy_encoding(run, request.config.data.sources[0].path)
     write_json(run.config, request.config.model_dump(mode="json", exclude_none=True))
 
 

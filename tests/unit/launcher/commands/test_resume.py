@@ -1,5 +1,8 @@
 """Resuming a run: what may change, from which checkpoint, and what is refused before a file changes."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 
 from data_pipeline.errors import ConfigError, LaunchError
@@ -127,3 +130,27 @@ def test_a_run_created_before_a_field_existed_can_be_resumed(run: RunDir) -> Non
     write_json(run.config, tables)
     commit(run, int(tables["schedule"]["total_steps"]))
     assert resume(run) == 0
+
+
+def test_a_finished_run_stores_where_its_data_is_now(
+    run: RunDir, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commit(run, 20)
+    shutil.copytree(data, tmp_path / "moved")
+    assert resume(run, f"data.path={tmp_path / 'moved'}") == 0
+    assert "stored: data.path\n" in capsys.readouterr().err
+    assert (read_json(run.config) or {})["data"]["path"] == str(tmp_path / "moved")
+    [changed] = read_events(run.events, Event.CONFIG_CHANGED)
+    assert changed["changes"] == {"data.path": [str(data), str(tmp_path / "moved")]}
+    before = run.config.read_bytes()
+    assert resume(run, "data.max_epochs=50") == 0
+    assert "not stored, because nothing is trained: data.max_epochs\n" in capsys.readouterr().err
+    assert run.config.read_bytes() == before
+    assert not run.job.exists()
+
+
+def test_missing_data_are_looked_for_where_the_user_says(run: RunDir, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        resume(run, f"data.path={tmp_path / 'gone'}")
+    [problem] = error.value.problems
+    assert problem.endswith("no such folder. If it was moved, give its folder with --set data.path=DIR")
