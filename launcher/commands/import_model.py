@@ -11,7 +11,6 @@ from pathlib import Path
 
 import click
 
-from data_pipeline.config_file import with_overrides
 from data_pipeline.errors import ConfigError
 from gpt.huggingface.architectures import model_fields
 from gpt.run.json_file import read_json
@@ -20,7 +19,7 @@ from launcher.commands.plan import show_warnings
 from launcher.paths import absolute
 from launcher.preflight.check import examine
 from launcher.runs.code_snapshot import python_module
-from launcher.runs.recipes import with_absolute_paths
+from launcher.runs.recipes import with_settings
 from launcher.runs.store import create_run
 
 
@@ -33,7 +32,7 @@ def import_run(hf_dir: Path, run_dir: Path, data: str, cluster: str, overrides: 
         )
     folder = absolute(run_dir)
     tables = {"name": folder.name, "model": model_fields(config), "data": {"path": data}}
-    tables = with_absolute_paths(with_overrides(tables, overrides))
+    tables = with_settings(tables, overrides)
     request = examine(tables, "import", cluster, folder)
     show_warnings(request)
     run = create_run(folder, request, command_line())

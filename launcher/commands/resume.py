@@ -12,7 +12,6 @@ from typing import Any, TextIO
 
 import click
 
-from data_pipeline.config_file import with_overrides
 from data_pipeline.dataset.manifest import joint_fingerprint
 from data_pipeline.errors import ConfigError
 from data_pipeline.remote import is_remote
@@ -32,7 +31,7 @@ from launcher.commands.plan import show_warnings
 from launcher.preflight.check import examine
 from launcher.request import Request
 from launcher.runs.mirror import fetch_newer, fetch_run
-from launcher.runs.recipes import with_absolute_paths
+from launcher.runs.recipes import with_settings
 from launcher.runs.store import (
     changed_fields,
     open_run,
@@ -114,8 +113,7 @@ def _resume(
 def _request(run: RunDir, cluster: str | None, overrides: Sequence[str]) -> Request:
     """The run's config with `overrides`, checked for `cluster` (default: the last one)."""
     before = read_json(run.config) or {}
-    # config.json has either total_steps or total_tokens; setting one of them replaces the other.
-    tables = with_absolute_paths(with_overrides(_without_other_total(before, overrides), overrides))
+    tables = with_settings(before, overrides)
     where = cluster if cluster is not None else read_cluster(run)
     return examine(tables, run.config.name, where, run.path, is_new=False)
 
@@ -160,14 +158,6 @@ def _store_without_training(
     _record_changes(run, present, changes, index)
     put_config(run, request)
     click.echo(f"stored: {', '.join(changes)}", err=True)
-
-
-def _without_other_total(tables: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    names = {"schedule.total_steps": "total_tokens", "schedule.total_tokens": "total_steps"}
-    given = {override.partition("=")[0].strip() for override in overrides}
-    dropped = {other for name, other in names.items() if name in given}
-    schedule = {key: value for key, value in tables["schedule"].items() if key not in dropped}
-    return {**tables, "schedule": schedule}
 
 
 def _index(folder: Path | None) -> CheckpointIndex | None:

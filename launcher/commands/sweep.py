@@ -26,6 +26,7 @@ from rich.table import Table
 
 from data_pipeline.config_file import Section, dotted, read_toml, validate, with_fields
 from data_pipeline.errors import ConfigError, LaunchError, OutlastError
+from gpt.config.alternatives import without_alternatives
 from gpt.config.run import RunConfig
 from gpt.run.exit_codes import ExitCode
 from gpt.run.json_file import write_json
@@ -174,7 +175,7 @@ def examine_points(
         try:
             tables, source = run_tables(config.run, [])
             fields = {**dict(dotted(config.fixed)), **point.fields}
-            tables = with_absolute_paths(with_fields(tables, fields))
+            tables = with_absolute_paths(with_fields(without_alternatives(tables, fields), fields))
             requests.append(examine(tables, source, where, folder / point.folder))
             where = requests[-1].cluster
         except ConfigError as error:

@@ -5,7 +5,7 @@ found is refused: preflight decides whether the tables make a valid run.
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from data_pipeline.config_file import read_toml, with_overrides
 from data_pipeline.errors import ConfigError
 from data_pipeline.remote import is_remote
+from gpt.config.alternatives import without_alternatives
 from launcher.paths import absolute, usable_path
 
 
@@ -39,7 +40,13 @@ def run_tables(name_or_path: str, overrides: Sequence[str]) -> tuple[dict[str, A
             hint = f"did you mean {near[0]!r}?" if near else f"recipes: {', '.join(recipe_names())}"
             raise ConfigError(f"{name_or_path}: neither a file nor a recipe; {hint}")
         path = recipe_path(name_or_path)
-    return with_absolute_paths(with_overrides(read_toml(path), overrides)), path.name
+    return with_settings(read_toml(path), overrides), path.name
+
+
+def with_settings(tables: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """`tables` with `--set` on top, and absolute paths. Of two alternatives, the one that is set remains."""
+    given = [name.strip() for name, _, text in (each.partition("=") for each in overrides) if text.strip()]
+    return with_absolute_paths(with_overrides(without_alternatives(tables, given), overrides))
 
 
 def with_absolute_paths(tables: dict[str, Any]) -> dict[str, Any]:

@@ -120,9 +120,10 @@ def test_unknown_accelerator_suggests_the_nearest() -> None:
 
 
 def test_time_limit_without_seconds_is_refused() -> None:
-    assert problems(kind="slurm", time_limit="24:00")[0].startswith(
-        "mine.toml: time_limit = '24:00': string should"
-    )
+    assert problems(kind="slurm", time_limit="24:00") == [
+        "mine.toml: time_limit = '24:00' is not of the form that it needs. Time limit of one job, as "
+        "[DAYS-]HOURS:MM:SS."
+    ]
 
 
 @pytest.mark.parametrize(
