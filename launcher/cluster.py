@@ -7,12 +7,12 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from importlib import import_module
-from typing import Annotated, Any, Literal, Protocol, Self
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, Self
 
 from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from data_pipeline.config_file import Section
+from data_pipeline.config_file import Section, validate
 from data_pipeline.places import shown, text_problem
 
 # The module that implements each `kind`, through its object SCHEDULER (see launcher/scheduler/protocol.py).
@@ -88,6 +88,16 @@ class Container(Section):
     python: str = Field(
         default="python3", description="The Python inside the image that has Outlast's packages."
     )
+
+
+class ClusterSize(NamedTuple):
+    """What the command line says instead of the cluster file; None where it says nothing."""
+
+    nodes: int | None = None
+    processes: int | None = None  # per node
+
+
+AS_THE_FILE_SAYS = ClusterSize()
 
 
 class ClusterConfig(Section):
@@ -174,6 +184,17 @@ class ClusterConfig(Section):
         cores = self.cpus_per_process
         all_cores = {} if cores is None else {"cpus_per_process": cores * self.processes}
         return self._with({"nodes": 1, "gpus_per_node": 0, **all_cores}, dropped="processes_per_node")
+
+    def in_size(self, size: ClusterSize) -> Self:
+        """This cluster with other numbers of nodes, and of processes per node; each gets a GPU if any does.
+
+        Raises ConfigError when the cluster cannot have that size.
+        """
+        changes = {"nodes": size.nodes, "processes_per_node": size.processes}
+        if self.gpus_per_node:
+            changes["gpus_per_node"] = size.processes
+        given = {name: value for name, value in changes.items() if value is not None}
+        return validate(type(self), {**self.explicit(), **given}, "--nodes, --processes") if given else self
 
     def _with(self, changes: Mapping[str, Any], dropped: str | None = None) -> Self:
         kept = {name: value for name, value in self.explicit().items() if name != dropped}

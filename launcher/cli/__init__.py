@@ -5,6 +5,8 @@ Nothing in `launcher` imports torch.
 """
 
 import errno
+import os
+import stat
 import sys
 
 import click
@@ -74,7 +76,11 @@ for _command in (
 
 
 def main() -> None:
-    """Run the `outlast` command and exit with its code."""
+    """Run the `outlast` command and exit with its code.
+
+    What it writes is never writable by everybody: files of a run are executed.
+    """
+    os.umask(os.umask(0) | stat.S_IWOTH)
     sys.exit(run(sys.argv[1:]))
 
 

@@ -22,6 +22,18 @@ cluster_option = click.option(
     metavar="C",
     help="A TOML file, or a name in cluster_configs.",
 )
+nodes_option = click.option(
+    "--nodes",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="The number of nodes, instead of the file's.",
+)
+processes_option = click.option(
+    "--processes",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Training processes per node, instead of the cluster file's; with GPUs, each gets one.",
+)
 detach_option = click.option(
     "--follow/--detach",
     "attend",

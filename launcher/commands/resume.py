@@ -14,7 +14,6 @@ import click
 
 from data_pipeline.dataset.manifest import joint_fingerprint
 from data_pipeline.errors import ConfigError
-from data_pipeline.remote import is_remote
 from data_pipeline.sampling.skip_list import SkipList
 from gpt.checkpoint.format import CheckpointIndex, Corrupt, committed, read_index, verify
 from gpt.checkpoint.rewind import rewind
@@ -23,6 +22,7 @@ from gpt.config.run import RunConfig
 from gpt.run.events import Event, earlier_config_fingerprints, record_event
 from gpt.run.json_file import read_json
 from gpt.run.run_dir import RunDir
+from launcher.cluster import AS_THE_FILE_SAYS, ClusterSize
 from launcher.commands.config_changes import CONFIG, DATA, check_changes, fingerprint_changes
 from launcher.commands.follow_job import submit_and_follow
 from launcher.commands.fork import state_misfits
@@ -30,7 +30,7 @@ from launcher.commands.launch import command_line
 from launcher.commands.plan import show_warnings
 from launcher.preflight.check import examine
 from launcher.request import Request
-from launcher.runs.mirror import fetch_newer, fetch_run
+from launcher.runs.mirror import fetch_newer, fetch_run, is_mirrored_run
 from launcher.runs.recipes import with_settings
 from launcher.runs.store import (
     changed_fields,
@@ -41,6 +41,7 @@ from launcher.runs.store import (
     read_config,
     runs_folder,
 )
+from launcher.runs.trust import require_own
 from launcher.scheduler.jobs import claim_start, refuse_while_alive
 
 
@@ -52,14 +53,21 @@ def resume(
     *,
     attend: bool | None,
     allowed: Sequence[str] = (),
+    size: ClusterSize = AS_THE_FILE_SAYS,
+    is_trusted: bool = False,
 ) -> int:
     """Continue a run from its newest checkpoint, or from the one of `step`; the exit code.
 
-    `allowed` names fields that may change although they must match.
+    `allowed` names fields that may change although they must match. `is_trusted` says that other users may
+    have written to the run directory or to the mirror that `folder` names.
     """
-    run = fetch_run(folder, runs_folder()) if is_remote(folder) else open_run(folder)
+    if is_mirrored_run(folder):
+        run = fetch_run(folder, runs_folder(), keeps_cluster=cluster is None, is_trusted=is_trusted)
+    else:
+        run = open_run(folder)
+    require_own(run, is_trusted=is_trusted)
     with claim_start(run) as claim:
-        return _resume(run, cluster, overrides, step, attend, allowed, claim)
+        return _resume(run, cluster, overrides, step, attend, allowed, size, claim)
 
 
 def _resume(
@@ -69,10 +77,11 @@ def _resume(
     step: int | None,
     attend: bool | None,
     allowed: Sequence[str],
+    size: ClusterSize,
     claim: TextIO,
 ) -> int:
     refuse_while_alive(run)
-    request = _request(run, cluster, overrides)
+    request = _request(run, cluster, overrides, size)
     present = read_config(run)
     mirror = request.config.checkpoint.mirror
     if mirror is not None:
@@ -110,12 +119,12 @@ def _resume(
     return submit_and_follow(run, request.config.total_steps, request.cluster, "resume", attend, claim)
 
 
-def _request(run: RunDir, cluster: str | None, overrides: Sequence[str]) -> Request:
-    """The run's config with `overrides`, checked for `cluster` (default: the last one)."""
+def _request(run: RunDir, cluster: str | None, overrides: Sequence[str], size: ClusterSize) -> Request:
+    """The run's config with `overrides`, checked for `cluster` (default: the last one) in another `size`."""
     before = read_json(run.config) or {}
     tables = with_settings(before, overrides)
     where = cluster if cluster is not None else read_cluster(run)
-    return examine(tables, run.config.name, where, run.path, is_new=False)
+    return examine(tables, run.config.name, where, run.path, is_new=False, size=size)
 
 
 def _changes(

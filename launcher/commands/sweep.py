@@ -45,6 +45,7 @@ from launcher.runs.code_snapshot import job_environment, python_module, snapshot
 from launcher.runs.recipes import run_tables, with_absolute_paths
 from launcher.runs.store import create_run, next_run_folder, read_cluster, read_config
 from launcher.runs.sweep_index import SweepIndex, SweepPoint, read_sweep
+from launcher.runs.trust import require_own
 from launcher.scheduler.jobs import claim_start
 from launcher.scheduler.protocol import JobState
 from launcher.scheduler.registry import scheduler_of
@@ -93,12 +94,24 @@ class SweepConfig(Section):
         return self
 
 
-def sweep(source: Path, cluster: str | None, folder: Path | None, *, attend: bool | None) -> int:
-    """Launch the sweep of a SWEEP.toml, or continue the one in a SWEEP_DIR; the exit code."""
+def sweep(
+    source: Path,
+    cluster: str | None,
+    folder: Path | None,
+    *,
+    attend: bool | None,
+    is_trusted: bool = False,
+) -> int:
+    """Launch the sweep of a SWEEP.toml, or continue the one in a SWEEP_DIR; the exit code.
+
+    `is_trusted` says that other users may have written to the SWEEP_DIR.
+    """
     if source.is_dir():
         home = RunDir(absolute(source))
         if cluster is not None or folder is not None:
             raise ConfigError("the sweep already has its --cluster and --out; give only its folder.")
+        for run in (home, *(RunDir(home.path / point.folder) for point in _index(home.path).points)):
+            require_own(run, is_trusted=is_trusted)
     else:
         home = _create(source, cluster or "local", folder)
     code = _run(home, attend)

@@ -17,7 +17,7 @@ from gpt.checkpoint.format import committed
 from gpt.config.data import DataConfig
 from gpt.config.run import RunConfig
 from gpt.run.run_dir import RunDir
-from launcher.cluster import ClusterConfig
+from launcher.cluster import AS_THE_FILE_SAYS, ClusterConfig, ClusterSize
 from launcher.cluster_file import load_cluster
 from launcher.findings import Findings
 from launcher.paths import nearest_existing, new_folder_problem
@@ -35,6 +35,7 @@ from launcher.preflight.plan import (
 )
 from launcher.preflight.tracker import check_tracker
 from launcher.request import Request
+from launcher.runs.trust import foreign_writers
 from launcher.scheduler.registry import scheduler_of
 from launcher.units import size
 
@@ -50,16 +51,18 @@ def examine(
     folder: Path | None,
     *,
     is_new: bool = True,
+    size: ClusterSize = AS_THE_FILE_SAYS,
 ) -> Request:
     """Check a launch of the config `tables`, which were read from `source`, into the run directory `folder`.
 
-    `is_new` says whether the folder is yet to be created, or holds a run that continues. Without a folder
+    `is_new` says whether the folder is yet to be created, or holds a run that continues; `size` replaces what
+    the cluster says. Without a folder
     the request is only planned, and neither this machine nor the site is checked. Raises ConfigError with
     every problem of run config, cluster, data, machine, site and folder.
     """
     findings = Findings()
     run = _read_run(tables, source, findings)
-    cluster_config = _read_cluster(cluster, findings) if isinstance(cluster, str) else cluster
+    cluster_config = _read_cluster(cluster, size, findings)
     data = _readable_data(tables)
     sources = [] if data is None else [source.path for source in data.sources]
     is_full = data is not None and data.verify == "full"
@@ -197,9 +200,11 @@ def _read_run(tables: dict[str, Any], source: str, findings: Findings) -> RunCon
         return None
 
 
-def _read_cluster(name: str, findings: Findings) -> ClusterConfig | None:
+def _read_cluster(
+    cluster: str | ClusterConfig, size: ClusterSize, findings: Findings
+) -> ClusterConfig | None:
     try:
-        return load_cluster(name)
+        return (load_cluster(cluster) if isinstance(cluster, str) else cluster).in_size(size)
     except ConfigError as error:
         findings.problems += error.problems
         return None
@@ -236,3 +241,8 @@ def _check_folder(folder: Path, findings: Findings) -> None:
         findings.problem(f"{folder} already is a run directory. `outlast resume {folder}` continues it.")
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         findings.problem(f"{folder} exists and is not empty. Give another --run-dir.")
+    elif (reason := foreign_writers(RunDir(folder))) is not None:
+        findings.problem(
+            f"{reason}, and what lies in a run directory is executed. Take that permission away, or give "
+            "another --run-dir."
+        )

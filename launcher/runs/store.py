@@ -65,6 +65,8 @@ def read_config(run: RunDir) -> RunConfig:
 
 def read_cluster(run: RunDir) -> ClusterConfig:
     """The cluster of the run's newest submission. Raises ConfigError."""
+    if not run.cluster.exists():
+        raise ConfigError(f"{run.cluster} is missing. Give the cluster with --cluster.")
     return validate(ClusterConfig, _content(run.cluster), run.cluster.name)
 
 

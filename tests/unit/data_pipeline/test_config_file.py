@@ -106,8 +106,8 @@ def test_an_entry_of_a_list_is_set_by_its_number() -> None:
         "mixture is a list of 2 entries, numbered from 0. Give the number of one of them, as in mixture.0"
     )
     assert error.value.problems == [
-        f"--set mixture.2.weight: {entries}.0, or set the whole list.",
-        f"--set mixture.weight: {entries}.0, or set the whole list.",
+        f"--set mixture.2.weight: {entries}, or set the whole list.",
+        f"--set mixture.weight: {entries}, or set the whole list.",
         "--set skip.0: an entry of skip cannot be removed by itself; set the whole list.",
         "--set mixture.0.path.x: path is a value, not a table",
     ]

@@ -12,7 +12,7 @@ from data_pipeline.errors import ConfigError
 from gpt.config.run import RunConfig
 from gpt.run.exit_codes import exit_code_of
 from gpt.run.run_dir import RunDir
-from launcher.cluster import ClusterConfig
+from launcher.cluster import ClusterConfig, ClusterSize
 from launcher.cluster_file import cluster_names, load_cluster
 from launcher.node.rendezvous import Rendezvous
 from launcher.node.torchrun import torchrun_command, worker_environment
@@ -351,3 +351,14 @@ def test_text_that_would_add_lines_to_the_batch_script_is_refused(
 def test_setup_and_environment_may_have_several_lines() -> None:
     tables = {"setup": ["if true; then\n\tmodule load cuda\nfi"], "environment": {"A": "1\n2"}}
     assert validate(ClusterConfig, {"kind": "slurm", **tables}, "mine.toml").setup == tuple(tables["setup"])
+
+
+def test_the_command_line_changes_the_size_of_a_cluster() -> None:
+    cluster = ClusterConfig(kind="slurm", nodes=4, gpus_per_node=8)
+    smaller = cluster.in_size(ClusterSize(nodes=2, processes=3))
+    assert (smaller.nodes, smaller.processes, smaller.gpus_per_node) == (2, 3, 3)
+    assert cluster.in_size(ClusterSize()) is cluster
+    on_cpus = ClusterConfig(kind="slurm", processes_per_node=8).in_size(ClusterSize(processes=2))
+    assert on_cpus.explicit() == {"kind": "slurm", "processes_per_node": 2}
+    with pytest.raises(ConfigError, match=r"^--nodes, --processes: nodes = 2: kind = 'local' is one machine"):
+        ClusterConfig(kind="local").in_size(ClusterSize(nodes=2))

@@ -297,6 +297,13 @@ def test_a_run_directory_with_other_files_is_refused(data: Path) -> None:
     assert refused(lambda: ask(data, data)) == [f"{data} exists and is not empty. Give another --run-dir."]
 
 
+def test_an_empty_folder_that_everybody_can_write_to_is_refused(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run").chmod(0o777)
+    [problem] = refused(lambda: ask(data, tmp_path / "run"))
+    assert problem.startswith(f"everybody can write to {tmp_path / 'run'}, and what lies in a run directory")
+
+
 def test_a_run_directory_below_a_file_is_refused(data: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert refused(lambda: ask(data, tmp_path / "file" / "run")) == [
