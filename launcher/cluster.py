@@ -232,9 +232,11 @@ class ClusterConfig(Section):
 def _text_problems(value: Any, name: str = "") -> list[str]:
     """The texts of a cluster file that would add lines to a batch script, or that no script can hold."""
     if isinstance(value, Mapping):
-        below = [_text_problems(entry, f"{name}.{key}" if name else key) for key, entry in value.items()]
-        names = [_name_problem(key, name) for key in value if name in _NAMES]
-        return [problem for problems in (names, *below) for problem in problems if problem]
+        wrong = [_name_problem(key, name) for key in value if name in _NAMES]
+        found = [problem for problem in wrong if problem is not None]
+        for key, entry in value.items():
+            found += _text_problems(entry, f"{name}.{key}" if name else key)
+        return found
     if isinstance(value, list):
         return [problem for entry in value for problem in _text_problems(entry, name)]
     if not isinstance(value, str):
