@@ -177,7 +177,7 @@ class Tables(TypedDict, total=False):
 class RunConfig(Section):
     """One run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)] = Field(
         description="Names the run directory and the MLflow run: letters, digits, '.', '_', '-'."
     )
     seed: int = Field(

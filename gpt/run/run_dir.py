@@ -115,9 +115,19 @@ class RunDir:
         return self.path / "provenance.json"
 
     @property
+    def encoding(self) -> Path:
+        """A copy of the data's tokenizer, so that the run can be sampled and exported without the data."""
+        return self.path / "encoding.json"
+
+    @property
     def code(self) -> Path:
         """The packages as they were at submission; workers import from here."""
         return self.path / "code"
+
+    @property
+    def code_being_copied(self) -> Path:
+        """The next `code`, until it is whole; a command that was killed may leave one."""
+        return self.path / ".code.new"
 
     @property
     def code_environment(self) -> dict[str, str]:

@@ -4,7 +4,16 @@ from pathlib import Path
 
 import click
 
-from launcher.cli.options import RUN_HELP, cluster_option, detach_option, example, set_option
+from launcher.cli.options import (
+    RUN_HELP,
+    UserPath,
+    cluster_option,
+    detach_option,
+    example,
+    nodes_option,
+    processes_option,
+    set_option,
+)
 
 
 @click.command(
@@ -12,7 +21,7 @@ from launcher.cli.options import RUN_HELP, cluster_option, detach_option, exampl
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=UserPath(),
     default=Path("demo"),
     show_default=True,
     metavar="DIR",
@@ -155,7 +164,7 @@ def simulate(
 @set_option
 @click.option(
     "--run-dir",
-    type=click.Path(path_type=Path),
+    type=UserPath(),
     metavar="DIR",
     help="The run directory to create. Default: $OUTLAST_RUNS/NAME-NNNN.",
 )
@@ -165,6 +174,8 @@ def simulate(
     metavar="RUN_DIR[@STEP]",
     help="Start from the weights, optimizer state and step of another run's checkpoint.",
 )
+@nodes_option
+@processes_option
 @click.option("--dry-run", is_flag=True, help="Check and print the plan, but write and start nothing.")
 @detach_option
 def launch(
@@ -173,23 +184,30 @@ def launch(
     overrides: tuple[str, ...],
     run_dir: Path | None,
     origin: str | None,
+    nodes: int | None,
+    processes: int | None,
     dry_run: bool,
     attend: bool | None,
 ) -> int:
+    from launcher.cluster import ClusterSize
     from launcher.commands.launch import launch
 
-    return launch(run, cluster, overrides, run_dir, origin=origin, dry_run=dry_run, attend=attend)
+    size = ClusterSize(nodes, processes)
+    return launch(run, cluster, overrides, run_dir, origin=origin, dry_run=dry_run, attend=attend, size=size)
 
 
 @click.command(
     short_help="Continue a run from its newest checkpoint.",
     epilog=example(
         "outlast resume runs/demo-0001 --set schedule.total_steps=400",
+        "outlast resume runs/demo-0001 --processes 1",
         "outlast resume s3://bucket/runs/demo-0001",
     ),
 )
 @click.argument("run_dir")
 @click.option("--cluster", metavar="C", help="Default: the cluster that the run used last.")
+@nodes_option
+@processes_option
 @set_option
 @click.option(
     "--step",
@@ -204,22 +222,35 @@ def launch(
     metavar="FIELD",
     help="Allow a change of a field that normally must match (`data`: the data itself). Can be repeated.",
 )
+@click.option(
+    "--trust",
+    "is_trusted",
+    is_flag=True,
+    help="Accept a run directory that other users can write to, or the commands in a mirror's cluster.json.",
+)
 @detach_option
 def resume(
     run_dir: str,
     cluster: str | None,
+    nodes: int | None,
+    processes: int | None,
     overrides: tuple[str, ...],
     step: int | None,
     allowed: tuple[str, ...],
+    is_trusted: bool,
     attend: bool | None,
 ) -> int:
     """Continue a run from its newest checkpoint, on the same or another number of processes.
 
-    RUN_DIR can also be the URL of the run's mirror: the run is then downloaded first.
+    RUN_DIR can also be the run's mirror, a URL or a folder: the run is then copied to $OUTLAST_RUNS first.
     """
+    from launcher.cluster import ClusterSize
     from launcher.commands.resume import resume
 
-    return resume(run_dir, cluster, overrides, step, attend=attend, allowed=allowed)
+    size = ClusterSize(nodes, processes)
+    return resume(
+        run_dir, cluster, overrides, step, attend=attend, allowed=allowed, size=size, is_trusted=is_trusted
+    )
 
 
 @click.command(
@@ -229,9 +260,7 @@ def resume(
 @click.argument("run", metavar="RUN")
 @cluster_option
 @set_option
-@click.option(
-    "--run-dir", type=click.Path(path_type=Path), metavar="DIR", help="Default: $OUTLAST_RUNS/rehearsal-NNNN."
-)
+@click.option("--run-dir", type=UserPath(), metavar="DIR", help="Default: $OUTLAST_RUNS/rehearsal-NNNN.")
 @click.option(
     "--steps",
     type=click.IntRange(min=8),
@@ -254,16 +283,21 @@ def rehearse(run: str, cluster: str, overrides: tuple[str, ...], run_dir: Path |
     short_help="Train a grid of config values.",
     epilog=example("outlast sweep sweep.toml --cluster my-cluster.toml", "outlast sweep runs/sweep-0001"),
 )
-@click.argument("source", metavar="SWEEP.toml | SWEEP_DIR", type=click.Path(path_type=Path, exists=True))
+@click.argument("source", metavar="SWEEP.toml | SWEEP_DIR", type=UserPath(exists=True))
 @click.option("--cluster", metavar="C", help="A TOML file, or a name in cluster_configs. Default: local.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), metavar="DIR", help="Default: $OUTLAST_RUNS/NAME-NNNN."
-)
+@click.option("--out", type=UserPath(), metavar="DIR", help="Default: $OUTLAST_RUNS/NAME-NNNN.")
 @click.option("--results", is_flag=True, help="Start nothing. Show the results, best first.")
 @click.option("--json", "as_json", is_flag=True, help="With --results: print a JSON list.")
+@click.option("--trust", "is_trusted", is_flag=True, help="Accept a SWEEP_DIR that other users can write to.")
 @detach_option
 def sweep(
-    source: Path, cluster: str | None, out: Path | None, results: bool, as_json: bool, attend: bool | None
+    source: Path,
+    cluster: str | None,
+    out: Path | None,
+    results: bool,
+    as_json: bool,
+    is_trusted: bool,
+    attend: bool | None,
 ) -> int:
     """Train every combination of the given values: on Slurm as one job array, on this machine one by one.
 
@@ -282,4 +316,4 @@ def sweep(
     if results:
         show_results(source, as_json=as_json)
         return 0
-    return sweep(source, cluster, out, attend=attend)
+    return sweep(source, cluster, out, attend=attend, is_trusted=is_trusted)

@@ -50,7 +50,7 @@ _STEPS_AFTER_SAVE = 5  # the kill then destroys five steps, which the restart ha
 def demo(out: Path) -> int:
     """Run the demo in folder `out`; the exit code."""
     started = time.monotonic()
-    out = absolute(out)
+    out = absolute(out, "--out")
     _stage(1, "Prepare: turn text into token shards")
     data = out / "data"
     manifest = _prepare(data)

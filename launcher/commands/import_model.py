@@ -12,7 +12,6 @@ from pathlib import Path
 
 import click
 
-from data_pipeline.config_file import with_overrides
 from data_pipeline.tokenizer.encoding import load_encoding
 from gpt.huggingface.config_json import model_fields, read_config
 from gpt.huggingface.stored_tensors import list_tensors, match_tensors, weight_files
@@ -23,7 +22,7 @@ from launcher.commands.plan import show_plan, show_warnings
 from launcher.paths import absolute
 from launcher.preflight.check import examine
 from launcher.runs.code_snapshot import python_module
-from launcher.runs.recipes import with_absolute_paths
+from launcher.runs.recipes import with_settings
 from launcher.runs.store import create_run
 
 
@@ -33,7 +32,7 @@ def import_run(hf_dir: Path, run_dir: Path, data: str, cluster: str, overrides: 
     tensors = list_tensors(weight_files(hf_dir))
     folder = absolute(run_dir)
     tables = {"name": folder.name, "model": fields, "data": {"path": data}}
-    tables = with_absolute_paths(with_overrides(tables, overrides))
+    tables = with_settings(tables, overrides)
     request = examine(tables, "import", cluster, folder)
     match_tensors(tensors, request.config.model)
     check_tokenizer(hf_dir, load_encoding(request.config.data.sources[0].path))

@@ -41,7 +41,7 @@ _PUSH_S = 3.0  # repeated, because Slurm ignores it until the last job run has e
 def rehearse(run: str, cluster: str, overrides: Sequence[str], folder: Path | None, steps: int) -> int:
     """Rehearse `run` on `cluster` in `folder`; 0 when every check passes, else 1."""
     is_named = folder is not None
-    folder = absolute(folder or next_run_folder("rehearsal"))
+    folder = absolute(folder or next_run_folder("rehearsal"), "--run-dir")
     tables, source = run_tables(run, overrides)
     short = _shortened(tables, steps)
     requests = {name: examine(short, source, cluster, folder / name) for name in ("undisturbed", "disturbed")}

@@ -26,6 +26,7 @@ from rich.table import Table
 
 from data_pipeline.config_file import Section, dotted, read_toml, validate, with_fields
 from data_pipeline.errors import ConfigError, LaunchError, OutlastError
+from gpt.config.alternatives import without_alternatives
 from gpt.config.run import RunConfig
 from gpt.run.exit_codes import ExitCode
 from gpt.run.json_file import write_json
@@ -46,6 +47,7 @@ from launcher.runs.code_snapshot import job_environment, python_module, snapshot
 from launcher.runs.recipes import run_tables, with_absolute_paths
 from launcher.runs.store import create_run, make_next_run_folder, next_run_folder, read_cluster, read_config
 from launcher.runs.sweep_index import SweepIndex, SweepPoint, read_sweep
+from launcher.runs.trust import require_own
 from launcher.scheduler.jobs import ask_to_stop, claim_start
 from launcher.scheduler.protocol import JobState
 from launcher.scheduler.registry import scheduler_of
@@ -94,12 +96,24 @@ class SweepConfig(Section):
         return self
 
 
-def sweep(source: Path, cluster: str | None, folder: Path | None, *, attend: bool | None) -> int:
-    """Launch the sweep of a SWEEP.toml, or continue the one in a SWEEP_DIR; the exit code."""
+def sweep(
+    source: Path,
+    cluster: str | None,
+    folder: Path | None,
+    *,
+    attend: bool | None,
+    is_trusted: bool = False,
+) -> int:
+    """Launch the sweep of a SWEEP.toml, or continue the one in a SWEEP_DIR; the exit code.
+
+    `is_trusted` says that other users may have written to the SWEEP_DIR.
+    """
     if source.is_dir():
         home = RunDir(absolute(source))
         if cluster is not None or folder is not None:
             raise ConfigError("the sweep already has its --cluster and --out; give only its folder.")
+        for run in (home, *(RunDir(home.path / point.folder) for point in _index(home.path).points)):
+            require_own(run, is_trusted=is_trusted)
     else:
         home = _create(source, cluster or "local", folder)
     code = _run(home, attend)
@@ -142,7 +156,7 @@ def _create(path: Path, cluster: str, folder: Path | None) -> RunDir:
     """Check every point, then create all run directories. Raises ConfigError with all the problems."""
     config = validate(SweepConfig, read_toml(path), path.name)
     is_named = folder is not None
-    home = RunDir(absolute(folder or next_run_folder(path.stem)))
+    home = RunDir(absolute(folder or next_run_folder(path.stem), "--out"))
     if home.path.exists() and (not home.path.is_dir() or any(home.path.iterdir())):
         raise ConfigError(
             f"{home.path} exists and is not an empty folder. `outlast sweep {home.path}` continues it."
@@ -180,7 +194,7 @@ def examine_points(
         try:
             tables, source = run_tables(config.run, [])
             fields = {**dict(dotted(config.fixed)), **point.fields}
-            tables = with_absolute_paths(with_fields(tables, fields))
+            tables = with_absolute_paths(with_fields(without_alternatives(tables, fields), fields))
             requests.append(examine(tables, source, where, folder / point.folder))
             where = requests[-1].cluster
         except ConfigError as error:

@@ -1,5 +1,6 @@
 """Checks before the launch whether the tracking server answers. It asks one port, for a moment only."""
 
+import http.client
 import urllib.error
 import urllib.request
 
@@ -16,7 +17,7 @@ def check_tracker(config: RunConfig, findings: Findings) -> None:
         return
     try:
         urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=_TIMEOUT_S).close()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         findings.warn(
             f"tracking.uri = {uri} does not answer from here ({reason}). Training goes on without it, and "

@@ -19,6 +19,7 @@ from gpt.run.environment import Variable
 from gpt.run.events import Event, read_events, record_event
 from gpt.run.json_file import read_json, write_json
 from gpt.run.run_dir import RunDir
+from gpt.run.tokenizer import copy_encoding
 from launcher.cluster import ClusterConfig
 from launcher.paths import absolute
 from launcher.request import Request
@@ -29,7 +30,7 @@ from launcher.runs.provenance import provenance
 
 def runs_folder() -> Path:
     """Where runs are created by default: $OUTLAST_RUNS, else `runs` in the caller's directory."""
-    return absolute(os.environ.get(Variable.RUNS, "runs"))
+    return absolute(os.environ.get(Variable.RUNS, "runs"), Variable.RUNS)
 
 
 def next_run_folder(name: str, folder: Path | None = None) -> Path:
@@ -83,6 +84,8 @@ def read_config(run: RunDir) -> RunConfig:
 
 def read_cluster(run: RunDir) -> ClusterConfig:
     """The cluster of the run's newest submission. Raises ConfigError."""
+    if not run.cluster.exists():
+        raise ConfigError(f"{run.cluster} is missing. Give the cluster with --cluster.")
     return validate(ClusterConfig, _content(run.cluster), run.cluster.name)
 
 
@@ -131,7 +134,7 @@ def refuse_unseeded(run: RunDir) -> None:
 
 
 def put_submission(run: RunDir, request: Request, command: list[str]) -> None:
-    """Write what a submission decides: code, cluster, provenance, and last the config."""
+    """Write what a submission decides: code, tokenizer, cluster, provenance, and last the config."""
     snapshot_code(run)
     write_json(run.cluster, request.cluster.explicit())
     before = read_json(run.provenance) or {}
@@ -139,6 +142,12 @@ def put_submission(run: RunDir, request: Request, command: list[str]) -> None:
     inherited = None if is_copy(run) else before.get("run_id")
     run_id = inherited or uuid.uuid4().hex
     write_json(run.provenance, {**before, "run_id": run_id, **provenance(request, command)})
+    put_config(run, request)
+
+
+def put_config(run: RunDir, request: Request) -> None:
+    """Write the config, after a copy of the tokenizer of its data."""
+    copy_encoding(run, request.config.data.sources[0].path)
     write_json(run.config, request.config.model_dump(mode="json", exclude_none=True))
 
 

@@ -26,7 +26,7 @@ PACKAGES = ("launcher", "gpt", "data_pipeline")
 # each other. A name is a sub-package, or a file that lies directly in the package.
 LAYERS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "data_pipeline": (
-        ("errors", "corpus", "encodings"),
+        ("errors", "corpus", "encodings", "places"),
         ("durable", "config_file", "remote", "git_lfs"),
         ("sources", "dataset"),
         ("tokenizer", "sampling"),

@@ -313,11 +313,31 @@ def test_a_run_directory_with_other_files_is_refused(data: Path) -> None:
     assert refused(lambda: ask(data, data)) == [f"{data} exists and is not empty. Give another --run-dir."]
 
 
+def test_an_empty_folder_that_everybody_can_write_to_is_refused(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run").chmod(0o777)
+    [problem] = refused(lambda: ask(data, tmp_path / "run"))
+    assert problem.startswith(f"everybody can write to {tmp_path / 'run'}, and what lies in a run directory")
+
+
 def test_a_run_directory_below_a_file_is_refused(data: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert refused(lambda: ask(data, tmp_path / "file" / "run")) == [
-        f"you cannot write to {tmp_path / 'file'}. Give another --run-dir."
+        f"{tmp_path / 'file'} is a file, so nothing can be created below it. Give another --run-dir."
     ]
+
+
+def test_a_run_directory_that_slurm_would_rename_is_refused(data: Path, tmp_path: Path) -> None:
+    [problem] = refused(lambda: ask(data, tmp_path / "%j"))
+    assert problem.endswith(
+        "/%j: a run directory's path cannot have '%': Slurm and submitit replace it in the names of files. "
+        "Give another --run-dir."
+    )
+
+
+def test_a_name_that_is_too_long_for_a_run_directory_is_refused(data: Path) -> None:
+    [problem] = refused(lambda: ask(data, None, f"name={'x' * 201}"))
+    assert problem.startswith("tiny.toml: name = 'xxx") and "at most 200 characters" in problem
 
 
 def test_a_full_disk_is_refused_and_a_nearly_full_one_warns(

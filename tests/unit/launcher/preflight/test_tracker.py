@@ -1,6 +1,7 @@
 """The check of the tracking server before a launch, against a real HTTP server."""
 
 import http.server
+import socket
 import threading
 from collections.abc import Iterator
 
@@ -47,3 +48,21 @@ def test_tracking_server_that_does_not_answer_warns(
     assert findings.problems == []
     [warning] = findings.warnings
     assert warning.startswith("tracking.uri = http://127.0.0.1:1 does not answer from here ([Errno 111]")
+
+
+def test_a_port_that_speaks_another_protocol_warns() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def greet() -> None:
+            connection, _ = listener.accept()
+            connection.recv(1000)
+            connection.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
+            connection.close()
+
+        thread = threading.Thread(target=greet)
+        thread.start()
+        findings = Findings()
+        check_tracker(config(tracking={"uri": f"http://127.0.0.1:{listener.getsockname()[1]}"}), findings)
+        thread.join()
+    [warning] = findings.warnings
+    assert "does not answer from here (SSH-2.0-OpenSSH_9.6" in warning
