@@ -183,6 +183,10 @@ class RunDir:
         """Where MLflow keeps its runs by default: one SQLite file for all the runs in a folder."""
         return mlflow_database_in(self.path.resolve().parent)
 
+    def sidecar_health(self, sidecar: str) -> Path:
+        """What a sidecar has achieved, and what keeps it from more."""
+        return self.path / f"sidecar-{sidecar}.json"
+
     @property
     def checkpoints(self) -> Path:
         """`step-NNNNNNNN` folders; names with a leading dot are not checkpoints."""
@@ -208,6 +212,11 @@ class RunDir:
 def mlflow_database_in(folder: Path) -> Path:
     """Where MLflow keeps the runs in `folder` by default."""
     return folder / "mlflow.db"
+
+
+def mlflow_artifacts_beside(database: Path) -> Path:
+    """Where MLflow keeps the files of the runs in an SQLite `database`: they move with it."""
+    return database.parent / "mlflow-artifacts"
 
 
 def _numbers(folder: Path) -> list[int]:

@@ -11,6 +11,7 @@ from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig
 from launcher.commands.progress import Display
 from launcher.commands.record_follower import RecordFollower, Update
+from launcher.commands.sidecar_watch import SidecarWatch
 from launcher.commands.signal_guard import SignalGuard
 from launcher.commands.submit import submit
 from launcher.runs.job_record import read_outcome
@@ -56,12 +57,17 @@ def follow_job(
     run: RunDir, job: Job, follower: RecordFollower, total_steps: int, observe: Observer | None = None
 ) -> JobOutcome:
     """Show the progress of `job` until it ends, and return how it ended. Ctrl-C saves and stops it."""
+    sidecars = SidecarWatch(run)
     with Display(total_steps) as display, SignalGuard(run, display.note) as guard:
         for update in follower.updates(job):
             display.show(update)
+            for sentence in sidecars.news():
+                display.note(sentence)
             if observe is not None:
                 observe(update, display.note)
             guard.answer()
+        for sentence in sidecars.last_words():
+            display.note(sentence)
     return outcome_of(run, job)
 
 

@@ -1,7 +1,7 @@
 """The status of runs, one summary for each, gathered from their directories and their jobs."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from gpt.run.records import Job, JobOutcome
 from gpt.run.run_dir import RunDir
 from launcher.commands.record_summary import EventIndex, last_metrics
 from launcher.runs.job_record import read_job, read_outcome
+from launcher.runs.sidecar_problems import health_as_json, sidecar_healths, sidecar_problems
 from launcher.runs.store import read_config
 from launcher.scheduler.jobs import standings
 from launcher.scheduler.protocol import CANCELLED, JobState, Standing
@@ -42,6 +43,8 @@ class Status:
     attention: str | None = None
     checkpoint_step: int | None = None
     save_problem: str | None = None
+    sidecar_problems: tuple[str, ...] = ()
+    sidecars: dict[str, Any] = field(default_factory=dict)
     attempts: int = 0
     requeues: int = 0
     lost_s: float = 0.0
@@ -96,6 +99,8 @@ def _status(run: RunDir, job: Job | None, standing: Standing | None) -> Status:
     is_going = state in ("running", "stopping")
     checkpoints = committed(run.checkpoints)
     events = EventIndex(run.events)
+    healths = sidecar_healths(run, config)
+    has_ended = outcome is not None or (standing is not None and standing.state == JobState.ENDED)
     return Status(
         run_dir=str(run.path),
         state=state,
@@ -111,6 +116,8 @@ def _status(run: RunDir, job: Job | None, standing: Standing | None) -> Status:
         attention=events.last(Event.NETWORK_BUILT).get("attention"),
         checkpoint_step=checkpoints[-1][0] if checkpoints else None,
         save_problem=_save_problem(events) or _mirror_problem(events) if is_going else None,
+        sidecar_problems=tuple(sidecar_problems(run, healths, has_ended=has_ended, step=step)),
+        sidecars=health_as_json(healths),
         attempts=len(run.attempt_numbers()),
         requeues=events.count(Event.REQUEUED),
         lost_s=sum(event.get("lost_s", 0.0) for event in events.each(Event.CONTINUED)),

@@ -46,7 +46,7 @@ def show(find: Callable[[], Sequence[RunDir]], *, watch: bool) -> None:
 
 
 def table(runs: Sequence[RunDir]) -> Table:
-    """The runs as a table; problems with saving are listed below it."""
+    """The runs as a table; problems with saving and of sidecars are listed below it."""
     result = Table(box=None, pad_edge=False, caption_justify="left")
     problems = []
     for heading in _HEADINGS:
@@ -73,6 +73,7 @@ def table(runs: Sequence[RunDir]) -> Table:
         )
         if now.save_problem is not None:
             problems.append(f"{run.path.name}: {now.save_problem}")
+        problems += [f"{run.path.name}: {problem}" for problem in now.sidecar_problems]
     result.caption = "\n".join(problems) or None
     return result
 

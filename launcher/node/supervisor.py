@@ -18,6 +18,7 @@ from launcher.cluster import ClusterConfig
 from launcher.node.hangs import HangHandler
 from launcher.node.job_run import JobRun
 from launcher.node.rendezvous import rendezvous
+from launcher.node.sidecars import Sidecars
 from launcher.node.torchrun import torchrun_command, worker_environment
 from launcher.process_tree import kill_descendants, workers
 from launcher.runs.stop_request import pending_stop, request_stop
@@ -53,7 +54,7 @@ class TorchrunEnd:
 
 
 class Supervisor:
-    """The workers of one node in one job run. `spared` processes outlive the workers."""
+    """The workers of one node in one job run. The sidecars outlive the workers."""
 
     def __init__(
         self,
@@ -62,10 +63,10 @@ class Supervisor:
         cluster: ClusterConfig,
         signals: ReceivedSignals,
         mounts: Sequence[Path],
-        spared: Sequence[int],
+        sidecars: Sidecars,
     ) -> None:
         self._job_run, self._config, self._cluster = job_run, config, cluster
-        self._signals, self._mounts, self._spared = signals, mounts, spared
+        self._signals, self._mounts, self._sidecars = signals, mounts, sidecars
         self._hangs = HangHandler(job_run.run, job_run.identity, config.launch)
 
     def run(self) -> TorchrunEnd:
@@ -81,12 +82,13 @@ class Supervisor:
             if time.monotonic() < next_check:
                 continue
             next_check = time.monotonic() + _CHECK_S
+            self._sidecars.restart_dead()
             if self._hangs.handle(workers(torchrun.pid)) is Action.END_JOB_RUN:
                 torchrun.kill()
             stopped_now = (request := pending_stop(self._job_run.run)) is not None and request.now
             if stopped_now or self._job_run.failures():
                 torchrun.kill()
-                kill_descendants(spare=self._spared)
+                kill_descendants(spare=self._sidecars.pids())
         return TorchrunEnd(torchrun.wait(), stopped_now)
 
     def _start(self) -> subprocess.Popen[bytes]:

@@ -137,8 +137,10 @@ class NodeRunner:
         return {}
 
     def _train(self) -> TorchrunEnd:
-        spared = self.sidecars.pids()
-        return Supervisor(self.job_run, self.config, self.cluster, self.signals, self._mounts(), spared).run()
+        supervisor = Supervisor(
+            self.job_run, self.config, self.cluster, self.signals, self._mounts(), self.sidecars
+        )
+        return supervisor.run()
 
     def _decide(self, outcome: JobOutcome) -> dict[str, Any]:
         """End the job, or put it back in the queue, as the failure policy says."""
@@ -197,7 +199,9 @@ class NodeRunner:
         """Record that the job has ended, and let the sidecars send what is left."""
         # First of all: if the node is killed while it waits for the sidecars, the outcome still counts.
         retry_on_oserror(lambda: outcome.write(self.submission.outcome))
-        if not self.stopped_now:
+        if self.stopped_now:
+            self.sidecars.drain_in_a_hurry()
+        else:
             self.sidecars.drain()
         self._clean_up()
         return outcome.model_dump(mode="json")

@@ -15,6 +15,8 @@ from data_pipeline.errors import ConfigError
 from data_pipeline.remote import is_remote
 from launcher.paths import absolute
 
+_SQLITE = "sqlite:///"
+
 
 def recipe_names() -> list[str]:
     """The run configs that ship with Outlast, by name."""
@@ -43,7 +45,11 @@ def run_tables(name_or_path: str, overrides: Sequence[str]) -> tuple[dict[str, A
 
 
 def with_absolute_paths(tables: dict[str, Any]) -> dict[str, Any]:
-    """`tables` with absolute paths for data and checkpoint.mirror, from the caller's directory."""
+    """`tables` with absolute paths for data, checkpoint.mirror and an SQLite file in tracking.uri."""
+    tracking = tables.get("tracking")
+    uri = tracking.get("uri") if isinstance(tracking, dict) else None
+    if isinstance(tracking, dict) and isinstance(uri, str) and (file := uri.removeprefix(_SQLITE)) != uri:
+        tables = {**tables, "tracking": {**tracking, "uri": f"{_SQLITE}{absolute(file)}" if file else uri}}
     checkpoint = tables.get("checkpoint")
     mirror = checkpoint.get("mirror") if isinstance(checkpoint, dict) else None
     if isinstance(checkpoint, dict) and isinstance(mirror, str) and mirror and not is_remote(mirror):

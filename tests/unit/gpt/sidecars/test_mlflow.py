@@ -96,7 +96,7 @@ def test_copied_run_directory_gets_its_own_mlflow_run(run_dir: RunDir) -> None:
     assert len(second.client.get_metric_history(second.run_id, "train/loss")) == 2
 
 
-@pytest.mark.parametrize(("exit_code", "status"), [(0, "FINISHED"), (75, "KILLED"), (93, "FAILED")])
+@pytest.mark.parametrize(("exit_code", "status"), [(0, "FINISHED"), (75, "FINISHED"), (93, "FAILED")])
 def test_mlflow_status_is_how_the_run_ended(run_dir: RunDir, exit_code: int, status: str) -> None:
     run_dir.attempt(1).path.mkdir(parents=True)
     write_json(run_dir.attempt(1).result, {"exit_code": exit_code, "cause": "so it was"})
