@@ -1,7 +1,7 @@
 """The sidecars of a job: processes that send the record to MLflow, and the checkpoints to the mirror.
 
-They follow the run directory, no worker waits for them, and they outlive the workers to send what is left. One
-that dies is started again, later each time; how each of them fares is in its sidecar-NAME.json.
+They follow the run directory, no worker waits for them, and they outlive the workers to send what is left.
+One that dies is started again, later each time; how each of them fares is in its sidecar-NAME.json.
 """
 
 import signal
@@ -118,7 +118,7 @@ class Sidecars:
             self._note(one, Health.INCOMPLETE, f"its process ended with {_how(one.process.returncode)}")
 
     def _has_finished(self, one: _Process, deadline: float) -> bool:
-        """Wait until the process of `one` has ended; whether it needs no other one, by success or for time."""
+        """Wait until the process of `one` has ended; False if it ended badly, with time for another one."""
         assert one.process is not None
         try:
             return one.process.wait(timeout=max(0.0, deadline - time.monotonic())) == 0

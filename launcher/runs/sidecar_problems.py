@@ -1,6 +1,6 @@
 """How the sidecars of a run fare: what they have achieved, and sentences about what they have not.
 
-Reads what the sidecars and the node task write (sidecar-NAME.json), and compares it with what there is to send.
+Reads what the sidecars and the node task write (sidecar-NAME.json), and compares it with what is to be sent.
 """
 
 from collections.abc import Iterator
