@@ -19,7 +19,7 @@ def mlflow_name(name: str) -> str:
     """`name` as MLflow accepts it; different names give different results."""
     escaped = _FOREIGN.sub(_code, name)
     escaped = _DOTS.sub(lambda dots: "".join(map(_code_of, dots[0])), escaped)
-    escaped = re.sub(r"^/|/(?=/)|/$", _code, escaped) or ":"
+    escaped = re.sub(r"^\.(?=\.)|^/|/(?=/)|/$", _code, escaped) or ":"
     if len(escaped) <= _LONGEST:
         return escaped
     head = escaped[: _LONGEST - _HASH_DIGITS - 2]

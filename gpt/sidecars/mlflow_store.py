@@ -5,6 +5,7 @@ a database for good when two processes run them at once. The files of runs (arti
 SQLite file. MLflow stores their absolute path, so it is corrected when the folder has moved.
 """
 
+import fcntl
 import os
 import sqlite3
 import time
@@ -67,8 +68,15 @@ def create_database(path: Path) -> None:
 
 def _publish(made: Path, path: Path) -> None:
     """Give `made` the name `path`, unless another process was faster."""
-    if path.exists() and path.stat().st_size == 0:
-        path.unlink()  # a process that was killed has left an empty file
+    with suppress(FileNotFoundError), path.open("rb") as there:
+        mine = os.fstat(there.fileno())
+        if mine.st_size == 0:
+            # A process that was killed has left it: one of those that wait for its lock replaces it.
+            fcntl.flock(there, fcntl.LOCK_EX)
+            now = path.stat()
+            if now.st_ino == mine.st_ino and now.st_size == 0:
+                made.rename(path)
+        return
     try:
         os.link(made, path)  # unlike a rename, it never replaces a file
     except FileExistsError:
