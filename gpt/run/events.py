@@ -52,6 +52,10 @@ class Event(StrEnum):
     TAKEN_FROM_MIRROR = "taken_from_mirror"
     MIRRORED = "mirrored"
     MIRROR_FAILED = "mirror_failed"
+    # The sidecars
+    TRACKING_FAILED = "tracking_failed"
+    TRACKING_CHANGED = "tracking_changed"
+    SIDECAR_RESTARTED = "sidecar_restarted"
 
 
 def record_event(path: Path, event: Event, /, **fields: Any) -> None:

@@ -13,6 +13,7 @@ from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig
 from launcher.commands.progress import Display
 from launcher.commands.record_follower import RecordFollower, Update
+from launcher.commands.sidecar_watch import SidecarWatch
 from launcher.commands.signal_guard import SignalGuard
 from launcher.commands.submit import submit
 from launcher.runs.job_record import read_outcome
@@ -83,6 +84,7 @@ def follow_job(
 
     `guard` has caught the signals since before the job was submitted; without it they are caught from now on.
     """
+    sidecars = SidecarWatch(run)
     with ExitStack() as stack:
         display = stack.enter_context(Display(total_steps))
         if guard is None:
@@ -90,11 +92,15 @@ def follow_job(
         guard.note = display.note
         for update in follower.updates(job):
             display.show(update)
+            for sentence in sidecars.news():
+                display.note(sentence)
             if observe is not None:
                 observe(update, display.note)
             guard.answer()
             if guard.has_signal:
                 display.describe("stopping")
+        for sentence in sidecars.last_words():
+            display.note(sentence)
     return outcome_of(run, job)
 
 

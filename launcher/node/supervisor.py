@@ -19,6 +19,7 @@ from launcher.node.crash_loop import CrashLoop
 from launcher.node.hangs import HangHandler
 from launcher.node.job_run import JobRun
 from launcher.node.rendezvous import rendezvous
+from launcher.node.sidecars import Sidecars
 from launcher.node.torchrun import GivenUp, TorchrunEnd, torchrun_command, worker_environment
 from launcher.process_tree import kill_descendants, workers
 from launcher.runs.stop_request import pending_stop, request_stop
@@ -48,7 +49,7 @@ class ReceivedSignals:
 
 
 class Supervisor:
-    """The workers of one node in one job run. `spared` processes outlive the workers.
+    """The workers of one node in one job run. The sidecars outlive the workers.
 
     `tmpdir` is the job's temporary folder on this node, if there is room for one.
     """
@@ -60,11 +61,11 @@ class Supervisor:
         cluster: ClusterConfig,
         signals: ReceivedSignals,
         mounts: Sequence[Path],
-        spared: Sequence[int],
+        sidecars: Sidecars,
         tmpdir: Path | None,
     ) -> None:
         self._job_run, self._config, self._cluster = job_run, config, cluster
-        self._signals, self._mounts, self._spared = signals, mounts, spared
+        self._signals, self._mounts, self._sidecars = signals, mounts, sidecars
         self._hangs = HangHandler(job_run.run, job_run.identity, config.launch)
         self._gone_for = 0
         identity, submission = job_run.identity, job_run.submission
@@ -86,12 +87,13 @@ class Supervisor:
             if time.monotonic() < next_check:
                 continue
             next_check = time.monotonic() + _CHECK_S
+            self._sidecars.restart_dead()
             request = pending_stop(self._job_run.run)
             stopped_now = request is not None and request.now
             given_up = given_up or self._reason_to_give_up(torchrun.pid, is_stopping=request is not None)
             if stopped_now or given_up is not None or self._job_run.failures():
                 torchrun.kill()
-                kill_descendants(spare=self._spared)
+                kill_descendants(spare=self._sidecars.pids())
         if given_up is None and self._is_run_gone():
             given_up = self._given_up_gone()
         return TorchrunEnd(torchrun.wait(), stopped_now, given_up, self._crashes.newest_error())

@@ -145,10 +145,10 @@ class NodeRunner:
         return {}
 
     def _train(self) -> TorchrunEnd:
-        spared = self.sidecars.pids()
-        return Supervisor(
-            self.job_run, self.config, self.cluster, self.signals, self._mounts(), spared, self.tmpdir
-        ).run()
+        supervisor = Supervisor(
+            self.job_run, self.config, self.cluster, self.signals, self._mounts(), self.sidecars, self.tmpdir
+        )
+        return supervisor.run()
 
     def _decide(self, outcome: JobOutcome) -> dict[str, Any]:
         """End the job, or put it back in the queue, as the failure policy says."""
@@ -206,12 +206,14 @@ class NodeRunner:
     def _conclude(self, outcome: JobOutcome) -> dict[str, Any]:
         """Record that the job has ended, and let the sidecars send what is left."""
         # First of all: if the node is killed while it waits for the sidecars, the outcome still counts.
-        is_gone = not is_listed(self.run.config)
-        if is_gone:  # nothing is made anew where the run directory was
+        if not is_listed(self.run.config):  # nothing is made anew where the run directory was
             print(outcome.cause, flush=True)
+            self._clean_up()
+            return outcome.model_dump(mode="json")
+        retry_on_oserror(lambda: outcome.write(self.submission.outcome))
+        if self.stopped_now:
+            self.sidecars.drain_in_a_hurry()
         else:
-            retry_on_oserror(lambda: outcome.write(self.submission.outcome))
-        if not self.stopped_now and not is_gone:
             self.sidecars.drain()
         self._clean_up()
         return outcome.model_dump(mode="json")

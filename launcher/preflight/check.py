@@ -88,7 +88,8 @@ def examine(
     if folder is not None and is_usable:
         if config is not None:
             check_disk(config, folder, findings)
-            check_tracker(config, findings)
+            in_container = cluster_config is not None and cluster_config.container is not None
+            check_tracker(config, findings, is_in_container=in_container)
             check_mirror(RunDir(folder), config, findings, is_new=is_new)
         if cluster_config is not None:
             scheduler = scheduler_of(cluster_config.kind)
