@@ -146,7 +146,9 @@ class Trainer:
         attempt = self._attempt
         stop = attempt.stop if step < self._plan.last else None
         heartbeat = attempt.clock.heartbeat
-        return self._data.validation.measure(self._engine.model, attempt.world, heartbeat, step, stop)
+        started = time.monotonic()
+        scores = self._data.validation.measure(self._engine.model, attempt.world, heartbeat, step, stop)
+        return None if scores is None else {**scores, "val/seconds": time.monotonic() - started}
 
     def _agree_ahead(self) -> None:
         """Agree on the scored tokens of the first steps; a rank that has no data for them ends all ranks."""

@@ -60,6 +60,7 @@ for _command in (
     training.rehearse,
     training.sweep,
     inspecting.status,
+    inspecting.goodput,
     inspecting.logs,
     inspecting.stop,
     inspecting.checkpoints,

@@ -43,6 +43,23 @@ def status(run_dirs: tuple[str, ...], as_json: bool, watch: bool) -> int:
     return 0
 
 
+@click.command(
+    short_help="Show where the time of a run went.",
+    epilog=example("outlast goodput runs/demo-0001", "outlast goodput runs/demo-0001 --json"),
+)
+@click.argument("run_dir")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
+def goodput(run_dir: str, as_json: bool) -> int:
+    """Show where the wall-clock time of a run went since it was submitted, in all and by attempt.
+
+    Goodput is the share of the time that went to training steps, without the time at which a person had
+    stopped the run.
+    """
+    from launcher.commands.goodput import show_goodput
+
+    return show_goodput(run_dir, as_json=as_json)
+
+
 @click.command(short_help="Print the logs of a run.", epilog=example("outlast logs runs/demo-0001 --follow"))
 @click.argument("run_dir")
 @click.option("--follow", is_flag=True, help="Keep printing new lines until the job ends.")
