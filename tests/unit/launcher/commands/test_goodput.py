@@ -6,9 +6,9 @@ import time
 from click.testing import CliRunner
 
 from gpt.run.events import Event, record_event
+from gpt.run.record import append
 from gpt.run.run_dir import RunDir
 from launcher.cli import commands
-from tests.unit.launcher.commands.support import record_step
 
 
 def output(run: RunDir, *arguments: str) -> str:
@@ -24,7 +24,7 @@ def train(run: RunDir) -> None:
         record_event(run.events, Event.PHASE, name="load", seconds=0.0)
         record_event(run.events, Event.PHASE, name="first_step", seconds=0.0)
         time.sleep(0.2)
-        record_step(run, attempt, **{"train/step_seconds": 0.2})
+        append(run.metrics, step=attempt, **{"train/step_seconds": 0.2})
     record_event(run.events, Event.FINISHED, attempt=2, exit_code=0, cause="all steps are done")
 
 
