@@ -22,7 +22,6 @@ import torch
 from safetensors.torch import save_file
 
 from data_pipeline.errors import CheckpointError, ConfigError, OutlastError
-from data_pipeline.tokenizer.encoding import load_encoding
 from gpt.checkpoint.format import Corrupt
 from gpt.checkpoint.reader import CheckpointReader, intact_candidates
 from gpt.config.model import ModelConfig
@@ -32,6 +31,7 @@ from gpt.huggingface.architectures import TensorPlace, tensor_places, twin_confi
 from gpt.huggingface.tokenizer import write_tokenizer
 from gpt.run.exit_codes import exit_code_of
 from gpt.run.run_dir import RunDir
+from gpt.run.tokenizer import run_encoding
 
 SHARD_BYTES = 5 * 10**9
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -63,7 +63,7 @@ def export(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not an empty folder. Name another one.")
     run = RunConfig.model_validate_json(run_dir.config.read_text())
-    encoding = load_encoding(run.data.sources[0].path)
+    encoding = run_encoding(run_dir, run.data.sources[0].path)
     temporary = out.with_name(f".{out.name}.partial")
     try:
         for found, reader in intact_candidates(run_dir, step):

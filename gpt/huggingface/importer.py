@@ -23,7 +23,6 @@ from gpt.config.resume_rules import config_fingerprint
 from gpt.config.run import RunConfig
 from gpt.huggingface.pretrained_folder import PretrainedFolder
 from gpt.optimizer.parameter_groups import hyperparameters, parameter_entries, sizes_by_group, states
-from gpt.run.events import Event, record_event
 from gpt.run.exit_codes import exit_code_of
 from gpt.run.run_dir import RunDir
 
@@ -91,8 +90,6 @@ def main() -> None:
     folder = PretrainedFolder(arguments.hf_dir, run.model)
     fingerprint = joint_fingerprint([read_manifest(source.path) for source in run.data.sources])
     write_first_checkpoint(run_dir, run, folder.parameter, fingerprint)
-    # This event marks the run as begun: without its first checkpoint it must not start from new weights.
-    record_event(run_dir.events, Event.IMPORTED, step=0, source=str(arguments.hf_dir))
 
 
 if __name__ == "__main__":

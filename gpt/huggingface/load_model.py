@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from data_pipeline.config_file import validate
 from data_pipeline.errors import CheckpointError, ConfigError
-from data_pipeline.tokenizer.encoding import load_encoding
 from gpt.checkpoint.format import Corrupt
 from gpt.checkpoint.reader import intact_candidates
 from gpt.config.model import ModelConfig
@@ -26,6 +25,7 @@ from gpt.huggingface.pretrained_folder import PretrainedFolder
 from gpt.huggingface.tokenizer import FolderTokenizer
 from gpt.model.gpt import GPT
 from gpt.run.run_dir import RunDir
+from gpt.run.tokenizer import run_encoding
 
 
 class Tokenizer(Protocol):
@@ -56,7 +56,7 @@ def from_run(run_dir: RunDir, step: int | None = None) -> LoadedModel:
     Raises ConfigError when there is no such checkpoint, CheckpointError when none is intact.
     """
     run = RunConfig.model_validate_json(run_dir.config.read_text())
-    encoding = load_encoding(run.data.sources[0].path)
+    encoding = run_encoding(run_dir, run.data.sources[0].path)
     for found, reader in intact_candidates(run_dir, step):
         try:
             gpt = _filled(run.model, reader.parameter)

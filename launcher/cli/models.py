@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from launcher.cli.options import cluster_option, example, set_option
+from launcher.cli.options import UserPath, cluster_option, example, set_option
 
 
 @click.command(
@@ -61,7 +61,7 @@ def sample(folder: str, prompt: str, **options: float | None) -> int:
     epilog=example("outlast export runs/demo-0001 exported", "outlast export runs/demo-0001 out --step 60"),
 )
 @click.argument("run_dir")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=UserPath())
 @click.option(
     "--step",
     type=click.IntRange(min=0),
@@ -91,8 +91,8 @@ def export(run_dir: str, out: Path, step: int | None, dtype: str) -> int:
         "outlast resume runs/mine",
     ),
 )
-@click.argument("hf_dir", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.argument("run_dir", type=click.Path(path_type=Path))
+@click.argument("hf_dir", type=UserPath(exists=True, file_okay=False))
+@click.argument("run_dir", type=UserPath())
 @click.option(
     "--data",
     required=True,

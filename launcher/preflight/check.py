@@ -3,7 +3,6 @@
 Runs on a login node, without torch, GPU or network. Starts nothing and writes nothing.
 """
 
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,10 +17,12 @@ from gpt.checkpoint.format import committed
 from gpt.config.data import DataConfig
 from gpt.config.run import RunConfig
 from gpt.run.run_dir import RunDir
-from launcher.cluster import ClusterConfig
+from launcher.cluster import AS_THE_FILE_SAYS, ClusterConfig, ClusterSize
 from launcher.cluster_file import load_cluster
 from launcher.findings import Findings
+from launcher.paths import nearest_existing, new_folder_problem
 from launcher.preflight.mirror import check_mirror
+from launcher.preflight.places import check_places
 from launcher.preflight.plan import (
     checkpoint_bytes,
     checkpoint_counts,
@@ -34,6 +35,7 @@ from launcher.preflight.plan import (
 )
 from launcher.preflight.tracker import check_tracker
 from launcher.request import Request
+from launcher.runs.trust import foreign_writers
 from launcher.scheduler.registry import scheduler_of
 from launcher.units import size
 
@@ -49,16 +51,18 @@ def examine(
     folder: Path | None,
     *,
     is_new: bool = True,
+    size: ClusterSize = AS_THE_FILE_SAYS,
 ) -> Request:
     """Check a launch of the config `tables`, which were read from `source`, into the run directory `folder`.
 
-    `is_new` says whether the folder is yet to be created, or holds a run that continues. Without a folder
+    `is_new` says whether the folder is yet to be created, or holds a run that continues; `size` replaces what
+    the cluster says. Without a folder
     the request is only planned, and neither this machine nor the site is checked. Raises ConfigError with
     every problem of run config, cluster, data, machine, site and folder.
     """
     findings = Findings()
     run = _read_run(tables, source, findings)
-    cluster_config = _read_cluster(cluster, findings) if isinstance(cluster, str) else cluster
+    cluster_config = _read_cluster(cluster, size, findings)
     data = _readable_data(tables)
     sources = [] if data is None else [source.path for source in data.sources]
     is_full = data is not None and data.verify == "full"
@@ -67,6 +71,12 @@ def examine(
     if run is not None and 0 < len(sources) == len(manifests):
         config = run.resolve(max(manifest.encoding.vocab_size for manifest in manifests))
         check_data(config, manifests, findings)
+    found = len(findings.problems)
+    if run is not None:
+        check_places(run, cluster_config, folder, findings)
+    if folder is not None and is_new:
+        _check_folder(folder, findings)
+    is_usable = len(findings.problems) == found
     if run is not None and cluster_config is not None:
         findings.problem(run.batch_problem(cluster_config.world_size))
         has_gpu = cluster_config.gpus_per_node > 0
@@ -75,12 +85,11 @@ def examine(
         findings.problem(memory_problem(config, cluster_config))
         findings.warn(memory_warning(config, cluster_config))
         findings.warn(host_memory_warning(config, cluster_config))
-    if folder is not None:
-        if is_new:
-            _check_folder(folder, findings)
+    if folder is not None and is_usable:
         if config is not None:
             check_disk(config, folder, findings)
-            check_tracker(config, findings)
+            in_container = cluster_config is not None and cluster_config.container is not None
+            check_tracker(config, findings, is_in_container=in_container)
             check_mirror(RunDir(folder), config, findings, is_new=is_new)
         if cluster_config is not None:
             scheduler = scheduler_of(cluster_config.kind)
@@ -137,7 +146,7 @@ def _check_epochs(config: RunConfig, manifests: Sequence[Manifest], findings: Fi
     numbers = sequences(config)
     if mixture.end is not None and numbers > mixture.end:
         findings.problem(
-            f"the run reads {numbers} sequences, but after {mixture.end} all sources with a weight have "
+            f"the run reads {numbers:,} sequences, but after {mixture.end:,} all sources with a weight have "
             "reached their max_epochs. Train on fewer tokens, prepare more, raise a max_epochs, or "
             "give another source a weight."
         )
@@ -150,13 +159,13 @@ def _check_epochs(config: RunConfig, manifests: Sequence[Manifest], findings: Fi
         epochs = tokens / of_source
         if limit is not None and count > int(limit * windows_in(of_source, config.model.context)):
             findings.problem(
-                f"the run reads {epochs:.2f} epochs of {source.path} ({tokens} tokens, the source has "
-                f"{of_source}), but data.max_epochs = {limit:g}. Train on fewer tokens, prepare more, or "
+                f"the run reads {epochs:,.2f} epochs of {source.path} ({tokens:,} tokens, the source has "
+                f"{of_source:,}), but data.max_epochs = {limit:g}. Train on fewer tokens, prepare more, or "
                 "raise data.max_epochs."
             )
         elif epochs > EPOCHS_WARNING:
             findings.warnings.append(
-                f"the run reads {epochs:.1f} epochs of {source.path}; after {EPOCHS_WARNING:.0f} epochs, "
+                f"the run reads {epochs:,.1f} epochs of {source.path}; after {EPOCHS_WARNING:.0f} epochs, "
                 "repeated data improves the model little."
             )
 
@@ -202,14 +211,6 @@ def check_disk(config: RunConfig, folder: Path, findings: Findings) -> None:
         findings.warnings.append(sentence)
 
 
-def nearest_existing(path: Path) -> Path:
-    """`path`, or its closest parent folder that exists."""
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
-
-
 def _read_run(tables: dict[str, Any], source: str, findings: Findings) -> RunConfig | None:
     data = tables.get("data", {})
     if isinstance(data, dict) and "path" not in data and "mixture" not in data:
@@ -225,9 +226,11 @@ def _read_run(tables: dict[str, Any], source: str, findings: Findings) -> RunCon
         return None
 
 
-def _read_cluster(name: str, findings: Findings) -> ClusterConfig | None:
+def _read_cluster(
+    cluster: str | ClusterConfig, size: ClusterSize, findings: Findings
+) -> ClusterConfig | None:
     try:
-        return load_cluster(name)
+        return (load_cluster(cluster) if isinstance(cluster, str) else cluster).in_size(size)
     except ConfigError as error:
         findings.problems += error.problems
         return None
@@ -245,7 +248,8 @@ def _read_data(path: Path, findings: Findings, is_full: bool) -> list[Manifest]:
     try:
         manifest = read_manifest(path)
     except (DataError, ConfigError) as error:
-        findings.problem(str(error))
+        moved = "" if path.exists() else ". If it was moved, give its folder with --set data.path=DIR"
+        findings.problem(f"{error}{moved}")
         return []
     found = check(path, manifest)
     size_bytes = sum(shard.bin.size_bytes for shard in (*manifest.train, *manifest.val))
@@ -256,10 +260,15 @@ def _read_data(path: Path, findings: Findings, is_full: bool) -> list[Manifest]:
 
 
 def _check_folder(folder: Path, findings: Findings) -> None:
-    parent = nearest_existing(folder)
-    if RunDir(folder).config.exists():
+    problem = new_folder_problem(folder)
+    if problem is not None:
+        findings.problem(f"{problem} Give another --run-dir.")
+    elif RunDir(folder).config.exists():
         findings.problem(f"{folder} already is a run directory. `outlast resume {folder}` continues it.")
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         findings.problem(f"{folder} exists and is not empty. Give another --run-dir.")
-    elif not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        findings.problem(f"you cannot write to {parent}. Give another --run-dir.")
+    elif (reason := foreign_writers(RunDir(folder))) is not None:
+        findings.problem(
+            f"{reason}, and what lies in a run directory is executed. Take that permission away, or give "
+            "another --run-dir."
+        )

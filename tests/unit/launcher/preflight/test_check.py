@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.config_file import with_overrides
+from data_pipeline.config_file import validate, with_overrides
 from data_pipeline.dataset.manifest import read_manifest
 from data_pipeline.errors import ConfigError
 from gpt.config.run import RunConfig
@@ -222,7 +222,7 @@ def test_many_epochs_warn_and_more_than_max_epochs_are_refused(data: Path, tmp_p
     epochs = steps * 1024 / tokens
     warnings = ask(data, tmp_path / "run", f"schedule.total_steps={steps}").warnings
     assert (
-        f"the run reads {epochs:.1f} epochs of {data}; after 4 epochs, repeated data improves the model "
+        f"the run reads {epochs:,.1f} epochs of {data}; after 4 epochs, repeated data improves the model "
         "little."
     ) in warnings
     assert ask(data, tmp_path / "run", "evaluation.tokens=1024").warnings == ()
@@ -230,8 +230,9 @@ def test_many_epochs_warn_and_more_than_max_epochs_are_refused(data: Path, tmp_p
         lambda: ask(data, tmp_path / "run", f"schedule.total_steps={steps}", "data.max_epochs=2.5")
     )
     assert found == [
-        f"the run reads {epochs:.2f} epochs of {data} ({steps * 1024} tokens, the source has {tokens}), but "
-        "data.max_epochs = 2.5. Train on fewer tokens, prepare more, or raise data.max_epochs."
+        f"the run reads {epochs:,.2f} epochs of {data} ({steps * 1024:,} tokens, the source has "
+        f"{tokens:,}), but data.max_epochs = 2.5. Train on fewer tokens, prepare more, or raise "
+        "data.max_epochs."
     ]
 
 
@@ -312,11 +313,31 @@ def test_a_run_directory_with_other_files_is_refused(data: Path) -> None:
     assert refused(lambda: ask(data, data)) == [f"{data} exists and is not empty. Give another --run-dir."]
 
 
+def test_an_empty_folder_that_everybody_can_write_to_is_refused(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run").chmod(0o777)
+    [problem] = refused(lambda: ask(data, tmp_path / "run"))
+    assert problem.startswith(f"everybody can write to {tmp_path / 'run'}, and what lies in a run directory")
+
+
 def test_a_run_directory_below_a_file_is_refused(data: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert refused(lambda: ask(data, tmp_path / "file" / "run")) == [
-        f"you cannot write to {tmp_path / 'file'}. Give another --run-dir."
+        f"{tmp_path / 'file'} is a file, so nothing can be created below it. Give another --run-dir."
     ]
+
+
+def test_a_run_directory_that_slurm_would_rename_is_refused(data: Path, tmp_path: Path) -> None:
+    [problem] = refused(lambda: ask(data, tmp_path / "%j"))
+    assert problem.endswith(
+        "/%j: a run directory's path cannot have '%': Slurm and submitit replace it in the names of files. "
+        "Give another --run-dir."
+    )
+
+
+def test_a_name_that_is_too_long_for_a_run_directory_is_refused(data: Path) -> None:
+    [problem] = refused(lambda: ask(data, None, f"name={'x' * 201}"))
+    assert problem.startswith("tiny.toml: name = 'xxx") and "at most 200 characters" in problem
 
 
 def test_a_full_disk_is_refused_and_a_nearly_full_one_warns(
@@ -344,6 +365,22 @@ def test_gpus_that_are_not_there_are_missed(data: Path, tmp_path: Path) -> None:
     assert problem.startswith("gpus_per_node = 64, but this machine has ")
 
 
+def test_interface_that_this_machine_does_not_have_is_a_problem() -> None:
+    findings = Findings()
+    scheduler_of("local").check_machine(ClusterConfig(kind="local", interface="lo"), findings)
+    assert findings.problems == []
+    scheduler_of("local").check_machine(ClusterConfig(kind="local", interface="lo,ib9"), findings)
+    [problem] = findings.problems
+    assert problem.startswith("interface = 'lo,ib9': this machine has no network interface 'ib9'. It has: lo")
+
+
+@pytest.mark.parametrize("name", ["hang_timeout_s", "start_timeout_s", "collective_timeout_s"])
+def test_timeout_that_the_libraries_cannot_count_is_refused(name: str) -> None:
+    tables = {"launch": {name: 1e14}, "data": {"path": "/nowhere"}, "schedule": {"total_steps": 1}}
+    with pytest.raises(ConfigError, match=rf"launch\.{name}.*1000000"):
+        validate(RunConfig, {"name": "x", **tables}, "x")
+
+
 def test_slurm_without_slurm_says_where_to_launch(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -365,11 +402,12 @@ def test_a_training_state_that_does_not_fit_on_the_gpu_is_refused(data: Path) ->
     cluster = ClusterConfig(kind="slurm", gpus_per_node=1, accelerator="a100-40gb")
     big = ["model.n_layers=32", "model.d_model=4096", "model.n_heads=32", "precision=bf16"]
     [problem] = refused(lambda: ask(data, None, *big, cluster=cluster))
-    # 20 bytes (2 weights, 2 + 4 gradients and sums, 12 AdamW) a parameter:
+    # 18 bytes (2 weights, 4 sums of gradients, 12 AdamW) a parameter, and the largest gradient in bf16:
     # 32 × (4·4096² + 3·4096·10944) + 2·4096·4096 + 65·4096 parameters
     parameters = 32 * (4 * 4096**2 + 3 * 4096 * 10944) + 2 * 4096 * 4096 + 65 * 4096
+    needed = 18 * parameters + 2 * 2 * 10944 * 4096
     assert problem == (
-        f"the training state needs {20 * parameters / 2**30:.1f} GiB on each of 1 ranks (zero.stage = "
+        f"the training state needs {needed / 2**30:.1f} GiB on each of 1 ranks (zero.stage = "
         "1), but a100-40gb has only 36.8 GiB for it. Use more GPUs, a higher zero.stage, or a smaller model."
     )
 
