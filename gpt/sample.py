@@ -5,6 +5,7 @@
 
 import argparse
 import sys
+from io import TextIOWrapper
 from math import isfinite
 from pathlib import Path
 
@@ -48,6 +49,8 @@ def main() -> None:
         seed=arguments.seed,
         ends=loaded.ends,
     )
+    if isinstance(sys.stdout, TextIOWrapper):  # a locale without these characters must not end the command
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.stdout.write(arguments.prompt)
     for text in stream(sampled, loaded.tokenizer.decode):
         sys.stdout.write(text)

@@ -14,7 +14,7 @@ from gpt.config.attention_kernels import ATTENTION_KERNELS, KernelSpec, kernel_s
 Count = Annotated[int, Field(ge=1)]
 # The bounds are far above any published model. They refuse a mistyped size at once, because checks and plans
 # take time that grows with the number of layers and heads.
-Layers = Annotated[int, Field(ge=1, le=10_000)]
+Layers = Annotated[int, Field(ge=1, le=4096)]
 Heads = Annotated[int, Field(ge=1, le=1 << 16)]
 Width = Annotated[int, Field(ge=1, le=1 << 24)]
 Context = Annotated[int, Field(ge=1, le=1 << 30)]

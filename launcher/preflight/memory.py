@@ -79,9 +79,23 @@ def memory(config: RunConfig, world_size: int, *, on_cpu: bool = False) -> Memor
 
 def largest_micro_batch(config: RunConfig, world_size: int, available: float) -> int | None:
     """The largest micro-batch that divides the global batch and keeps the peak within `available` bytes."""
-    for micro_batch in range(config.global_batch * config.parallel.sequence // world_size, 0, -1):
-        smaller = config.with_tables(batch=config.batch.with_micro_batch(micro_batch))
-        if smaller.batch_problem(world_size) is None and memory(smaller, world_size).peak <= available:
+    per_rank, rest = divmod(config.global_batch * config.parallel.sequence, world_size)
+    if rest:
+        return None
+
+    def smaller(micro_batch: int) -> RunConfig:
+        return config.with_tables(batch=config.batch.with_micro_batch(micro_batch))
+
+    # The peak grows with the micro-batch, so bisection finds the largest one that fits.
+    fitting, too_large = 0, per_rank + 1
+    while too_large - fitting > 1:
+        middle = (fitting + too_large) // 2
+        if memory(smaller(middle), world_size).peak <= available:
+            fitting = middle
+        else:
+            too_large = middle
+    for micro_batch in range(fitting, 0, -1):
+        if per_rank % micro_batch == 0 and smaller(micro_batch).batch_problem(world_size) is None:
             return micro_batch
     return None
 

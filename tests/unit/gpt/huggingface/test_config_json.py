@@ -72,7 +72,7 @@ from tests.unit.gpt.huggingface.support import GPT2_JSON, LLAMA, QWEN3, YARN
         ),
         (
             {**LLAMA, "model_type": "llama", "num_hidden_layers": 10**9},
-            "num_hidden_layers = 1000000000: input should be less than or equal to 10000",
+            "num_hidden_layers = 1000000000: input should be less than or equal to 4096",
         ),
         ({**LLAMA, "model_type": "llama", "num_attention_heads": 10**9}, "num_attention_heads = 1000000000"),
         ({**GPT2_JSON, "model_type": "gpt2", "n_embd": 10**9}, "n_embd = 1000000000: input should be less"),

@@ -1,5 +1,6 @@
 """Exports as transformers reads them, offline; the checkpoint is read as any other."""
 
+import io
 import json
 import logging
 import os
@@ -370,6 +371,18 @@ def test_padding_rows_of_the_vocabulary_decode_to_nothing(data: Path, tmp_path: 
     write_tokenizer(load_encoding(data), 24, tmp_path)
     expected = AutoTokenizer.from_pretrained(tmp_path).decode(ids)
     assert load_encoding(data).decode(ids) == FolderTokenizer(tmp_path).decode(ids) == expected
+
+
+def test_text_that_the_terminal_cannot_show_is_escaped(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir, _ = make_run(tmp_path / "run", data)
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "argv", ["sample", str(run_dir.path), "--prompt=é", "--max-tokens=1"])
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    sample.main()
+    sys.stdout.flush()
+    assert shown.getvalue().startswith(rb"\xe9")
 
 
 def test_step_of_an_export_is_refused(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

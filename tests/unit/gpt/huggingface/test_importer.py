@@ -88,8 +88,13 @@ def test_failed_import_leaves_nothing(data: Path, tmp_path: Path, capfd: pytest.
     weights["model.norm.weight"][3] = float("nan")
     save_file(weights, tmp_path / "hf/model.safetensors", metadata={"format": "pt"})
     command = ["import", str(tmp_path / "hf"), str(tmp_path / "run"), *options(data)]
-    assert outlast(command) == 2
-    assert "holds 1 numbers that are not finite in fp32, the first is nan at [3]" in capfd.readouterr().err
+    assert outlast([*command, "--set", "model.rope_theta=500", "--set", "model.dropout=0.1"]) == 2
+    printed = capfd.readouterr().err
+    assert "holds 1 numbers that are not finite in fp32, the first is nan at [3]" in printed
+    changes = [line for line in printed.splitlines() if line.startswith("warning: model.")]
+    assert changes == [
+        "warning: model.rope_theta = 500.0, but the weights were trained with 10000.0 (config.json)."
+    ]
     (tmp_path / "hf/model.safetensors").write_bytes(b"junk" * 99)
     assert outlast(command) == 2
     assert "model.safetensors cannot be read" in capfd.readouterr().err

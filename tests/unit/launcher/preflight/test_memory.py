@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from gpt.config.data import BatchConfig
 from gpt.config.parallel import ZeroConfig
 from gpt.config.parameter_table import parameter_count
 from gpt.config.run import RunConfig
@@ -146,6 +147,13 @@ def test_largest_micro_batch_is_the_largest_that_fits() -> None:
     assert largest_micro_batch(run, 1, available=sizes[4]) == 4
     assert largest_micro_batch(run, 1, available=sizes[8] - 1) == 4
     assert largest_micro_batch(run, 1, available=sizes[1] - 1) is None
+
+
+def test_largest_micro_batch_of_an_enormous_batch_is_found_at_once() -> None:
+    one = config(micro_batch=1)
+    run = one.with_tables(batch=BatchConfig(global_batch_tokens=CONTEXT * 3**40, micro_batch=1))
+    available = memory(run.with_tables(batch=run.batch.with_micro_batch(1000)), 1).peak
+    assert largest_micro_batch(run, 1, available=available) == 3**6
 
 
 @pytest.mark.parametrize(
