@@ -3,7 +3,6 @@
 import unicodedata
 
 
-
 def size(count: float) -> str:
     """Bytes with a binary unit: 1.5 GiB."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
@@ -39,7 +38,7 @@ def printable(text: str) -> str:
 
 def one_line(text: str, longest: int = 300) -> str:
     """`text` as one line: printable, its own lines joined, and cut when it is longer than `longest`."""
-    line = "; ".join(part.strip() for part in printable(text).splitlines() if part.strip())
+    line = printable("; ".join(part.strip() for part in text.splitlines() if part.strip()))
     return line if len(line) <= longest else f"{line[:longest]}…"
 
 
