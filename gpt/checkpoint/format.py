@@ -32,6 +32,7 @@ from data_pipeline.config_file import Section
 from data_pipeline.errors import CheckpointError
 from data_pipeline.sampling.skip_list import Ranges, SkipList
 from gpt.checkpoint.layout import PLACEMENTS, GroupLayout, Kind
+from gpt.checkpoint.patience import Unreadable, patiently
 
 CHUNK_BYTES = 4 << 20  # large enough for streaming reads, small enough to locate a bad byte
 CHECKSUM = "xxh3"
@@ -240,14 +241,14 @@ def is_pinned(folder: Path) -> bool:
 
 
 def read_index(folder: Path) -> CheckpointIndex:
-    """The index of the checkpoint in `folder`. Raises Corrupt when any byte of it has changed."""
+    """The index of the checkpoint in `folder`. Raises Corrupt if a byte of it has changed, or Unreadable."""
     path = folder / INDEX_NAME
     try:
-        if (size := path.stat().st_size) > INDEX_LIMIT_BYTES:
+        if (size := patiently(path, path.stat).st_size) > INDEX_LIMIT_BYTES:
             raise Corrupt(
                 BadBytes(path, INDEX_LIMIT_BYTES, f"has {size} bytes, which is more than any index has")
             )
-        raw = path.read_bytes()
+        raw = patiently(path, path.read_bytes)
     except OSError as error:
         raise Corrupt(BadBytes(path, 0, _why(error))) from None
     try:
@@ -331,18 +332,22 @@ def _check_size(path: Path, size: int) -> None:
 
 
 def read_frame(path: Path, entry: FileEntry, tensors: Mapping[str, int], chunk_bytes: int) -> RankFrame:
-    """The frame of a rank file with `tensors`, verified against its entry. Raises Corrupt."""
+    """The frame of a rank file with `tensors`, verified against its entry. Raises Corrupt or Unreadable."""
     header, data_bytes, chunks = rank_header(tensors, chunk_bytes)
     expected_size = len(header) + data_bytes + 8 * chunks
     try:
-        size = path.stat().st_size
+        size = patiently(path, path.stat).st_size
         if size != entry.size or size != expected_size:
             at = min(size, expected_size)
             raise Corrupt(BadBytes(path, at, f"has {size} bytes instead of {expected_size}"))
-        with path.open("rb") as file:
-            found = file.read(len(header))
-            file.seek(len(header) + data_bytes)
-            table = file.read(8 * chunks)
+
+        def read() -> tuple[bytes, bytes]:
+            with path.open("rb") as file:
+                start = file.read(len(header))
+                file.seek(len(header) + data_bytes)
+                return start, file.read(8 * chunks)
+
+        found, table = patiently(path, read)
     except OSError as error:
         raise Corrupt(BadBytes(path, 0, _why(error))) from None
     if found != header:
@@ -360,13 +365,10 @@ def read_frame(path: Path, entry: FileEntry, tensors: Mapping[str, int], chunk_b
 
 
 def read_chunk(file: RawIOBase, path: Path, layout: RankFrame, number: int, target: memoryview) -> None:
-    """Read chunk `number` of an open rank file into `target`, which has its size. Raises Corrupt."""
+    """Read chunk `number` of an open rank file into `target`, of its size. Raises Corrupt or OSError."""
     start, end = layout.chunk(number)
-    try:
-        file.seek(start)
-        count = file.readinto(target)
-    except OSError as error:
-        raise Corrupt(BadBytes(path, start, _why(error))) from None
+    file.seek(start)
+    count = file.readinto(target)
     if count != end - start or chunk_checksum(target) != layout.chunk_checksums[number]:
         raise Corrupt(BadBytes(path, start, f"checksum of bytes {start} to {end} differs"))
 
@@ -377,6 +379,9 @@ def verify(folder: Path) -> Iterator[BadBytes]:
         index = read_index(folder)
     except Corrupt as error:
         yield error.bad
+        return
+    except Unreadable as error:
+        yield BadBytes(folder / INDEX_NAME, 0, str(error.__cause__))
         return
     for rank in range(index.world_size):
         yield from verify_rank(folder, index, rank)
@@ -401,11 +406,17 @@ def verify_file(
     advance: Callable[[int], object] = lambda _: None,
     open_file: Callable[[Path], RawIOBase] = FileIO,
 ) -> Iterator[BadBytes]:
-    """Read every byte of a rank file with `tensors`; `advance` is called with the size of each chunk."""
+    """Read every byte of a rank file with `tensors`; `advance` is called with the size of each chunk.
+
+    A place that cannot be read is reported like one whose content has changed.
+    """
     try:
         layout = read_frame(path, entry, tensors, chunk_bytes)
     except Corrupt as error:
         yield error.bad
+        return
+    except Unreadable as error:
+        yield BadBytes(path, 0, str(error.__cause__))
         return
     buffer = memoryview(bytearray(min(chunk_bytes, layout.data_end - layout.data_start)))
     with open_file(path) as file:
@@ -416,6 +427,8 @@ def verify_file(
                 advance(end - start)
             except Corrupt as error:
                 yield error.bad
+            except OSError as error:
+                yield BadBytes(path, start, _why(error))
 
 
 def _why(error: OSError) -> str:

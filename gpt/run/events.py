@@ -24,6 +24,7 @@ class Event(StrEnum):
     REQUEUED = "requeued"
     INTERRUPTED = "interrupted"
     HANG = "hang"
+    WORKERS_CRASHED = "workers_crashed"
     CONFIG_CHANGED = "config_changed"
     FORKED = "branched"
     IMPORTED = "imported"
@@ -51,6 +52,10 @@ class Event(StrEnum):
     TAKEN_FROM_MIRROR = "taken_from_mirror"
     MIRRORED = "mirrored"
     MIRROR_FAILED = "mirror_failed"
+    # The sidecars
+    TRACKING_FAILED = "tracking_failed"
+    TRACKING_CHANGED = "tracking_changed"
+    SIDECAR_RESTARTED = "sidecar_restarted"
 
 
 def record_event(path: Path, event: Event, /, **fields: Any) -> None:

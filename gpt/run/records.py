@@ -4,6 +4,7 @@ The launcher, the node tasks and the workers read and write these files through 
 are the keys on disk, with one exception: a *job run* is called `turn` there.
 """
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -155,10 +156,61 @@ class BadNode(Record):
     attempt: Count | None = None
 
 
+class SentLine(Record):
+    """A line of metrics.jsonl that MLflow has received: its step, the byte where it begins, and its time."""
+
+    step: int
+    begins: int
+    time: float
+
+
 class TrackingState(Record):
-    """tracking.json: how much of the record MLflow has received, and for which run directory (its inode)."""
+    """tracking.json: how much of the record MLflow has received, and for which run directory (its inode).
+
+    `marks` are some of the lines that were sent, oldest first, the last one among them: they tell a record
+    that was cut back and written anew from one that only grew.
+    """
 
     run_id: str
     inode: Count
     sent_step: Count
     has_sent_scores: bool = True
+    marks: tuple[SentLine, ...] = ()
+    overtaken_step: int = 0  # MLflow holds points of a course that was left, up to this step
+    is_described: bool = True
+    experiment: str | None = None
+    described_attempt: int = 0
+
+
+class Sidecar(StrEnum):
+    """The sidecars of a job."""
+
+    TRACKING = "tracking"
+    MIRRORING = "mirroring"
+
+
+class Health(StrEnum):
+    """How a sidecar fares."""
+
+    WORKING = "working"  # its last try succeeded
+    FAILING = "failing"  # its last try failed, and it tries again
+    DEAD = "dead"  # its process has ended unasked, and is started again
+    DONE = "done"  # it has ended, and nothing is left to send
+    INCOMPLETE = "incomplete"  # it has ended before everything was sent
+
+
+class SidecarHealth(Record):
+    """sidecar-NAME.json: what a sidecar has achieved, and what keeps it from more.
+
+    The sidecar writes it while it lives, and the node task once it is dead. `step` is the newest step that
+    was sent, or the newest checkpoint that was copied. `notes` tell what the sidecar decided by itself.
+    """
+
+    health: Health
+    since: float
+    time: float
+    last_success: float | None = None
+    step: int | None = None
+    error: str | None = None
+    restarts: int = 0
+    notes: tuple[str, ...] = ()

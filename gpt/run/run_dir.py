@@ -115,9 +115,19 @@ class RunDir:
         return self.path / "provenance.json"
 
     @property
+    def encoding(self) -> Path:
+        """A copy of the data's tokenizer, so that the run can be sampled and exported without the data."""
+        return self.path / "encoding.json"
+
+    @property
     def code(self) -> Path:
         """The packages as they were at submission; workers import from here."""
         return self.path / "code"
+
+    @property
+    def code_being_copied(self) -> Path:
+        """The next `code`, until it is whole; a command that was killed may leave one."""
+        return self.path / ".code.new"
 
     @property
     def code_environment(self) -> dict[str, str]:
@@ -185,6 +195,10 @@ class RunDir:
         """Where MLflow keeps its runs by default: one SQLite file for all the runs in a folder."""
         return mlflow_database_in(self.path.resolve().parent)
 
+    def sidecar_health(self, sidecar: str) -> Path:
+        """What a sidecar has achieved, and what keeps it from more."""
+        return self.path / f"sidecar-{sidecar}.json"
+
     @property
     def checkpoints(self) -> Path:
         """`step-NNNNNNNN` folders; names with a leading dot are not checkpoints."""
@@ -215,6 +229,11 @@ def mlflow_database_in(folder: Path) -> Path:
     own = folder / "mlflow.db"
     is_sweep = RunDir(folder).sweep.exists()
     return folder.resolve().parent / own.name if is_sweep and not own.exists() else own
+
+
+def mlflow_artifacts_beside(database: Path) -> Path:
+    """Where MLflow keeps the files of the runs in an SQLite `database`: they move with it."""
+    return database.parent / "mlflow-artifacts"
 
 
 def _numbers(folder: Path) -> list[int]:

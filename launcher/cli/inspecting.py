@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from launcher.cli.options import example
+from launcher.cli.options import UserPath, example
 
 
 @click.command(
@@ -118,7 +118,7 @@ def checkpoints(
 @click.command(
     short_help="Serve the MLflow UI.", epilog=example("outlast ui", "outlast ui runs/demo-0001 --port 5001")
 )
-@click.argument("folder", required=False, metavar="[RUN_DIR | RUNS_DIR]", type=click.Path(path_type=Path))
+@click.argument("folder", required=False, metavar="[RUN_DIR | RUNS_DIR]", type=UserPath())
 @click.option("--port", type=int, default=5000, show_default=True, help="The local port to serve on.")
 def ui(folder: Path | None, port: int) -> int:
     """Serve the MLflow UI for a run or for a folder of runs. Default: $OUTLAST_RUNS."""

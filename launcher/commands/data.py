@@ -15,6 +15,7 @@ from data_pipeline.dataset import manifest as data_manifest
 from data_pipeline.dataset.integrity import verify as verify_data
 from data_pipeline.dataset.manifest import FILE_NAME, Manifest
 from data_pipeline.errors import ConfigError, LaunchError
+from data_pipeline.places import shown
 from data_pipeline.prepare.config import DataPrepConfig
 from data_pipeline.prepare.pipeline import prepare as prepare_data
 from data_pipeline.prepare.progress import Progress
@@ -23,6 +24,7 @@ from data_pipeline.sources.compression import REST_LOST
 from gpt.checkpoint import format as checkpoint_format
 from gpt.run.run_dir import RunDir
 from launcher.cluster_file import load_cluster
+from launcher.paths import absolute, unwritable_problem
 from launcher.units import counted
 
 _PLAIN_LINE_S = 10.0
@@ -49,6 +51,7 @@ def prepare(
             )
         tables, name = {"sources": list(sources), **options}, "command line"
     config = validate(DataPrepConfig, with_overrides(tables, overrides), name)
+    _require_creatable(config.out, "--out")
     encode: EncodeAll = encode_all
     if cluster is not None:
         from launcher.commands.prepare_on_cluster import ClusterEncoder
@@ -188,12 +191,20 @@ def train_encoding(sources: Sequence[str], vocab_size: int, out: Path) -> int:
     """Train a byte-level BPE with `vocab_size` ids on `sources`; the exit code. Prints its file last."""
     from data_pipeline.tokenizer.train import train_tokenizer
 
+    _require_creatable(out, "--out")
     if not out.absolute().parent.is_dir():
         raise ConfigError(f"--out {out}: the folder {out.absolute().parent} does not exist. Create it first.")
     encoding = train_tokenizer(sources, vocab_size, out, message=lambda text: click.echo(text, err=True))
     click.echo(f"{encoding.vocab_size:,} ids, fingerprint {encoding.fingerprint[:12]}", err=True)
     click.echo(out.absolute())
     return 0
+
+
+def _require_creatable(out: Path, option: str) -> None:
+    """Raises ConfigError if nothing can be created at `out`; a data set that is complete is only read."""
+    problem = unwritable_problem(absolute(out, option))
+    if problem is not None and not (out / FILE_NAME).exists():
+        raise ConfigError(f"{option} {shown(out)}: {problem} Name another place.")
 
 
 def verify(folder: Path) -> int:

@@ -31,12 +31,10 @@ from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig
 from launcher.commands.data import prepare_with_progress
 from launcher.commands.fault_injector import FaultInjector, kill_worker
-from launcher.commands.follow_job import follow_job
+from launcher.commands.follow_job import start_and_follow
 from launcher.commands.launch import command_line
 from launcher.commands.model_tools import sample_command
 from launcher.commands.plan import show_warnings
-from launcher.commands.record_follower import RecordFollower
-from launcher.commands.submit import submit
 from launcher.paths import absolute
 from launcher.preflight.check import examine
 from launcher.preflight.plan import plan
@@ -52,7 +50,7 @@ _STEPS_AFTER_SAVE = 5  # the kill then destroys five steps, which the restart ha
 def demo(out: Path) -> int:
     """Run the demo in folder `out`; the exit code."""
     started = time.monotonic()
-    out = absolute(out)
+    out = absolute(out, "--out")
     _stage(1, "Prepare: turn text into token shards")
     data = out / "data"
     manifest = _prepare(data)
@@ -132,9 +130,7 @@ def _prepare(data: Path) -> Manifest:
 
 def _train_with_a_kill(run: RunDir, total_steps: int) -> tuple[JobOutcome, FaultInjector]:
     fault = FaultInjector(lambda: kill_worker(run), steps_after_save=_STEPS_AFTER_SAVE)
-    follower = RecordFollower(run)
-    job = submit(run, "launch")
-    return follow_job(run, job, follower, total_steps, fault.observe), fault
+    return start_and_follow(run, total_steps, "launch", fault.observe), fault
 
 
 def _restart_problem(run: RunDir, fault: FaultInjector) -> str | None:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from data_pipeline.errors import LaunchError
+from data_pipeline.errors import ConfigError, LaunchError
 from gpt.run.run_dir import RunDir, is_exported, mlflow_database_in
-from launcher.paths import absolute
+from launcher.paths import absolute, unwritable_problem, usable_path
 from launcher.runs.code_snapshot import python_module
 from launcher.runs.store import open_run, read_config, runs_folder
 
@@ -25,13 +25,16 @@ def sample_command(folder: Path, prompt: str, **options: float | None) -> list[s
 
 def sample(folder: str, prompt: str, **options: float | None) -> int:
     """Generate text from a run's checkpoint or from an export; the child's exit code."""
-    path = Path(folder) if is_exported(Path(folder)) else open_run(folder).path
+    path = usable_path(folder)
+    path = path if is_exported(path) else open_run(folder).path
     return subprocess.run(sample_command(path, prompt, **options)).returncode
 
 
 def export(folder: str, out: Path, step: int | None, dtype: str) -> int:
     """Export a run's checkpoint to a folder that transformers loads; the child's exit code."""
     arguments = [str(open_run(folder).path), str(out), f"--dtype={dtype}"]
+    if (problem := unwritable_problem(absolute(out))) is not None:
+        raise ConfigError(f"{problem} Name another folder for the export.")
     if step is not None:
         arguments.append(f"--step={step}")
     return subprocess.run(python_module("gpt.export", *arguments)).returncode

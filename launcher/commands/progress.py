@@ -36,6 +36,7 @@ class Display:
         self._next_line = 0.0
         self._step_seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._attempts = 0
+        self._doing: str | None = None
 
     def __enter__(self) -> Self:
         if self._is_live:
@@ -52,9 +53,16 @@ class Display:
         """Print a line above the bar."""
         self.console.print(printable(sentence), markup=False, emoji=False, soft_wrap=True)
 
+    def describe(self, doing: str) -> None:
+        """Say on the bar what the run is doing, in place of "training"."""
+        self._doing = doing
+        self._progress.update(self._task, description=doing)
+
     def show(self, update: Update) -> None:
         """Show what is new in the record."""
         for event in update.events:
+            if event["event"] == Event.PHASE and self._doing is None:
+                self._progress.update(self._task, description=f"starting, after {event.get('name')}")
             sentence = self._sentence(event)
             if sentence:
                 self.note(sentence)
@@ -76,7 +84,9 @@ class Display:
             left_s = max(0, self.total_steps - step) * fmean(self._step_seconds)
             numbers += f"  {duration(left_s)} left"
         if self._is_live:
-            self._progress.update(self._task, description="training", completed=step, numbers=numbers)
+            self._progress.update(
+                self._task, description=self._doing or "training", completed=step, numbers=numbers
+            )
         elif time.monotonic() >= self._next_line or step == self.total_steps:
             self._next_line = time.monotonic() + _PLAIN_LINE_S
             self.note(f"step {step}/{self.total_steps}  {numbers}")
@@ -87,6 +97,10 @@ class Display:
                 self._attempts += 1
                 what = "started" if self._attempts == 1 else "restarted the workers"
                 return f"attempt {event['attempt']} {what} on {processes(event['world_size'])}"
+            case Event.WORKERS_CRASHED:
+                return f"warning: the workers crashed before an attempt began: {event['cause']}"
+            case Event.HANG:
+                return f"warning: the workers hang: {event['culprit']}"
             case Event.RESUMED:
                 return f"resumed from the checkpoint of step {event['step']}"
             case Event.CHECKPOINT_SAVED:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from gpt.run.records import Job, JobOutcome
 from gpt.run.run_dir import RunDir
 from launcher.commands.record_summary import EventIndex, last_metrics
 from launcher.runs.job_record import read_job, read_outcome
+from launcher.runs.sidecar_problems import health_as_json, sidecar_healths, sidecar_problems
 from launcher.runs.store import read_config
 from launcher.runs.sweep_index import sweep_runs
 from launcher.scheduler.jobs import standings
@@ -46,6 +47,8 @@ class Status:
     save_problem: str | None = None
     updates_left_out: int = 0
     left_out_in_a_row: int = 0  # up to the newest step
+    sidecar_problems: tuple[str, ...] = ()
+    sidecars: dict[str, Any] = field(default_factory=dict)
     attempts: int = 0
     restarts: int = 0  # without those by which a person continued a run that had stopped or finished
     requeues: int = 0
@@ -137,10 +140,12 @@ def _status(run: RunDir, job: Job | None, standing: Standing | None) -> Status:
     events = EventIndex(run.events)
     attempts = past_attempts(events.each(*ATTEMPT_EVENTS))
     left_out = {event["step"] for event in events.each(Event.UPDATE_SKIPPED) if event["step"] <= step}
+    healths = sidecar_healths(run, config)
+    has_ended = outcome is not None or (standing is not None and standing.state == JobState.ENDED)
     return Status(
         run_dir=str(run.path),
         state=state,
-        reason=reason or None,
+        reason=(_start_problem(events) if is_going else None) or reason or None,
         cause=outcome.cause if outcome is not None else None,
         step=step,
         total_steps=config.total_steps,
@@ -154,6 +159,8 @@ def _status(run: RunDir, job: Job | None, standing: Standing | None) -> Status:
         save_problem=_save_problem(events) or _mirror_problem(events) if is_going else None,
         updates_left_out=len(left_out),
         left_out_in_a_row=next(count for count in range(step + 1) if step - count not in left_out),
+        sidecar_problems=tuple(sidecar_problems(run, healths, has_ended=has_ended, step=step)),
+        sidecars=health_as_json(healths),
         attempts=len(run.attempt_numbers()),
         restarts=sum(attempt.is_restart for attempt in attempts),
         requeues=events.count(Event.REQUEUED),
@@ -210,6 +217,14 @@ def _state(run: RunDir, outcome: JobOutcome | None, standing: Standing | None) -
     if standing.state != JobState.ENDED:
         return standing.state, standing.reason
     return "cancelled" if standing.scheduler_state == CANCELLED else "lost", standing.scheduler_state
+
+
+def _start_problem(events: EventIndex) -> str | None:
+    """Why no attempt begins; None once one has."""
+    newest = events.last(Event.JOB_RUN_STARTED, Event.ATTEMPT_STARTED, Event.WORKERS_CRASHED)
+    if newest.get("event") != Event.WORKERS_CRASHED:
+        return None
+    return f"the workers crash before an attempt begins: {newest.get('cause')}"
 
 
 def _save_problem(events: EventIndex) -> str | None:

@@ -89,6 +89,7 @@ def _notes(now: Status) -> Iterator[str]:
     """What a person should know about a run beside its numbers."""
     if now.save_problem is not None:
         yield now.save_problem
+    yield from now.sidecar_problems
     if now.left_out_in_a_row >= _LEFT_OUT_WARNING:
         yield (
             f"the last {counted(now.left_out_in_a_row, 'update')} did not change the weights, because the "

@@ -26,18 +26,20 @@ from rich.table import Table
 
 from data_pipeline.config_file import Section, dotted, read_toml, validate, with_fields
 from data_pipeline.errors import ConfigError, LaunchError, OutlastError
+from gpt.config.alternatives import without_alternatives
 from gpt.config.run import RunConfig
 from gpt.run.exit_codes import ExitCode
 from gpt.run.json_file import write_json
 from gpt.run.run_dir import RunDir, mlflow_database_in
 from launcher.cluster import ClusterConfig
-from launcher.commands.follow_job import follow_job
+from launcher.commands.follow_job import follow_job, start_and_follow
 from launcher.commands.launch import command_line
 from launcher.commands.plan import show_warnings
 from launcher.commands.record_follower import RecordFollower
+from launcher.commands.signal_guard import held_signals, reason_of
 from launcher.commands.status import UNREADABLE, statuses
 from launcher.commands.status_table import cell
-from launcher.commands.submit import submit, submit_together
+from launcher.commands.submit import submit_together
 from launcher.paths import absolute
 from launcher.preflight.check import examine
 from launcher.request import Request
@@ -45,7 +47,8 @@ from launcher.runs.code_snapshot import job_environment, python_module, snapshot
 from launcher.runs.recipes import run_tables, with_absolute_paths
 from launcher.runs.store import create_run, make_next_run_folder, next_run_folder, read_cluster, read_config
 from launcher.runs.sweep_index import SweepIndex, SweepPoint, read_sweep
-from launcher.scheduler.jobs import claim_start
+from launcher.runs.trust import require_own
+from launcher.scheduler.jobs import ask_to_stop, claim_start
 from launcher.scheduler.protocol import JobState
 from launcher.scheduler.registry import scheduler_of
 
@@ -93,12 +96,24 @@ class SweepConfig(Section):
         return self
 
 
-def sweep(source: Path, cluster: str | None, folder: Path | None, *, attend: bool | None) -> int:
-    """Launch the sweep of a SWEEP.toml, or continue the one in a SWEEP_DIR; the exit code."""
+def sweep(
+    source: Path,
+    cluster: str | None,
+    folder: Path | None,
+    *,
+    attend: bool | None,
+    is_trusted: bool = False,
+) -> int:
+    """Launch the sweep of a SWEEP.toml, or continue the one in a SWEEP_DIR; the exit code.
+
+    `is_trusted` says that other users may have written to the SWEEP_DIR.
+    """
     if source.is_dir():
         home = RunDir(absolute(source))
         if cluster is not None or folder is not None:
             raise ConfigError("the sweep already has its --cluster and --out; give only its folder.")
+        for run in (home, *(RunDir(home.path / point.folder) for point in _index(home.path).points)):
+            require_own(run, is_trusted=is_trusted)
     else:
         home = _create(source, cluster or "local", folder)
     code = _run(home, attend)
@@ -141,7 +156,7 @@ def _create(path: Path, cluster: str, folder: Path | None) -> RunDir:
     """Check every point, then create all run directories. Raises ConfigError with all the problems."""
     config = validate(SweepConfig, read_toml(path), path.name)
     is_named = folder is not None
-    home = RunDir(absolute(folder or next_run_folder(path.stem)))
+    home = RunDir(absolute(folder or next_run_folder(path.stem), "--out"))
     if home.path.exists() and (not home.path.is_dir() or any(home.path.iterdir())):
         raise ConfigError(
             f"{home.path} exists and is not an empty folder. `outlast sweep {home.path}` continues it."
@@ -179,7 +194,7 @@ def examine_points(
         try:
             tables, source = run_tables(config.run, [])
             fields = {**dict(dotted(config.fixed)), **point.fields}
-            tables = with_absolute_paths(with_fields(tables, fields))
+            tables = with_absolute_paths(with_fields(without_alternatives(tables, fields), fields))
             requests.append(examine(tables, source, where, folder / point.folder))
             where = requests[-1].cluster
         except ConfigError as error:
@@ -206,18 +221,23 @@ def _run(home: RunDir, attend: bool | None) -> int:
             code = _one_after_the_other(waiting) or code
             show_results(home.path)
             return code
-        jobs = submit_together(waiting, "sweep", home, _index(home.path).at_once)
+        with held_signals() as held:
+            jobs = submit_together(waiting, "sweep", home, _index(home.path).at_once)
+            is_stopping = bool(held)  # a signal during the submission asks all the runs to stop
+            for run in waiting if is_stopping else ():
+                ask_to_stop(run, reason_of(held[0]), lambda sentence: click.echo(sentence, err=True))
+            held.clear()
     click.echo(
         f"submitted: {len(jobs)} runs as {scheduler.title} jobs {jobs[0].job_id} to {jobs[-1].job_id}; "
         f"`outlast status {home.path}` shows them, `outlast sweep {home.path} --results` their losses",
         err=True,
     )
-    if attend:
+    if attend or is_stopping:
         for run, job in zip(waiting, jobs, strict=True):
-            if (
-                follow_job(run, job, RecordFollower(run), read_config(run).total_steps).exit_code
-                == ExitCode.STOPPED
-            ):
+            outcome = follow_job(run, job, RecordFollower(run), read_config(run).total_steps)
+            if is_stopping:
+                code = ExitCode.STOPPED
+            elif outcome.exit_code == ExitCode.STOPPED:
                 click.echo("the other runs go on; `outlast stop RUN_DIR` ends one", err=True)
                 break
         show_results(home.path)
@@ -257,8 +277,7 @@ def _one_after_the_other(runs: Sequence[RunDir]) -> int:
     code = ExitCode.FINISHED
     for number, run in enumerate(runs, 1):
         click.echo(f"[{number}/{len(runs)}] {run.path.name}", err=True)
-        follower = RecordFollower(run)
-        outcome = follow_job(run, submit(run, "sweep"), follower, read_config(run).total_steps)
+        outcome = start_and_follow(run, read_config(run).total_steps, "sweep")
         if outcome.exit_code == ExitCode.STOPPED:
             click.echo(f"{outcome.cause}; `outlast sweep {run.path.parent}` continues", err=True)
             return ExitCode.STOPPED

@@ -47,7 +47,8 @@ def rendezvous(identity: NodeIdentity, scheduler: Scheduler, submission: Submiss
                 "not start, or the run directory is not on a file system that all nodes share."
             )
         time.sleep(_POLL_S)
-    return Rendezvous(address, f"{found.address}:{found.port}")
+    host = f"[{found.address}]" if ":" in found.address else found.address  # an IPv6 address has colons
+    return Rendezvous(address, f"{host}:{found.port}")
 
 
 def report_failure(identity: NodeIdentity, submission: SubmissionDir, cause: str) -> None:
@@ -71,7 +72,7 @@ def _first_port(job_id: str) -> int:
 
 def _free_port(address: str, wanted: int) -> int:
     for port in (*range(wanted, _PORTS.stop), *range(_PORTS.start, wanted)):
-        with socket.socket() as probe:
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
             try:
                 probe.bind((address, port))
             except OSError:

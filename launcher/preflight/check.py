@@ -3,7 +3,6 @@
 Runs on a login node, without torch, GPU or network. Starts nothing and writes nothing.
 """
 
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,10 +17,12 @@ from gpt.checkpoint.format import committed
 from gpt.config.data import DataConfig
 from gpt.config.run import RunConfig
 from gpt.run.run_dir import RunDir
-from launcher.cluster import ClusterConfig
+from launcher.cluster import AS_THE_FILE_SAYS, ClusterConfig, ClusterSize
 from launcher.cluster_file import load_cluster
 from launcher.findings import Findings
+from launcher.paths import nearest_existing, new_folder_problem
 from launcher.preflight.mirror import check_mirror
+from launcher.preflight.places import check_places
 from launcher.preflight.plan import (
     checkpoint_bytes,
     checkpoint_counts,
@@ -34,6 +35,7 @@ from launcher.preflight.plan import (
 )
 from launcher.preflight.tracker import check_tracker
 from launcher.request import Request
+from launcher.runs.trust import foreign_writers
 from launcher.scheduler.registry import scheduler_of
 from launcher.units import size
 
@@ -49,16 +51,18 @@ def examine(
     folder: Path | None,
     *,
     is_new: bool = True,
+    size: ClusterSize = AS_THE_FILE_SAYS,
 ) -> Request:
     """Check a launch of the config `tables`, which were read from `source`, into the run directory `folder`.
 
-    `is_new` says whether the folder is yet to be created, or holds a run that continues. Without a folder
+    `is_new` says whether the folder is yet to be created, or holds a run that continues; `size` replaces what
+    the cluster says. Without a folder
     the request is only planned, and neither this machine nor the site is checked. Raises ConfigError with
     every problem of run config, cluster, data, machine, site and folder.
     """
     findings = Findings()
     run = _read_run(tables, source, findings)
-    cluster_config = _read_cluster(cluster, findings) if isinstance(cluster, str) else cluster
+    cluster_config = _read_cluster(cluster, size, findings)
     data = _readable_data(tables)
     sources = [] if data is None else [source.path for source in data.sources]
     is_full = data is not None and data.verify == "full"
@@ -67,6 +71,12 @@ def examine(
     if run is not None and 0 < len(sources) == len(manifests):
         config = run.resolve(max(manifest.encoding.vocab_size for manifest in manifests))
         check_data(config, manifests, findings)
+    found = len(findings.problems)
+    if run is not None:
+        check_places(run, cluster_config, folder, findings)
+    if folder is not None and is_new:
+        _check_folder(folder, findings)
+    is_usable = len(findings.problems) == found
     if run is not None and cluster_config is not None:
         findings.problem(run.batch_problem(cluster_config.world_size))
         has_gpu = cluster_config.gpus_per_node > 0
@@ -75,12 +85,11 @@ def examine(
         findings.problem(memory_problem(config, cluster_config))
         findings.warn(memory_warning(config, cluster_config))
         findings.warn(host_memory_warning(config, cluster_config))
-    if folder is not None:
-        if is_new:
-            _check_folder(folder, findings)
+    if folder is not None and is_usable:
         if config is not None:
             check_disk(config, folder, findings)
-            check_tracker(config, findings)
+            in_container = cluster_config is not None and cluster_config.container is not None
+            check_tracker(config, findings, is_in_container=in_container)
             check_mirror(RunDir(folder), config, findings, is_new=is_new)
         if cluster_config is not None:
             scheduler = scheduler_of(cluster_config.kind)
@@ -105,7 +114,8 @@ def check_data(config: RunConfig, manifests: Sequence[Manifest], findings: Findi
         if config.model.vocabulary < vocabulary:
             findings.problem(
                 f"model.vocab_size = {config.model.vocabulary} is smaller than the {vocabulary} token ids of "
-                f"{source.path}. Remove model.vocab_size, or set it to at least {vocabulary}."
+                f"{source.path}. A new model gets a fitting vocabulary when model.vocab_size is left out. A "
+                "trained one, as in an import, needs data that were prepared with its own tokenizer."
             )
         if train <= config.model.context:
             findings.problem(
@@ -142,7 +152,9 @@ def _check_epochs(config: RunConfig, manifests: Sequence[Manifest], findings: Fi
         )
         return
     limit = config.data.max_epochs
-    for source, of_source, count in zip(config.data.sources, train, mixture.counts(numbers), strict=True):
+    counts = mixture.counts(numbers)
+    _warn_of_repeated_sources(config, manifests, counts, findings)
+    for source, of_source, count in zip(config.data.sources, train, counts, strict=True):
         tokens = count * config.model.context
         epochs = tokens / of_source
         if limit is not None and count > int(limit * windows_in(of_source, config.model.context)):
@@ -156,6 +168,28 @@ def _check_epochs(config: RunConfig, manifests: Sequence[Manifest], findings: Fi
                 f"the run reads {epochs:,.1f} epochs of {source.path}; after {EPOCHS_WARNING:.0f} epochs, "
                 "repeated data improves the model little."
             )
+
+
+def _warn_of_repeated_sources(
+    config: RunConfig, manifests: Sequence[Manifest], counts: Sequence[int], findings: Findings
+) -> None:
+    """Warn of data that the mixture names more than once, under one path or several."""
+    sources = config.data.sources
+    numbers: dict[str, list[int]] = {}
+    for number, manifest in enumerate(manifests):
+        numbers.setdefault(manifest.fingerprint, []).append(number)
+    for same in numbers.values():
+        if len(same) == 1:
+            continue
+        names = " and ".join(f"data.mixture.{number} ({sources[number].path})" for number in same)
+        weight = sum(sources[number].weight for number in same)
+        tokens = sum(counts[number] for number in same) * config.model.context
+        findings.warnings.append(
+            f"{names} are the same data. Together they have the weight {weight:g} of "
+            f"{sum(source.weight for source in sources):g}, and the run reads "
+            f"{tokens / manifests[same[0]].train_tokens:.2f} epochs of them; every limit of epochs counts "
+            "each by itself. Keep one of them, with the sum of the weights."
+        )
 
 
 def check_disk(config: RunConfig, folder: Path, findings: Findings) -> None:
@@ -177,14 +211,6 @@ def check_disk(config: RunConfig, folder: Path, findings: Findings) -> None:
         findings.warnings.append(sentence)
 
 
-def nearest_existing(path: Path) -> Path:
-    """`path`, or its closest parent folder that exists."""
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
-
-
 def _read_run(tables: dict[str, Any], source: str, findings: Findings) -> RunConfig | None:
     data = tables.get("data", {})
     if isinstance(data, dict) and "path" not in data and "mixture" not in data:
@@ -200,9 +226,11 @@ def _read_run(tables: dict[str, Any], source: str, findings: Findings) -> RunCon
         return None
 
 
-def _read_cluster(name: str, findings: Findings) -> ClusterConfig | None:
+def _read_cluster(
+    cluster: str | ClusterConfig, size: ClusterSize, findings: Findings
+) -> ClusterConfig | None:
     try:
-        return load_cluster(name)
+        return (load_cluster(cluster) if isinstance(cluster, str) else cluster).in_size(size)
     except ConfigError as error:
         findings.problems += error.problems
         return None
@@ -220,7 +248,8 @@ def _read_data(path: Path, findings: Findings, is_full: bool) -> list[Manifest]:
     try:
         manifest = read_manifest(path)
     except (DataError, ConfigError) as error:
-        findings.problem(str(error))
+        moved = "" if path.exists() else ". If it was moved, give its folder with --set data.path=DIR"
+        findings.problem(f"{error}{moved}")
         return []
     found = check(path, manifest)
     size_bytes = sum(shard.bin.size_bytes for shard in (*manifest.train, *manifest.val))
@@ -231,10 +260,15 @@ def _read_data(path: Path, findings: Findings, is_full: bool) -> list[Manifest]:
 
 
 def _check_folder(folder: Path, findings: Findings) -> None:
-    parent = nearest_existing(folder)
-    if RunDir(folder).config.exists():
+    problem = new_folder_problem(folder)
+    if problem is not None:
+        findings.problem(f"{problem} Give another --run-dir.")
+    elif RunDir(folder).config.exists():
         findings.problem(f"{folder} already is a run directory. `outlast resume {folder}` continues it.")
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         findings.problem(f"{folder} exists and is not empty. Give another --run-dir.")
-    elif not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        findings.problem(f"you cannot write to {parent}. Give another --run-dir.")
+    elif (reason := foreign_writers(RunDir(folder))) is not None:
+        findings.problem(
+            f"{reason}, and what lies in a run directory is executed. Take that permission away, or give "
+            "another --run-dir."
+        )

@@ -13,10 +13,13 @@ from typing import Any
 
 from data_pipeline.config_file import dotted, validate
 from data_pipeline.errors import ConfigError, LaunchError
+from gpt.checkpoint.format import committed
 from gpt.config.run import RunConfig
 from gpt.run.environment import Variable
+from gpt.run.events import Event, read_events, record_event
 from gpt.run.json_file import read_json, write_json
 from gpt.run.run_dir import RunDir
+from gpt.run.tokenizer import copy_encoding
 from launcher.cluster import ClusterConfig
 from launcher.paths import absolute
 from launcher.request import Request
@@ -27,7 +30,7 @@ from launcher.runs.provenance import provenance
 
 def runs_folder() -> Path:
     """Where runs are created by default: $OUTLAST_RUNS, else `runs` in the caller's directory."""
-    return absolute(os.environ.get(Variable.RUNS, "runs"))
+    return absolute(os.environ.get(Variable.RUNS, "runs"), Variable.RUNS)
 
 
 def next_run_folder(name: str, folder: Path | None = None) -> Path:
@@ -81,6 +84,8 @@ def read_config(run: RunDir) -> RunConfig:
 
 def read_cluster(run: RunDir) -> ClusterConfig:
     """The cluster of the run's newest submission. Raises ConfigError."""
+    if not run.cluster.exists():
+        raise ConfigError(f"{run.cluster} is missing. Give the cluster with --cluster.")
     return validate(ClusterConfig, _content(run.cluster), run.cluster.name)
 
 
@@ -91,8 +96,14 @@ def _content(path: Path) -> dict[str, Any]:
     return content
 
 
-def create_run(folder: Path, request: Request, command: list[str]) -> RunDir:
-    """Create a run directory with config, cluster, provenance and code. Raises LaunchError if it exists."""
+def create_run(
+    folder: Path, request: Request, command: list[str], begins_with: Mapping[Event, Mapping[str, Any]] = {}
+) -> RunDir:
+    """Create a run directory with config, cluster, provenance and code. Raises LaunchError if it exists.
+
+    `begins_with` is the event of a run that starts from given weights. It is recorded before the config, so
+    that a command that is interrupted before the weights are there leaves no run that starts from new ones.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         folder.mkdir(exist_ok=folder.is_dir() and not any(folder.iterdir()))
@@ -101,12 +112,29 @@ def create_run(folder: Path, request: Request, command: list[str]) -> RunDir:
     run = RunDir(folder)
     run.attempts.mkdir()
     run.checkpoints.mkdir()
+    for event, fields in begins_with.items():
+        record_event(run.events, event, **fields)
     put_submission(run, request, command)
     return run
 
 
+def refuse_unseeded(run: RunDir) -> None:
+    """Raise LaunchError if the command that was to give `run` its first checkpoint did not get that far."""
+    begun = list(read_events(run.events, Event.FORKED, Event.IMPORTED, Event.CHECKPOINT_SAVED))
+    if not begun or any(event["event"] == Event.CHECKPOINT_SAVED for event in begun):
+        return
+    if committed(run.checkpoints):
+        return
+    source = begun[0].get("source") or f"step {begun[0].get('step')} of {begun[0].get('run')}"
+    raise LaunchError(
+        f"{run.path} was to start from {source}, and that checkpoint is not there: the command that made the "
+        "run was interrupted, or the checkpoint was removed. It does not start from new weights instead. "
+        "Remove the directory, then repeat that command."
+    )
+
+
 def put_submission(run: RunDir, request: Request, command: list[str]) -> None:
-    """Write what a submission decides: code, cluster, provenance, and last the config."""
+    """Write what a submission decides: code, tokenizer, cluster, provenance, and last the config."""
     snapshot_code(run)
     write_json(run.cluster, request.cluster.explicit())
     before = read_json(run.provenance) or {}
@@ -114,6 +142,12 @@ def put_submission(run: RunDir, request: Request, command: list[str]) -> None:
     inherited = None if is_copy(run) else before.get("run_id")
     run_id = inherited or uuid.uuid4().hex
     write_json(run.provenance, {**before, "run_id": run_id, **provenance(request, command)})
+    put_config(run, request)
+
+
+def put_config(run: RunDir, request: Request) -> None:
+    """Write the config, after a copy of the tokenizer of its data."""
+    copy_encoding(run, request.config.data.sources[0].path)
     write_json(run.config, request.config.model_dump(mode="json", exclude_none=True))
 
 

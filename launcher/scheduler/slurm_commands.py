@@ -12,7 +12,9 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from ipaddress import ip_address
 
 from data_pipeline.errors import LaunchError
 from launcher.scheduler.protocol import JobState, Standing
@@ -50,13 +52,15 @@ def node_address(node: str, others: Sequence[str]) -> str:
     except LaunchError:
         if is_here():
             raise
-        address = socket.gethostbyname(socket.gethostname())  # a container without Slurm's commands
-    if not address.startswith("127.") or not others:
+        found = _resolved(socket.gethostname())  # a container without Slurm's commands
+        if found is None:
+            raise
+        address = found
+    if not ip_address(address).is_loopback or not others:
         return address
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(
-            (_other_address(others[0]), 9)
-        )  # UDP sends nothing here; the kernel only chooses a route
+    other = _other_address(others[0])
+    with socket.socket(socket.AF_INET6 if ":" in other else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((other, 9))  # UDP sends nothing here; the kernel only chooses a route
         return str(probe.getsockname()[0])
 
 
@@ -73,13 +77,25 @@ def _other_address(node: str) -> str:
 
 def _address(node: str) -> str:
     """The IP address of a node's name, or of its NodeAddr if only Slurm knows the name."""
-    try:
-        return str(socket.getaddrinfo(node, None, socket.AF_INET)[0][4][0])
-    except OSError:
-        found = re.search(r"NodeAddr=(\S+)", _require(["scontrol", "show", "node", node]))
-        if found is None:
-            raise LaunchError(f"neither this machine nor Slurm knows an address of node {node}") from None
-        return socket.gethostbyname(found.group(1))
+    if (address := _resolved(node)) is not None:
+        return address
+    found = re.search(r"NodeAddr=(\S+)", _require(["scontrol", "show", "node", node]))
+    if found is None:
+        raise LaunchError(f"neither this machine nor Slurm knows an address of node {node}")
+    if (address := _resolved(found[1])) is None:
+        raise LaunchError(
+            f"node {node} has no address here: neither that name nor its NodeAddr, {found[1]}, has one. Ask "
+            "the site for an entry in its name service or in /etc/hosts."
+        )
+    return address
+
+
+def _resolved(name: str) -> str | None:
+    """The IPv4 address of a name, else its IPv6 address, else None."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with suppress(OSError):
+            return str(socket.getaddrinfo(name, None, family)[0][4][0])
+    return None
 
 
 def job_fields(job_id: str) -> dict[str, str] | None:
@@ -267,6 +283,11 @@ def cancel_pending(job_id: str) -> None:
 def cancel(job_id: str) -> None:
     """End a job in whatever state it is, without asking whether that worked."""
     ask(["scancel", job_id])
+
+
+def require_cancel(job_id: str) -> None:
+    """End a job in whatever state it is. Raises LaunchError if Slurm refuses."""
+    _require(["scancel", job_id])
 
 
 def _fields(line: str) -> dict[str, str]:

@@ -172,7 +172,10 @@ def test_schema_prints_json_schema(tmp_path: Path, kind: str, field: str) -> Non
 def test_prepare_then_verify_then_a_flipped_byte(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "In the beginning"}\n' * 3)
     (tmp_path / "data.toml").write_text('sources = ["a.jsonl"]\ntokenizer = "outlast-4k"\nout = "d"\n')
+    before = os.umask(0)
     done = outlast("prepare", "data.toml", "--workers", "1", cwd=tmp_path)
+    os.umask(before)
+    assert (tmp_path / "d").stat().st_mode & 0o777 == 0o775  # files of a run are executed
     assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'd'}\n"), done.stderr
     clean = outlast("verify", "d", cwd=tmp_path)
     assert (clean.returncode, clean.stdout, clean.stderr) == (0, "", "data set: every byte is intact\n")

@@ -57,6 +57,14 @@ def test_a_failed_save_shows_until_a_later_one_succeeds(run: RunDir) -> None:
     assert status(run).save_problem is None
 
 
+def test_crashes_before_an_attempt_are_the_reason_until_one_begins(run: RunDir) -> None:
+    give_job(run, alive=True)
+    record_event(run.events, Event.WORKERS_CRASHED, times=1, node="n1", cause="ValueError: no ib9")
+    assert status(run).reason == "the workers crash before an attempt begins: ValueError: no ib9"
+    record_event(run.events, Event.ATTEMPT_STARTED, attempt=1, world_size=2)
+    assert status(run).reason is None
+
+
 def test_a_run_with_a_stop_request_is_stopping(run: RunDir) -> None:
     give_job(run, alive=True)
     write_json(run.stop, {"reason": "test"})
