@@ -1,7 +1,9 @@
 """The progress display."""
 
 import io
+import json
 
+import pytest
 from rich.console import Console
 
 from gpt.run import record
@@ -68,3 +70,29 @@ def test_numbers_that_are_missing_or_not_finite_are_shown_as_such(run: RunDir) -
         "step 4: validation loss not finite, not finite bits per byte",
         "step 12/10  loss not finite  not finite tokens/s  0:00 left",
     ]
+
+
+@pytest.mark.parametrize("value", [None, "x", 7, -1, 1e400, [], {}, True])
+def test_no_event_can_end_the_display(run: RunDir, value: object) -> None:
+    """Every event of the protocol, without fields and with `value` in each field that the display reads."""
+    display = Display(10)
+    display.console = Console(file=io.StringIO(), width=200)
+    follower = RecordFollower(run)
+    fields = (
+        "step",
+        "reason",
+        "cause",
+        "path",
+        "bytes",
+        "seconds",
+        "attempt",
+        "world_size",
+        "culprit",
+        "name",
+    )
+    with run.events.open("a") as events:
+        for event in Event:
+            for more in ({}, dict.fromkeys(fields, value)):
+                events.write(json.dumps({"event": event.value, "time": 1.0, **more}) + "\n")
+    [update] = follower.updates(give_job(run, alive=False))
+    display.show(update)

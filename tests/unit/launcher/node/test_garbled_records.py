@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from gpt.run.events import Event, read_events
 from gpt.run.exit_codes import ExitCode
 from gpt.run.records import Owner, Result
 from gpt.run.run_dir import RunDir
 from launcher.node.job_run import JobRun
 from launcher.node.rendezvous import report_failure
+from launcher.node.torchrun import TorchrunEnd
 from launcher.scheduler.local import SCHEDULER
 from launcher.scheduler.protocol import NodeIdentity
 
@@ -35,6 +37,8 @@ def test_garbled_owners_results_and_reports_count_as_missing(tmp_path: Path, gar
     assert not job_run.is_current()
     assert job_run.failures() == ["node there: no GPU"]
     assert job_run.failed_in_a_row() == 1
-    outcome = job_run.outcome(1, stopped_now=True, was_signalled=False)
+    outcome = job_run.outcome(TorchrunEnd(1, stopped_now=True), was_signalled=False)
     assert (outcome.exit_code, outcome.attempt) == (ExitCode.FAILED, 1)
+    [event] = read_events(run.events, Event.FAILED)
+    assert event["requested"]
     assert Result.read(run.attempt(1).result) == Result(exit_code=outcome.exit_code, cause=outcome.cause)
