@@ -14,7 +14,16 @@ def test_sizes_have_binary_units(count: int, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0, "0:00"), (59.6, "1:00"), (3600, "1:00:00"), (90_061, "25:01:01"), (-5, "0:00"), (float("inf"), "–")],
+    [
+        (0, "0:00"),
+        (59.6, "1:00"),
+        (3600, "1:00:00"),
+        (90_061, "25:01:01"),
+        (-5, "0:00"),
+        (1e300, "–"),
+        (float("inf"), "–"),
+        (float("nan"), "–"),
+    ],
 )
 def test_durations_read_like_a_clock(seconds: float, text: str) -> None:
     assert duration(seconds) == text
