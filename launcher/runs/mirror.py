@@ -14,11 +14,12 @@ from launcher.runs.trust import TRUST_OPTION, executed_fields
 
 
 def is_mirrored_run(folder: str) -> bool:
-    """Whether `folder` is a run in a mirror: a URL, or a run directory without code and attempts."""
+    """Whether `folder` is a run in a mirror: a URL, or a run directory without code, attempts and jobs."""
     if is_remote(folder):
         return True
     run = RunDir(absolute(folder))
-    return run.config.exists() and not run.attempts.exists() and not run.code.exists()
+    own = (run.attempts, run.code, run.job)
+    return run.config.exists() and not any(path.exists() for path in own)
 
 
 def fetch_run(place: str, runs: Path, *, keeps_cluster: bool, is_trusted: bool) -> RunDir:
