@@ -2,6 +2,8 @@
 
 import unicodedata
 
+_CENTURIES_S = 1e10
+
 
 def size(count: float) -> str:
     """Bytes with a binary unit: 1.5 GiB."""
@@ -13,8 +15,11 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a clock shows them: 1:02:03. A negative number, from a clock that was set back, is 0:00."""
-    if seconds == float("inf"):
+    """Seconds as a clock shows them: 1:02:03. A negative number, from a clock that was set back, is 0:00.
+
+    Centuries, which only a wrong number or a wrong clock can give, are a dash.
+    """
+    if not seconds < _CENTURIES_S:
         return "–"
     minutes, second = divmod(round(max(0.0, seconds)), 60)
     hours, minute = divmod(minutes, 60)
@@ -38,7 +43,7 @@ def printable(text: str) -> str:
 
 def one_line(text: str, longest: int = 300) -> str:
     """`text` as one line: printable, its own lines joined, and cut when it is longer than `longest`."""
-    line = "; ".join(part.strip() for part in printable(text).splitlines() if part.strip())
+    line = printable("; ".join(part.strip() for part in text.splitlines() if part.strip()))
     return line if len(line) <= longest else f"{line[:longest]}…"
 
 

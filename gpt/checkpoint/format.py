@@ -322,9 +322,12 @@ def read_rank_frame(folder: Path, index: CheckpointIndex, rank: int) -> RankFram
 
 
 def _check_size(path: Path, size: int) -> None:
-    """Raise Corrupt unless the file has `size` bytes: this is cheap, and what a header should be is not."""
+    """Raise Corrupt unless the file has `size` bytes: this is cheap, and what a header should be is not.
+
+    Raises Unreadable like `read_index`.
+    """
     try:
-        found = path.stat().st_size
+        found = patiently(path, path.stat).st_size
     except OSError as error:
         raise Corrupt(BadBytes(path, 0, _why(error))) from None
     if found != size:
@@ -394,6 +397,9 @@ def verify_rank(folder: Path, index: CheckpointIndex, rank: int) -> Iterator[Bad
         _check_size(folder / entry.name, entry.size)
     except Corrupt as error:
         yield error.bad
+        return
+    except Unreadable as error:
+        yield BadBytes(folder / entry.name, 0, str(error.__cause__))
         return
     yield from verify_file(folder / entry.name, entry, rank_tensors(index, rank), index.chunk_bytes)
 

@@ -105,12 +105,15 @@ _KINDS: Mapping[str, Callable[[object], bool]] = {
     **dict.fromkeys(("step", "attempt", "world_size", "bytes", "exit_code"), is_count),
     **dict.fromkeys(("seconds", "stall_s", "lost_steps", "lost_s", "repeated_s"), is_number),
     **dict.fromkeys(
-        ("reason", "cause", "path", "name", "attention", "job", "config_fingerprint", "run"), _is_text
+        ("reason", "cause", "path", "name", "attention", "culprit", "job", "config_fingerprint", "run"),
+        _is_text,
     ),
 }
 # Without these fields an event says nothing.
 _NEEDED: Mapping[str, tuple[str, ...]] = {
     Event.ATTEMPT_STARTED: ("attempt", "world_size"),
+    Event.WORKERS_CRASHED: ("cause",),
+    Event.HANG: ("culprit",),
     Event.PHASE: ("name",),
     Event.RESUMED: ("step",),
     Event.CHECKPOINT_SAVED: ("step",),

@@ -15,6 +15,7 @@ _BETWEEN = (
     Event.SUBMITTED,
     Event.JOB_RUN_STARTED,
     Event.REQUEUED,
+    Event.WORKERS_CRASHED,
     Event.CONFIG_CHANGED,
     Event.FORKED,
     Event.IMPORTED,

@@ -69,7 +69,8 @@ def lost_work(
     line = kept or reached
     if reached is None or line is None:
         return None
-    repeated_s, lost_s = (round(max(0.0, end - line["time"]), 1) for end in (reached["time"], now))
+    ends = (min(now, reached["time"]), now)
+    repeated_s, lost_s = (round(max(0.0, end - line["time"]), 1) for end in ends)
     return {"lost_steps": max(0, reached["step"] - start), "lost_s": lost_s, "repeated_s": repeated_s}
 
 

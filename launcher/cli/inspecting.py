@@ -17,7 +17,8 @@ from launcher.cli.options import UserPath, example
 def status(run_dirs: tuple[str, ...], as_json: bool, watch: bool) -> int:
     """Show the state, step, loss, speed, last checkpoint and restarts of runs.
 
-    Without arguments, shows all runs in $OUTLAST_RUNS. The folder of a sweep shows all its runs.
+    Without arguments, shows all runs in $OUTLAST_RUNS, each sweep as one row. The folder of a sweep shows
+    all its runs.
     """
     import json
 

@@ -13,6 +13,7 @@ import click
 
 from data_pipeline.errors import LaunchError
 from gpt.checkpoint.format import PIN_NAME, Corrupt, committed, is_pinned, read_index, verify
+from gpt.checkpoint.patience import Unreadable
 from gpt.checkpoint.removal import delete as delete_checkpoint
 from gpt.checkpoint.removal import rejected_or_rewound
 from gpt.run import record
@@ -117,8 +118,14 @@ def _list(run: RunDir, *, check: bool) -> list[Listed]:
     read_back = {event["step"] for event in read_events(run.events, Event.CHECKPOINT_SAVED)}
     rows = []
     for step, folder in committed(run.checkpoints):
-        with suppress(FileNotFoundError):  # it was pruned meanwhile
-            rows.append(_listed(step, folder, losses.get(step), is_read_back=step in read_back, check=check))
+        loss = losses.get(step)
+        try:
+            rows.append(_listed(step, folder, loss, is_read_back=step in read_back, check=check))
+        except FileNotFoundError:
+            continue  # it was pruned meanwhile
+        except (OSError, Unreadable) as error:
+            reason = f"bad: {error}"
+            rows.append(Listed(step, 0, folder.stat().st_mtime, None, None, reason, False, loss))
     return rows
 
 

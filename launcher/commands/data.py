@@ -211,10 +211,10 @@ def verify(folder: Path) -> int:
     """Print `path: byte offset: reason` for each corrupt file of a data set or run; 1 when there is one."""
     if RunDir(folder).config.exists():
         checkpoints = checkpoint_format.committed(RunDir(folder).checkpoints)
-        bad = [found for _, path in checkpoints for found in checkpoint_format.verify(path)]
+        bad = (found for _, path in checkpoints for found in checkpoint_format.verify(path))
         checked = counted(len(checkpoints), "checkpoint")
     elif (folder / FILE_NAME).exists():
-        bad = [checkpoint_format.BadBytes(*found) for found in verify_data(folder)]
+        bad = (checkpoint_format.BadBytes(*found) for found in verify_data(folder))
         checked = "data set"
     elif not folder.exists():
         raise LaunchError(
@@ -231,8 +231,6 @@ def verify(folder: Path) -> int:
         if found.path not in named:  # one line per file: the first corrupt place
             named.add(found.path)
             click.echo(f"{found.path}: byte {found.offset}: {found.reason}")
-    click.echo(
-        f"{checked}: {counted(len(named), 'corrupt file')}" if bad else f"{checked}: every byte is intact",
-        err=True,
-    )
-    return 1 if bad else 0
+    result = counted(len(named), "corrupt file") if named else "every byte is intact"
+    click.echo(f"{checked}: {result}", err=True)
+    return 1 if named else 0

@@ -30,6 +30,7 @@ def log_files(run: RunDir, attempt: int | None, node: int | None) -> list[tuple[
             files += [
                 (f"job {pattern.parent.name} {path.stem}", path)
                 for path in sorted(pattern.parent.glob(pattern.name))
+                if path.is_file()
             ]
         numbers = numbers[-1:]
     elif attempt in numbers:
@@ -40,7 +41,7 @@ def log_files(run: RunDir, attempt: int | None, node: int | None) -> list[tuple[
         )
     for number in numbers:
         pattern = run.attempt(number).node(of_node)
-        for path in sorted(pattern.parent.glob(f"{pattern.name}/*.log")):
+        for path in filter(Path.is_file, sorted(pattern.parent.glob(f"{pattern.name}/*.log"))):
             files.append((f"attempt {number} {path.parent.name} {path.stem}", path))
     return files
 

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,11 @@ class Status:
     job_id: str | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """The status as one JSON object."""
-        return asdict(self)
+        """The status as one JSON object; JSON has no numbers that are not finite, so they are null."""
+        return {
+            name: None if isinstance(value, float) and not isfinite(value) else value
+            for name, value in asdict(self).items()
+        }
 
 
 def status(run: RunDir) -> Status:

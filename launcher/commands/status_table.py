@@ -16,6 +16,7 @@ from launcher.units import counted, duration, one_line
 _REFRESH_S = 5.0  # squeue is a shared service
 _PIPE_WIDTH = 180  # a pipe has no width of its own
 _WIDEST_CELL = 60
+_WIDE_NUMBER = 1e15  # from here on it would squeeze the other columns
 _LEFT_OUT_WARNING = 10  # fp16 leaves out some at the start, until it has found its loss scale
 _LEFT_ALIGNED = ("run", "state", "reason")
 _HEADINGS = (
@@ -100,4 +101,6 @@ def _notes(now: Status) -> Iterator[str]:
 
 
 def _number(value: float | None, form: str) -> str:
-    return format(value, form) if value is not None else "–"
+    if value is None:
+        return "–"
+    return format(value, form) if abs(value) < _WIDE_NUMBER else f"{value:.3g}"

@@ -40,7 +40,7 @@ def rendezvous(identity: NodeIdentity, scheduler: Scheduler, submission: Submiss
     if identity.is_first:
         MeetingPoint(address=address, port=_free_port(address, _first_port(identity.job_id))).write(path)
     deadline = time.monotonic() + _TIMEOUT_S
-    while (found := MeetingPoint.read(path) if is_listed(path) else None) is None:
+    while (found := MeetingPoint.read_unless_garbled(path) if is_listed(path) else None) is None:
         if time.monotonic() > deadline:
             raise LaunchError(
                 f"{identity.name} waited {_TIMEOUT_S:.0f} s for the first node's {path.name}: that node did "
@@ -60,7 +60,7 @@ def report_failure(identity: NodeIdentity, submission: SubmissionDir, cause: str
 def reported_failures(identity: NodeIdentity, submission: SubmissionDir) -> list[str]:
     """The causes that the failed nodes of this job run have reported."""
     pattern = submission.node_failure(identity.job, identity.job_run, "*").name
-    found = (NodeFailure.read(path) for path in sorted(submission.path.glob(pattern)))
+    found = (NodeFailure.read_unless_garbled(path) for path in sorted(submission.path.glob(pattern)))
     return [failure.cause for failure in found if failure is not None]
 
 

@@ -36,7 +36,7 @@ def write_run(folder: Path, losses: list[float], *, worlds: tuple[int, ...], ski
         if number > 1:
             record_event(run.events, Event.RESUMED, attempt=number, step=2)
     for step, loss in enumerate(losses, 1):
-        record.append(run.metrics, step=step, **{"train/loss": loss, "data/digest": f"{step}"})
+        record.append(run.metrics, step=step, **{"train/loss": loss, "data/digest": float(step)})
     if skipped is not None:
         record_event(run.events, Event.UPDATE_SKIPPED, step=skipped, reason="non-finite gradient")
     return run
@@ -66,3 +66,12 @@ def test_losses_are_compared_only_up_to_an_update_that_one_run_skipped(
     check = loss_check(tmp_path, request_of_fp16, [9.0, 8.0, 7.0, 6.0, 6.0], 4)
     assert check.is_good
     assert check.seen == "largest difference 0, steps 3–4; only one run skipped the update of step 4"
+
+
+def test_losses_that_are_not_finite_are_compared(tmp_path: Path, request_of_fp16: Request) -> None:
+    nan = float("nan")
+    for name, losses, is_good in (("a", [9.0, 8.0, nan], True), ("b", [9.0, 8.0, 7.0], False)):
+        first = write_run(tmp_path / f"{name}1", [9.0, 8.0, nan], worlds=(2,), skipped=None)
+        second = write_run(tmp_path / f"{name}2", losses, worlds=(2, 1), skipped=None)
+        fault = FaultInjector(lambda: "a worker", steps_after_save=1)
+        assert compare(first, second, request_of_fp16, fault)[-1].is_good == is_good

@@ -5,8 +5,6 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,7 +17,7 @@ from launcher.cli.inspecting import status as status_command
 from launcher.commands.status import UNREADABLE, status, statuses
 from launcher.commands.status_table import table
 from launcher.runs.store import list_runs
-from tests.unit.launcher.commands.support import commit, record_step
+from tests.unit.launcher.commands.support import commit, record_step, without_privileges
 from tests.unit.launcher.support import end_job, give_job
 
 DEEP = '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"
@@ -39,6 +37,7 @@ BAD_METRICS = [
     '{"time": -1.0, "step": 9, "train/step_seconds": 1e308, "train/tokens_per_second": 1e308}',
     '{"time": 1.0, "step": 9, "train/step_seconds": 1e308, "train/tokens_per_second": 1e308}',
     f'{{"time": 1.0, "step": {HUGE}}}',
+    f'{{"time": 1.0, "step": {2**63 - 1}, "train/step_seconds": 2.0}}',
     f'{{"time": 1.0, "step": 9, "train/loss": {10**40}}}',
 ]
 BAD_EVENTS = [
@@ -101,18 +100,19 @@ def good(run: RunDir, tmp_path: Path) -> RunDir:
 
 def test_no_content_of_a_file_hides_another_run(run: RunDir, good: RunDir) -> None:
     give_job(run, alive=True)
-    end_job(run, 0, "done")
     record_step(run, 5)
     record_event(run.events, Event.ATTEMPT_STARTED, attempt=1, world_size=1)
     bad = {
         run.config: [*BAD_RECORDS, '{"name": 1}', f'{{"name": "{MARKUP}", "seed": {10**40}}}'],
-        run.job: BAD_JOBS,
-        run.submission(1).outcome: [*BAD_RECORDS, '{"exit_code": 7, "cause": 1, "attempt": "x"}'],
         run.metrics: BAD_METRICS,
         run.events: BAD_EVENTS,
         run.stop: ["", DEEP, "[]"],
+        run.job: BAD_JOBS,
+        run.submission(1).outcome: [*BAD_RECORDS, '{"exit_code": 7, "cause": 1, "attempt": "x"}'],
     }
     for path, contents in bad.items():
+        if path == run.submission(1).outcome:
+            end_job(run, 0, "done")
         before = path.read_bytes() if path.exists() else None
         for content in contents:
             path.write_text(content + "\n")
@@ -191,19 +191,6 @@ def test_a_pause_is_neither_a_restart_nor_lost_time(run: RunDir) -> None:
     for event, fields in events:
         record_event(run.events, event, **fields)
     assert (status(run).restarts, status(run).lost_s) == (0, 0.0)
-
-
-@contextmanager
-def without_privileges() -> Iterator[None]:
-    """Root may read everything: the checks of permissions need another user."""
-    if (user := os.geteuid()) != 0:
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(user)
 
 
 def test_a_private_folder_is_a_row_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
