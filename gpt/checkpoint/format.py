@@ -232,7 +232,7 @@ def is_pinned(folder: Path) -> bool:
 
 
 def read_index(folder: Path) -> CheckpointIndex:
-    """The index of the checkpoint in `folder`. Raises Corrupt if any byte of it has changed, or Unreadable."""
+    """The index of the checkpoint in `folder`. Raises Corrupt when a byte of it has changed, Unreadable."""
     path = folder / INDEX_NAME
     try:
         if (size := patiently(path, path.stat).st_size) > INDEX_LIMIT_BYTES:

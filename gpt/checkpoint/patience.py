@@ -42,8 +42,8 @@ def patiently(path: Path, read: Callable[[], T]) -> T:
             if isinstance(error, PermissionError) or time.monotonic() + pause_s > deadline:
                 raise Unreadable(
                     f"{path} cannot be read: {error.strerror or error}. That says nothing about its content, "
-                    "so the checkpoint stays as it is. Try again once the file system answers, or take an older "
-                    "step (--step)."
+                    "so the checkpoint stays as it is. Try again once the file system answers, or take an "
+                    "older step (--step)."
                 ) from error
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)

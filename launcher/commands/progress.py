@@ -114,6 +114,11 @@ class Display:
                 return f"warning: the checkpoint of step {event['step']} was not saved: {event['reason']}"
             case Event.SAVING_SYNCHRONOUSLY:
                 return f"warning: training waits while a checkpoint is written: {event['reason']}"
+            case Event.CHECKPOINT_NOT_FINITE:
+                return (
+                    f"warning: the checkpoint of step {event['step']} is damaged: {event['reason']}; an "
+                    "older one is kept"
+                )
             case Event.CHECKPOINT_REJECTED:
                 return f"warning: {event['path']} failed verification and is not used: {event['reason']}"
             case Event.UPDATE_SKIPPED:

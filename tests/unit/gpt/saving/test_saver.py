@@ -98,6 +98,31 @@ def test_asynchronous_save_writes_the_same_bytes_as_a_synchronous_one(tmp_path: 
     assert files[0] == files[1]
 
 
+@pytest.mark.parametrize("is_asynchronous", [True, False])
+def test_weights_that_are_not_finite_are_recorded_and_the_last_finite_checkpoint_stays(
+    run_dir: RunDir, alone: World, is_asynchronous: bool
+) -> None:
+    saver, engine = make_saver(run_dir, alone, asynchronous=is_asynchronous)
+    for step in range(1, 6):
+        engine.take_step()
+        state = {part.state: part.tensor for part in engine.state()}
+        state["exp_avg"][7] = float("nan")  # only the weights are checked
+        if step > 1:
+            state["master"][-1] = float("inf")
+        saver.save_and_wait(step, ())
+    assert [step for step, _ in committed(run_dir.checkpoints)] == [1, 4, 5]
+    found = events(run_dir, "checkpoint_not_finite")
+    assert [(event["step"], event["ranks"]) for event in found] == [(step, [0]) for step in range(2, 6)]
+
+
+def test_numbers_whose_sum_overflows_are_finite() -> None:
+    numbers = np.full(1000, 3e38, np.float32)
+    assert rank_writer.is_finite(numbers)
+    for bad in (np.nan, np.inf, -np.inf):
+        numbers[500] = bad
+        assert not rank_writer.is_finite(numbers)
+
+
 @pytest.mark.parametrize(("free_mb", "is_short"), [(17, True), (19, False)])
 def test_save_is_synchronous_and_recorded_when_host_memory_is_short(
     run_dir: RunDir,
