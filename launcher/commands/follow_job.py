@@ -1,11 +1,12 @@
 """Submits a run's job and follows it until it ends: progress on the terminal, signals as stop requests."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from typing import TextIO
 
 import click
 
+from gpt.run.events import Event
 from gpt.run.exit_codes import ExitCode
 from gpt.run.json_file import is_listed
 from gpt.run.records import Job, JobOutcome
@@ -62,13 +63,14 @@ def start_and_follow(
     reason: str,
     observe: Observer | None = None,
     submitted: Callable[[Job], None] = lambda _: None,
+    quiet: Collection[Event] = (),
 ) -> JobOutcome:
-    """Submit `run`, call `submitted` with its job, and follow that until it ends."""
+    """Submit `run`, call `submitted` with its job, and follow that until it ends. `quiet` is not shown."""
     follower = RecordFollower(run)
     with SignalGuard(run) as guard:
         job = submit(run, reason)
         submitted(job)
-        return follow_job(run, job, follower, total_steps, observe, guard)
+        return follow_job(run, job, follower, total_steps, observe, guard, quiet)
 
 
 def follow_job(
@@ -78,13 +80,15 @@ def follow_job(
     total_steps: int,
     observe: Observer | None = None,
     guard: SignalGuard | None = None,
+    quiet: Collection[Event] = (),
 ) -> JobOutcome:
     """Show the progress of `job` until it ends, and return how it ended. Ctrl-C saves and stops it.
 
     `guard` has caught the signals since before the job was submitted; without it they are caught from now on.
+    The events named in `quiet` are not shown.
     """
     with ExitStack() as stack:
-        display = stack.enter_context(Display(total_steps))
+        display = stack.enter_context(Display(total_steps, quiet))
         if guard is None:
             guard = stack.enter_context(SignalGuard(run))
         guard.note = display.note

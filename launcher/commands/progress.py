@@ -2,6 +2,7 @@
 
 import time
 from collections import deque
+from collections.abc import Collection
 from statistics import fmean
 from types import TracebackType
 from typing import Any, Self
@@ -20,8 +21,9 @@ _RECENT_STEPS = 20  # the remaining time is estimated from the mean of these
 class Display:
     """Shows a run's steps as a bar, and its events as lines above the bar."""
 
-    def __init__(self, total_steps: int) -> None:
-        self.total_steps = total_steps
+    def __init__(self, total_steps: int, quiet: Collection[Event] = ()) -> None:
+        """The events named in `quiet` are not shown."""
+        self.total_steps, self._quiet = total_steps, quiet
         self.console = Console(stderr=True, highlight=False)
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -64,7 +66,7 @@ class Display:
             if event["event"] == Event.PHASE and self._doing is None:
                 self._progress.update(self._task, description=f"starting, after {event.get('name')}")
             sentence = self._sentence(event)
-            if sentence:
+            if sentence and event["event"] not in self._quiet:
                 self.note(sentence)
         for line in update.metrics:
             if "val/loss" in line:
