@@ -25,6 +25,7 @@ class Memory:
     activations: int
     workspace: int
     peak: int
+    peak_at: str  # activations and the update's buffers do not exist at the same time
 
     @property
     def state(self) -> int:
@@ -63,6 +64,7 @@ def memory(config: RunConfig, world_size: int, *, on_cpu: bool = False) -> Memor
     loss = _loss_bytes(config, on_cpu=on_cpu)
     fixed = weights + optimizer + accumulated + gathered
     forward = activations + loss + (gradients if zero.stage == 3 else 0)
+    is_forward = forward > gradients + update
     return Memory(
         weights=weights,
         optimizer=optimizer,
@@ -70,6 +72,7 @@ def memory(config: RunConfig, world_size: int, *, on_cpu: bool = False) -> Memor
         activations=activations,
         workspace=loss + gathered + update,
         peak=fixed + max(forward, gradients + update),
+        peak_at="the end of the forward pass" if is_forward else "the update",
     )
 
 
