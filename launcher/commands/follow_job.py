@@ -43,11 +43,11 @@ def submit_and_follow(
         is_attended = scheduler_of(cluster.kind).is_attended if attend is None else attend
         code = 0
         if is_attended or guard.has_signal:  # a signal during the submission is a stop request
+            click.echo(f"run directory: {run.path} (outlast status, logs and stop take it)", err=True)
             outcome = follow_job(run, job, follower, total_steps, guard=guard)
             code = outcome.exit_code
             click.echo(outcome.cause if code == 0 else f"exit code {code}: {outcome.cause}", err=True)
-            if code == ExitCode.STOPPED:
-                click.echo(f"continue with: outlast resume {run.path}", err=True)
+            click.echo(_next_command(run, code), err=True)
         else:
             click.echo(
                 f"submitted {job.executor} job {job.job_id}; check it with: outlast status {run.path}",
@@ -55,6 +55,17 @@ def submit_and_follow(
             )
     click.echo(run.path)
     return code
+
+
+def _next_command(run: RunDir, code: int) -> str:
+    """What a user does after a run that ended with `code`."""
+    match code:
+        case ExitCode.FINISHED:
+            return f"try it with: outlast sample {run.path} --prompt 'Once upon a time'"
+        case ExitCode.STOPPED:
+            return f"continue with: outlast resume {run.path}"
+        case _:
+            return f"look into it with: outlast logs {run.path}; continue with: outlast resume {run.path}"
 
 
 def start_and_follow(
