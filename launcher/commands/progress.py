@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Collection
+from contextlib import ExitStack
 from statistics import fmean
 from types import TracebackType
 from typing import Any, Self
@@ -12,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from gpt.run.events import Event
 from launcher.commands.record_follower import Update
+from launcher.commands.terminal import without_echo_of_control_keys
 from launcher.units import duration, processes, size
 
 _PLAIN_LINE_S = 10.0
@@ -39,17 +41,18 @@ class Display:
         self._step_seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._attempts = 0
         self._doing: str | None = None
+        self._stack = ExitStack()
 
     def __enter__(self) -> Self:
         if self._is_live:
-            self._progress.start()
+            self._stack.enter_context(without_echo_of_control_keys())
+            self._stack.enter_context(self._progress)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._is_live:
-            self._progress.stop()
+        self._stack.close()
 
     def note(self, sentence: str) -> None:
         """Print a line above the bar."""

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pickle
 import shutil
 import threading
 import time
@@ -16,7 +17,7 @@ from gpt.checkpoint.failpoints import PLACES
 from gpt.checkpoint.format import committed, verify
 from gpt.checkpoint.reader import CheckpointReader
 from gpt.checkpoint.writer import remove_leftovers
-from gpt.distributed.world import World, total
+from gpt.distributed.world import World, agree, total
 from gpt.run import attempts, record
 from gpt.run.attempts import AttemptRemoved, Superseded, must_end, refuse_if_superseded
 from gpt.run.host_memory import available_bytes
@@ -259,8 +260,11 @@ def test_save_does_not_make_a_run_directory_anew(
     drain(saver, alone)
     assert not run_dir.path.exists()
     assert must_end(run_dir, 1)
-    with pytest.raises(AttemptRemoved, match=r"attempts/0001 is gone: the run directory was moved"):
-        refuse_if_superseded(run_dir, 1)
+    with pytest.raises(
+        AttemptRemoved, match=r"attempts/0001 is gone: the run directory was moved"
+    ) as removed:
+        agree(alone, lambda: refuse_if_superseded(run_dir, 1))
+    assert str(pickle.loads(pickle.dumps(removed.value))) == str(removed.value)
 
 
 def test_attempt_that_is_hidden_for_a_moment_goes_on(run_dir: RunDir) -> None:

@@ -1,6 +1,9 @@
 """The progress display."""
 
 import io
+import os
+import pty
+import sys
 
 from rich.console import Console
 
@@ -42,3 +45,24 @@ def test_the_display_prints_restarts_saves_and_scores_as_plain_lines(run: RunDir
         "step 6: validation loss 1.5000, 0.7500 bits per byte",
         "step 6/10  loss 8.400  100 tokens/s  0:08 left",
     ]
+
+
+def test_ctrl_c_is_not_echoed_into_the_bar() -> None:
+    program = """
+import sys, termios
+from launcher.commands.terminal import without_echo_of_control_keys
+def has_echo():
+    return bool(termios.tcgetattr(2)[3] & termios.ECHOCTL)
+before = has_echo()
+with without_echo_of_control_keys():
+    during = has_echo()
+print(before, during, has_echo())
+"""
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execv(sys.executable, [sys.executable, "-c", program])
+    try:
+        assert os.read(terminal, 1000).split() == [b"True", b"False", b"True"]
+        assert os.waitpid(process, 0)[1] == 0
+    finally:
+        os.close(terminal)
