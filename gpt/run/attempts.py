@@ -5,6 +5,7 @@ number therefore also fences older copies of the run.
 """
 
 import time
+from pathlib import Path
 
 from data_pipeline.errors import CheckpointError
 from gpt.run.exit_codes import ExitCode
@@ -25,12 +26,16 @@ class Superseded(CheckpointError):
 class AttemptRemoved(CheckpointError):
     """The folder of this attempt is gone: nothing of the run may be made anew at its old place."""
 
-    def __init__(self, run_dir: RunDir, attempt: int) -> None:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         super().__init__(
-            f"{run_dir.attempt(attempt).path} is gone: the run directory was moved or deleted while the run "
-            "was going. The run ends without writing. If the directory is elsewhere, `outlast resume` "
-            "continues it there from its newest checkpoint."
+            f"{folder} is gone: the run directory was moved or deleted while the run was going. The run ends "
+            "without writing. If the directory is elsewhere, `outlast resume` continues it there from its "
+            "newest checkpoint."
         )
+
+    def __reduce__(self) -> tuple[type["AttemptRemoved"], tuple[Path]]:
+        return AttemptRemoved, (self.folder,)  # the ranks send it to each other
 
 
 def is_superseded(run_dir: RunDir, attempt: int) -> bool:
@@ -52,7 +57,7 @@ def refuse_if_superseded(run_dir: RunDir, attempt: int) -> None:
     deadline = time.monotonic() + _HIDDEN_S
     while attempt not in (numbers := run_dir.attempt_numbers()):
         if time.monotonic() > deadline:
-            raise AttemptRemoved(run_dir, attempt)
+            raise AttemptRemoved(run_dir.attempt(attempt).path)
         time.sleep(_HIDDEN_S / 10)
     if numbers[-1] > attempt:
         raise Superseded(numbers[-1])

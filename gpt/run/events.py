@@ -45,6 +45,7 @@ class Event(StrEnum):
     CHECKPOINT_SAVED = "checkpoint_saved"
     CHECKPOINT_SKIPPED = "checkpoint_skipped"
     CHECKPOINT_FAILED = "checkpoint_failed"
+    CHECKPOINT_NOT_FINITE = "checkpoint_not_finite"
     CHECKPOINT_GIVEN_UP = "checkpoint_given_up"
     CHECKPOINT_REJECTED = "checkpoint_rejected"
     SAVING_SYNCHRONOUSLY = "saving_synchronously"

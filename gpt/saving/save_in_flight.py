@@ -41,6 +41,8 @@ class SaveInFlight:
         self.started = time.monotonic()
         self.stall_s = 0.0
         self.phase = Phase.WRITING
+        self.is_finite = True  # this rank's master weights; its thread finds out
+        self.ranks_not_finite: list[int] = []  # once the ranks have told each other
         self.task: BackgroundTask | None = None
         self._world = world
         self._entries: PendingGather | None = None
@@ -70,12 +72,14 @@ class SaveInFlight:
                 return first
             case Phase.WRITING if done == self._world.size:
                 assert self.task is not None and self.task.entry is not None
-                self._entries = PendingGather(self._world, *_as_integers(self.task.entry))
+                numbers = *_as_integers(self.task.entry), int(self.is_finite)
+                self._entries = PendingGather(self._world, *numbers)
                 self.phase, self.task = Phase.GATHERING, None
             case Phase.GATHERING:
                 assert self._entries is not None
-                entries = enumerate(self._entries.result())
-                index = self.index.with_files(tuple(_as_entry(rank, values) for rank, values in entries))
+                entries = list(enumerate(self._entries.result()))
+                self.ranks_not_finite = [rank for rank, (*_, is_finite) in entries if not is_finite]
+                index = self.index.with_files(tuple(_as_entry(rank, values[:3]) for rank, values in entries))
                 self.phase = Phase.COMMITTING
                 self.task = BackgroundTask(lambda: commit(index)) if self._world.is_first else None
             case Phase.COMMITTING if done:

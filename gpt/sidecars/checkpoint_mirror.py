@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+from gpt.checkpoint.doubt import doubt_of
 from gpt.checkpoint.format import committed, is_pinned
 from gpt.checkpoint.mirror import Mirror, MirrorError
 from gpt.checkpoint.retention import kept
@@ -85,7 +86,8 @@ class Copier:
         steps = self.mirror.steps()
         pinned = [step for step in steps if self.mirror.is_pinned(step)]
         losses = record.val_losses(self.run_dir.metrics) if self.config.keep_best else {}
-        for step in set(steps) - kept(steps, self.config, pinned, losses):
+        doubt = doubt_of(self.run_dir.events)
+        for step in set(steps) - kept(steps, self.config, pinned, losses, doubt):
             self.mirror.delete(step)
 
 

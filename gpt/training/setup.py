@@ -13,6 +13,7 @@ from gpt.model.attention import choose
 from gpt.model.gpt import GPT
 from gpt.optimizer.build import group_table
 from gpt.run import record
+from gpt.run.environment import WorkerEnvironment
 from gpt.run.events import Event, record_event
 from gpt.saving.restore import has_begun, load_newest
 from gpt.saving.saver import Saver
@@ -37,6 +38,7 @@ def set_up(attempt: Attempt) -> Trainer:
     attempt.clock.lap("engine")
     loaded = load_newest(run_dir, engine, world, data.fingerprint, is_begun=has_checkpoint)
     plan = ResumePlan.of(run, step=loaded.step, skipped=loaded.skipped) if loaded else ResumePlan.of(run)
+    plan = plan.rehearsed(WorkerEnvironment.read())
     agree(world, lambda: _skip(data.reader, plan))
     attempt.clock.lap("load")
     saver = Saver(

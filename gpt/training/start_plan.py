@@ -5,12 +5,13 @@ checkpoint that was loaded, since a corrupt one is passed over.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.sampling.skip_list import Ranges
 from gpt.config.run import RunConfig
+from gpt.run.environment import WorkerEnvironment
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class ResumePlan:
     last: int
     skips: tuple[tuple[Ranges, int], ...]  # sequences to skip, each with the step from which on
     searches_warmup: bool
+    pause_at: int | None = None
+    stop_at: int | None = None
 
     @classmethod
     def of(cls, run: RunConfig, *, step: int = 0, skipped: Ranges = ()) -> "ResumePlan":
@@ -51,6 +54,12 @@ class ResumePlan:
             skips=((skipped, 0), (run.data.skip, step)),
             searches_warmup=run.schedule.warmup == "auto" and step == 0,
         )
+
+    def rehearsed(self, environment: WorkerEnvironment) -> "ResumePlan":
+        """This plan with the interruptions that a rehearsal asks for: a pause first, then a stop."""
+        if self.start == 0:
+            return replace(self, pause_at=environment.pause_at)
+        return replace(self, stop_at=environment.stop_at)
 
     @property
     def first(self) -> int:

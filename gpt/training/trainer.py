@@ -25,7 +25,14 @@ from gpt.run.events import Event, record_event
 from gpt.saving.saver import Saver
 from gpt.training.attempt import Attempt, AttemptOutcome, log_line
 from gpt.training.auto_warmup import initial_rate
-from gpt.training.ending import finished, is_any_rank_asked_to_stop, save_and_end, stopped
+from gpt.training.ending import (
+    ask_to_stop_for_good,
+    finished,
+    is_any_rank_asked_to_stop,
+    save_and_end,
+    stopped,
+    wait_to_be_killed,
+)
 from gpt.training.evaluation import Validation, source_names
 from gpt.training.metrics import REDUCTIONS, DeferredScalars, MetricsWriter
 from gpt.training.prefetch import AHEAD, Prefetcher
@@ -105,7 +112,10 @@ class Trainer:
                 is_last = step == plan.last
                 is_evaluation_due = is_last or step % run.evaluation.every_steps == 0
                 is_save_due = self._is_save_due(step)
-                if not (is_last or is_evaluation_due or is_save_due or is_stopping):
+                if step == plan.stop_at:
+                    is_stopping = ask_to_stop_for_good(self._attempt, "the rehearsal")
+                is_pausing = step == plan.pause_at
+                if not (is_last or is_evaluation_due or is_save_due or is_stopping or is_pausing):
                     continue
                 is_stopping = self._complete_line(step, is_evaluation_due, is_stopping)
                 heartbeat.beat(step, "saving")
@@ -114,6 +124,9 @@ class Trainer:
                 if is_save_due:
                     self._saver.save(step, self._data.reader.skipped, problem=self._metrics.problem)
                     self._is_time_to_save = False  # the exchange at this boundary asked for this save
+                if is_pausing:
+                    self._saver.wait()
+                    wait_to_be_killed(self._attempt, step)
             return finished(self._attempt)
 
     def _is_save_due(self, step: int) -> bool:

@@ -39,8 +39,9 @@ def demo(out: Path) -> int:
 
 @click.command(
     short_help="Show the memory, time and disk that a run needs.",
-    epilog=example("outlast plan demo --cluster local --set data.path=data/mine"),
-    help=f"Show what a run needs: steps, compute, time, memory per rank, disk. Starts nothing. {RUN_HELP}",
+    epilog=example("outlast plan llama-1b --cluster slurm-h100 --days 14 --price-per-gpu-hour 2.50"),
+    help="Show what a run needs: steps, compute, time, memory per rank, disk, and the memory of other "
+    f"settings. Starts nothing and needs no data. {RUN_HELP}",
 )
 @click.argument("run")
 @cluster_option
@@ -53,10 +54,46 @@ def demo(out: Path) -> int:
     show_default=True,
     help="The fraction of the accelerators' peak FLOPs that the time estimate assumes.",
 )
-def plan(run: str, cluster: str, overrides: tuple[str, ...], as_json: bool, mfu: float) -> int:
+@click.option(
+    "--tokens",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="The training tokens of the data, where it is not prepared yet: for the number of epochs.",
+)
+@click.option(
+    "--days",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="N",
+    help="Also show how many GPUs finish the run in N days.",
+)
+@click.option(
+    "--price-per-gpu-hour",
+    type=click.FloatRange(min=0),
+    metavar="PRICE",
+    help="Also show what the GPU hours cost, in the currency of PRICE.",
+)
+def plan(
+    run: str,
+    cluster: str,
+    overrides: tuple[str, ...],
+    as_json: bool,
+    mfu: float,
+    tokens: int | None,
+    days: float | None,
+    price_per_gpu_hour: float | None,
+) -> int:
     from launcher.commands.plan import print_plan
 
-    return print_plan(run, cluster, overrides, as_json=as_json, mfu=mfu)
+    return print_plan(
+        run,
+        cluster,
+        overrides,
+        as_json=as_json,
+        mfu=mfu,
+        tokens=tokens,
+        days=days,
+        price_per_gpu_hour=price_per_gpu_hour,
+    )
 
 
 @click.command(

@@ -1,11 +1,12 @@
 """Submits a run's job and follows it until it ends: progress on the terminal, signals as stop requests."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from typing import TextIO
 
 import click
 
+from gpt.run.events import Event
 from gpt.run.exit_codes import ExitCode
 from gpt.run.json_file import is_listed
 from gpt.run.records import Job, JobOutcome
@@ -43,11 +44,11 @@ def submit_and_follow(
         is_attended = scheduler_of(cluster.kind).is_attended if attend is None else attend
         code = 0
         if is_attended or guard.has_signal:  # a signal during the submission is a stop request
+            click.echo(f"run directory: {run.path} (outlast status, logs and stop take it)", err=True)
             outcome = follow_job(run, job, follower, total_steps, guard=guard)
             code = outcome.exit_code
             click.echo(outcome.cause if code == 0 else f"exit code {code}: {outcome.cause}", err=True)
-            if code == ExitCode.STOPPED:
-                click.echo(f"continue with: outlast resume {run.path}", err=True)
+            click.echo(_next_command(run, code), err=True)
         else:
             click.echo(
                 f"submitted {job.executor} job {job.job_id}; check it with: outlast status {run.path}",
@@ -57,19 +58,31 @@ def submit_and_follow(
     return code
 
 
+def _next_command(run: RunDir, code: int) -> str:
+    """What a user does after a run that ended with `code`."""
+    match code:
+        case ExitCode.FINISHED:
+            return f"try it with: outlast sample {run.path} --prompt 'Once upon a time'"
+        case ExitCode.STOPPED:
+            return f"continue with: outlast resume {run.path}"
+        case _:
+            return f"look into it with: outlast logs {run.path}; continue with: outlast resume {run.path}"
+
+
 def start_and_follow(
     run: RunDir,
     total_steps: int,
     reason: str,
     observe: Observer | None = None,
     submitted: Callable[[Job], None] = lambda _: None,
+    quiet: Collection[Event] = (),
 ) -> JobOutcome:
-    """Submit `run`, call `submitted` with its job, and follow that until it ends."""
+    """Submit `run`, call `submitted` with its job, and follow that until it ends. `quiet` is not shown."""
     follower = RecordFollower(run)
     with SignalGuard(run) as guard:
         job = submit(run, reason)
         submitted(job)
-        return follow_job(run, job, follower, total_steps, observe, guard)
+        return follow_job(run, job, follower, total_steps, observe, guard, quiet)
 
 
 def follow_job(
@@ -79,14 +92,16 @@ def follow_job(
     total_steps: int,
     observe: Observer | None = None,
     guard: SignalGuard | None = None,
+    quiet: Collection[Event] = (),
 ) -> JobOutcome:
     """Show the progress of `job` until it ends, and return how it ended. Ctrl-C saves and stops it.
 
     `guard` has caught the signals since before the job was submitted; without it they are caught from now on.
+    The events named in `quiet` are not shown.
     """
     sidecars = SidecarWatch(run)
     with ExitStack() as stack:
-        display = stack.enter_context(Display(total_steps))
+        display = stack.enter_context(Display(total_steps, quiet))
         if guard is None:
             guard = stack.enter_context(SignalGuard(run))
         guard.note = display.note

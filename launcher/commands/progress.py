@@ -2,6 +2,8 @@
 
 import time
 from collections import deque
+from collections.abc import Collection
+from contextlib import ExitStack
 from statistics import fmean
 from types import TracebackType
 from typing import Any, Self
@@ -11,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from gpt.run.events import Event
 from launcher.commands.record_follower import Update
+from launcher.commands.terminal import without_echo_of_control_keys
 from launcher.units import duration, printable, processes, size
 
 _PLAIN_LINE_S = 10.0
@@ -20,8 +23,9 @@ _RECENT_STEPS = 20  # the remaining time is estimated from the mean of these
 class Display:
     """Shows a run's steps as a bar, and its events as lines above the bar."""
 
-    def __init__(self, total_steps: int) -> None:
-        self.total_steps = total_steps
+    def __init__(self, total_steps: int, quiet: Collection[Event] = ()) -> None:
+        """The events named in `quiet` are not shown."""
+        self.total_steps, self._quiet = total_steps, quiet
         self.console = Console(stderr=True, highlight=False)
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -37,17 +41,18 @@ class Display:
         self._step_seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._attempts = 0
         self._doing: str | None = None
+        self._stack = ExitStack()
 
     def __enter__(self) -> Self:
         if self._is_live:
-            self._progress.start()
+            self._stack.enter_context(without_echo_of_control_keys())
+            self._stack.enter_context(self._progress)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._is_live:
-            self._progress.stop()
+        self._stack.close()
 
     def note(self, sentence: str) -> None:
         """Print a line above the bar."""
@@ -64,7 +69,7 @@ class Display:
             if event["event"] == Event.PHASE and self._doing is None:
                 self._progress.update(self._task, description=f"starting, after {event.get('name')}")
             sentence = self._sentence(event)
-            if sentence:
+            if sentence and event["event"] not in self._quiet:
                 self.note(sentence)
         for line in update.metrics:
             if "val/loss" in line:
@@ -117,6 +122,11 @@ class Display:
                 return f"warning: the checkpoint of step {event['step']} was not saved: {event['reason']}"
             case Event.SAVING_SYNCHRONOUSLY:
                 return f"warning: training waits while a checkpoint is written: {event['reason']}"
+            case Event.CHECKPOINT_NOT_FINITE:
+                return (
+                    f"warning: the checkpoint of step {event['step']} is damaged: {event['reason']}; an "
+                    "older one is kept"
+                )
             case Event.CHECKPOINT_REJECTED:
                 return f"warning: {event['path']} failed verification and is not used: {event['reason']}"
             case Event.UPDATE_SKIPPED:

@@ -27,6 +27,7 @@ from launcher.preflight.plan import (
     checkpoint_bytes,
     checkpoint_counts,
     disk_bytes,
+    host_memory_problem,
     host_memory_warning,
     memory_problem,
     memory_warning,
@@ -41,6 +42,7 @@ from launcher.units import size
 
 READ_WHOLE_BYTES = 64 << 20  # data sets up to this size are verified byte by byte: 10 ms of xxh3
 EPOCHS_WARNING = 4.0  # more epochs improve the loss little (Muennighoff et al., arXiv:2305.16264)
+_ASSUMED_VOCABULARY = 50_257  # GPT-2's; for a plan without data
 _UNSET = "/nowhere"  # replaces a missing data.path while everything else is checked
 
 
@@ -56,14 +58,15 @@ def examine(
     """Check a launch of the config `tables`, which were read from `source`, into the run directory `folder`.
 
     `is_new` says whether the folder is yet to be created, or holds a run that continues; `size` replaces what
-    the cluster says. Without a folder
-    the request is only planned, and neither this machine nor the site is checked. Raises ConfigError with
-    every problem of run config, cluster, data, machine, site and folder.
+    the cluster says. Without a folder the request is only planned, and neither this machine nor the site is
+    checked. Raises ConfigError with every problem of run config, cluster, data, machine, site and folder; a
+    plan may leave the data out.
     """
     findings = Findings()
-    run = _read_run(tables, source, findings)
+    has_data = _names_data(tables)
+    run = _read_run(tables, source, findings, needs_data=folder is not None)
     cluster_config = _read_cluster(cluster, size, findings)
-    data = _readable_data(tables)
+    data = _readable_data(tables) if has_data else None
     sources = [] if data is None else [source.path for source in data.sources]
     is_full = data is not None and data.verify == "full"
     manifests = [manifest for path in sources for manifest in _read_data(path, findings, is_full)]
@@ -71,6 +74,10 @@ def examine(
     if run is not None and 0 < len(sources) == len(manifests):
         config = run.resolve(max(manifest.encoding.vocab_size for manifest in manifests))
         check_data(config, manifests, findings)
+    elif run is not None and folder is None and not has_data:
+        if run.model.vocab_size is None:
+            findings.warn(f"model.vocab_size is not set; the plan assumes {_ASSUMED_VOCABULARY} token ids.")
+        config = run.resolve(_ASSUMED_VOCABULARY)
     found = len(findings.problems)
     if run is not None:
         check_places(run, cluster_config, folder, findings)
@@ -82,7 +89,10 @@ def examine(
         has_gpu = cluster_config.gpus_per_node > 0
         findings.problem(run.zero_problem(cluster_config.processes, has_gpu=has_gpu))
     if config is not None and cluster_config is not None:
-        findings.problem(memory_problem(config, cluster_config))
+        # A plan shows what a run needs, also where it does not fit.
+        report = findings.problem if folder is not None else findings.warn
+        report(memory_problem(config, cluster_config))
+        report(host_memory_problem(config, cluster_config))
         findings.warn(memory_warning(config, cluster_config))
         findings.warn(host_memory_warning(config, cluster_config))
     if folder is not None and is_usable:
@@ -211,14 +221,21 @@ def check_disk(config: RunConfig, folder: Path, findings: Findings) -> None:
         findings.warnings.append(sentence)
 
 
-def _read_run(tables: dict[str, Any], source: str, findings: Findings) -> RunConfig | None:
+def _names_data(tables: dict[str, Any]) -> bool:
     data = tables.get("data", {})
-    if isinstance(data, dict) and "path" not in data and "mixture" not in data:
-        findings.problem(
-            f"{source}: data.path is not set. Give the folder that `outlast prepare` created, "
-            "for example --set data.path=data/mine"
-        )
-        tables = {**tables, "data": {**data, "path": _UNSET}}
+    return not isinstance(data, dict) or "path" in data or "mixture" in data
+
+
+def _read_run(
+    tables: dict[str, Any], source: str, findings: Findings, *, needs_data: bool
+) -> RunConfig | None:
+    if not _names_data(tables):
+        if needs_data:
+            findings.problem(
+                f"{source}: data.path is not set. Give the folder that `outlast prepare` created, "
+                "for example --set data.path=data/mine"
+            )
+        tables = {**tables, "data": {**tables.get("data", {}), "path": _UNSET}}
     try:
         return validate(RunConfig, tables, source)
     except ConfigError as error:

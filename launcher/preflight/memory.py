@@ -25,6 +25,7 @@ class Memory:
     activations: int
     workspace: int
     peak: int
+    peak_at: str  # activations and the update's buffers do not exist at the same time
 
     @property
     def state(self) -> int:
@@ -67,6 +68,7 @@ def memory(config: RunConfig, world_size: int, *, on_cpu: bool = False) -> Memor
     reduction = _reduction_bytes(config, is_summed_whole=is_summed_whole)
     fixed = weights + optimizer + accumulated + gathered + reduction
     forward = activations + loss + (gradients if zero.stage == 3 else 0)
+    is_forward = forward > gradients + update
     return Memory(
         weights=weights,
         optimizer=optimizer,
@@ -74,6 +76,7 @@ def memory(config: RunConfig, world_size: int, *, on_cpu: bool = False) -> Memor
         activations=activations,
         workspace=loss + gathered + update + reduction,
         peak=fixed + max(forward, gradients + update),
+        peak_at="the end of the forward pass" if is_forward else "the update",
     )
 
 

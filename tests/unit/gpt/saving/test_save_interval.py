@@ -1,14 +1,17 @@
 """When to save and what to keep: closed forms, and the extremes."""
 
 import random
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.config_file import validate
+from gpt.checkpoint.doubt import Doubt, doubt_of
 from gpt.checkpoint.retention import kept
 from gpt.config.run import CheckpointConfig
+from gpt.run.events import Event, record_event
 from gpt.saving.save_interval import (
     SaveClock,
     best_interval_s,
@@ -145,3 +148,32 @@ def test_keep_every_keeps_one_checkpoint_per_interval() -> None:
     for step in range(30, 1000, 30):
         there = kept([*there, step], config)
     assert sorted(there) == [120, 210, 300, 420, 510, 600, 720, 810, 900, 960, 990]
+
+
+def test_retention_keeps_the_last_checkpoint_from_before_a_row_of_left_out_updates() -> None:
+    config = CheckpointConfig(keep_last=2)
+    doubt = Doubt(left_out=frozenset({3, *range(61, 131)}))
+    there: set[int] = set()
+    for step in range(10, 140, 10):
+        there = kept([*there, step], config, doubt=doubt)
+        assert (60 in there) == (60 <= step <= 130)
+    assert there == {60, 120, 130}
+    assert kept([*there, 140], config, doubt=doubt) == {130, 140}  # an update was made: the row is broken
+
+
+def test_retention_keeps_the_newest_checkpoint_with_finite_weights() -> None:
+    config = CheckpointConfig(keep_last=2)
+    assert kept([10, 20, 30, 40], config, doubt=Doubt(not_finite=frozenset({20, 30, 40}))) == {10, 30, 40}
+    assert kept([30, 40], config, doubt=Doubt(not_finite=frozenset({30, 40}))) == {30, 40}
+
+
+def test_steps_that_are_taken_again_are_in_doubt_no_longer(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    for step in (5, 61, 62):
+        record_event(path, Event.UPDATE_SKIPPED, step=step)
+    record_event(path, Event.CHECKPOINT_SAVED, step=62)
+    record_event(path, Event.CHECKPOINT_NOT_FINITE, step=62)
+    assert doubt_of(path) == Doubt(frozenset({62}), frozenset({5, 61, 62}))
+    record_event(path, Event.RESUMED, step=50)
+    record_event(path, Event.CHECKPOINT_SAVED, step=62)
+    assert doubt_of(path) == Doubt(frozenset(), frozenset({5}))

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from gpt.config.run import RunConfig
+from gpt.run.environment import WorkerEnvironment
 from gpt.training.start_plan import BuildPlan, ResumePlan, is_evaluation_missing, lost_work
 
 
@@ -20,6 +21,15 @@ def config(**fields: Any) -> RunConfig:
 def test_new_run_draws_its_weights_and_a_resumed_one_does_not() -> None:
     assert BuildPlan.of(config(), has_checkpoint=False).draws_weights
     assert not BuildPlan.of(config(), has_checkpoint=True).draws_weights
+
+
+def test_rehearsal_pauses_a_new_run_and_stops_it_once_it_has_resumed() -> None:
+    asked = WorkerEnvironment(pause_at=3, stop_at=5)
+    new = ResumePlan.of(config()).rehearsed(asked)
+    resumed = ResumePlan.of(config(), step=2).rehearsed(asked)
+    assert (new.pause_at, new.stop_at) == (3, None)
+    assert (resumed.pause_at, resumed.stop_at) == (None, 5)
+    assert ResumePlan.of(config(), step=2).rehearsed(WorkerEnvironment()) == ResumePlan.of(config(), step=2)
 
 
 def test_sources_keep_their_weights() -> None:

@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import pty
+import sys
 
 import pytest
 from rich.console import Console
@@ -96,3 +99,24 @@ def test_no_event_can_end_the_display(run: RunDir, value: object) -> None:
                 events.write(json.dumps({"event": event.value, "time": 1.0, **more}) + "\n")
     [update] = follower.updates(give_job(run, alive=False))
     display.show(update)
+
+
+def test_ctrl_c_is_not_echoed_into_the_bar() -> None:
+    program = """
+import sys, termios
+from launcher.commands.terminal import without_echo_of_control_keys
+def has_echo():
+    return bool(termios.tcgetattr(2)[3] & termios.ECHOCTL)
+before = has_echo()
+with without_echo_of_control_keys():
+    during = has_echo()
+print(before, during, has_echo())
+"""
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execv(sys.executable, [sys.executable, "-c", program])
+    try:
+        assert os.read(terminal, 1000).split() == [b"True", b"False", b"True"]
+        assert os.waitpid(process, 0)[1] == 0
+    finally:
+        os.close(terminal)

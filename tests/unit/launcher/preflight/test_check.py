@@ -197,10 +197,8 @@ def test_a_vocabulary_smaller_than_that_of_the_data_is_refused(data: Path, tmp_p
     ]
 
 
-def test_a_context_longer_than_the_data_is_refused(data: Path, tmp_path: Path) -> None:
-    found = refused(
-        lambda: ask(data, tmp_path / "run", "model.context=1048576", "batch.global_batch_tokens=4194304")
-    )
+def test_a_context_longer_than_the_data_is_refused(data: Path) -> None:
+    found = refused(lambda: ask(data, None, "model.context=1048576", "batch.global_batch_tokens=4194304"))
     tokens = read_manifest(data).train_tokens
     assert found == [
         f"{data} has {tokens} training tokens, too few for one sequence of model.context = 1048576 (+ 1 "
@@ -294,12 +292,33 @@ def test_too_little_host_memory_for_asynchronous_saves_warns(monkeypatch: pytest
         assert host_memory_warning(config, nodes.model_copy(update={"mem": mem})) is None
     checkpoint = config.checkpoint.model_copy(update={"asynchronous": False})
     assert host_memory_warning(config.model_copy(update={"checkpoint": checkpoint}), nodes) is None
-    monkeypatch.setattr("launcher.scheduler.local.available_bytes", lambda: 6 << 30)
+    monkeypatch.setattr("launcher.scheduler.local.available_bytes", lambda: 10 << 30)
     warning = host_memory_warning(config, LOCAL)  # its CPU trains, so the host holds the whole state
     assert warning is not None
-    assert "(free on this machine)" in warning
+    assert "training leaves only" in warning and "(free on this machine)" in warning
+    monkeypatch.setattr("launcher.scheduler.local.available_bytes", lambda: 6 << 30)
+    warning = host_memory_warning(config, LOCAL)
+    assert warning is not None
+    assert warning.startswith(
+        "a step needs about 9.2 GiB of host memory on each node, but there are only 6.0"
+    )
     monkeypatch.setattr("launcher.scheduler.local.available_bytes", lambda: 600 << 30)
     assert host_memory_warning(config, LOCAL) is None
+
+
+def test_a_run_that_does_not_fit_in_host_memory_is_refused_and_its_plan_is_shown(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    big = ["model.d_model=2048", "model.n_layers=32", "model.n_heads=16"]
+    monkeypatch.setattr("launcher.scheduler.local.available_bytes", lambda: 23 << 30)
+    problems = refused(lambda: ask(data, tmp_path / "run", *big))
+    [problem] = [problem for problem in problems if "host memory" in problem]
+    assert problem.startswith("the training state needs ")
+    assert "(2 × " in problem and "but there are only 23.0 GiB (free on this machine). Use fewer" in problem
+    assert any(warning == problem for warning in ask(data, None, *big).warnings)
+    ask(data, None, cluster=ClusterConfig(kind="slurm", nodes=2, mem="8G"))
+    monkeypatch.setattr("launcher.scheduler.local.available_bytes", lambda: 600 << 30)
+    assert not any("host memory" in warning for warning in ask(data, None, *big).warnings)
 
 
 def test_an_existing_run_directory_is_refused(data: Path, tmp_path: Path) -> None:
@@ -398,10 +417,11 @@ def test_more_processes_than_cores_warn() -> None:
     assert warning.startswith("4096 processes share ")
 
 
-def test_a_training_state_that_does_not_fit_on_the_gpu_is_refused(data: Path) -> None:
+def test_a_training_state_that_does_not_fit_on_the_gpu_is_told(data: Path, tmp_path: Path) -> None:
     cluster = ClusterConfig(kind="slurm", gpus_per_node=1, accelerator="a100-40gb")
     big = ["model.n_layers=32", "model.d_model=4096", "model.n_heads=32", "precision=bf16"]
-    [problem] = refused(lambda: ask(data, None, *big, cluster=cluster))
+    problem = ask(data, None, *big, cluster=cluster).warnings[-1]  # only a launch is refused
+    assert problem in refused(lambda: ask(data, tmp_path / "run", *big, cluster=cluster))
     # 18 bytes (2 weights, 4 sums of gradients, 12 AdamW) a parameter, and the largest gradient in bf16:
     # 32 × (4·4096² + 3·4096·10944) + 2·4096·4096 + 65·4096 parameters
     parameters = 32 * (4 * 4096**2 + 3 * 4096 * 10944) + 2 * 4096 * 4096 + 65 * 4096

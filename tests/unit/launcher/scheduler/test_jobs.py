@@ -86,7 +86,11 @@ def test_requeued_job_is_removed_from_the_queue_after_a_stop_request(
 ) -> None:
     slurm = SlurmWithClock(monkeypatch, {0: "RUNNING", 8: "COMPLETING", 12: "PENDING"})
     assert stop(str(run.path), now=False) == 0
-    assert capsys.readouterr().err == "saving, then stopping\nremoved from the queue; it had not started\n"
+    assert capsys.readouterr().err.splitlines() == [
+        "saving, then stopping",
+        "waiting for the workers to start; they see the request then",
+        "removed from the queue; it had not started",
+    ]
     outcome = read_json(run.submission(1).outcome)
     assert outcome is not None
     assert outcome["exit_code"] == 75
