@@ -176,6 +176,7 @@ def test_losses_and_gradient_norms_match_a_plain_loop(
     for line in run.metrics():
         flops_per_second = flops_per_token(config.model) * line["train/tokens_per_second"]
         assert line["train/mfu"] == pytest.approx(flops_per_second / built["peak_flops_per_second"])
+        assert line["train/mfu_causal"] < line["train/mfu"]
     tokens = [line["tokens"] for line in run.metrics()]
     assert (
         tokens
