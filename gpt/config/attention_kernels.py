@@ -18,6 +18,7 @@ class GpuRequirement:
     module: str  # has the kernel as `flash_attn_varlen_func`
     package: str
     missing_head_widths: Mapping[int, range] = field(default_factory=dict)  # by compute capability
+    nondeterministic_head_widths: Mapping[int, range] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class KernelSpec:
 
 
 # FlashAttention's READMEs: 2 runs on Ampere and newer GPUs; 3 is for Hopper; 4 has a backward pass on Hopper
-# and Blackwell only, there without head widths between 128 and 256.
+# and Blackwell only, there without head widths between 128 and 256. The backward passes of 3 and 4 refuse
+# `deterministic` for wide heads and on compute capability 12.
 ATTENTION_KERNELS: list[KernelSpec] = [
     KernelSpec(
         "flash-4",
@@ -63,6 +65,7 @@ ATTENTION_KERNELS: list[KernelSpec] = [
             module="flash_attn.cute",
             package="flash-attn-4",
             missing_head_widths={10: range(129, 256), 12: range(129, 256)},
+            nondeterministic_head_widths={12: range(1, 257)},
         ),
     ),
     KernelSpec(
@@ -76,6 +79,7 @@ ATTENTION_KERNELS: list[KernelSpec] = [
             hardware="Hopper (H100, H200)",
             module="flash_attn_3.flash_attn_interface",
             package="flash-attn's hopper/",
+            nondeterministic_head_widths={9: range(193, 257)},
         ),
     ),
     KernelSpec(

@@ -242,6 +242,12 @@ def obstacle(kernel: KernelSpec, model: ModelConfig, device: torch.device, dtype
             return f"it needs {kernel.gpu.hardware}, this GPU has compute capability {major}.{minor}"
         if model.head_width in kernel.gpu.missing_head_widths.get(major, ()):
             return f"on compute capability {major}.{minor} it has no head width of {model.head_width}"
+        varying = kernel.gpu.nondeterministic_head_widths.get(major, ())
+        if model.head_width in varying and torch.are_deterministic_algorithms_enabled():
+            return (
+                f"deterministic = true, and on compute capability {major}.{minor} its gradients for a head "
+                f"width of {model.head_width} differ from one time to the next"
+            )
     dtype_name = _DTYPE_NAMES.get(dtype, str(dtype))
     if kernel.dtypes is not None and dtype_name not in kernel.dtypes:
         return f"it computes in {' or '.join(kernel.dtypes)}, not {dtype_name}"

@@ -145,10 +145,14 @@ class _Disturbance:
 
 
 def _shortened(tables: dict[str, Any], steps: int) -> dict[str, Any]:
-    """The tables of the run with `steps` steps, a checkpoint each quarter, and no tracking."""
+    """The tables of the run with `steps` steps, a checkpoint each quarter, and no tracking.
+
+    The losses are compared bit for bit, so it is deterministic unless the run says otherwise.
+    """
     schedule = {key: value for key, value in tables.get("schedule", {}).items() if key != "total_tokens"}
     warmup = min(int(schedule.get("warmup_steps", 0)), steps)
     return {
+        "deterministic": True,
         **tables,
         "schedule": {**schedule, "total_steps": steps, "warmup_steps": warmup},
         "checkpoint": {"every_steps": max(1, steps // 4)},
