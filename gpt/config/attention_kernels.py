@@ -15,7 +15,7 @@ class GpuRequirement:
 
     capabilities: tuple[int, ...]  # major numbers of CUDA's compute capability
     hardware: str  # the same for people
-    module: str  # has the kernel as `flash_attn_varlen_func`
+    module: str  # has the kernel; gpt.model.attention knows by what name
     package: str
     missing_head_widths: Mapping[int, range] = field(default_factory=dict)  # by compute capability
     nondeterministic_head_widths: Mapping[int, range] = field(default_factory=dict)
@@ -92,6 +92,20 @@ ATTENTION_KERNELS: list[KernelSpec] = [
             hardware="Ampere (A100) or newer",
             module="flash_attn",
             package="flash-attn",
+        ),
+    ),
+    KernelSpec(
+        "varlen",
+        has_softcap=False,
+        has_dropout=False,
+        head_width_multiple=8,
+        head_width_max=256,
+        dtypes=("bf16", "fp16"),
+        gpu=GpuRequirement(
+            capabilities=(8, 9, 10, 12),
+            hardware="Ampere (A100) or newer",
+            module="torch.nn.attention.varlen",
+            package="torch 2.13 or newer",
         ),
     ),
     KernelSpec("sdpa", has_softcap=False),

@@ -55,7 +55,7 @@ class Snapshot:
 
     def device_seconds(self) -> float:
         """How long an update waited for the last copy; 0 if that is not known yet."""
-        if self._held is None or not self._held[1].query():
+        if self._held is None or not self._held[1].query():  # type: ignore[no-untyped-call]
             return 0.0
         before, after = self._held
         return float(before.elapsed_time(after)) / 1000.0
