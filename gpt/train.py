@@ -50,7 +50,7 @@ def main(path: Path) -> None:
     run_dir = RunDir(path)
     run = RunConfig.model_validate_json(run_dir.config.read_text())
     environment = WorkerEnvironment.read()
-    set_rounding()
+    set_rounding(is_deterministic=run.deterministic)
     HEARTBEAT.beat(0, WAITING, is_starting=True)
     world = join(run.launch.collective_timeout_s, run.parallel.sequence, environment)
     clock = StartClock(run_dir, world, HEARTBEAT, _STARTED)

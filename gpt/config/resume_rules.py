@@ -27,6 +27,7 @@ RULES = {
     "seed": Change.MUST_MATCH,
     "precision": Change.MUST_MATCH,
     "compile": Change.WARNED,
+    "deterministic": Change.FREE,
     "profile": Change.FREE,
     "model": Change.MUST_MATCH,
     "model.attention": Change.WARNED,

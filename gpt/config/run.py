@@ -193,6 +193,11 @@ class RunConfig(Section):
         description="Compile the blocks and the loss with torch.compile. Steps are faster, but the first one "
         "takes a minute or more. Rounding and the random numbers of dropout differ from an uncompiled run.",
     )
+    deterministic: bool = Field(
+        default=False,
+        description="Compute with algorithms that give the same bits each time, so that a run on GPUs also "
+        "continues bit for bit. Steps on GPUs are slower. CPUs always do.",
+    )
     profile: Annotated[str, Field(pattern=r"^[1-9]\d*:[1-9]\d*$")] | None = Field(
         default=None,
         description="FIRST:LAST, the steps that torch's profiler traces on rank 0. The trace is written to "

@@ -42,6 +42,8 @@ class RankWriter:
         """Copy this rank's state to host memory, if it is to be written from there."""
         if self.snapshot is not None:
             self.snapshot.take(self._engine.state())
+            if self.snapshot.is_queued:
+                self._engine.before_next_update(self.snapshot.hold_update)
         reach("copied")
 
     def write(self, save: SaveInFlight) -> FileEntry:

@@ -50,7 +50,7 @@ class SaveInFlight:
     def start_writing(self, write: Callable[[], FileEntry]) -> None:
         """Start this rank's writing in the background; what happened since the save began was the stall."""
         self.stall_s = time.monotonic() - self.started
-        self.task = BackgroundTask(write)
+        self.task = BackgroundTask(write, self._world.device)
 
     def report(self) -> tuple[bool, bool]:
         """Whether this rank has done its part of the phase, and whether it failed."""
@@ -81,7 +81,8 @@ class SaveInFlight:
                 self.ranks_not_finite = [rank for rank, (*_, is_finite) in entries if not is_finite]
                 index = self.index.with_files(tuple(_as_entry(rank, values[:3]) for rank, values in entries))
                 self.phase = Phase.COMMITTING
-                self.task = BackgroundTask(lambda: commit(index)) if self._world.is_first else None
+                is_first, device = self._world.is_first, self._world.device
+                self.task = BackgroundTask(lambda: commit(index), device) if is_first else None
             case Phase.COMMITTING if done:
                 self.phase = Phase.ENDED
             case Phase.DISCARDING if done == self._world.size:
@@ -98,7 +99,7 @@ class SaveInFlight:
                 writing.wait()
             discard(self.folder, self._world.rank)
 
-        self.phase, self.task = Phase.DISCARDING, BackgroundTask(remove)
+        self.phase, self.task = Phase.DISCARDING, BackgroundTask(remove, self._world.device)
 
 
 def _as_integers(entry: FileEntry) -> tuple[int, int, int]:

@@ -16,7 +16,7 @@ from gpt.distributed.reduction import PendingReduction
 from gpt.distributed.world import agree, from_first, total
 from gpt.distributed.zero.engine import Engine
 from gpt.model.compilation import compile_seconds
-from gpt.model.flops import flops_per_token
+from gpt.model.flops import causal_flops_per_token, flops_per_token
 from gpt.model.gpt import seed_dropout
 from gpt.optimizer.lr_schedule import learning_rate
 from gpt.run import record
@@ -181,7 +181,9 @@ class Trainer:
             "data/wait_seconds": waited,
         }
         if self._peak_flops is not None:
-            fields["train/mfu"] = flops_per_token(run.model) * tokens_per_second / self._peak_flops
+            share = tokens_per_second / self._peak_flops
+            fields["train/mfu"] = flops_per_token(run.model) * share
+            fields["train/mfu_causal"] = causal_flops_per_token(run.model) * share
         return fields
 
     def _choose_initial_rate(self) -> None:

@@ -164,7 +164,8 @@ def shortened(tables: dict[str, Any], steps: int) -> dict[str, Any]:
     """The tables of the run with `steps` steps, a checkpoint each quarter, and no tracking.
 
     Whatever happens during the run also happens in the short one: the decay of the rate, and every stage of
-    data.schedule and batch.warmup, as far as there are enough steps.
+    data.schedule and batch.warmup, as far as there are enough steps. The losses are compared bit for bit, so
+    the short run is deterministic unless the run says otherwise.
     """
     schedule = {key: value for key, value in tables.get("schedule", {}).items() if key != "total_tokens"}
     cut = {"total_steps": steps}
@@ -173,6 +174,7 @@ def shortened(tables: dict[str, Any], steps: int) -> dict[str, Any]:
     if warmup := schedule.get("warmup_steps"):
         cut["warmup_steps"] = min(warmup, steps - cut.get("decay_steps", 0))
     short = {
+        "deterministic": True,
         **tables,
         "schedule": {**schedule, **cut},
         "checkpoint": {"every_steps": _save_interval(steps)},

@@ -24,6 +24,8 @@ _FORWARDED = ",".join(number.name for number in (*STOP_SIGNALS, signal.SIGQUIT))
 _SHUTDOWN_TIMEOUT_S = 3600
 # Nodes often have no route to the internet: a library that tries would hang in a connection, not fail.
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+# How torch's allocator is configured; the second name is the older one.
+_ALLOCATOR = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,9 @@ def worker_environment(
         environment["OMP_NUM_THREADS"] = str(max(1, cores // cluster.processes))
     elif (visible := scheduler.visible_gpus(cluster, inherited)) is not None:
         environment["CUDA_VISIBLE_DEVICES"] = visible
+    if cluster.gpus_per_node and not _ALLOCATOR & (inherited.keys() | cluster.environment.keys()):
+        # Gathered weights and activations differ in size, and would leave gaps between fixed segments.
+        environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     if cluster.interface is not None:
         environment["NCCL_SOCKET_IFNAME"] = environment["GLOO_SOCKET_IFNAME"] = cluster.interface
     environment.update(_OFFLINE)

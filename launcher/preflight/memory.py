@@ -63,7 +63,7 @@ def memory(config: RunConfig, world_size: int, *, on_cpu: bool = False) -> Memor
     if config.micro_batches(world_size) > 1 and config.precision != "fp32":
         accumulated = 4 * parameters // (world_size if zero.stage >= 2 else 1)
     update = 4 * parameters // world_size if on_device else 0  # the fp32 copy of the gradient
-    activations = activation_bytes(config)
+    activations = activation_bytes(config, on_cpu=on_cpu)
     loss = _loss_bytes(config, on_cpu=on_cpu)
     reduction = _reduction_bytes(config, is_summed_whole=is_summed_whole)
     fixed = weights + optimizer + accumulated + gathered + reduction
@@ -128,16 +128,16 @@ def gradient_traffic_bytes(config: RunConfig, world_size: int) -> int:
     return width * parameter_count(config.model) * times if world_size > 1 else 0
 
 
-def activation_bytes(config: RunConfig) -> int:
+def activation_bytes(config: RunConfig, *, on_cpu: bool = False) -> int:
     """Bytes that one micro-batch keeps for the backward pass, without the buffers inside kernels.
 
     Counted as in Korthikanti et al. (arXiv:2205.05198, section 4), for this network's own operations. A test
     compares it with the tensors that autograd saves.
     """
     model, tokens, width = config.model, _tokens(config), _bytes(config)
-    last_norm = _norm(model, width) if model.norm_placement == "pre" else 0
+    last_norm = _norm(model, width, on_cpu=on_cpu) if model.norm_placement == "pre" else 0
     at_head = width * model.d_model  # the loss computes its input's gradient in the forward pass
-    block = _block(model, width)
+    block = _block(model, width, on_cpu=on_cpu)
     if model.recompute == "none":
         kept = model.n_layers * block
     else:
@@ -148,25 +148,29 @@ def activation_bytes(config: RunConfig) -> int:
     return tokens * (kept + last_norm + at_head)
 
 
-def _block(model: ModelConfig, width: int) -> int:
+def _block(model: ModelConfig, width: int, *, on_cpu: bool) -> int:
     """Bytes per token of one block."""
     attention = width * (model.n_heads + 2 * model.kv_heads) * model.head_width  # q, k and v in one tensor
     if model.position == "rope" or model.qk_norm:
         # rotated or normalised copies of q and k
         attention += width * (model.n_heads + model.kv_heads) * model.head_width
     if model.qk_norm:
-        attention += (4 + width) * (model.n_heads + model.kv_heads) * model.head_width
+        # On a CPU its input in fp32 and normalised; the kernel of a GPU keeps the root of the mean square.
+        kept_per_head = (4 + width) * model.head_width if on_cpu else 4
+        attention += kept_per_head * (model.n_heads + model.kv_heads)
     attention += width * model.n_heads * model.head_width + 4 * model.n_heads  # result and log-sum-exp
     # tensors of the feed-forward's width that its activation keeps
     kept = {"relu": 1, "bilinear": 3, "gelu": 2, "swish": 2, "relu2": 2}.get(model.ffn, 4)
     dropped = 2 * model.d_model if model.dropout else 0  # masks of a byte an element
-    return 2 * _norm(model, width) + attention + kept * width * model.ffn_width + dropped
+    return 2 * _norm(model, width, on_cpu=on_cpu) + attention + kept * width * model.ffn_width + dropped
 
 
-def _norm(model: ModelConfig, width: int) -> int:
+def _norm(model: ModelConfig, width: int, *, on_cpu: bool) -> int:
     """Bytes per token of a norm over the model's width, including its result."""
     if model.norm == "layernorm":
         return 2 * width * model.d_model + 8
+    if not on_cpu:
+        return 2 * width * model.d_model + 4  # its input, scaled
     return (4 + 2 * width) * model.d_model + 4  # its input in fp32, normalised, scaled
 
 

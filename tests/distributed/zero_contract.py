@@ -83,6 +83,16 @@ if sums_whole_gradients(run, world.size):
 
 before = weights()
 assert engine.optimizer_steps == 0, version
+masters = [part.tensor.clone() for part in engine.state() if part.state == "master"]
+is_unchanged: list[bool] = []
+
+
+def compare() -> None:
+    now = [part.tensor for part in engine.state() if part.state == "master"]
+    is_unchanged.append(all(map(torch.equal, masters, now)))
+
+
+engine.before_next_update(compare)
 take_step(1e-3)
 after = weights()
 assert engine.optimizer_steps == 1 and not engine.was_skipped, version
@@ -106,6 +116,7 @@ if run.precision == "fp16":
     assert engine.scalars["loss_scaler.cur_scale"] == 512.0, version
 
 take_step(1e-3)
+assert is_unchanged == [True], "before_next_update comes once, before the state changes"
 assert engine.optimizer_steps == 2 and not engine.was_skipped, (
     f"{version}: a skipped update also spoils the next step"
 )

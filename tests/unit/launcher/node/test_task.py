@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -552,6 +553,18 @@ def test_local_job_uses_the_gpus_of_the_caller() -> None:
     cluster = ClusterConfig(kind="local", gpus_per_node=2)
     inherited = {"CUDA_VISIBLE_DEVICES": "0,1", "OUTLAST_CUDA_VISIBLE_DEVICES": "5,GPU-7,6"}
     assert worker_environment(cluster, HERE, 0, "", inherited)["CUDA_VISIBLE_DEVICES"] == "5,GPU-7"
+
+
+def test_gpu_memory_is_allocated_in_segments_that_grow_unless_the_user_says_otherwise() -> None:
+    def configured(inherited: dict[str, str], **cluster: Any) -> set[tuple[str, str]]:
+        environment = worker_environment(ClusterConfig(kind="local", **cluster), HERE, 0, "", inherited)
+        return {(name, value) for name, value in environment.items() if name.endswith("ALLOC_CONF")}
+
+    assert configured({}, gpus_per_node=1) == {("PYTORCH_ALLOC_CONF", "expandable_segments:True")}
+    assert configured({}, gpus_per_node=0) == set()
+    for mine in ({"PYTORCH_CUDA_ALLOC_CONF": "a:1"}, {"PYTORCH_ALLOC_CONF": "b:2"}):
+        assert configured(mine, gpus_per_node=1) == set(mine.items())
+        assert configured({}, gpus_per_node=1, environment=mine) == set(mine.items())
 
 
 def test_slurm_node_task_outside_slurm_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
