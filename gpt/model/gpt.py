@@ -10,12 +10,12 @@ Llama: RMSNorm, rotary positions, SwiGLU, no biases.
 import math
 from functools import partial
 from hashlib import blake2b
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from gpt.config.model import ModelConfig
 from gpt.model.attention import Attention, Documents, Scores, choose, formula
@@ -24,6 +24,7 @@ from gpt.model.initialization import initialize
 from gpt.model.layers import Embedding, FeedForward, Linear, RMSNorm, build_norm
 from gpt.model.loss import BlockLoss, block_loss, capped, cross_entropy_sum
 from gpt.model.positions import positions, rope_table, rotate, sinusoid_table
+from gpt.model.selective_recompute import keep_products
 from gpt.model.sequence_parallel import WHOLE_SEQUENCES, Attend, SequenceGroup
 
 Rope = tuple[Tensor, Tensor]
@@ -236,7 +237,7 @@ class GPT(nn.Module):
             return cast(Tensor, block(x_btd, rope, attend))
         if self.model.recompute == "full":
             return cast(Tensor, checkpoint(block, x_btd, rope, attend, use_reentrant=False))
-        kept = checkpoint(block, x_btd, rope, attend, use_reentrant=False, context_fn=_keep_products)
+        kept = checkpoint(block, x_btd, rope, attend, use_reentrant=False, context_fn=keep_products)
         return cast(Tensor, kept)
 
     def logits(self, tokens_bt: Tensor, documents: Documents, cache: Cache | None = None) -> Tensor:
@@ -268,16 +269,6 @@ def _over_documents(
         return attend(q_xhe, k_xke, v_xke, documents, scores)
 
     return sequence.attend(over_whole, rows, q_xhe, k_xke, v_xke)
-
-
-def _keep_products() -> Any:
-    """Keep the results of matrix products, which are expensive to recompute, and nothing else.
-
-    Korthikanti et al. 2022 (arXiv:2205.05198, section 5) choose by hand on the same grounds.
-    """
-    aten = torch.ops.aten
-    products = [aten.mm.default, aten.addmm.default]
-    return create_selective_checkpoint_contexts(products)  # type: ignore[no-untyped-call]
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:

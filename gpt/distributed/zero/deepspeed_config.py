@@ -21,6 +21,8 @@ def deepspeed_config(run: RunConfig, world_size: int, *, has_gpu: bool) -> dict[
         # With offload, torch's AdamW updates on the host: unlike DeepSpeedCPUAdam it needs no compiler.
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**62,
+        # It would wait for the device twice in every micro-batch, to measure what metrics.jsonl says anyway.
+        "timers": {"throughput": {"enabled": False}},
     }
     if not run.zero.quantized_gradients:  # whose kernels read 16-bit gradients and send 4 bits
         config["communication_data_type"] = run.zero.reduce_dtype

@@ -47,3 +47,28 @@ def test_full_recomputes_blocks_and_selective_recomputes_no_matrix_products() ->
     assert flops < flops_full
     # Attention is recomputed, matrix products are not.
     assert flops <= flops_selective < (flops + flops_full) / 2
+
+
+def test_selective_recomputation_allows_other_work_inside_a_block() -> None:
+    """ZeRO stage 3 gathers weights inside a block in one of the two passes only."""
+
+    def gradients(*, gathers_in_pass: int | None) -> list[torch.Tensor]:
+        gpt = build(recompute="selective", n_layers=2)
+        passes = [0] * len(gpt.blocks)
+
+        def gather(index: int) -> None:
+            passes[index] += 1
+            if passes[index] == gathers_in_pass:
+                torch.cat([torch.ones(3), torch.ones(2)]).narrow(0, 1, 2)
+
+        for index, block in enumerate(gpt.blocks):
+            block.register_forward_pre_hook(lambda *_, index=index: gather(index))
+        tokens = random_tokens(2, 24)
+        gpt(tokens, tokens, rows(tokens)).backward()
+        assert passes == [2] * len(gpt.blocks)
+        return [p.grad for p in gpt.parameters() if p.grad is not None]
+
+    expected = gradients(gathers_in_pass=None)
+    for number in (1, 2):
+        found = gradients(gathers_in_pass=number)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -1,0 +1,124 @@
+"""One optimizer step of rank 0 without the GPU, the other ranks and the data.
+
+It runs build_model, Engine and train_step unchanged, on a fake process group and torch's meta device. Shapes, the order and size of collectives, memory of tensors and host waits are those of the
+real step. Values, overlap, races, the allocator's fragmentation and the memory of CUDA and NCCL are not seen.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from gpt.config.run import RunConfig
+from gpt.distributed.mesh import SEQUENCE, Mesh
+from gpt.distributed.world import World
+from gpt.distributed.zero.build import DTYPES, build_model
+from gpt.distributed.zero.engine import Engine
+from gpt.distributed.zero.fake_accelerator import accelerated, shapes_only
+from gpt.dry_run.attention import in_shapes
+from gpt.dry_run.device import DEVICE, Stream, StreamEvent, used_as_gpu
+from gpt.dry_run.recorder import Recorder, storage_bytes
+from gpt.model.attention import Documents
+from gpt.model.sequence_parallel import WHOLE_SEQUENCES, SequenceGroup
+from gpt.run.dry_step import DryStep
+from gpt.training.metrics import DeferredScalars
+from gpt.training.step import ModelInputs, train_step
+
+HOPPER = (9, 0)
+_STEPS = 3  # the first ones allocate the optimizer's state and record the order of weights at stage 3
+
+
+def dry_step(
+    run: RunConfig, world_size: int, local_size: int, capability: tuple[int, int] = HOPPER
+) -> DryStep:
+    """What the third step of the resolved `run` does on rank 0 of `world_size`, `local_size` on each node."""
+    recorder = Recorder()
+    waited = recorder.wait
+    with contextlib.ExitStack() as around:
+        around.enter_context(used_as_gpu(waited, capability, "a GPU of a dry run"))
+        world = around.enter_context(_world(run, world_size, local_size))
+        around.enter_context(
+            accelerated(
+                DEVICE,
+                partial(Stream, waited),
+                partial(StreamEvent, waited),
+                partial(waited, "waits for the device"),
+            )
+        )
+        around.enter_context(in_shapes())
+        around.enter_context(recorder)
+        return _run(run, world, recorder)
+
+
+def _run(run: RunConfig, world: World, recorder: Recorder) -> DryStep:
+    dtype = torch.get_default_dtype()
+    if run.zero.stage < 3:  # the network is cast as a whole, which tensors without memory cannot be
+        torch.set_default_dtype(DTYPES[run.precision])
+    try:
+        with world.device:
+            model = build_model(run, world, is_resumed=True)
+    finally:
+        torch.set_default_dtype(dtype)
+    engine = Engine(model, run, world)
+    recorder.forget(shapes_only(engine))
+    activations = 0
+    tokens = float(run.batch.global_batch_tokens)
+    forward = model.forward
+
+    def watched_forward(*inputs: object) -> torch.Tensor:
+        nonlocal activations
+        before = recorder.live_bytes
+        with recorder.during("forward"):
+            loss = forward(*inputs)
+        activations = max(activations, recorder.live_bytes - before)
+        return loss
+
+    model.forward = watched_forward
+    for _ in range(_STEPS):
+        inputs = [_inputs(run, world) for _ in range(run.micro_batches(world.size))]
+        recorder.begin()
+        with recorder.during("backward and update"):
+            numbers = train_step(engine, inputs, 1e-4, tokens)
+            DeferredScalars(numbers)
+        del inputs, numbers
+    return DryStep(
+        weights=storage_bytes(getattr(parameter, "ds_tensor", parameter) for parameter in model.parameters()),
+        optimizer=storage_bytes(part.tensor for part in engine.state()),
+        kept=recorder.live_bytes,
+        activations=activations,
+        peak=recorder.peak_bytes,
+        peak_phase=recorder.peak_phase,
+        kernels=recorder.kernels,
+        collectives=recorder.collectives,
+        host_waits=recorder.host_waits,
+    )
+
+
+def _inputs(run: RunConfig, world: World) -> ModelInputs:
+    """One micro-batch in which every row is one document."""
+    rows, context = run.batch.micro_batch, run.model.context
+    ids = torch.zeros(rows, context, dtype=torch.long, device=world.device)
+    ends = np.arange(1, rows + 1, dtype=np.int32) * context
+    return ids, ids, Documents.from_ends(ends, world.device)
+
+
+@contextlib.contextmanager
+def _world(run: RunConfig, size: int, local_size: int) -> Iterator[World]:
+    places = {"RANK": "0", "WORLD_SIZE": str(size), "LOCAL_RANK": "0"}
+    os.environ.update({**places, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"})
+    dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
+    try:
+        sequence = WHOLE_SEQUENCES
+        if run.parallel.sequence > 1:
+            ranks = next(iter(Mesh.over(size, **{SEQUENCE: run.parallel.sequence}).groups(SEQUENCE)))
+            sequence = SequenceGroup(0, len(ranks), dist.new_group(list(ranks)))
+        control = dist.group.WORLD
+        assert control is not None
+        yield World(0, size, 0, local_size, 0, DEVICE, control, sequence=sequence)
+    finally:
+        dist.destroy_process_group()
