@@ -1,6 +1,5 @@
 """Checks every name, path and URL of a run before anything is created or asked."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from data_pipeline.places import shown, text_problem, url_problem, without_crede
 from gpt.config.run import RunConfig
 from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig
-from launcher.paths import new_folder_problem
+from launcher.paths import moved_folder_problem, new_folder_problem
 from launcher.scheduler.container import needed_folders
 
 
@@ -44,12 +43,7 @@ def folder_problem(folder: Path, *, is_new: bool) -> str | None:
     if is_new:
         problem = new_folder_problem(folder)
         return None if problem is None else f"{problem} Give another --run-dir."
-    if os.pathsep not in str(folder):
-        return None
-    return (
-        f"{folder} has a {os.pathsep!r} in its path, which separates the folders in PYTHONPATH: the workers "
-        "would not find the run's code. Move the run directory, or name it by a link without one."
-    )
+    return moved_folder_problem(folder)
 
 
 def _texts(value: Any, name: str = "") -> Iterator[tuple[str, str]]:

@@ -156,7 +156,7 @@ def test_a_run_that_was_moved_where_its_code_cannot_be_imported_is_refused(
 ) -> None:
     monkeypatch.setattr(follow_job, "submit", submit_what_ends_well)
     moved = run.path.rename(run.path.with_name("a:b"))
-    with pytest.raises(ConfigError, match="a:b has a ':' in its path, which separates the folders in PYTHON"):
+    with pytest.raises(ConfigError, match="a:b: a run directory's path cannot have ':': it sep"):
         resume(RunDir(moved))
     link = moved.with_name("link")
     link.symlink_to(moved)

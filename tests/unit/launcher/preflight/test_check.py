@@ -324,6 +324,11 @@ def test_a_run_directory_that_slurm_would_rename_is_refused(data: Path, tmp_path
     )
 
 
+def test_a_mirror_that_cannot_hold_files_is_refused(data: Path, tmp_path: Path) -> None:
+    [problem] = refused(lambda: ask(data, tmp_path / "run", "checkpoint.mirror=/proc"))
+    assert problem.startswith("checkpoint.mirror = /proc: /proc is on a file system that holds no files")
+
+
 def test_a_name_that_is_too_long_for_a_run_directory_is_refused(data: Path) -> None:
     name = "x" * 300
     [of_name, of_folder] = refused(lambda: ask(data, next_run_folder(name), f"name={name}"))
