@@ -6,6 +6,7 @@ the name itself may be lost. Readers never see a half-written file, because the 
 """
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,10 +16,15 @@ from data_pipeline.errors import DataError
 def write_durably(path: Path, content: bytes) -> None:
     """Write `content` to `path`; after a crash a reader finds either the old file or the complete new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(content)
-        fsync_file(file)
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            fsync_file(file)
+        temporary.replace(path)
+    except OSError:  # the disk is full, for example: leave nothing behind
+        with suppress(OSError):
+            temporary.unlink()
+        raise
     fsync_folder(path.parent)
 
 
@@ -41,13 +47,18 @@ def rename_durably(source: Path, target: Path) -> None:
 def fsync_file(file: IO[Any]) -> None:
     """Flush the open `file` and wait until its content is on disk."""
     file.flush()
-    os.fsync(file.fileno())
+    fsync_descriptor(file.fileno())
 
 
 def fsync_folder(path: Path) -> None:
     """Wait until the names in the folder `path` are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        fsync_descriptor(descriptor)
     finally:
         os.close(descriptor)
+
+
+def fsync_descriptor(descriptor: int) -> None:
+    """Wait until what was written through the open `descriptor` is on disk."""
+    os.fsync(descriptor)

@@ -13,6 +13,8 @@ import os
 from pathlib import Path
 from typing import Any, Self
 
+from data_pipeline.durable import fsync_descriptor
+
 BUFFER_BYTES = 4 << 20
 _BLOCK_BYTES = 4096  # in practice no disk has larger blocks, and no file system larger pages
 _REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP)
@@ -57,7 +59,7 @@ class DirectWriter:
 
     def sync(self) -> None:
         """Wait until the content is on the disk."""
-        os.fsync(self._descriptor)
+        fsync_descriptor(self._descriptor)
 
     def _flush(self) -> None:
         at = 0

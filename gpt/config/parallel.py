@@ -35,6 +35,12 @@ class ZeroConfig(Section):
         description="With cpu, the shards of the weights stay in host memory (ZeRO-Infinity, "
         "arXiv:2104.07857). Needs stage 3.",
     )
+    reduce_dtype: Literal["fp32", "bf16", "fp16"] = Field(
+        default="fp32",
+        description="Data type in which gradients are summed over the ranks: fp32, or that of precision, "
+        "which halves the traffic and rounds every sum. Stage 1 reduces once a step, stages 2 and 3 once a "
+        "micro-batch.",
+    )
     bucket_numel: Count | None = Field(
         default=None,
         description="Number of gradient elements to reduce at a time. Default: those of one block, but "

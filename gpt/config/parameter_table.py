@@ -34,6 +34,19 @@ def parameter_table(model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]
         yield "head.weight", (model.vocabulary, d)
 
 
+def stacked_rows(model: ModelConfig, name: str, rows: int) -> tuple[int, ...]:
+    """The rows of each matrix that is stacked in the parameter `name`, which has `rows` rows in all.
+
+    Queries, keys and values are one parameter of three matrices; the gate and the value of the feed-forward
+    network are one of two.
+    """
+    if name.endswith("attention.qkv.weight"):
+        return tuple(heads * model.head_width for heads in (model.n_heads, model.kv_heads, model.kv_heads))
+    if name.endswith("ffn.up.weight") and model.is_gated:
+        return (model.ffn_width, model.ffn_width)
+    return (rows,)
+
+
 def parameter_count(model: ModelConfig) -> int:
     """Parameters of the network; a tied head counts once."""
     return sum(prod(shape) for _, shape in parameter_table(model))

@@ -51,6 +51,7 @@ RULES = {
     "zero.stage": Change.FREE,
     "zero.offload_optimizer": Change.FREE,
     "zero.offload_parameters": Change.FREE,
+    "zero.reduce_dtype": Change.WARNED,
     "zero.bucket_numel": Change.FREE,
     "zero.prefetch_numel": Change.FREE,
     "zero.whole_below_numel": Change.FREE,

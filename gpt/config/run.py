@@ -31,7 +31,7 @@ class CheckpointConfig(Section):
     every_minutes: float | None = Field(default=None, gt=0, description="Minutes between checkpoints.")
     interval: Literal["auto"] | None = Field(
         default=None,
-        description="auto: choose the interval that costs the least time (Young 1974, Daly 2006), from the "
+        description="auto: choose the interval that costs the least time (arXiv:2410.18124), from the "
         "measured stall of a save and the failures of this run.",
     )
     max_lost_minutes: float = Field(
@@ -105,6 +105,10 @@ class TrackingConfig(Section):
     )
 
 
+# Longer than any step, and short enough for a wait of gloo's, which counts milliseconds in 32 bits.
+_LONGEST_TIMEOUT_S = 1_000_000.0
+
+
 class LaunchConfig(Section):
     """How failures and hangs are detected and how often the run is restarted."""
 
@@ -123,11 +127,13 @@ class LaunchConfig(Section):
     hang_timeout_s: float = Field(
         default=600.0,
         gt=0,
+        le=_LONGEST_TIMEOUT_S,
         description="Restart the workers after this many seconds without a step, an evaluation or a save.",
     )
     start_timeout_s: float = Field(
         default=900.0,
         gt=0,
+        le=_LONGEST_TIMEOUT_S,
         description="Restart the workers when a phase of the start takes longer than this many seconds: "
         "imports, loading a checkpoint, the first step with its compilation. Must be less than "
         "collective_timeout_s.",
@@ -135,6 +141,7 @@ class LaunchConfig(Section):
     collective_timeout_s: float = Field(
         default=1200.0,
         gt=0,
+        le=_LONGEST_TIMEOUT_S,
         description="Seconds that a rank waits for the others in a collective. Must be more than "
         "hang_timeout_s, so that a hang is reported with its cause before the collective fails.",
     )
@@ -296,6 +303,11 @@ class RunConfig(Section):
             raise ValueError(
                 "zero.quantized_weights gathers 16-bit weights in 8 bits, but precision is 'fp32'. "
                 "Use 'bf16'."
+            )
+        if self.zero.reduce_dtype not in ("fp32", self.precision):
+            raise ValueError(
+                f"zero.reduce_dtype = {self.zero.reduce_dtype!r} is neither 'fp32' nor precision = "
+                f"{self.precision!r}. Use one of them."
             )
         optimizer = self.optimizer
         if not optimizer.spec.supports_mup and self.model.initialization == "mup":

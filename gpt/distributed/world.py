@@ -16,6 +16,7 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 
 from data_pipeline.errors import OutlastError
 from gpt.distributed.mesh import DATA, SEQUENCE, Mesh
+from gpt.model.hardware import ACCELERATORS, GPU
 from gpt.model.sequence_parallel import WHOLE_SEQUENCES, SequenceGroup
 from gpt.run.environment import WorkerEnvironment
 from gpt.run.heartbeat import wait_for_ranks
@@ -64,29 +65,30 @@ class World:
         return self.rank == 0
 
 
-def join(timeout_s: float, sequence: int = 1, environment: WorkerEnvironment | None = None) -> World:
+def join(
+    timeout_s: float, sequence: int = 1, environment: WorkerEnvironment | None = None, *, gpu: str = GPU
+) -> World:
     """Join the process group that torchrun's environment describes: NCCL on GPUs, gloo without.
 
-    `sequence` ranks share each sequence.
+    `sequence` ranks share each sequence. `gpu` is the kind of device of a run that asks for GPUs.
     """
     local_rank = int(os.environ["LOCAL_RANK"])
     # All ranks must choose the same backend, even when one node has lost its GPUs.
     environment = environment or WorkerEnvironment.read()
     wanted = environment.gpus_per_node
-    has_gpu = torch.cuda.is_available() if wanted is None else wanted > 0
+    gpus = ACCELERATORS[gpu]
+    has_gpu = gpus.is_available() if wanted is None else wanted > 0
     problem = None
-    if has_gpu and local_rank >= torch.cuda.device_count():
-        problem = (
-            f"the node has {torch.cuda.device_count()} GPUs, and the run needs {wanted or local_rank + 1}"
-        )
-    device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
+    if has_gpu and local_rank >= gpus.count():
+        problem = f"the node has {gpus.count()} GPUs, and the run needs {wanted or local_rank + 1}"
+    device = torch.device(gpu, local_rank) if has_gpu else torch.device("cpu")
     if has_gpu and problem is None:
-        torch.cuda.set_device(device)
+        gpus.use(device)
     if not has_gpu:
         keep_freed_memory()
     timeout = timedelta(seconds=timeout_s)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    backend = "nccl" if has_gpu else "gloo"
+    backend = gpus.backend if has_gpu else "gloo"
     dist.init_process_group(
         backend, store=_store(rank, size, timeout), rank=rank, world_size=size, timeout=timeout
     )

@@ -7,7 +7,7 @@ import shutil
 from data_pipeline.errors import CheckpointError
 from gpt.checkpoint.failpoints import reach
 from gpt.checkpoint.format import CheckpointIndex, FileEntry, rank_tensors
-from gpt.checkpoint.writer import read_back, write_rank_file
+from gpt.checkpoint.writer import make_temporary_folder, read_back, write_rank_file
 from gpt.distributed.world import World, total
 from gpt.distributed.zero.engine import Engine
 from gpt.run.events import Event, record_event
@@ -36,7 +36,7 @@ class RankWriter:
         """Write this rank's file and read it back. Raises CheckpointError."""
         parts = self.snapshot.parts() if self.snapshot is not None else live_parts(self._engine.state())
         try:
-            save.folder.mkdir(parents=True, exist_ok=True)
+            make_temporary_folder(save.folder)
             reach("folder_made")
             if self._world.is_first:
                 _check_disk_space(save)

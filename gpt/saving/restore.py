@@ -8,10 +8,12 @@ import torch
 
 from data_pipeline.errors import CheckpointError, ConfigError
 from gpt.checkpoint.format import CheckpointIndex, Corrupt, committed
+from gpt.checkpoint.patience import Unreadable
 from gpt.checkpoint.reader import CheckpointReader
 from gpt.config.resume_rules import config_fingerprint
 from gpt.distributed.world import World, agree, from_first, gather
 from gpt.distributed.zero.engine import Engine
+from gpt.model.hardware import is_cpu
 from gpt.optimizer.parameter_groups import misfits
 from gpt.run.events import Event, earlier_config_fingerprints, read_events
 from gpt.run.run_dir import RunDir
@@ -95,12 +97,14 @@ def _load(folder: Path, engine: Engine, world: World, identity: _Identity) -> Ch
             engine.load_scalars(reader.index.scalars)
             for part in engine.state():
                 where = part.group, part.state, part.start, part.end
-                if part.tensor.device.type == "cpu" and part.tensor.dtype == torch.float32:
+                if is_cpu(part.tensor.device) and part.tensor.dtype == torch.float32:
                     reader.read(*where, out=part.tensor.detach().numpy())  # without a copy in between
                 else:
                     part.tensor.copy_(torch.from_numpy(reader.read(*where)))
         except Corrupt as error:
             return str(error)
+        except Unreadable as error:  # a crash: the next attempt reads it again, perhaps on another node
+            raise OSError(str(error)) from error
         return reader.index
 
     loaded = agree(world, attempt)

@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from gpt.distributed.zero.state import StatePart
+from gpt.model.hardware import accelerator
 
 _BLOCK_NUMEL = 1 << 24  # elements of a device's state that are in host memory at a time: 64 MiB
 
@@ -15,11 +16,12 @@ class Snapshot:
     """A host buffer for the state of one rank, in the order of its file; allocated once."""
 
     def __init__(self, numel: int, device: torch.device) -> None:
-        is_pinned = device.type == "cuda"  # a GPU copies asynchronously only to pinned memory
-        self._buffer = torch.empty(numel, dtype=torch.float32, pin_memory=is_pinned)
+        gpu = accelerator(device)  # it copies asynchronously only to pinned memory
+        dtype = torch.float32
+        self._buffer = gpu.pinned(numel, dtype) if gpu is not None else torch.empty(numel, dtype=dtype)
         self._buffer.zero_()  # touch every page now, or a step would wait for the kernel to provide it
-        self._copying = _event() if is_pinned else None
-        self._copied = _event() if is_pinned else None
+        self._copying = gpu.event(is_timed=True) if gpu is not None else None
+        self._copied = gpu.event(is_timed=True) if gpu is not None else None
 
     def take(self, state: Iterator[StatePart]) -> None:
         """Copy `state`; on a GPU this only queues the copy, ahead of later steps on the same stream."""
@@ -44,10 +46,6 @@ class Snapshot:
         if self._copied is not None:
             self._copied.synchronize()
         yield self._buffer.numpy()
-
-
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 def live_parts(state: Iterator[StatePart]) -> Iterator[NDArray[np.float32]]:

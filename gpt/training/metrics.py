@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gpt.distributed.reduction import Reduction
 from gpt.distributed.world import World
+from gpt.model.hardware import Event, accelerator
 from gpt.run import record
 from gpt.run.attempts import is_superseded
 from gpt.run.run_dir import RunDir
@@ -43,12 +44,12 @@ class DeferredScalars:
     def __init__(self, numbers: Mapping[str, Tensor]) -> None:
         self._names = tuple(numbers)
         stacked = torch.stack([number.detach().double() for number in numbers.values()])
-        self._arrived = None
-        if stacked.is_cuda:
+        self._arrived: Event | None = None
+        if (gpu := accelerator(stacked.device)) is not None:
             # A GPU copies to the host without blocking it only when the memory is pinned.
-            self._host = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True)
+            self._host = gpu.pinned(len(stacked), stacked.dtype)
             self._host.copy_(stacked, non_blocking=True)
-            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived = gpu.event()
             self._arrived.record()
         else:
             self._host = stacked

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from gpt.distributed.world import World, barrier, from_first, gather
+from gpt.model.hardware import accelerator, is_cpu, synchronize
 from gpt.run.heartbeat import wait_for_ranks
 from gpt.run.host_memory import available_bytes
 
@@ -29,9 +30,9 @@ SMALLEST_SCRATCH_BYTES = 128 << 20  # torch and NCCL write files there
 SMALLEST_FREE_GPU_FRACTION = 0.9  # with less, another process is using the GPU
 # The slowest speed allowed, as a fraction of the fastest rank's. Other processes may share CPU cores, not
 # GPUs.
-SLOWEST_FRACTION = {"cuda": 0.7, "cpu": 0.1}
+SLOWEST_GPU_FRACTION, SLOWEST_CPU_FRACTION = 0.7, 0.1
 _PACKAGES = ("torch", "deepspeed", "numpy")
-_ALL_REDUCE_BYTES = {"cuda": 64 << 20, "cpu": 4 << 20}
+_GPU_ALL_REDUCE_BYTES, _CPU_ALL_REDUCE_BYTES = 64 << 20, 4 << 20
 
 
 @dataclass(frozen=True)
@@ -66,14 +67,16 @@ def check_nodes(world: World, folder: Path, host: str) -> NodeFindings:
     clock_s = time.time()
     file_clock_s = _file_clock_s(folder) if world.is_first else 0.0
     reports = gather(world, _measure(world, host, clock_s))
-    bad = from_first(world, compare(reports, world.device.type, file_clock_s) if world.is_first else {})
+    slowest_fraction = SLOWEST_CPU_FRACTION if is_cpu(world.device) else SLOWEST_GPU_FRACTION
+    bad = from_first(world, compare(reports, slowest_fraction, file_clock_s) if world.is_first else {})
     slowest = min(report.flops_per_second for report in reports)
     return NodeFindings(bad, slowest, 0.0 if bad else _all_reduce_speed(world))
 
 
-def compare(reports: Sequence[RankReport], device_type: str, file_clock_s: float) -> dict[str, str]:
+def compare(reports: Sequence[RankReport], slowest_fraction: float, file_clock_s: float) -> dict[str, str]:
     """Node → why it is bad.
 
+    A rank that is slower than `slowest_fraction` of the fastest one makes its node bad.
     `file_clock_s` is the time of the shared file system. It is the reference unless no node agrees with it;
     then the median of the nodes is.
     """
@@ -87,7 +90,7 @@ def compare(reports: Sequence[RankReport], device_type: str, file_clock_s: float
         offset_s = report.clock_s - clock_s
         others = [f"{name} {version}" for name, version in report.versions if (name, version) not in usual]
         reason = report.problem
-        if reason is None and report.flops_per_second < SLOWEST_FRACTION[device_type] * fastest:
+        if reason is None and report.flops_per_second < slowest_fraction * fastest:
             reason = (
                 f"rank {report.rank} multiplies matrices at {report.flops_per_second / 1e9:.0f} GFLOP/s, "
                 f"the fastest rank at {fastest / 1e9:.0f} GFLOP/s"
@@ -138,15 +141,14 @@ def _measure(world: World, host: str, clock_s: float) -> RankReport:
 
 def _matmul_speed(device: torch.device) -> float:
     """The best speed of a few products of square matrices, in FLOP/s."""
-    is_gpu = device.type == "cuda"
+    is_gpu = accelerator(device) is not None
     width, dtype = (8192, torch.bfloat16) if is_gpu else (512, torch.float32)
     a = torch.ones(width, width, device=device, dtype=dtype)
     times = []
     for _ in range(5):
         started = time.perf_counter()
         product = a @ a
-        if is_gpu:
-            torch.cuda.synchronize(device)
+        synchronize(device)
         times.append(time.perf_counter() - started)
     if float(product[-1, -1]) != width:
         raise RuntimeError(f"a product of matrices of ones gives {float(product[-1, -1])} instead of {width}")
@@ -154,10 +156,9 @@ def _matmul_speed(device: torch.device) -> float:
 
 
 def _shared_gpu(device: torch.device) -> str | None:
-    if device.type != "cuda":
+    if (gpu := accelerator(device)) is None:
         return None
-    free, whole = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device)
+    free, whole = gpu.free_bytes(device)
     if free >= SMALLEST_FREE_GPU_FRACTION * whole:
         return None
     return f"{device} has {free >> 20} of {whole >> 20} MiB free: another process is using it"
@@ -165,13 +166,12 @@ def _shared_gpu(device: torch.device) -> str | None:
 
 def _all_reduce_speed(world: World) -> float:
     """The best speed of three small all-reduces over all ranks, in bytes a second."""
-    size = _ALL_REDUCE_BYTES[world.device.type]
+    size = _CPU_ALL_REDUCE_BYTES if is_cpu(world.device) else _GPU_ALL_REDUCE_BYTES
     values = torch.ones(size // 4, device=world.device)
     times = []
     for _ in range(3):
         started = time.perf_counter()
         wait_for_ranks(dist.all_reduce, values)
-        if world.device.type == "cuda":
-            torch.cuda.synchronize(world.device)
+        synchronize(world.device)
         times.append(time.perf_counter() - started)
     return size / min(times)

@@ -6,7 +6,7 @@ import torch
 
 from gpt.distributed.world import World, total
 from gpt.model.flops import PEAK_FLOPS_PER_SECOND
-from gpt.model.hardware import compute_dtype
+from gpt.model.hardware import accelerator, compute_dtype
 
 
 def peak_flops_per_second(world: World, precision: str, dtype: torch.dtype) -> float | None:
@@ -15,8 +15,8 @@ def peak_flops_per_second(world: World, precision: str, dtype: torch.dtype) -> f
     A GPU counts with the number in its data sheet. A CPU counts with the speed of a large matrix product,
     measured while every rank computes one.
     """
-    if world.device.type == "cuda":
-        own = of_gpu(torch.cuda.get_device_name(world.device), precision)
+    if (gpu := accelerator(world.device)) is not None:
+        own = of_gpu(gpu.product(world.device), precision)
     else:
         own = _measured(dtype)
     peak, unknown = total(world, own or 0.0, float(own is None))

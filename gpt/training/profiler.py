@@ -7,6 +7,7 @@ import torch
 
 from gpt.config.run import RunConfig
 from gpt.distributed.world import World
+from gpt.model.hardware import synchronize
 from gpt.run.run_dir import RunDir
 
 
@@ -28,8 +29,7 @@ class Profile:
         """Write the trace when `step` is the last one to profile."""
         if self._profiler is None or step < self._steps[-1]:
             return
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        synchronize(self._device)
         self._profiler.stop()
         name = f"steps-{self._steps[0]}-{self._steps[-1]}.json"
         self._run_dir.profiles.mkdir(exist_ok=True)

@@ -61,14 +61,16 @@ class ResumePlan:
 def lost_work(
     start: int, reached: Mapping[str, Any] | None, kept: Mapping[str, Any] | None, now: float
 ) -> dict[str, float] | None:
-    """The steps and seconds since the checkpoint of `start`, which are computed again; None in a fresh run.
+    """The steps and seconds since the checkpoint of `start`; None in a fresh run.
 
-    `reached` is the last line of metrics.jsonl, and `kept` the last one up to `start`.
+    `reached` is the last line of metrics.jsonl, and `kept` the last one up to `start`. `repeated_s` is the
+    time of the steps that are computed again, `lost_s` the time until now; 0 if the clock was set back.
     """
     line = kept or reached
     if reached is None or line is None:
         return None
-    return {"lost_steps": reached["step"] - start, "lost_s": round(now - line["time"], 1)}
+    repeated_s, lost_s = (round(max(0.0, end - line["time"]), 1) for end in (reached["time"], now))
+    return {"lost_steps": max(0, reached["step"] - start), "lost_s": lost_s, "repeated_s": repeated_s}
 
 
 def is_evaluation_missing(start: int, every_steps: int, line: Mapping[str, Any]) -> bool:

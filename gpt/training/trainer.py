@@ -20,7 +20,7 @@ from gpt.model.flops import flops_per_token
 from gpt.model.gpt import seed_dropout
 from gpt.optimizer.lr_schedule import learning_rate
 from gpt.run import record
-from gpt.run.attempts import is_superseded, refuse_if_superseded
+from gpt.run.attempts import must_end, refuse_if_superseded
 from gpt.run.events import Event, record_event
 from gpt.saving.saver import Saver
 from gpt.training.attempt import Attempt, AttemptOutcome, log_line
@@ -200,7 +200,7 @@ class Trainer:
         """Start to reduce what the ranks exchange after `step`; `_end_exchange` reads it a step later."""
         attempt = self._attempt
         has_no_data = self._batches.error(step + AHEAD) is not None
-        is_broken = has_no_data or (attempt.world.is_first and is_superseded(attempt.run_dir, attempt.number))
+        is_broken = has_no_data or (attempt.world.is_first and must_end(attempt.run_dir, attempt.number))
         ahead = 0 if has_no_data else self._batches.scored_tokens(step + AHEAD)
         is_saved, has_failed = self._saver.report()
         numbers = {

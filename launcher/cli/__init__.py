@@ -54,6 +54,7 @@ def commands() -> None:
 for _command in (
     training.demo,
     training.plan,
+    training.simulate,
     training.launch,
     training.resume,
     training.rehearse,

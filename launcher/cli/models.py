@@ -36,7 +36,13 @@ from launcher.cli.options import UserPath, cluster_option, example, set_option
     metavar="P",
     help="Sample from the most likely tokens that together have probability P.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Seeds the sampling.")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=-(2**63), max=2**64 - 1),
+    default=0,
+    show_default=True,
+    help="Seeds the sampling.",
+)
 @click.option(
     "--step",
     type=click.IntRange(min=0),
@@ -80,7 +86,8 @@ def export(run_dir: str, out: Path, step: int | None, dtype: str) -> int:
     "import",
     short_help="Create a run from a transformers model.",
     epilog=example(
-        "outlast import gpt2/ runs/mine --data data/mine --set schedule.total_steps=1000",
+        "outlast import gpt2/ runs/mine --data data/mine "
+        "--set schedule.total_steps=100 --set batch.global_batch_tokens=32768",
         "outlast resume runs/mine",
     ),
 )

@@ -60,6 +60,100 @@ def plan(run: str, cluster: str, overrides: tuple[str, ...], as_json: bool, mfu:
 
 
 @click.command(
+    short_help="Show days and goodput of a run under failures.",
+    epilog=example(
+        "outlast simulate llama-1b --cluster slurm-h100 --set data.path=data/mine",
+        "outlast simulate my-run.toml --cluster my-cluster.toml --history runs/my-run-0001 --spare-nodes 2",
+    ),
+    help="Simulate a run on a cluster that fails: its days and goodput with their spread, what each change "
+    f"is worth, and other numbers of GPUs. Starts nothing. {RUN_HELP}",
+)
+@click.argument("run")
+@cluster_option
+@set_option
+@click.option("--days", type=click.FloatRange(min=0, min_open=True), help="Days without any failure.")
+@click.option(
+    "--mfu",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    default=0.4,
+    show_default=True,
+    help="The fraction of the accelerators' peak FLOPs that the days are computed with.",
+)
+@click.option(
+    "--history",
+    "histories",
+    multiple=True,
+    metavar="RUN_DIR",
+    help="Take failures, starts and saves from an earlier run. Can be repeated.",
+)
+@click.option(
+    "--failures-per-1000-node-days",
+    "failures",
+    type=click.FloatRange(min=0),
+    metavar="N",
+    help="Default: 6.5 (arXiv:2410.21680), corrected by --history.",
+)
+@click.option("--preemptions-per-day", "preemptions", type=click.FloatRange(min=0), metavar="N")
+@click.option("--spare-nodes", type=click.IntRange(min=0), metavar="N", help="Idle nodes of the job.")
+@click.option("--queue-minutes", type=click.FloatRange(min=0), metavar="N", help="Default: 30.")
+@click.option("--start-seconds", type=click.FloatRange(min=0), metavar="N", help="Default: 60.")
+@click.option(
+    "--disk-gb-per-s",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="How fast each node writes and reads checkpoints.",
+)
+@click.option("--replicas", type=click.IntRange(20, 10_000), default=200, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
+@click.option(
+    "--plot", type=click.Path(path_type=Path), metavar="FILE", help="Plot goodput against GPUs (.png, .svg)."
+)
+def simulate(
+    run: str,
+    cluster: str,
+    overrides: tuple[str, ...],
+    days: float | None,
+    mfu: float,
+    histories: tuple[str, ...],
+    failures: float | None,
+    preemptions: float | None,
+    spare_nodes: int | None,
+    queue_minutes: float | None,
+    start_seconds: float | None,
+    disk_gb_per_s: float,
+    replicas: int,
+    seed: int,
+    as_json: bool,
+    plot: Path | None,
+) -> int:
+    from launcher.commands.simulate import simulate_run
+    from launcher.simulation.scenario import DAY_S
+
+    return simulate_run(
+        run,
+        cluster,
+        overrides,
+        days=days,
+        mfu=mfu,
+        histories=histories,
+        disk_gb_per_s=disk_gb_per_s,
+        changes={
+            "node_failure_rate": None if failures is None else failures / 1000 / DAY_S,
+            "preemption_rate": None if preemptions is None else preemptions / DAY_S,
+            "spare_nodes": spare_nodes,
+            "queue_s": None if queue_minutes is None else 60 * queue_minutes,
+            "start_s": start_seconds,
+        },
+        replicas=replicas,
+        seed=seed,
+        as_json=as_json,
+        plot=plot,
+    )
+
+
+@click.command(
     short_help="Check a new run, then train it.",
     epilog=example("outlast launch my-run.toml --cluster local --set batch.micro_batch=4"),
     help="Check everything, then train on this machine or submit to Slurm. The run directory is the last "

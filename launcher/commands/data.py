@@ -25,6 +25,7 @@ from gpt.checkpoint import format as checkpoint_format
 from gpt.run.run_dir import RunDir
 from launcher.cluster_file import load_cluster
 from launcher.paths import absolute, unwritable_problem
+from launcher.units import counted
 
 _PLAIN_LINE_S = 10.0
 _SHOWN_SOURCES = 5
@@ -211,13 +212,19 @@ def verify(folder: Path) -> int:
     if RunDir(folder).config.exists():
         checkpoints = checkpoint_format.committed(RunDir(folder).checkpoints)
         bad = [found for _, path in checkpoints for found in checkpoint_format.verify(path)]
-        checked = f"{len(checkpoints)} checkpoints"
+        checked = counted(len(checkpoints), "checkpoint")
     elif (folder / FILE_NAME).exists():
         bad = [checkpoint_format.BadBytes(*found) for found in verify_data(folder)]
         checked = "data set"
+    elif not folder.exists():
+        raise LaunchError(
+            f"{folder} does not exist. Name a run directory (`outlast status` lists runs) or the folder of a "
+            "data set."
+        )
     else:
         raise LaunchError(
-            f"{folder} is neither a run directory (with config.json) nor a data set (with {FILE_NAME})."
+            f"{folder} is neither a run directory (with {RunDir(folder).config.name}) nor a data set (with "
+            f"{FILE_NAME}). `outlast status` lists runs; `outlast prepare` makes a data set."
         )
     named: set[Path] = set()
     for found in bad:
@@ -225,6 +232,7 @@ def verify(folder: Path) -> int:
             named.add(found.path)
             click.echo(f"{found.path}: byte {found.offset}: {found.reason}")
     click.echo(
-        f"{checked}: {len(named)} corrupt files" if bad else f"{checked}: every byte is intact", err=True
+        f"{checked}: {counted(len(named), 'corrupt file')}" if bad else f"{checked}: every byte is intact",
+        err=True,
     )
     return 1 if bad else 0

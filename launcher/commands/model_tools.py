@@ -45,9 +45,7 @@ def tracking_uri(folder: Path) -> str:
     if RunDir(folder).config.exists():
         run = open_run(folder)
         uri = read_config(run).tracking.uri
-        if uri is not None:
-            return uri
-        folder = folder.parent
+        return uri if uri is not None else f"sqlite:///{run.mlflow_database}"
     return f"sqlite:///{mlflow_database_in(folder)}"
 
 

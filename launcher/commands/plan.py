@@ -24,12 +24,12 @@ def print_plan(run: str, cluster: str, overrides: Sequence[str], *, as_json: boo
     return 0
 
 
-def show_plan(request: Request, mfu: float = ASSUMED_MFU) -> None:
-    """Print the plan of a request on standard output, as an aligned table."""
+def show_plan(request: Request, mfu: float = ASSUMED_MFU, *, err: bool = False) -> None:
+    """Print the plan of a request as an aligned table, on standard output or, with `err`, standard error."""
     rows = table(plan(request.config, request.cluster, request.train_tokens, mfu))
     width = max(32, *(len(name) + 2 for name, _ in rows))  # the path of a source can be long
     for name, value in rows:
-        click.echo(f"{name:<{width}}{value}")
+        click.echo(f"{name:<{width}}{value}", err=err)
 
 
 def show_warnings(request: Request) -> None:

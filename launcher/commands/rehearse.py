@@ -17,22 +17,21 @@ from rich.table import Table
 from data_pipeline.errors import LaunchError
 from gpt.run.exit_codes import ExitCode
 from gpt.run.json_file import read_json
-from gpt.run.records import JobOutcome
+from gpt.run.records import Job, JobOutcome
 from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig
 from launcher.commands.fault_injector import FaultInjector, kill_worker
-from launcher.commands.follow_job import Observer, follow_job
+from launcher.commands.follow_job import Observer, start_and_follow
 from launcher.commands.launch import command_line
 from launcher.commands.plan import show_warnings
-from launcher.commands.record_follower import RecordFollower, Update
+from launcher.commands.record_follower import Update
 from launcher.commands.rehearsal_checks import Check, compare
-from launcher.commands.submit import submit
 from launcher.paths import absolute
 from launcher.preflight.check import examine
 from launcher.request import Request
 from launcher.runs.recipes import run_tables
 from launcher.runs.stop_request import request_stop
-from launcher.runs.store import create_run, next_run_folder, put_submission
+from launcher.runs.store import create_run, make_next_run_folder, next_run_folder, put_submission
 from launcher.scheduler.registry import scheduler_of
 from launcher.units import processes
 
@@ -41,6 +40,7 @@ _PUSH_S = 3.0  # repeated, because Slurm ignores it until the last job run has e
 
 def rehearse(run: str, cluster: str, overrides: Sequence[str], folder: Path | None, steps: int) -> int:
     """Rehearse `run` on `cluster` in `folder`; 0 when every check passes, else 1."""
+    is_named = folder is not None
     folder = absolute(folder or next_run_folder("rehearsal"), "--run-dir")
     tables, source = run_tables(run, overrides)
     short = _shortened(tables, steps)
@@ -53,6 +53,8 @@ def rehearse(run: str, cluster: str, overrides: Sequence[str], folder: Path | No
             "warning: no smaller number of processes divides the global batch; the rehearsal does not resize",
             err=True,
         )
+    if not is_named:
+        folder = make_next_run_folder("rehearsal")
     runs = {name: create_run(folder / name, requests[name], command_line()) for name in requests}
 
     click.echo(f"[1/3] training {steps} steps on {processes(request.cluster.world_size)}", err=True)
@@ -159,13 +161,16 @@ def _shortened(tables: dict[str, Any], steps: int) -> dict[str, Any]:
 
 def _train(run: RunDir, request: Request, reason: str, observe: Observer | None) -> JobOutcome:
     """Submit `run` and follow its job until it ends."""
-    follower = RecordFollower(run)
-    job = submit(run, reason)
-    scheduler = scheduler_of(job.executor)
-    if not scheduler.runs_here:
-        title = scheduler.title
-        click.echo(f"submitted {title} job {job.job_id}; it starts when {title} has nodes for it", err=True)
-    return follow_job(run, job, follower, request.config.total_steps, observe)
+
+    def say(job: Job) -> None:
+        scheduler = scheduler_of(job.executor)
+        if not scheduler.runs_here:
+            title = scheduler.title
+            click.echo(
+                f"submitted {title} job {job.job_id}; it starts when {title} has nodes for it", err=True
+            )
+
+    return start_and_follow(run, request.config.total_steps, reason, observe, say)
 
 
 def _must_be(outcome: JobOutcome, exit_code: ExitCode) -> None:

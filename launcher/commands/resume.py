@@ -39,6 +39,7 @@ from launcher.runs.store import (
     put_submission,
     read_cluster,
     read_config,
+    refuse_unseeded,
     runs_folder,
 )
 from launcher.runs.trust import require_own
@@ -86,6 +87,7 @@ def _resume(
     mirror = request.config.checkpoint.mirror
     if mirror is not None:
         fetch_newer(run, mirror, step)
+    refuse_unseeded(run)
     checkpoints = dict(committed(run.checkpoints))
     newest = max(checkpoints, default=0)
     index = _index(checkpoints.get(newest if step is None else step))

@@ -8,9 +8,8 @@ from data_pipeline.errors import LaunchError
 from gpt.run.exit_codes import ExitCode
 from launcher.commands.follow_job import outcome_of
 from launcher.runs.job_record import read_job
-from launcher.runs.stop_request import request_stop
 from launcher.runs.store import open_run
-from launcher.scheduler.jobs import JobWatcher, job_state
+from launcher.scheduler.jobs import JobWatcher, ask_to_stop, job_state
 from launcher.scheduler.protocol import JobState
 
 _POLL_S = 0.2
@@ -23,7 +22,8 @@ def stop(folder: str, *, now: bool) -> int:
     job = read_job(run)
     if job is None or job_state(run, job) == JobState.ENDED:
         raise LaunchError(f"{folder} is not running. `outlast status {folder}` shows how it ended.")
-    request_stop(run, "outlast stop --now" if now else "outlast stop", now=now)
+    reason = "outlast stop --now" if now else "outlast stop"
+    ask_to_stop(run, reason, lambda sentence: click.echo(sentence, err=True), now=now)
     click.echo("stopping without saving" if now else "saving, then stopping", err=True)
     watcher = JobWatcher(run, job, serves_stop=True)
     while watcher.state() != JobState.ENDED:

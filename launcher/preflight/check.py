@@ -56,9 +56,8 @@ def examine(
     """Check a launch of the config `tables`, which were read from `source`, into the run directory `folder`.
 
     `is_new` says whether the folder is yet to be created, or holds a run that continues; `size` replaces what
-    the cluster says. Without a folder
-    the request is only planned, and neither this machine nor the site is checked. Raises ConfigError with
-    every problem of run config, cluster, data, machine, site and folder.
+    the cluster says. Without a folder the request is only planned, and neither this machine nor the site is
+    checked. Raises ConfigError with every problem of run config, cluster, data, machine, site and folder.
     """
     findings = Findings()
     run = _read_run(tables, source, findings)
@@ -88,7 +87,8 @@ def examine(
     if folder is not None:
         if config is not None and not unusable:  # a store or a server is asked at a sound address only
             check_disk(config, folder, findings)
-            check_tracker(config, findings)
+            in_container = cluster_config is not None and cluster_config.container is not None
+            check_tracker(config, findings, is_in_container=in_container)
             check_mirror(RunDir(folder), config, findings, is_new=is_new)
         if cluster_config is not None:
             scheduler = scheduler_of(cluster_config.kind)
@@ -114,7 +114,8 @@ def check_data(config: RunConfig, manifests: Sequence[Manifest], findings: Findi
         if config.model.vocabulary < vocabulary:
             findings.problem(
                 f"model.vocab_size = {config.model.vocabulary} is smaller than the {vocabulary} token ids of "
-                f"{source.path}. Remove model.vocab_size, or set it to at least {vocabulary}."
+                f"{source.path}. A new model gets a fitting vocabulary when model.vocab_size is left out. A "
+                "trained one, as in an import, needs data that were prepared with its own tokenizer."
             )
         if train <= config.model.context:
             findings.problem(
@@ -145,26 +146,50 @@ def _check_epochs(config: RunConfig, manifests: Sequence[Manifest], findings: Fi
     numbers = sequences(config)
     if mixture.end is not None and numbers > mixture.end:
         findings.problem(
-            f"the run reads {numbers} sequences, but after {mixture.end} all sources with a weight have "
+            f"the run reads {numbers:,} sequences, but after {mixture.end:,} all sources with a weight have "
             "reached their max_epochs. Train on fewer tokens, prepare more, raise a max_epochs, or "
             "give another source a weight."
         )
         return
     limit = config.data.max_epochs
-    for source, of_source, count in zip(config.data.sources, train, mixture.counts(numbers), strict=True):
+    counts = mixture.counts(numbers)
+    _warn_of_repeated_sources(config, manifests, counts, findings)
+    for source, of_source, count in zip(config.data.sources, train, counts, strict=True):
         tokens = count * config.model.context
         epochs = tokens / of_source
         if limit is not None and count > int(limit * windows_in(of_source, config.model.context)):
             findings.problem(
-                f"the run reads {epochs:.2f} epochs of {source.path} ({tokens} tokens, the source has "
-                f"{of_source}), but data.max_epochs = {limit:g}. Train on fewer tokens, prepare more, or "
+                f"the run reads {epochs:,.2f} epochs of {source.path} ({tokens:,} tokens, the source has "
+                f"{of_source:,}), but data.max_epochs = {limit:g}. Train on fewer tokens, prepare more, or "
                 "raise data.max_epochs."
             )
         elif epochs > EPOCHS_WARNING:
             findings.warnings.append(
-                f"the run reads {epochs:.1f} epochs of {source.path}; after {EPOCHS_WARNING:.0f} epochs, "
+                f"the run reads {epochs:,.1f} epochs of {source.path}; after {EPOCHS_WARNING:.0f} epochs, "
                 "repeated data improves the model little."
             )
+
+
+def _warn_of_repeated_sources(
+    config: RunConfig, manifests: Sequence[Manifest], counts: Sequence[int], findings: Findings
+) -> None:
+    """Warn of data that the mixture names more than once, under one path or several."""
+    sources = config.data.sources
+    numbers: dict[str, list[int]] = {}
+    for number, manifest in enumerate(manifests):
+        numbers.setdefault(manifest.fingerprint, []).append(number)
+    for same in numbers.values():
+        if len(same) == 1:
+            continue
+        names = " and ".join(f"data.mixture.{number} ({sources[number].path})" for number in same)
+        weight = sum(sources[number].weight for number in same)
+        tokens = sum(counts[number] for number in same) * config.model.context
+        findings.warnings.append(
+            f"{names} are the same data. Together they have the weight {weight:g} of "
+            f"{sum(source.weight for source in sources):g}, and the run reads "
+            f"{tokens / manifests[same[0]].train_tokens:.2f} epochs of them; every limit of epochs counts "
+            "each by itself. Keep one of them, with the sum of the weights."
+        )
 
 
 def check_disk(config: RunConfig, folder: Path, findings: Findings) -> None:

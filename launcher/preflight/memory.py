@@ -11,7 +11,7 @@ from math import prod
 from gpt.config.model import ModelConfig
 from gpt.config.parameter_table import block_numel, parameter_count, parameter_table
 from gpt.config.run import RunConfig
-from gpt.config.zero_sizes import zero_sizes
+from gpt.config.zero_sizes import sums_whole_gradients, zero_sizes
 from gpt.model.loss_chunks import block_elements, chunk_elements, rows_within
 
 
@@ -55,20 +55,24 @@ def memory(config: RunConfig, world_size: int, *, on_cpu: bool = False) -> Memor
     gradients = width * parameters
     if zero.stage >= 2:
         gradients = gradients // world_size + width * zero_sizes(config).bucket_numel
+    is_summed_whole = sums_whole_gradients(config, world_size)
+    if is_summed_whole:  # a parameter's gradient is freed before the next one is computed
+        gradients = width * max(prod(shape) for _, shape in parameter_table(model))
     accumulated = 0
     if config.micro_batches(world_size) > 1 and config.precision != "fp32":
         accumulated = 4 * parameters // (world_size if zero.stage >= 2 else 1)
     update = 4 * parameters // world_size if on_device else 0  # the fp32 copy of the gradient
     activations = activation_bytes(config)
     loss = _loss_bytes(config, on_cpu=on_cpu)
-    fixed = weights + optimizer + accumulated + gathered
+    reduction = _reduction_bytes(config, is_summed_whole=is_summed_whole)
+    fixed = weights + optimizer + accumulated + gathered + reduction
     forward = activations + loss + (gradients if zero.stage == 3 else 0)
     return Memory(
         weights=weights,
         optimizer=optimizer,
         gradients=gradients + accumulated,
         activations=activations,
-        workspace=loss + gathered + update,
+        workspace=loss + gathered + update + reduction,
         peak=fixed + max(forward, gradients + update),
     )
 
@@ -80,6 +84,31 @@ def largest_micro_batch(config: RunConfig, world_size: int, available: float) ->
         if smaller.batch_problem(world_size) is None and memory(smaller, world_size).peak <= available:
             return micro_batch
     return None
+
+
+def _reduction_bytes(config: RunConfig, *, is_summed_whole: bool) -> int:
+    """Copies of the gradients that are reduced at a time.
+
+    One is in zero.reduce_dtype, unless the gradients have that dtype already; stage 3 also interleaves the
+    shards of all ranks. Where every rank sums its micro-batches in fp32, that whole sum is reduced.
+    """
+    zero = config.zero
+    width = 4 if zero.reduce_dtype == "fp32" else 2
+    reduced = parameter_count(config.model)
+    if not is_summed_whole:
+        reduced = min(reduced, zero_sizes(config).bucket_numel)
+    converted = width * reduced if width != (4 if is_summed_whole else _bytes(config)) else 0
+    return converted + (width * reduced if zero.stage == 3 else 0)
+
+
+def gradient_traffic_bytes(config: RunConfig, world_size: int) -> int:
+    """Bytes of gradients that a rank hands to the reductions of a step.
+
+    Stages 2 and 3 reduce the gradients of every micro-batch, stage 1 their sum.
+    """
+    width = 4 if config.zero.reduce_dtype == "fp32" else 2
+    times = config.micro_batches(world_size) if config.zero.stage >= 2 else 1
+    return width * parameter_count(config.model) * times if world_size > 1 else 0
 
 
 def activation_bytes(config: RunConfig) -> int:

@@ -16,7 +16,13 @@ from gpt.config.run import RunConfig
 from gpt.model.flops import PEAK_FLOPS_PER_SECOND, flops_per_token
 from gpt.run.host_memory import LARGEST_SHARE
 from launcher.cluster import ACCELERATOR_MEMORY_GIB, ClusterConfig
-from launcher.preflight.memory import Memory, largest_micro_batch, memory, state_bytes
+from launcher.preflight.memory import (
+    Memory,
+    gradient_traffic_bytes,
+    largest_micro_batch,
+    memory,
+    state_bytes,
+)
 from launcher.scheduler.registry import scheduler_of
 from launcher.units import size
 
@@ -51,6 +57,7 @@ class Plan:
     sources: tuple[Share, ...]
     flops: float
     memory: Memory
+    gradient_traffic_bytes: int
     largest_micro_batch: int | None
     assumed_mfu: float
     gpu_hours: float | None
@@ -89,6 +96,7 @@ def plan(
         sources=_shares(config, train_tokens) if train_tokens else (),
         flops=flops,
         memory=memory(config, world_size, on_cpu=cluster.gpus_per_node == 0),
+        gradient_traffic_bytes=gradient_traffic_bytes(config, world_size),
         largest_micro_batch=largest_micro_batch(config, world_size, available) if available else None,
         assumed_mfu=mfu,
         gpu_hours=hours,
@@ -234,9 +242,9 @@ def table(plan: Plan) -> list[tuple[str, str]]:
         ("parameters", f"{plan.parameters:,}"),
         ("processes", f"{plan.world_size}, each with {plan.micro_batches} micro-batches per step"),
         ("steps", f"{plan.steps:,}"),
-        ("tokens", f"{plan.tokens:,}" + (f" ({plan.epochs:.2f} epochs)" if plan.epochs is not None else "")),
+        ("tokens", f"{plan.tokens:,}" + (f" ({plan.epochs:,.2f} epochs)" if plan.epochs is not None else "")),
         *(
-            (f"  from {share.path}", f"{share.sequences:,} sequences, {share.epochs:.2f} epochs")
+            (f"  from {share.path}", f"{share.sequences:,} sequences, {share.epochs:,.2f} epochs")
             for share in (plan.sources if len(plan.sources) > 1 else ())
         ),
         ("compute", f"{plan.flops:.3g} FLOPs"),
@@ -251,6 +259,11 @@ def table(plan: Plan) -> list[tuple[str, str]]:
         ("memory per rank: activations", size(plan.memory.activations)),
         ("memory per rank: buffers", size(plan.memory.workspace)),
         ("memory per rank: peak", f"about {size(plan.memory.peak)}"),
+        *(
+            [("gradients reduced per step", size(plan.gradient_traffic_bytes))]
+            if plan.gradient_traffic_bytes
+            else []
+        ),
         *(
             [("largest micro-batch that fits", str(plan.largest_micro_batch))]
             if plan.largest_micro_batch is not None

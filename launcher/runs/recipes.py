@@ -16,6 +16,8 @@ from data_pipeline.remote import is_remote
 from gpt.config.alternatives import without_alternatives
 from launcher.paths import absolute, usable_path
 
+_SQLITE = "sqlite:///"
+
 
 def recipe_names() -> list[str]:
     """The run configs that ship with Outlast, by name."""
@@ -50,7 +52,11 @@ def with_settings(tables: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
 
 
 def with_absolute_paths(tables: dict[str, Any]) -> dict[str, Any]:
-    """`tables` with absolute paths for data and checkpoint.mirror, from the caller's directory."""
+    """`tables` with absolute paths for data, checkpoint.mirror and an SQLite file in tracking.uri."""
+    tracking = tables.get("tracking")
+    uri = tracking.get("uri") if isinstance(tracking, dict) else None
+    if isinstance(tracking, dict) and isinstance(uri, str) and (file := uri.removeprefix(_SQLITE)) != uri:
+        tables = {**tables, "tracking": {**tracking, "uri": f"{_SQLITE}{absolute(file)}" if file else uri}}
     checkpoint = tables.get("checkpoint")
     mirror = checkpoint.get("mirror") if isinstance(checkpoint, dict) else None
     if isinstance(checkpoint, dict) and isinstance(mirror, str) and mirror and not is_remote(mirror):

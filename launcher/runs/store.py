@@ -4,15 +4,19 @@ A run directory holds everything that its workers need, including the code, and 
 """
 
 import os
+import re
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.config_file import dotted, validate
 from data_pipeline.errors import ConfigError, LaunchError
+from gpt.checkpoint.format import committed
 from gpt.config.run import RunConfig
 from gpt.run.environment import Variable
+from gpt.run.events import Event, read_events, record_event
 from gpt.run.json_file import read_json, write_json
 from gpt.run.run_dir import RunDir
 from gpt.run.tokenizer import copy_encoding
@@ -32,12 +36,20 @@ def runs_folder() -> Path:
 def next_run_folder(name: str, folder: Path | None = None) -> Path:
     """The first free `NAME-NNNN` in `folder`, by default in `runs_folder()`. Creates nothing."""
     folder = folder or runs_folder()
-    taken = [
-        int(entry.name.removeprefix(f"{name}-"))
-        for entry in (folder.iterdir() if folder.is_dir() else ())
-        if entry.name.startswith(f"{name}-") and entry.name.removeprefix(f"{name}-").isdigit()
-    ]
+    number = re.compile(re.escape(name) + "-([0-9]+)")
+    names = (entry.name for entry in (folder.iterdir() if folder.is_dir() else ()))
+    taken = [int(match[1]) for each in names if (match := number.fullmatch(each))]
     return folder / f"{name}-{max(taken, default=0) + 1:04d}"
+
+
+def make_next_run_folder(name: str, folder: Path | None = None) -> Path:
+    """Create the folder that `next_run_folder` names; two commands at the same moment get two folders."""
+    while True:
+        path = next_run_folder(name, folder)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            path.mkdir()
+            return path
 
 
 def open_run(folder: str | Path) -> RunDir:
@@ -51,11 +63,18 @@ def open_run(folder: str | Path) -> RunDir:
 
 
 def list_runs() -> list[RunDir]:
-    """All runs in the default folder, by name."""
+    """All runs in the default folder, by name; a sweep counts as one, and so does a private folder."""
     folder = runs_folder()
     if not folder.is_dir():
         return []
-    return [run for entry in sorted(folder.iterdir()) if (run := RunDir(entry)).config.exists()]
+    return [run for entry in sorted(folder.iterdir()) if _may_be_run(run := RunDir(entry))]
+
+
+def _may_be_run(run: RunDir) -> bool:
+    try:
+        return run.config.exists() or run.sweep.exists()
+    except PermissionError:  # it belongs to somebody else
+        return True
 
 
 def read_config(run: RunDir) -> RunConfig:
@@ -77,8 +96,14 @@ def _content(path: Path) -> dict[str, Any]:
     return content
 
 
-def create_run(folder: Path, request: Request, command: list[str]) -> RunDir:
-    """Create a run directory with config, cluster, provenance and code. Raises LaunchError if it exists."""
+def create_run(
+    folder: Path, request: Request, command: list[str], begins_with: Mapping[Event, Mapping[str, Any]] = {}
+) -> RunDir:
+    """Create a run directory with config, cluster, provenance and code. Raises LaunchError if it exists.
+
+    `begins_with` is the event of a run that starts from given weights. It is recorded before the config, so
+    that a command that is interrupted before the weights are there leaves no run that starts from new ones.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         folder.mkdir(exist_ok=folder.is_dir() and not any(folder.iterdir()))
@@ -87,8 +112,25 @@ def create_run(folder: Path, request: Request, command: list[str]) -> RunDir:
     run = RunDir(folder)
     run.attempts.mkdir()
     run.checkpoints.mkdir()
+    for event, fields in begins_with.items():
+        record_event(run.events, event, **fields)
     put_submission(run, request, command)
     return run
+
+
+def refuse_unseeded(run: RunDir) -> None:
+    """Raise LaunchError if the command that was to give `run` its first checkpoint did not get that far."""
+    begun = list(read_events(run.events, Event.FORKED, Event.IMPORTED, Event.CHECKPOINT_SAVED))
+    if not begun or any(event["event"] == Event.CHECKPOINT_SAVED for event in begun):
+        return
+    if committed(run.checkpoints):
+        return
+    source = begun[0].get("source") or f"step {begun[0].get('step')} of {begun[0].get('run')}"
+    raise LaunchError(
+        f"{run.path} was to start from {source}, and that checkpoint is not there: the command that made the "
+        "run was interrupted, or the checkpoint was removed. It does not start from new weights instead. "
+        "Remove the directory, then repeat that command."
+    )
 
 
 def put_submission(run: RunDir, request: Request, command: list[str]) -> None:

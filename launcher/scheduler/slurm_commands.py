@@ -24,6 +24,7 @@ _RETRY_S = 5.0
 _EXCLUDE_TIMEOUT_S = 60.0
 _REFUSALS = 12
 _RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT")
+_JOB_ID = re.compile(r"[0-9]+(_[0-9]+)?")  # a job, or one of an array
 _ROW = "--format=%i|%T|%r|%N"
 _FORGOTTEN = ("Invalid job id", "not found")  # the second one for a job of an array
 _AWAY = "Unable to contact slurm controller"
@@ -110,9 +111,18 @@ def job_fields(job_id: str) -> dict[str, str] | None:
 
 def standings(job_ids: Iterable[str]) -> dict[str, Standing]:
     """The standing of each job, from two questions at most, however many jobs there are."""
-    wanted = sorted(set(job_ids))
-    if not wanted:
-        return {}
+    asked = sorted(set(job_ids))
+    wanted = [job_id for job_id in asked if _JOB_ID.fullmatch(job_id)]
+    # squeue refuses a whole question that names one such id.
+    foreign = {job_id: _standing_of_foreign(job_id) for job_id in asked if job_id not in wanted}
+    return {**foreign, **(_standings(wanted) if wanted else {})}
+
+
+def _standing_of_foreign(job_id: str) -> Standing:
+    return Standing(JobState.UNKNOWN, reason=f"{job_id} is not the id of a Slurm job")
+
+
+def _standings(wanted: Sequence[str]) -> dict[str, Standing]:
     found = _rows("--me")
     if found is None:
         return dict.fromkeys(wanted, _NO_ANSWER)
@@ -273,6 +283,11 @@ def cancel_pending(job_id: str) -> None:
 def cancel(job_id: str) -> None:
     """End a job in whatever state it is, without asking whether that worked."""
     ask(["scancel", job_id])
+
+
+def require_cancel(job_id: str) -> None:
+    """End a job in whatever state it is. Raises LaunchError if Slurm refuses."""
+    _require(["scancel", job_id])
 
 
 def _fields(line: str) -> dict[str, str]:

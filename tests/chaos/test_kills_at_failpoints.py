@@ -25,10 +25,10 @@ def test_kills_during_saves_do_not_change_the_weights(
     assert whole.train()["exit_code"] == 0
     if victim == "agent":
         for place in PLACES:
-            agent = killed.start(failpoints=[f"{place}:kill=agent"])
+            agent = killed.start(cold=True, failpoints=[f"{place}:kill=agent"])
             assert agent.wait(timeout=120) == -9, f"{place}\n{killed.logs()}"
             killed.wait(lambda: not killed.living_workers())
-        agent = killed.start()
+        agent = killed.start(cold=True)
     else:
         places = PLACES if victim == "rank 0" else REACHED_BY_EVERY_RANK
         agent = killed.start(

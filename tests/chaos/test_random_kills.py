@@ -29,13 +29,13 @@ def test_random_kills_do_not_change_the_weights(new_run: Callable[..., Run], sta
     seed = time.time_ns()
     print(f"seed {seed}")
     chance = random.Random(seed)
-    agent = killed.start(max_restarts=1000)
+    agent = killed.start(cold=True, max_restarts=1000)
     for _ in range(KILLS):
         time.sleep(chance.uniform(3.0, 10.0))  # of which a start takes about six
         kill(killed, agent, chance.choice(["agent", "rank 0", "rank 1", "everyone"]))
         if agent.poll() is not None:
             killed.wait(lambda: not killed.living_workers())
-            agent = killed.start(max_restarts=1000)
+            agent = killed.start(cold=True, max_restarts=1000)
     killed.wait(lambda: len(killed.steps()) >= 2)
     agent.kill()
     agent.wait()

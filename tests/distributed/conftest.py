@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from gpt.run.environment import Variable
 from gpt.run.json_file import read_json, write_json
 from gpt.run.run_dir import RunDir
 from tests.distributed.data import small_data_set
+from tests.distributed.warm_torchrun import Agent, start_torchrun, worker_name
 
 CONTEXT = 32
 
@@ -43,30 +42,27 @@ class Run:
         assert tables is not None
         write_json(self.dir.config, _with_fields(tables, overrides))
 
-    def torchrun(self, processes: int, max_restarts: int, *program: str) -> list[str]:
-        """The command that runs `program` in `processes` processes on this machine."""
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
-        command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", f"--max-restarts={max_restarts}"]
-        command += ["--monitor-interval=0.1", "--shutdown-timeout=20"]
-        command += ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"]
-        return [*command, *program]
-
     def start(
         self,
         processes: int = 2,
         max_restarts: int = 0,
         failpoints: Sequence[str] = (),
         program: Sequence[str] = ("-m", "gpt.train"),
-    ) -> "subprocess.Popen[bytes]":
-        """Start the agent; `failpoints` holds one failpoint for each generation of its workers."""
-        command = self.torchrun(processes, max_restarts, *program, str(self.dir.path))
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", Variable.FAILPOINTS: ",".join(failpoints)}
-        with (self.dir.path / "torchrun.log").open("ab") as log:
-            return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        cold: bool = False,
+    ) -> Agent:
+        """Start torchrun on this machine. Each generation of its workers has one of the `failpoints`.
 
-    def train(self, processes: int = 2, program: Sequence[str] = ("-m", "gpt.train")) -> dict[str, Any]:
+        `cold` starts new interpreters, as the launcher does.
+        """
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", Variable.FAILPOINTS: ",".join(failpoints)}
+        arguments = [f"--max-restarts={max_restarts}", *program, str(self.dir.path)]
+        return start_torchrun(processes, arguments, environment, self.dir.path / "torchrun.log", cold)
+
+    def train(
+        self, processes: int = 2, program: Sequence[str] = ("-m", "gpt.train"), cold: bool = False
+    ) -> dict[str, Any]:
         """Train to the end and return the result of the newest attempt."""
-        agent = self.start(processes, program=program)
+        agent = self.start(processes, program=program, cold=cold)
         try:
             agent.wait(timeout=180)
         finally:
@@ -100,8 +96,14 @@ class Run:
     def living_workers(self) -> list[int]:
         """The process ids of this run's workers in any attempt, without the agent."""
         pattern = f"gpt.train\0{self.dir.path}\0"
-        lines = {int(entry.name): _command_line(entry) for entry in Path("/proc").glob("[0-9]*")}
-        return [pid for pid, line in lines.items() if pattern in line and "torch.distributed.run" not in line]
+        forked = worker_name(["-m", "gpt.train", str(self.dir.path)])
+        return [
+            int(entry.name)
+            for entry in Path("/proc").glob("[0-9]*")
+            if (line := _text(entry / "cmdline"))  # empty for a process that has ended
+            if (pattern in line and "torch.distributed.run" not in line)
+            or _text(entry / "comm").strip() == forked
+        ]
 
     def metrics(self) -> list[dict[str, Any]]:
         return list(record.read(self.dir.metrics))
@@ -131,9 +133,9 @@ class Run:
         return "\n".join(f"== {file}\n{file.read_text()[-3000:]}" for file in files if file.exists())
 
 
-def _command_line(process: Path) -> str:
+def _text(file: Path) -> str:
     try:
-        return (process / "cmdline").read_text()
+        return file.read_text()
     except OSError:
         return ""
 

@@ -69,7 +69,7 @@ def test_worker_loads_neither_the_compiler_nor_mlflow(new_run: Callable[..., Run
         "Path(sys.argv[1], 'loaded').write_text(' '.join(sys.modules))\n"
     )
     run = new_run()
-    assert run.train(processes=1, program=[str(program)])["exit_code"] == 0
+    assert run.train(processes=1, program=[str(program)], cold=True)["exit_code"] == 0
     loaded = (run.dir.path / "loaded").read_text().split()
     assert {"torch", "deepspeed", "gpt.distributed.zero.engine"} <= set(loaded)
     assert {"torch._dynamo", "sympy", "mlflow", "pandas", "transformers"} & set(loaded) == set()

@@ -162,8 +162,8 @@ def test_losses_and_gradient_norms_match_a_plain_loop(
             **fields,
         }
     )
-    assert run.train(processes)["exit_code"] == 0
     config = RunConfig.model_validate_json(run.dir.config.read_text())
+    assert run.train(processes, cold=config.compile)["exit_code"] == 0
     losses, norms, score = plain_loop(config, data_dir)
     np.testing.assert_allclose(run.losses(), losses, rtol=1e-5)
     np.testing.assert_allclose([line["train/grad_norm"] for line in run.metrics()], norms, rtol=1e-4)

@@ -26,6 +26,7 @@ from gpt.run.run_dir import RunDir
 from gpt.sidecars.checkpoint_mirror import Copier
 from launcher.commands.status import status
 from tests.distributed.conftest import CONTEXT, Run, make_run, same_state
+from tests.distributed.warm_torchrun import start_torchrun
 from tests.unit.launcher.support import give_job
 
 NewRun = Callable[..., Run]
@@ -102,7 +103,7 @@ def test_resume_continues_bit_for_bit(
 def test_killed_worker_is_restarted_with_the_same_numbers(undisturbed: NewRun, new_run: NewRun) -> None:
     fields = {"zero__stage": 1, "precision": "fp32", "batch__micro_batch": 4}
     whole, killed = undisturbed(**fields), new_run(**fields, schedule__total_steps=40)
-    agent = killed.start(max_restarts=3)
+    agent = killed.start(max_restarts=3, cold=True)
     killed.wait_for_step(random.Random(time.time()).randint(5, 30))
     killed.wait(lambda: bool(killed.steps()))  # the first save may still be in flight
     killed.kill_worker(1)
@@ -155,16 +156,13 @@ def test_state_is_the_same_at_every_stage_and_world_size(
     # As `outlast resume` records a change that it allows.
     record_event(moved.dir.events, Event.CONFIG_CHANGED, config_fingerprint=index.config_fingerprint)
     original = finished.state(8)
+    fingerprint = read_manifest(data_dir).fingerprint
     for step, (stage, processes) in enumerate(way, start=9):
         moved.configure(zero__stage=stage)
-        command = moved.torchrun(
-            processes, 0, str(Path(__file__).with_name("reload.py")), str(moved.dir.path)
-        )
-        fingerprint = read_manifest(data_dir).fingerprint
-        done = subprocess.run(
-            [*command, fingerprint], capture_output=True, text=True, timeout=180, check=False
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+        program = [str(Path(__file__).with_name("reload.py")), str(moved.dir.path), fingerprint]
+        log = moved.dir.path / "torchrun.log"
+        agent = start_torchrun(processes, program, os.environ, log)
+        assert agent.wait(timeout=180) == 0, moved.logs()
         assert same_state(moved.state(step), original), (stage, processes)
         assert scalars_of(moved, step) == scalars, (stage, processes)
     assert moved.train(processes=2)["exit_code"] == 0
@@ -293,7 +291,7 @@ def test_deleted_checkpoints_are_restored_from_the_mirror(
 def test_repeated_attempts_without_a_checkpoint_end_with_93(new_run: NewRun) -> None:
     run = new_run(schedule__total_steps=10_000, checkpoint__every_steps=5000, launch__max_failures=2)
     for _ in range(2):
-        agent = run.start()
+        agent = run.start(cold=True)
         attempts = len(run.dir.attempt_numbers())
         run.wait(lambda seen=attempts: len(run.dir.attempt_numbers()) > seen)  # type: ignore[misc]
         run.wait(lambda: (run.dir.attempt(run.dir.attempt_numbers()[-1]).owner).exists())
@@ -324,9 +322,8 @@ def test_every_sequence_of_an_epoch_is_seen_once_at_any_world_size(
     trace = tmp_path / "trace"
     trace.mkdir()
     program = [str(Path(__file__).with_name("traced.py")), str(run.dir.path), str(trace)]
-    agent = subprocess.Popen(
-        run.torchrun(2, 2, *program), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    log = run.dir.path / "torchrun.log"
+    agent = start_torchrun(2, ["--max-restarts=2", *program], os.environ, log)
     run.wait_for_step(8)
     run.wait(lambda: run.steps() != [])
     run.kill_worker(1)
@@ -335,7 +332,7 @@ def test_every_sequence_of_an_epoch_is_seen_once_at_any_world_size(
     agent.kill()
     agent.wait()
     run.wait(lambda: not run.living_workers())
-    subprocess.run(run.torchrun(3, 0, *program), capture_output=True, timeout=180, check=True)
+    assert start_torchrun(3, program, os.environ, log).wait(timeout=180) == 0, run.logs()
     assert run.result()["exit_code"] == 0
     seen: dict[int, list[int]] = {step: [] for step in range(1, steps + 1)}
     for path in trace.iterdir():
@@ -358,12 +355,12 @@ def test_older_copy_of_a_run_exits_without_writing_when_it_wakes_up(new_run: New
     fields = {"schedule__total_steps": 60, "checkpoint__every_steps": 5}
     whole, run = new_run(**fields), new_run(**fields)
     assert whole.train()["exit_code"] == 0
-    older = run.start()
+    older = run.start(cold=True)
     run.wait(lambda: run.steps() != [])
     frozen = [older.pid, *(worker["pid"] for worker in run.owner()["workers"])]
     for pid in frozen:
         os.kill(pid, signal.SIGSTOP)
-    newer = run.start()
+    newer = run.start(cold=True)
     run.wait(lambda: len(run.events("resumed")) == 1 and len(run.events("checkpoint_saved")) >= 3)
     for pid in frozen:
         os.kill(pid, signal.SIGCONT)

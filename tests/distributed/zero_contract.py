@@ -7,6 +7,7 @@ from importlib.metadata import version as package_version
 import torch
 
 from gpt.config.run import RunConfig
+from gpt.config.zero_sizes import sums_whole_gradients
 from gpt.distributed.world import join, total
 from gpt.distributed.zero.build import build_model
 from gpt.distributed.zero.engine import Engine
@@ -57,6 +58,28 @@ if run.precision == "fp16":
     assert all(map(torch.equal, moments, moments_after)), (
         f"{version}: the scale of the next step divides the gradients of this one"
     )
+
+if sums_whole_gradients(run, world.size):
+    # Adding each gradient at once to the sum in fp32 gives the bits of adding them after the backward pass.
+    final = []
+    for is_immediate in (True, False):
+        if not is_immediate:
+            assert engine._zero._grad_acc_hooks, version
+            for hook in engine._zero._grad_acc_hooks:
+                hook.remove()
+            engine._zero.immediate_grad_update = False
+        with engine.restored_afterwards():
+            for _ in range(3):
+                engine.forward_backward(1e-3, tokens[:, :-1], tokens[:, 1:], documents, is_last=False)
+                kept = sum(p.grad is not None for p in model.parameters())
+                assert kept == (0 if is_immediate else len(list(model.parameters()))), version
+                engine.step(1e-2)
+                engine.forward_backward(1e-3, tokens[:, 1:], tokens[:, :-1], documents, is_last=True)
+                engine.step(1e-2)
+            final.append([part.tensor.clone() for part in engine.state()])
+    engine._zero.immediate_grad_update = True
+    engine._zero.create_grad_acc_hooks()
+    assert all(map(torch.equal, *final)), f"{version}: immediate_grad_update changes the numbers"
 
 before = weights()
 assert engine.optimizer_steps == 0, version

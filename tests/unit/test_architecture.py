@@ -49,6 +49,7 @@ LAYERS: Mapping[str, tuple[tuple[str, ...], ...]] = {
         ("runs",),
         ("scheduler",),
         ("preflight", "node"),
+        ("simulation",),
         ("commands",),
         ("cli",),
     ),
@@ -58,9 +59,15 @@ LAYERS: Mapping[str, tuple[tuple[str, ...], ...]] = {
 TORCH_FREE_PACKAGES = ("gpt.config", "gpt.run", "gpt.checkpoint")
 TORCH_FREE_MODULES = (
     "gpt.huggingface.architectures",
+    "gpt.huggingface.config_json",
+    "gpt.huggingface.config_keys",
+    "gpt.huggingface.stored_tensors",
+    "gpt.huggingface.tokenizer",
+    "gpt.huggingface.tokenizer_check",
     "gpt.model.flops",
     "gpt.model.loss_chunks",
     "gpt.optimizer.parameter_groups",
+    "gpt.saving.save_interval",
 )
 
 # What turns token ids into batches. It runs in every worker and needs no parser of raw text.
@@ -292,6 +299,13 @@ def test_only_the_zero_package_imports_deepspeed(imports: Imports) -> None:
     users = {name for name, target in imports if is_in(target, "deepspeed")}
     assert users
     assert {name for name in users if not is_in(name, "gpt.distributed.zero")} == set()
+
+
+def test_only_one_module_asks_for_the_kind_of_a_device() -> None:
+    """Elsewhere a fake device could not take the branches for GPUs."""
+    asks = re.compile(r"\.type [!=]= [\"']|\.is_cuda|torch\.cuda\.")
+    found = {path.relative_to(ROOT).as_posix() for path in files_of("gpt") if asks.search(path.read_text())}
+    assert found == {"gpt/model/hardware.py"}
 
 
 def test_no_module_imports_an_entry_point(imports: Imports) -> None:

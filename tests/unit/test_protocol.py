@@ -145,3 +145,12 @@ def test_every_name_of_the_protocol_is_used() -> None:
     text += "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "launcher").rglob("*.py"))
     members = [f"Event.{event.name}" for event in Event] + [f"Variable.{name.name}" for name in Variable]
     assert [member for member in members if not re.search(rf"\b{re.escape(member)}\b", text)] == []
+
+
+@pytest.mark.parametrize(
+    ("call", "owner"), [("os.fsync(", "data_pipeline/durable.py"), (".prctl(", "gpt/run/process_control.py")]
+)
+def test_call_that_has_an_owner_is_in_no_other_module(call: str, owner: str) -> None:
+    paths = (path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py")))
+    users = [str(p.relative_to(ROOT)) for p in paths if call in p.read_text(encoding="utf-8")]
+    assert users == [owner]

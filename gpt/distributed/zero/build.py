@@ -9,6 +9,7 @@ from gpt.distributed.world import World
 from gpt.distributed.zero.deepspeed_config import deepspeed_config
 from gpt.distributed.zero.patches import import_deepspeed
 from gpt.model.gpt import GPT
+from gpt.model.hardware import is_cpu
 from gpt.model.initialization import initialize
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -42,7 +43,7 @@ def _shard_one_by_one(model: GPT, run: RunConfig, world: World) -> Iterator[tupl
     """Yield every parameter whole, for the caller to fill, and then shard it over the ranks."""
     deepspeed = import_deepspeed(world.device)
     deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False)
-    config = deepspeed_config(run, world.size, has_gpu=world.device.type == "cuda")
+    config = deepspeed_config(run, world.size, has_gpu=not is_cpu(world.device))
     for name, planned in list(model.named_parameters()):
         parameter = torch.nn.Parameter(torch.empty(planned.shape))
         yield name, parameter

@@ -21,6 +21,7 @@ from gpt.distributed.zero.deepspeed_config import deepspeed_config
 from gpt.distributed.zero.patches import check_overflow_once, import_deepspeed, keep_loss_scale_within_step
 from gpt.distributed.zero.state import FlatState, ShardedState, StatePart
 from gpt.model.gpt import GPT
+from gpt.model.hardware import is_cpu
 from gpt.optimizer.base import RunOptimizer
 from gpt.optimizer.build import build_optimizer, set_rate
 from gpt.optimizer.whole_matrices import MatrixExchange
@@ -38,7 +39,7 @@ class Engine:
         self._engine, self._zero, _, _ = deepspeed.initialize(
             model=model,
             optimizer=build_optimizer(model, run.optimizer, DTYPES[run.precision]),
-            config=deepspeed_config(run, world.size, has_gpu=world.device.type == "cuda"),
+            config=deepspeed_config(run, world.size, has_gpu=not is_cpu(world.device)),
             dist_init_required=False,
         )
         self._inner: RunOptimizer = self._zero.optimizer

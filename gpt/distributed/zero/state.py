@@ -16,6 +16,7 @@ from torch import Tensor
 from gpt.checkpoint.format import GroupEntry, ParameterEntry
 from gpt.checkpoint.layout import GroupLayout, Kind
 from gpt.config.model import ModelConfig
+from gpt.config.parameter_table import stacked_rows
 from gpt.config.run import RunConfig
 from gpt.distributed.world import World
 from gpt.model.gpt import GPT
@@ -148,12 +149,8 @@ def _state_of(optimizer: torch.optim.Optimizer, partition: Tensor, state: str) -
 def _whole(
     name: str, model: ModelConfig, shape: tuple[int, ...], places: Sequence[tuple[int, int, int]]
 ) -> ShardedMatrices:
-    """A parameter for Muon; queries, keys and values, and gate and value, are separate matrices."""
-    rows: tuple[int, ...] = (shape[0],)
-    if name.endswith("attention.qkv.weight"):
-        rows = tuple(heads * model.head_width for heads in (model.n_heads, model.kv_heads, model.kv_heads))
-    elif name.endswith("ffn.up.weight") and model.is_gated:
-        rows = (model.ffn_width, model.ffn_width)
+    """A parameter for an optimizer that needs whole matrices."""
+    rows = stacked_rows(model, name, shape[0])
     assert sum(rows) == shape[0], name
     return ShardedMatrices(rows, shape[1], tuple(Fragment(*place) for place in places if place[2]))
 

@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 from data_pipeline.config_file import validate
 from gpt.checkpoint.retention import kept
 from gpt.config.run import CheckpointConfig
-from gpt.saving.save_interval import SaveClock, best_interval_s, failures_so_far, time_between_failures_s
+from gpt.saving.save_interval import (
+    SaveClock,
+    best_interval_s,
+    failures_so_far,
+    start_times_s,
+    time_between_failures_s,
+)
 
 DAY = 86_400.0
 
@@ -32,14 +38,31 @@ def expected_loss(interval_s: float, stall_s: float, mean_s: float) -> float:
 
 
 def test_best_interval_loses_the_least_time_in_a_simulation() -> None:
-    best = best_interval_s(20.0, 3600.0)
-    losses = [expected_loss(factor * best, 20.0, 3600.0) for factor in (0.4, 1.0, 2.5)]
+    best = best_interval_s(20.0, 3600.0, 0.0)
+    losses = [expected_loss(factor * best - 20.0, 20.0, 3600.0) for factor in (0.4, 1.0, 2.5)]
     assert losses[1] == min(losses)
 
 
 @pytest.mark.parametrize(("stall_s", "mean_s"), [(1.0, 1e6), (5.0, 1e5)])
 def test_best_interval_for_rare_failures_is_youngs(stall_s: float, mean_s: float) -> None:
-    assert best_interval_s(stall_s, mean_s) == pytest.approx((2 * stall_s * mean_s) ** 0.5, rel=0.01)
+    assert best_interval_s(stall_s, mean_s, 60.0) == pytest.approx((2 * stall_s * mean_s) ** 0.5, rel=0.01)
+
+
+def test_long_recovery_makes_the_interval_longer() -> None:
+    """Saxena et al. (arXiv:2410.18124): Tc = Ts + sqrt(2 (Tf + Tr) Ts + Ts²)."""
+    assert best_interval_s(8.0, 700.0, 300.0) == 8.0 + (2 * 1000.0 * 8.0 + 64.0) ** 0.5
+
+
+def test_starts_are_measured_by_their_phases() -> None:
+    events = [
+        {"event": "attempt_started"},
+        {"event": "phase", "seconds": 2.0},
+        {"event": "phase", "seconds": 3.0},
+        {"event": "attempt_started"},
+        {"event": "attempt_started"},
+        {"event": "phase", "seconds": 4.0},
+    ]
+    assert start_times_s(events) == [5.0, 4.0]
 
 
 def test_observed_failures_move_the_prior() -> None:

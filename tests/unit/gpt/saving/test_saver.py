@@ -17,8 +17,8 @@ from gpt.checkpoint.format import committed, verify
 from gpt.checkpoint.reader import CheckpointReader
 from gpt.checkpoint.writer import remove_leftovers
 from gpt.distributed.world import World, total
-from gpt.run import record
-from gpt.run.attempts import Superseded
+from gpt.run import attempts, record
+from gpt.run.attempts import AttemptRemoved, Superseded, must_end, refuse_if_superseded
 from gpt.run.host_memory import available_bytes
 from gpt.run.run_dir import RunDir
 from gpt.saving import rank_writer
@@ -221,6 +221,29 @@ def test_superseded_attempt_commits_nothing(run_dir: RunDir, alone: World) -> No
     with pytest.raises(Superseded, match="Attempt 2 has taken the run over"):
         drain(saver, alone)
     assert committed(run_dir.checkpoints) == []
+
+
+def test_save_does_not_make_a_run_directory_anew(
+    run_dir: RunDir, alone: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempts, "_HIDDEN_S", 0.1)
+    saver, engine = make_saver(run_dir, alone)
+    engine.take_step()
+    run_dir.path.rename(run_dir.path.with_name("elsewhere"))
+    saver.save(1, ())
+    drain(saver, alone)
+    assert not run_dir.path.exists()
+    assert must_end(run_dir, 1)
+    with pytest.raises(AttemptRemoved, match=r"attempts/0001 is gone: the run directory was moved"):
+        refuse_if_superseded(run_dir, 1)
+
+
+def test_attempt_that_is_hidden_for_a_moment_goes_on(run_dir: RunDir) -> None:
+    hidden = run_dir.attempts.rename(run_dir.path / "hidden")
+    threading.Timer(0.2, lambda: hidden.rename(run_dir.attempts)).start()
+    assert must_end(run_dir, 1)
+    refuse_if_superseded(run_dir, 1)
+    assert not must_end(run_dir, 1)
 
 
 @pytest.mark.parametrize("place", ["committed", "pruned"])

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from gpt.distributed.world import World
 from gpt.training import node_check
-from gpt.training.node_check import RankReport, check_nodes, compare
+from gpt.training.node_check import SLOWEST_GPU_FRACTION, RankReport, check_nodes, compare
 from tests.unit.gpt.saving.support import join
 
 GOOD = RankReport(
@@ -69,7 +69,7 @@ def test_good_node_passes(alone: World, tmp_path: Path) -> None:
 )
 def test_node_that_differs_from_the_others_is_bad(fields: dict[str, object], reason: str) -> None:
     other = replace(GOOD, node="b", rank=1, **fields)  # type: ignore[arg-type]
-    bad = compare([GOOD, other, replace(GOOD, node="c", rank=2)], "cuda", 5000.0)
+    bad = compare([GOOD, other, replace(GOOD, node="c", rank=2)], SLOWEST_GPU_FRACTION, 5000.0)
     assert bad.keys() == {"b"}
     assert bad["b"].startswith(reason)
 
@@ -77,4 +77,4 @@ def test_node_that_differs_from_the_others_is_bad(fields: dict[str, object], rea
 def test_median_clock_decides_when_no_node_agrees_with_the_file_system() -> None:
     late = replace(GOOD, node="b", rank=1, clock_s=9000.0)
     reports = [GOOD, late, replace(GOOD, node="c", rank=2)]
-    assert compare(reports, "cuda", time.time()).keys() == {"b"}
+    assert compare(reports, SLOWEST_GPU_FRACTION, time.time()).keys() == {"b"}

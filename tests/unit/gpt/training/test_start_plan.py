@@ -51,9 +51,20 @@ def test_warmup_is_searched_once(warmup: str, step: int, searches: bool) -> None
 
 def test_lost_work_is_counted_from_the_last_kept_line() -> None:
     reached, kept = {"step": 57, "time": 1000.0}, {"step": 50, "time": 930.0}
-    assert lost_work(50, reached, kept, now=1010.0) == {"lost_steps": 7, "lost_s": 80.0}
-    assert lost_work(0, reached, None, now=1010.0) == {"lost_steps": 57, "lost_s": 10.0}
+    lost = {"lost_steps": 7, "lost_s": 80.0, "repeated_s": 70.0}
+    assert lost_work(50, reached, kept, now=1010.0) == lost
+    assert lost_work(0, reached, None, now=1010.0) == {
+        **lost,
+        "lost_steps": 57,
+        "lost_s": 10.0,
+        "repeated_s": 0.0,
+    }
     assert lost_work(0, None, None, now=1010.0) is None
+
+
+def test_no_time_is_lost_by_a_clock_that_was_set_back() -> None:
+    reached, kept = {"step": 57, "time": 4_000_000.0}, {"step": 50, "time": 4_000_070.0}
+    assert lost_work(50, reached, kept, now=10.0) == {"lost_steps": 7, "lost_s": 0.0, "repeated_s": 0.0}
 
 
 def test_evaluation_that_a_stop_cut_short_is_repeated() -> None:

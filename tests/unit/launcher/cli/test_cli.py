@@ -137,7 +137,7 @@ def test_an_invalid_config_ends_with_2_and_one_line_per_problem(tmp_path: Path, 
         (["resume", "nowhere"], 2, "error: nowhere is not a run directory: it has no config.json."),
         (["stop", "nowhere"], 2, "error: nowhere is not a run directory: it has no config.json."),
         (["logs", "nowhere"], 2, "error: nowhere is not a run directory: it has no config.json."),
-        (["verify", "nowhere"], 2, "error: nowhere is neither a run directory (with config.json) nor a"),
+        (["verify", "nowhere"], 2, "error: nowhere does not exist. Name a run directory (`outlast"),
         (["ui", "nowhere"], 2, "no run in {cwd}/nowhere has been tracked yet."),
         (["prepare", "x.jsonl"], 2, "error: --tokenizer and --out must be given. Alternatively, give"),
         (["tokenizer", "train", "x", "--vocab-size", "300", "--out", "no/b"], 2, "error: --out no/b: the"),
@@ -185,7 +185,7 @@ def test_prepare_then_verify_then_a_flipped_byte(tmp_path: Path) -> None:
     assert bad.returncode == 1
     [line] = bad.stdout.splitlines()
     assert line.startswith("d/train-00000.bin: byte 0: its bytes changed")
-    assert bad.stderr == "data set: 1 corrupt files\n"
+    assert bad.stderr == "data set: 1 corrupt file\n"
 
 
 def test_stop_waits_until_the_run_has_saved_and_status_says_so(tmp_path: Path, run: RunDir) -> None:

@@ -17,6 +17,8 @@ def test_the_display_prints_restarts_saves_and_scores_as_plain_lines(run: RunDir
     output = io.StringIO()
     display.console = Console(file=output, width=200)
     follower = RecordFollower(run)
+    record_event(run.events, Event.WORKERS_CRASHED, times=1, node="n1", cause="ValueError: no ib9")
+    record_event(run.events, Event.HANG, culprit="rank 1 on n1 is stopped")
     record_event(run.events, Event.ATTEMPT_STARTED, attempt=3, world_size=2)
     record_event(run.events, Event.CHECKPOINT_SAVED, step=4, seconds=1.25, bytes=3 << 20)
     record_event(run.events, Event.CHECKPOINT_REJECTED, path="step-8", reason="missing")
@@ -29,6 +31,8 @@ def test_the_display_prints_restarts_saves_and_scores_as_plain_lines(run: RunDir
     [update] = follower.updates(give_job(run, alive=False))
     display.show(update)
     assert output.getvalue().splitlines() == [
+        "warning: the workers crashed before an attempt began: ValueError: no ib9",
+        "warning: the workers hang: rank 1 on n1 is stopped",
         "attempt 3 started on 2 processes",
         "saved the checkpoint of step 4: 3.0 MiB in 1.2 s",
         "warning: step-8 failed verification and is not used: missing",

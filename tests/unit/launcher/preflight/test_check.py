@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.config_file import with_overrides
+from data_pipeline.config_file import validate, with_overrides
 from data_pipeline.dataset.manifest import read_manifest
 from data_pipeline.errors import ConfigError
 from gpt.config.run import RunConfig
@@ -196,8 +196,9 @@ def test_a_mixture_of_two_tokenizers_is_refused(data: Path, tmp_path: Path) -> N
 
 def test_a_vocabulary_smaller_than_that_of_the_data_is_refused(data: Path, tmp_path: Path) -> None:
     assert refused(lambda: ask(data, tmp_path / "run", "model.vocab_size=4000")) == [
-        f"model.vocab_size = 4000 is smaller than the 4096 token ids of {data}. Remove model.vocab_size, or "
-        "set it to at least 4096."
+        f"model.vocab_size = 4000 is smaller than the 4096 token ids of {data}. A new model gets a "
+        "fitting vocabulary when model.vocab_size is left out. A trained one, as in an import, needs data "
+        "that were prepared with its own tokenizer."
     ]
 
 
@@ -226,7 +227,7 @@ def test_many_epochs_warn_and_more_than_max_epochs_are_refused(data: Path, tmp_p
     epochs = steps * 1024 / tokens
     warnings = ask(data, tmp_path / "run", f"schedule.total_steps={steps}").warnings
     assert (
-        f"the run reads {epochs:.1f} epochs of {data}; after 4 epochs, repeated data improves the model "
+        f"the run reads {epochs:,.1f} epochs of {data}; after 4 epochs, repeated data improves the model "
         "little."
     ) in warnings
     assert ask(data, tmp_path / "run", "evaluation.tokens=1024").warnings == ()
@@ -234,8 +235,9 @@ def test_many_epochs_warn_and_more_than_max_epochs_are_refused(data: Path, tmp_p
         lambda: ask(data, tmp_path / "run", f"schedule.total_steps={steps}", "data.max_epochs=2.5")
     )
     assert found == [
-        f"the run reads {epochs:.2f} epochs of {data} ({steps * 1024} tokens, the source has {tokens}), but "
-        "data.max_epochs = 2.5. Train on fewer tokens, prepare more, or raise data.max_epochs."
+        f"the run reads {epochs:,.2f} epochs of {data} ({steps * 1024:,} tokens, the source has "
+        f"{tokens:,}), but data.max_epochs = 2.5. Train on fewer tokens, prepare more, or raise "
+        "data.max_epochs."
     ]
 
 
@@ -258,6 +260,20 @@ def test_a_mixture_with_a_schedule_is_counted_for_each_source(data: Path) -> Non
         "the run reads 320 sequences, but after 205 all sources with a weight have reached their max_epochs. "
         "Train on fewer tokens, prepare more, raise a max_epochs, or give another source a weight."
     ]
+
+
+def test_data_that_a_mixture_names_twice_warn_with_the_sum(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(data)
+    paths = {str(data): 1, f"{tmp_path / 'link'}": 2}
+    mixture = ", ".join(f"{{path = '{path}', weight = {weight}}}" for path, weight in paths.items())
+    tables, _ = run_tables("tiny", [f"data.mixture=[{mixture}]", "evaluation.tokens=64"])
+    [warning] = examine(tables, "t", LOCAL, None).warnings
+    epochs = 320 * 64 / read_manifest(data).train_tokens
+    assert warning == (
+        f"data.mixture.0 ({data}) and data.mixture.1 ({tmp_path / 'link'}) are the same data. Together they "
+        f"have the weight 3 of 3, and the run reads {epochs:.2f} epochs of them; every limit of epochs "
+        "counts each by itself. Keep one of them, with the sum of the weights."
+    )
 
 
 def test_more_evaluation_tokens_than_the_data_has_warn(data: Path, tmp_path: Path) -> None:
@@ -361,6 +377,22 @@ def test_gpus_that_are_not_there_are_missed(data: Path, tmp_path: Path) -> None:
     assert problem.startswith("gpus_per_node = 64, but this machine has ")
 
 
+def test_interface_that_this_machine_does_not_have_is_a_problem() -> None:
+    findings = Findings()
+    scheduler_of("local").check_machine(ClusterConfig(kind="local", interface="lo"), findings)
+    assert findings.problems == []
+    scheduler_of("local").check_machine(ClusterConfig(kind="local", interface="lo,ib9"), findings)
+    [problem] = findings.problems
+    assert problem.startswith("interface = 'lo,ib9': this machine has no network interface 'ib9'. It has: lo")
+
+
+@pytest.mark.parametrize("name", ["hang_timeout_s", "start_timeout_s", "collective_timeout_s"])
+def test_timeout_that_the_libraries_cannot_count_is_refused(name: str) -> None:
+    tables = {"launch": {name: 1e14}, "data": {"path": "/nowhere"}, "schedule": {"total_steps": 1}}
+    with pytest.raises(ConfigError, match=rf"launch\.{name}.*1000000"):
+        validate(RunConfig, {"name": "x", **tables}, "x")
+
+
 def test_slurm_without_slurm_says_where_to_launch(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -382,11 +414,12 @@ def test_a_training_state_that_does_not_fit_on_the_gpu_is_refused(data: Path) ->
     cluster = ClusterConfig(kind="slurm", gpus_per_node=1, accelerator="a100-40gb")
     big = ["model.n_layers=32", "model.d_model=4096", "model.n_heads=32", "precision=bf16"]
     [problem] = refused(lambda: ask(data, None, *big, cluster=cluster))
-    # 20 bytes (2 weights, 2 + 4 gradients and sums, 12 AdamW) a parameter:
+    # 18 bytes (2 weights, 4 sums of gradients, 12 AdamW) a parameter, and the largest gradient in bf16:
     # 32 × (4·4096² + 3·4096·10944) + 2·4096·4096 + 65·4096 parameters
     parameters = 32 * (4 * 4096**2 + 3 * 4096 * 10944) + 2 * 4096 * 4096 + 65 * 4096
+    needed = 18 * parameters + 2 * 2 * 10944 * 4096
     assert problem == (
-        f"the training state needs {20 * parameters / 2**30:.1f} GiB on each of 1 ranks (zero.stage = "
+        f"the training state needs {needed / 2**30:.1f} GiB on each of 1 ranks (zero.stage = "
         "1), but a100-40gb has only 36.8 GiB for it. Use more GPUs, a higher zero.stage, or a smaller model."
     )
 

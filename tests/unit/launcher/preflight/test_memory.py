@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from gpt.config.parallel import ZeroConfig
+from gpt.config.parameter_table import parameter_count
 from gpt.config.run import RunConfig
 from gpt.distributed.zero.build import DTYPES
 from gpt.model import hardware
@@ -14,6 +16,7 @@ from gpt.model.flops import flops_per_token
 from gpt.model.gpt import GPT
 from launcher.preflight.memory import (
     activation_bytes,
+    gradient_traffic_bytes,
     largest_micro_batch,
     memory,
 )
@@ -119,6 +122,22 @@ def test_the_plan_counts_the_configured_gradient_bucket() -> None:
         for fields in ({}, {"bucket_numel": 1000})
     )
     assert default - smaller == 2 * (2**24 - 1000)
+
+
+@pytest.mark.parametrize(("stage", "copies"), [(1, 0), (2, 4), (3, 4 + 4 - 2)])
+def test_the_plan_counts_what_a_reduction_in_fp32_costs(stage: int, copies: int) -> None:
+    run = config(micro_batch=2)  # two micro-batches a step on two ranks
+    in_fp32, in_bf16 = (
+        run.with_tables(zero=ZeroConfig(stage=stage, bucket_numel=1000, reduce_dtype=dtype))
+        for dtype in ("fp32", "bf16")
+    )
+    assert gradient_traffic_bytes(in_fp32, 2) == 2 * gradient_traffic_bytes(in_bf16, 2)
+    times = 1 if stage == 1 else 2
+    assert gradient_traffic_bytes(in_fp32, 2) == 4 * parameter_count(run.model) * times
+    assert gradient_traffic_bytes(in_fp32, 1) == 0
+    more = memory(in_fp32, 2).workspace - memory(in_bf16, 2).workspace
+    # At stage 1 the sum of the micro-batches is in fp32 already, and a reduction in bf16 copies all of it.
+    assert more == (-2 * parameter_count(run.model) if stage == 1 else copies * 1000)
 
 
 def test_largest_micro_batch_is_the_largest_that_fits() -> None:

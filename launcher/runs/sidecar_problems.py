@@ -1,0 +1,67 @@
+"""How the sidecars of a run fare: what they have achieved, and sentences about what they have not.
+
+Reads what the sidecars and the node task write (sidecar-NAME.json), and compares it with what is to be sent.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from gpt.checkpoint.format import committed
+from gpt.config.run import RunConfig
+from gpt.run.records import Health, Sidecar, SidecarHealth
+from gpt.run.run_dir import RunDir
+
+_TITLES = {Sidecar.TRACKING: "MLflow", Sidecar.MIRRORING: "the mirror"}
+
+
+def sidecar_healths(run: RunDir, config: RunConfig | None = None) -> dict[Sidecar, SidecarHealth]:
+    """The health of each sidecar that has started; with `config` only of those that it asks for."""
+    found = {sidecar: SidecarHealth.read_or_none(run.sidecar_health(sidecar)) for sidecar in Sidecar}
+    if config is not None and not config.tracking.enabled:
+        found[Sidecar.TRACKING] = None
+    if config is not None and config.checkpoint.mirror is None:
+        found[Sidecar.MIRRORING] = None
+    return {sidecar: health for sidecar, health in found.items() if health is not None}
+
+
+def sidecar_problem(sidecar: Sidecar, now: SidecarHealth) -> str | None:
+    """What keeps a sidecar from its work, as a sentence; None if nothing does."""
+    title, error = _TITLES[sidecar], now.error or "no reason is known"
+    received = f"; it has received everything up to step {now.step}" if now.step is not None else ""
+    match now.health:
+        case Health.FAILING:
+            return f"{title} does not take what is sent to it, and is tried again ({error}){received}"
+        case Health.DEAD:
+            return f"the process that sends to {title} is gone and is started again ({error}){received}"
+        case Health.INCOMPLETE:
+            return f"{title} has not received everything ({error}){received}"
+        case _:
+            return f"{title}: {error}" if now.error is not None else None
+
+
+def sidecar_problems(
+    run: RunDir, healths: dict[Sidecar, SidecarHealth], *, has_ended: bool, step: int
+) -> Iterator[str]:
+    """A sentence for each sidecar that does not work, or whose work is not done although the job has ended.
+
+    `step` is the newest step of the record.
+    """
+    for sidecar, now in healths.items():
+        problem = sidecar_problem(sidecar, now)
+        if problem is not None:
+            yield problem
+        elif has_ended and now.health is Health.WORKING:
+            newest = step if sidecar is Sidecar.TRACKING else _newest_checkpoint(run)
+            if newest > (now.step or 0):
+                unit = "step" if sidecar is Sidecar.TRACKING else "the checkpoint of step"
+                yield f"{_TITLES[sidecar]} has everything up to {unit} {now.step or 0} of {newest} so far"
+
+
+def health_as_json(healths: dict[Sidecar, SidecarHealth]) -> dict[str, Any]:
+    """The healths as one JSON object, by the name of the sidecar."""
+    return {sidecar.value: now.model_dump(mode="json") for sidecar, now in healths.items()}
+
+
+def _newest_checkpoint(run: RunDir) -> int:
+    checkpoints = committed(run.checkpoints)
+    return checkpoints[-1][0] if checkpoints else 0
