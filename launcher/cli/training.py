@@ -107,9 +107,7 @@ def plan(run: str, cluster: str, overrides: tuple[str, ...], as_json: bool, mfu:
 @click.option("--replicas", type=click.IntRange(20, 10_000), default=200, show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
-@click.option(
-    "--plot", type=click.Path(path_type=Path), metavar="FILE", help="Plot goodput against GPUs (.png, .svg)."
-)
+@click.option("--plot", type=UserPath(), metavar="FILE", help="Plot goodput against GPUs (.png, .svg).")
 def simulate(
     run: str,
     cluster: str,
