@@ -1,7 +1,7 @@
 """Reports how a sidecar fares in its sidecar-NAME.json, which `outlast status` and the foreground read."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from gpt.run.records import Health, Sidecar, SidecarHealth
 from gpt.run.run_dir import RunDir
@@ -49,10 +49,9 @@ class HealthReport:
         """The sidecar ends; `is_complete` says whether everything was sent."""
         self._change(Health.DONE if is_complete else Health.INCOMPLETE, {})
 
-    def _change(self, health: Health, changes: dict[str, object]) -> None:
-        if health != self._now.health:
-            changes["since"] = time.time()
-        new = self._now.model_copy(update={**changes, "health": health})
+    def _change(self, health: Health, changes: Mapping[str, object]) -> None:
+        since = self._now.since if health == self._now.health else time.time()
+        new = self._now.model_copy(update={**changes, "health": health, "since": since})
         is_the_same = new.health == self._now.health and new.error == self._now.error
         if is_the_same and time.monotonic() - self._written < _REFRESH_S and self._written:
             self._now = new

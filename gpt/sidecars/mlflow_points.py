@@ -42,7 +42,11 @@ def line_at(path: Path, mark: SentLine) -> tuple[dict[str, Any], int] | None:
         line = json.loads(raw) if raw.endswith(b"\n") else None
     except (ValueError, RecursionError):
         return None
-    if not is_step_line(line) or (line.get("step"), line.get("time")) != (mark.step, mark.time):
+    if (
+        not isinstance(line, dict)
+        or not is_step_line(line)
+        or (line.get("step"), line.get("time")) != (mark.step, mark.time)
+    ):
         return None
     return line, mark.begins + len(raw)
 

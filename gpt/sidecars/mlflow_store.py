@@ -59,7 +59,8 @@ def create_database(path: Path) -> None:
 
     made = path.with_name(f".{path.name}.new-{uuid4().hex[:12]}")
     try:
-        store = SqlAlchemyStore(f"{_SQLITE}{made}", str(mlflow_artifacts_beside(path)))
+        artifacts = str(mlflow_artifacts_beside(path))
+        store = SqlAlchemyStore(f"{_SQLITE}{made}", artifacts)  # type: ignore[no-untyped-call]
         store.engine.dispose()
         _publish(made, path)
     finally:
