@@ -12,6 +12,7 @@ import numpy as np
 
 from data_pipeline.errors import ConfigError
 from launcher.cluster import ClusterConfig
+from launcher.paths import absolute
 from launcher.preflight.check import examine
 from launcher.preflight.plan import plan
 from launcher.request import Request
@@ -48,6 +49,8 @@ def simulate_run(
     plot: Path | None,
 ) -> int:
     """Simulate `run` on `cluster` and print what was found; the exit code."""
+    if plot is not None:
+        plot = absolute(plot, "--plot")
     tables, source = run_tables(run, overrides)
     request = examine(tables, source, cluster, None)
     earlier = [open_run(folder) for folder in histories]

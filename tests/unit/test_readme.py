@@ -23,6 +23,7 @@ from gpt.config.resume_rules import RULES, Change
 from gpt.config.run import LaunchConfig, RunConfig
 from gpt.run.exit_codes import ExitCode
 from gpt.run.failure_policy import POLICIES, TRIGGERS, Action, Policy
+from gpt.run.records import Sidecar
 from gpt.run.run_dir import (
     CORRUPT_PREFIX,
     REWOUND_PREFIX,
@@ -348,6 +349,7 @@ def run_directory_paths() -> set[str]:
     found |= {path.as_posix() for path in (attempt.hang_report(0), submission.path, submission.node_log(0))}
     found |= {submission.torchrun_logs(0, 0).as_posix(), submission.meeting_point("JOB", 0).as_posix()}
     found.add(submission.node_failure("JOB", 0, 0).as_posix())
+    found |= {run.sidecar_health(sidecar).as_posix() for sidecar in Sidecar}
     found -= {run.mlflow_database.as_posix(), run.attempts.as_posix(), run.submissions.as_posix()}
     step = run.checkpoints / step_name(0)
     found |= {(step / INDEX_NAME).as_posix(), (step / "rank-00000.safetensors").as_posix()}
@@ -371,6 +373,7 @@ def test_all_paths_of_a_run_directory_are_properties_or_known_methods() -> None:
     }
     numbers = {"attempt", "submission", "attempt_numbers", "last_submission"}
     paths = {"node", "rank_log", "hang_report", "node_log", "torchrun_logs", "meeting_point", "node_failure"}
+    paths.add("sidecar_health")
     assert methods == numbers | paths, "add a new path to run_directory_paths() and to the README"
 
 
