@@ -1,6 +1,7 @@
 """How a path that a user types is checked and stored: absolute, relative to the directory of the command."""
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -61,6 +62,17 @@ def new_folder_problem(folder: Path) -> str | None:
             f"to {_DEEPEST_BYTES} more; a path has at most {PATH_BYTES}. Use a shorter one."
         )
     return unwritable_problem(folder)
+
+
+def moved_folder_problem(folder: Path) -> str | None:
+    """Why a run cannot continue where its directory is now: the rules that would make it run other code."""
+    if re.search(r":|%[0-9]*[A-Za-z%]", str(folder)) is None:
+        return None
+    character = ":" if ":" in str(folder) else "%"
+    return (
+        f"{shown(folder)}: a run directory's path cannot have {character!r}: {_MEANINGS[character]}. Move "
+        "the run directory, or name it by a link without one."
+    )
 
 
 def unwritable_problem(folder: Path) -> str | None:

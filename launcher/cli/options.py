@@ -13,7 +13,7 @@ set_option = click.option(
     "overrides",
     multiple=True,
     metavar="A.B=C",
-    help="Set a field of the run config. Can be repeated.",
+    help="Set a field of the run config; A.B= restores its default. Can be repeated.",
 )
 cluster_option = click.option(
     "--cluster",

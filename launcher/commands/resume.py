@@ -92,9 +92,10 @@ def _resume(
     newest = max(checkpoints, default=0)
     index = _index(checkpoints.get(newest if step is None else step))
     changes = _changes(run, present, request, index)
-    check_changes(changes, allowed)
-    if index is not None and (problems := state_misfits(index, request.config)):
-        raise ConfigError([f"step {index.step} does not fit this config: {problem}" for problem in problems])
+    misfits = state_misfits(index, request.config) if index is not None else []
+    check_changes(changes, allowed, misfits)
+    if index is not None and misfits:
+        raise ConfigError([f"step {index.step} does not fit this config: {problem}" for problem in misfits])
     if step is None and newest >= request.config.total_steps:
         bad = next(verify(checkpoints[newest]), None)
         if bad is None:

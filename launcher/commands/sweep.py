@@ -40,7 +40,7 @@ from launcher.commands.signal_guard import held_signals, reason_of
 from launcher.commands.status import UNREADABLE, statuses
 from launcher.commands.status_table import cell
 from launcher.commands.submit import submit_together
-from launcher.paths import absolute
+from launcher.paths import absolute, moved_folder_problem
 from launcher.preflight.check import examine
 from launcher.request import Request
 from launcher.runs.code_snapshot import job_environment, python_module, snapshot_code
@@ -112,6 +112,8 @@ def sweep(
         home = RunDir(absolute(source))
         if cluster is not None or folder is not None:
             raise ConfigError("the sweep already has its --cluster and --out; give only its folder.")
+        if (problem := moved_folder_problem(home.path)) is not None:
+            raise ConfigError(problem)
         for run in (home, *(RunDir(home.path / point.folder) for point in _index(home.path).points)):
             require_own(run, is_trusted=is_trusted)
     else:

@@ -10,7 +10,7 @@ from typing import Any
 
 from data_pipeline.config_file import validate
 from data_pipeline.dataset.integrity import check, verify
-from data_pipeline.dataset.manifest import Manifest, read_manifest
+from data_pipeline.dataset.manifest import FILE_NAME, Manifest, read_manifest
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.sampling.batches import windows_in
 from gpt.checkpoint.format import committed
@@ -20,9 +20,9 @@ from gpt.run.run_dir import RunDir
 from launcher.cluster import AS_THE_FILE_SAYS, ClusterConfig, ClusterSize
 from launcher.cluster_file import load_cluster
 from launcher.findings import Findings
-from launcher.paths import nearest_existing, new_folder_problem
+from launcher.paths import nearest_existing
 from launcher.preflight.mirror import check_mirror
-from launcher.preflight.places import check_places
+from launcher.preflight.places import folder_problem, place_problems
 from launcher.preflight.plan import (
     checkpoint_bytes,
     checkpoint_counts,
@@ -78,12 +78,12 @@ def examine(
         if run.model.vocab_size is None:
             findings.warn(f"model.vocab_size is not set; the plan assumes {_ASSUMED_VOCABULARY} token ids.")
         config = run.resolve(_ASSUMED_VOCABULARY)
-    found = len(findings.problems)
-    if run is not None:
-        check_places(run, cluster_config, folder, findings)
-    if folder is not None and is_new:
-        _check_folder(folder, findings)
-    is_usable = len(findings.problems) == found
+    unusable = place_problems(run, cluster_config, folder) if run is not None else []
+    if folder is not None and (problem := folder_problem(folder, is_new=is_new)) is not None:
+        unusable.append(problem)
+    elif folder is not None and is_new:
+        _check_new_folder(folder, findings)
+    findings.problems += unusable
     if run is not None and cluster_config is not None:
         findings.problem(run.batch_problem(cluster_config.world_size))
         has_gpu = cluster_config.gpus_per_node > 0
@@ -95,15 +95,16 @@ def examine(
         report(host_memory_problem(config, cluster_config))
         findings.warn(memory_warning(config, cluster_config))
         findings.warn(host_memory_warning(config, cluster_config))
-    if folder is not None and is_usable:
-        if config is not None:
+    if folder is not None:
+        if config is not None and not unusable:  # a store or a server is asked at a sound address only
             check_disk(config, folder, findings)
             in_container = cluster_config is not None and cluster_config.container is not None
             check_tracker(config, findings, is_in_container=in_container)
             check_mirror(RunDir(folder), config, findings, is_new=is_new)
         if cluster_config is not None:
             scheduler = scheduler_of(cluster_config.kind)
-            if scheduler.check_machine(cluster_config, findings) and config is not None:
+            has_site = scheduler.check_machine(cluster_config, findings)
+            if has_site and config is not None and not unusable:
                 state = checkpoint_bytes(config)
                 scheduler.check_site(RunDir(folder), config, cluster_config, state, findings)
     if findings.problems:
@@ -265,8 +266,7 @@ def _read_data(path: Path, findings: Findings, is_full: bool) -> list[Manifest]:
     try:
         manifest = read_manifest(path)
     except (DataError, ConfigError) as error:
-        moved = "" if path.exists() else ". If it was moved, give its folder with --set data.path=DIR"
-        findings.problem(f"{error}{moved}")
+        findings.problem(f"{error}{_data_hint(path)}")
         return []
     found = check(path, manifest)
     size_bytes = sum(shard.bin.size_bytes for shard in (*manifest.train, *manifest.val))
@@ -276,11 +276,17 @@ def _read_data(path: Path, findings: Findings, is_full: bool) -> list[Manifest]:
     return [manifest]
 
 
-def _check_folder(folder: Path, findings: Findings) -> None:
-    problem = new_folder_problem(folder)
-    if problem is not None:
-        findings.problem(f"{problem} Give another --run-dir.")
-    elif RunDir(folder).config.exists():
+def _data_hint(path: Path) -> str:
+    """What to do about a data directory that is not there, or that is none."""
+    if not path.exists():
+        return ". If it was moved, give its folder with --set data.path=DIR"
+    if path.is_file() or not (path / FILE_NAME).exists():
+        return f". From raw text, `outlast prepare {path} --tokenizer NAME --out DIR` makes a data set"
+    return ""
+
+
+def _check_new_folder(folder: Path, findings: Findings) -> None:
+    if RunDir(folder).config.exists():
         findings.problem(f"{folder} already is a run directory. `outlast resume {folder}` continues it.")
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         findings.problem(f"{folder} exists and is not empty. Give another --run-dir.")

@@ -9,16 +9,16 @@ from data_pipeline.remote import is_remote
 from gpt.checkpoint.format import committed
 from gpt.checkpoint.mirror import Mirror, MirrorError
 from gpt.run.run_dir import RunDir
-from launcher.paths import absolute
+from launcher.paths import absolute, new_folder_problem
 from launcher.runs.trust import TRUST_OPTION, executed_fields
 
 
 def is_mirrored_run(folder: str) -> bool:
-    """Whether `folder` is a run in a mirror: a URL, or a run directory without code, attempts and jobs."""
+    """Whether `folder` is a run in a mirror: a URL, or a folder without a run's code and attempts."""
     if is_remote(folder):
         return True
     run = RunDir(absolute(folder))
-    own = (run.attempts, run.code, run.job)
+    own = run.code, run.attempts, run.submissions, run.job
     return run.config.exists() and not any(path.exists() for path in own)
 
 
@@ -38,6 +38,8 @@ def fetch_run(place: str, runs: Path, *, keeps_cluster: bool, is_trusted: bool) 
                 "continue, and resume it again."
             )
         raise LaunchError(f"{run.path} is there already. `outlast resume {run.path}` uses its mirror too.")
+    if (problem := new_folder_problem(run.path)) is not None:
+        raise ConfigError(f"{problem} Set OUTLAST_RUNS to the folder in which the run shall continue.")
     executed = executed_fields(mirror.cluster())
     if executed and keeps_cluster and not is_trusted:
         raise ConfigError(

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import ConfigError
-from launcher.paths import absolute, new_folder_problem
+from launcher.paths import absolute, moved_folder_problem, new_folder_problem
 
 
 def test_a_path_is_stored_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,6 +62,13 @@ def test_a_run_directory_is_not_created_where_a_run_cannot_live(
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "file").touch()
     assert words in (new_folder_problem(tmp_path / name) or "")
+
+
+def test_a_run_continues_where_its_directory_was_moved_unless_other_code_would_run(tmp_path: Path) -> None:
+    for name in ("a:b", "%j", "%4t", "100%%"):
+        assert "a run directory's path cannot have" in (moved_folder_problem(tmp_path / name) or "")
+    for name in ("100%", "a#b", "a?b"):
+        assert moved_folder_problem(tmp_path / name / "run") is None
 
 
 def test_ordinary_names_of_run_directories_pass(tmp_path: Path) -> None:

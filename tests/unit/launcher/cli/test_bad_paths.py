@@ -62,3 +62,14 @@ def test_bad_paths_are_bad_input(
         assert run(arguments_with(name, parameter, bad)) == 2, bad
         assert capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_data_set_that_cannot_be_written_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text('{"text": "In the beginning"}\n')
+    assert run(["prepare", "a.jsonl", "--tokenizer", "outlast-4k", "--out", "/proc/x"]) == 2
+    assert capsys.readouterr().err == (
+        "error: --out /proc/x: /proc is on a file system that holds no files of users. Name another place.\n"
+    )

@@ -151,6 +151,18 @@ def test_a_finished_run_stores_where_its_data_is_now(
     assert not run.job.exists()
 
 
+def test_a_run_that_was_moved_where_its_code_cannot_be_imported_is_refused(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(follow_job, "submit", submit_what_ends_well)
+    moved = run.path.rename(run.path.with_name("a:b"))
+    with pytest.raises(ConfigError, match="a:b: a run directory's path cannot have ':': it sep"):
+        resume(RunDir(moved))
+    link = moved.with_name("link")
+    link.symlink_to(moved)
+    assert resume(RunDir(link)) == 0
+
+
 def test_missing_data_are_looked_for_where_the_user_says(run: RunDir, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         resume(run, f"data.path={tmp_path / 'gone'}")
@@ -186,3 +198,15 @@ def test_the_number_of_processes_is_changed_by_an_option(
         resume_run(str(run.path), None, [], None, attend=None, size=ClusterSize(processes=3))
     assert resume_run(str(run.path), None, [], None, attend=None, size=ClusterSize(processes=2)) == 0
     assert read_json(run.cluster) == {"kind": "local", "processes_per_node": 2}
+
+
+def test_a_change_that_the_checkpoint_does_not_fit_is_not_offered_to_be_allowed(run: RunDir) -> None:
+    commit(run, 10)
+    with pytest.raises(ConfigError) as error:
+        resume(run, "model.n_layers=3", "seed=7")
+    layers, seed = error.value.problems
+    assert layers.startswith(
+        "model.n_layers cannot change in the middle of a run: 2 → 3. The checkpoint does"
+    )
+    assert layers.endswith("Launch a new run with this value.")
+    assert seed.endswith("or allow the change with --allow-change seed.")

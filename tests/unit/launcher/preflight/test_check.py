@@ -138,6 +138,11 @@ def test_a_folder_without_a_manifest_is_not_a_data_set(tmp_path: Path) -> None:
     (tmp_path / "raw").mkdir()
     [problem] = refused(lambda: ask(tmp_path / "raw", tmp_path / "run"))
     assert problem.startswith(f"{tmp_path / 'raw'} is not a data set")
+    prepare = f"`outlast prepare {tmp_path / 'raw'} --tokenizer NAME --out DIR` makes a data set"
+    assert problem.endswith(f". From raw text, {prepare}")
+    (tmp_path / "text.jsonl").touch()
+    [problem] = refused(lambda: ask(tmp_path / "text.jsonl", tmp_path / "run"))
+    assert problem.endswith("makes a data set")
 
 
 def test_a_flipped_byte_in_a_shard_is_reported_with_its_place(data: Path, tmp_path: Path) -> None:
@@ -354,9 +359,16 @@ def test_a_run_directory_that_slurm_would_rename_is_refused(data: Path, tmp_path
     )
 
 
+def test_a_mirror_that_cannot_hold_files_is_refused(data: Path, tmp_path: Path) -> None:
+    [problem] = refused(lambda: ask(data, tmp_path / "run", "checkpoint.mirror=/proc"))
+    assert problem.startswith("checkpoint.mirror = /proc: /proc is on a file system that holds no files")
+
+
 def test_a_name_that_is_too_long_for_a_run_directory_is_refused(data: Path) -> None:
-    [problem] = refused(lambda: ask(data, None, f"name={'x' * 201}"))
-    assert problem.startswith("tiny.toml: name = 'xxx") and "at most 200 characters" in problem
+    name = "x" * 300
+    [of_name, of_folder] = refused(lambda: ask(data, next_run_folder(name), f"name={name}"))
+    assert of_name.startswith("tiny.toml: name = 'xxx") and "at most 200 characters" in of_name
+    assert "has 305 bytes; a file name has at most 255" in of_folder
 
 
 def test_a_full_disk_is_refused_and_a_nearly_full_one_warns(
@@ -446,6 +458,13 @@ def test_all_problems_of_run_cluster_data_and_folder_are_reported_at_once(data: 
         f"{copy / 'train-00000.idx'}: missing",
         f"{tmp_path / 'run'} exists and is not empty. Give another --run-dir.",
     ]
+
+
+def test_setting_one_of_two_alternatives_replaces_that_of_the_recipe() -> None:
+    assert "total_tokens" in run_tables("gpt2-124m", [])[0]["schedule"]
+    schedule = run_tables("gpt2-124m", ["schedule.total_steps=20"])[0]["schedule"]
+    assert schedule["total_steps"] == 20
+    assert "total_tokens" not in schedule
 
 
 def test_an_unknown_recipe_suggests_the_nearest() -> None:

@@ -6,16 +6,12 @@ import pytest
 
 from gpt.config.run import RunConfig
 from launcher.cluster import ClusterConfig
-from launcher.findings import Findings
-from launcher.preflight.places import check_places
+from launcher.preflight.places import place_problems
 
 
 def problems(folder: Path | None, cluster: ClusterConfig | None = None, **tables: object) -> list[str]:
     base = {"name": "x", "data": {"path": "/data"}, "schedule": {"total_steps": 1}, **tables}
-    findings = Findings()
-    check_places(RunConfig.model_validate(base), cluster, folder, findings)
-    assert not findings.warnings
-    return findings.problems
+    return place_problems(RunConfig.model_validate(base), cluster, folder)
 
 
 @pytest.mark.parametrize(
