@@ -116,7 +116,9 @@ def _status(run: RunDir, job: Job | None, standing: Standing | None) -> Status:
         attention=events.last(Event.NETWORK_BUILT).get("attention"),
         checkpoint_step=checkpoints[-1][0] if checkpoints else None,
         save_problem=_save_problem(events) or _mirror_problem(events) if is_going else None,
-        sidecar_problems=tuple(sidecar_problems(run, healths, has_ended=has_ended, step=step)),
+        sidecar_problems=tuple(
+            sidecar_problems(run, healths, is_running=is_going, has_ended=has_ended, step=step)
+        ),
         sidecars=health_as_json(healths),
         attempts=len(run.attempt_numbers()),
         requeues=events.count(Event.REQUEUED),

@@ -31,11 +31,13 @@ def test_status_shows_what_keeps_a_sidecar_from_its_work(run: RunDir) -> None:
     give_job(run, alive=True)
     put(run, Health.WORKING, step=3)
     assert status(run).sidecar_problems == ()
+    put(run, Health.WORKING, step=3, time=time.time() - 600.5)
+    assert status(run).sidecar_problems == ("the process that sends to MLflow has not reported for 10:00",)
     put(run, Health.FAILING, step=3, error="connection refused")
     found = status(run)
     assert found.sidecar_problems == (
-        "MLflow does not take what is sent to it, and is tried again (connection refused); it has received "
-        "everything up to step 3",
+        "MLflow does not take what is sent to it, and is tried again (connection refused); the last step that "
+        "arrived is 3",
     )
     assert found.as_json()["sidecars"]["tracking"]["health"] == "failing"
     console = Console(file=io.StringIO(), width=300)
@@ -62,7 +64,7 @@ def test_status_says_what_has_not_arrived_when_the_job_has_ended(run: RunDir) ->
     put(run, Health.DONE, step=7)
     put(run, Health.INCOMPLETE, Sidecar.MIRRORING, step=4, error="no route to host")
     assert status(run).sidecar_problems == (
-        "the mirror has not received everything (no route to host); it has received everything up to step 4",
+        "the mirror has not received everything (no route to host); the last step that arrived is 4",
     )
 
 
