@@ -1,7 +1,7 @@
 """What a dry step reports: the contract between `python -m gpt.trace` and its callers. Torch-free."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 

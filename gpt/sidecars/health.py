@@ -1,7 +1,9 @@
 """Reports how a sidecar fares in its sidecar-NAME.json, which `outlast status` and the foreground read."""
 
+import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from typing import Any
 
 from gpt.run.records import Health, Sidecar, SidecarHealth
 from gpt.run.run_dir import RunDir
@@ -32,26 +34,28 @@ class HealthReport:
         if warning is not None and warning != self._now.error:
             print(warning, flush=True)
         self._reported = None
-        changes = {"last_success": time.time(), "step": step, "error": warning}
-        self._change(Health.WORKING, changes)
+        self._change(Health.WORKING, last_success=time.time(), step=step, error=warning)
 
     def failed(self, error: Exception) -> None:
         """A try failed; it is repeated."""
         print(f"{type(error).__name__}: {error}", flush=True)
         text = str(error).strip()
         reason = text[:_LONGEST_REASON] if " " in text else f"{type(error).__name__}: {text}"
+        if self._reported is not None and _without_numbers(reason) == _without_numbers(self._reported):
+            reason = self._reported
         if reason != self._reported:
             self._reported = reason
             self._failed_anew(reason)
-        self._change(Health.FAILING, {"error": reason})
+        self._change(Health.FAILING, error=reason)
 
     def ended(self, *, is_complete: bool) -> None:
         """The sidecar ends; `is_complete` says whether everything was sent."""
-        self._change(Health.DONE if is_complete else Health.INCOMPLETE, {})
+        self._change(Health.DONE if is_complete else Health.INCOMPLETE)
 
-    def _change(self, health: Health, changes: Mapping[str, object]) -> None:
-        since = self._now.since if health == self._now.health else time.time()
-        new = self._now.model_copy(update={**changes, "health": health, "since": since})
+    def _change(self, health: Health, **changes: Any) -> None:
+        if health != self._now.health:
+            changes["since"] = time.time()
+        new = self._now.model_copy(update={**changes, "health": health})
         is_the_same = new.health == self._now.health and new.error == self._now.error
         if is_the_same and time.monotonic() - self._written < _REFRESH_S and self._written:
             self._now = new
@@ -65,3 +69,8 @@ class HealthReport:
             self._now.write(self._path)
         except OSError as error:
             print(f"{self._path.name} cannot be written: {error}", flush=True)
+
+
+def _without_numbers(reason: str) -> str:
+    """`reason` without what differs at each try: addresses of objects, ports, times."""
+    return re.sub(r"0x[0-9a-f]+|[0-9]+", "", reason)

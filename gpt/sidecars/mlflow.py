@@ -35,6 +35,7 @@ BATCH_METRICS = 1000  # MLflow's limit for one request
 POLL_S = 2.0
 RETRY_S = 10.0
 DRAIN_S = 45.0  # the node task waits a minute for this process
+_LONGEST_NAME = 200  # MLflow's limit is 250
 _NOT_METRICS = ("time", "step", "data/digest")
 
 
@@ -131,7 +132,9 @@ class MlflowRun:
             tags["mlflow.parentRunId"] = parent
         experiment = self.run.tracking.experiment
         created = self.client.create_run(
-            experiment_id(self.client, experiment, self._uri), run_name=self.run_dir.path.name, tags=tags
+            experiment_id(self.client, experiment, self._uri),
+            run_name=self.run_dir.path.name[:_LONGEST_NAME],
+            tags=tags,
         )
         self.state = TrackingState(
             run_id=created.info.run_id,
@@ -157,7 +160,7 @@ class MlflowRun:
         )
         self.client.set_tag(old, "outlast.replaced_by", self.run_id)
         self.client.set_tag(old, "mlflow.parentRunId", self.run_id)
-        self.client.update_run(old, name=f"{self.run_dir.path.name} (left at step {step})")
+        self.client.update_run(old, name=f"{self.run_dir.path.name[:_LONGEST_NAME]} (left at step {step})")
         self.client.set_terminated(old, status="KILLED")
 
     def _remember(self, **changes: Any) -> None:

@@ -8,7 +8,7 @@ the newest of the remembered lines that is still there.
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from gpt.run.records import SentLine
 
@@ -16,7 +16,7 @@ _MARKS = 64
 _LONGEST_LINE_BYTES = 1 << 22
 
 
-def is_step_line(line: object) -> bool:
+def is_step_line(line: object) -> TypeGuard[dict[str, Any]]:
     """Whether a line of the record is an object with a step and a time."""
     if not isinstance(line, dict):
         return False

@@ -59,9 +59,8 @@ def create_database(path: Path) -> None:
 
     made = path.with_name(f".{path.name}.new-{uuid4().hex[:12]}")
     try:
-        artifacts = str(mlflow_artifacts_beside(path))
-        store = SqlAlchemyStore(f"{_SQLITE}{made}", artifacts)  # type: ignore[no-untyped-call]
-        store.engine.dispose()
+        create: Any = SqlAlchemyStore
+        create(f"{_SQLITE}{made}", str(mlflow_artifacts_beside(path))).engine.dispose()
         _publish(made, path)
     finally:
         made.unlink(missing_ok=True)

@@ -137,7 +137,13 @@ def checkpoints(
     short_help="Serve the MLflow UI.", epilog=example("outlast ui", "outlast ui runs/demo-0001 --port 5001")
 )
 @click.argument("folder", required=False, metavar="[RUN_DIR | RUNS_DIR]", type=UserPath())
-@click.option("--port", type=int, default=5000, show_default=True, help="The local port to serve on.")
+@click.option(
+    "--port",
+    type=click.IntRange(1, 65535),
+    default=5000,
+    show_default=True,
+    help="The local port to serve on.",
+)
 def ui(folder: Path | None, port: int) -> int:
     """Serve the MLflow UI for a run or for a folder of runs. Default: $OUTLAST_RUNS."""
     from launcher.commands.model_tools import ui

@@ -1,13 +1,14 @@
 """Commands that need torch or MLflow. Each runs in a child process, so the launcher imports neither."""
 
-import os
 import subprocess
 from pathlib import Path
 
 import click
 
 from data_pipeline.errors import ConfigError, LaunchError
+from gpt.run.records import TrackingState
 from gpt.run.run_dir import RunDir, is_exported, mlflow_database_in
+from launcher.commands.mlflow_server import serve
 from launcher.paths import absolute, unwritable_problem, usable_path
 from launcher.runs.code_snapshot import python_module
 from launcher.runs.store import open_run, read_config, runs_folder
@@ -62,9 +63,5 @@ def ui(folder: Path | None, port: int) -> int:
             f"{database} does not exist: no run in {folder} has been tracked yet. "
             "Give a run directory or a folder of runs."
         )
-    click.echo(f"http://127.0.0.1:{port}  (reads {uri}; press Ctrl-C to stop)")
-    arguments = ["--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port)]
-    try:
-        return subprocess.run(python_module("mlflow", "server", *arguments), env=dict(os.environ)).returncode
-    except KeyboardInterrupt:
-        return 0
+    state = TrackingState.read_or_none(RunDir(folder).tracking)
+    return serve(uri, port, state.run_id if state is not None else None)

@@ -163,7 +163,9 @@ def _status(run: RunDir, job: Job | None, standing: Standing | None) -> Status:
         save_problem=_save_problem(events) or _mirror_problem(events) if is_going else None,
         updates_left_out=len(left_out),
         left_out_in_a_row=next(count for count in range(step + 1) if step - count not in left_out),
-        sidecar_problems=tuple(sidecar_problems(run, healths, has_ended=has_ended, step=step)),
+        sidecar_problems=tuple(
+            sidecar_problems(run, healths, is_running=is_going, has_ended=has_ended, step=step)
+        ),
         sidecars=health_as_json(healths),
         attempts=len(run.attempt_numbers()),
         restarts=sum(attempt.is_restart for attempt in attempts),

@@ -3,6 +3,7 @@
 Reads what the sidecars and the node task write (sidecar-NAME.json), and compares it with what is to be sent.
 """
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,9 @@ from gpt.checkpoint.format import committed
 from gpt.config.run import RunConfig
 from gpt.run.records import Health, Sidecar, SidecarHealth
 from gpt.run.run_dir import RunDir
+from launcher.units import duration
 
+_SILENT_S = 300.0  # it reports every few seconds; a copy of a checkpoint may take longer than this
 _TITLES = {Sidecar.TRACKING: "MLflow", Sidecar.MIRRORING: "the mirror"}
 
 
@@ -27,7 +30,7 @@ def sidecar_healths(run: RunDir, config: RunConfig | None = None) -> dict[Sideca
 def sidecar_problem(sidecar: Sidecar, now: SidecarHealth) -> str | None:
     """What keeps a sidecar from its work, as a sentence; None if nothing does."""
     title, error = _TITLES[sidecar], now.error or "no reason is known"
-    received = f"; it has received everything up to step {now.step}" if now.step is not None else ""
+    received = f"; the last step that arrived is {now.step}" if now.step is not None else ""
     match now.health:
         case Health.FAILING:
             return f"{title} does not take what is sent to it, and is tried again ({error}){received}"
@@ -40,16 +43,18 @@ def sidecar_problem(sidecar: Sidecar, now: SidecarHealth) -> str | None:
 
 
 def sidecar_problems(
-    run: RunDir, healths: dict[Sidecar, SidecarHealth], *, has_ended: bool, step: int
+    run: RunDir, healths: dict[Sidecar, SidecarHealth], *, is_running: bool, has_ended: bool, step: int
 ) -> Iterator[str]:
     """A sentence for each sidecar that does not work, or whose work is not done although the job has ended.
 
     `step` is the newest step of the record.
     """
     for sidecar, now in healths.items():
-        problem = sidecar_problem(sidecar, now)
+        problem, silent_s = sidecar_problem(sidecar, now), time.time() - now.time
         if problem is not None:
             yield problem
+        elif is_running and sidecar is Sidecar.TRACKING and silent_s > _SILENT_S:
+            yield f"the process that sends to MLflow has not reported for {duration(silent_s)}"
         elif has_ended and now.health is Health.WORKING:
             newest = step if sidecar is Sidecar.TRACKING else _newest_checkpoint(run)
             if newest > (now.step or 0):

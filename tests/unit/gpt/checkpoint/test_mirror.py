@@ -17,6 +17,7 @@ from gpt.checkpoint.writer import Pace
 from gpt.config.run import CheckpointConfig
 from gpt.run import record
 from gpt.run.json_file import read_json, write_json
+from gpt.run.records import Health, Sidecar, SidecarHealth
 from gpt.run.run_dir import RunDir
 from gpt.sidecars.checkpoint_mirror import Copier, follow
 from launcher.cluster import ClusterConfig
@@ -314,10 +315,16 @@ def test_failing_mirror_is_recorded_and_retried(tmp_path: Path, monkeypatch: pyt
     (failed,) = record.read(run.events)
     assert failed["event"] == "mirror_failed"
     assert str(failed["reason"]).startswith(f"the mirror {place}/run: NotADirectoryError")
+    health = SidecarHealth.read(run.sidecar_health(Sidecar.MIRRORING))
+    assert health is not None
+    assert (health.health, health.error) == (Health.FAILING, failed["reason"])
     place.unlink()
     ended.set()
     following.join(20)
     assert Mirror.of(run, str(place)).steps() == [5]
+    health = SidecarHealth.read(run.sidecar_health(Sidecar.MIRRORING))
+    assert health is not None
+    assert (health.health, health.error, health.step) == (Health.DONE, None, 5)
 
 
 def test_checkpoint_pruned_during_its_copy_is_no_failure(

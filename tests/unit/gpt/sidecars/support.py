@@ -83,6 +83,7 @@ class Server:
     def start(self) -> None:
         if self._process is None:
             quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            quiet["env"] = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
             self._process = subprocess.Popen(self._command, start_new_session=True, **quiet)
 
     def stop(self) -> None:

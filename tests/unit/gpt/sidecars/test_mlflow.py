@@ -255,7 +255,9 @@ def test_on_a_server_the_later_points_of_a_step_count(run_dir: RunDir, server: S
     """A crash: no checkpoint lies in the steps that are lost."""
     server.start()
     add_steps(run_dir, 1, 6)
+    run_dir.attempt(1).path.mkdir(parents=True)
     mirror = send(run_dir, uri=server.uri)
+    assert [file.path for file in mirror.client.list_artifacts(mirror.run_id)] == ["config"]
     record_event(run_dir.events, Event.CHECKPOINT_SAVED, step=4)
     record.cut_back(run_dir.metrics, 4)
     add_steps(run_dir, 5, 8, factor=2.0)

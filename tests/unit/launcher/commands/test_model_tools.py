@@ -1,11 +1,18 @@
 """The commands that run torch or MLflow in a child process."""
 
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
 
+from data_pipeline.errors import LaunchError
 from gpt.run.json_file import read_json, write_json
-from gpt.run.run_dir import RunDir
+from gpt.run.run_dir import RunDir, mlflow_database_in
 from launcher.commands.model_tools import tracking_uri, ui
 
 
@@ -45,3 +52,45 @@ def test_the_runs_of_a_sweep_are_tracked_with_those_beside_the_sweep(run: RunDir
     assert [tracking_uri(folder) for folder in (sweep.path, point.path)] == [
         f"sqlite:///{sweep.path / 'mlflow.db'}"
     ] * 2
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_ui_refuses_a_port_that_another_process_has(tmp_path: Path) -> None:
+    mlflow_database_in(tmp_path).touch()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        with pytest.raises(LaunchError, match=f"port {port} cannot be used .* for example --port {port + 1}"):
+            ui(tmp_path, port)
+
+
+def test_ui_prints_the_address_of_the_runs_once_the_server_answers(run: RunDir) -> None:
+    """MLflow's own server is started; it takes a while."""
+    made = """
+import sys
+from pathlib import Path
+from gpt.config.run import RunConfig
+from gpt.run.run_dir import RunDir
+from gpt.sidecars.mlflow import MlflowRun
+run = RunDir(Path(sys.argv[1]))
+print(MlflowRun(run, RunConfig.model_validate_json(run.config.read_text())).run_id)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", made, str(run.path)], check=True, capture_output=True, text=True
+    )
+    run_id = done.stdout.split()[-1]
+    served = "import sys; from launcher.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", served, "ui", str(run.path), "--port", str(port := free_port())]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        address = process.stdout.readline().strip()
+        found = re.fullmatch(rf"http://127.0.0.1:{port}/#/experiments/(\d+)/runs/{run_id}", address)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health") as answer:
+            assert answer.status == 200
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+    assert found is not None

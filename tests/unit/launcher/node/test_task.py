@@ -18,7 +18,7 @@ from gpt.checkpoint.format import verify
 from gpt.run import record
 from gpt.run.events import Event, read_events
 from gpt.run.json_file import read_json, write_json
-from gpt.run.records import Job, JobOutcome
+from gpt.run.records import Health, Job, JobOutcome, Sidecar, SidecarHealth
 from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig
 from launcher.commands.follow_job import outcome_of
@@ -442,6 +442,39 @@ finish(claim(), 0, "done")
 def test_failure_of_the_tracking_sidecar_does_not_matter(folder: Path) -> None:
     run = make_run(folder, 'time.sleep(1); finish(claim(), 0, "done")', tracking="raise SystemExit(3)")
     assert end_of(run, start(run)) == job_outcome(0, "done", 1)
+
+
+def test_a_killed_sidecar_is_started_again_and_a_last_pass_sends_what_is_left(folder: Path) -> None:
+    """The worker kills the sidecar; the second one ends at SIGTERM without having sent anything."""
+    tracking = """
+import os, sys, time
+from pathlib import Path
+if "--last-pass" in sys.argv:
+    Path(sys.argv[1], "last-pass").touch()
+    sys.exit(0)
+with Path(sys.argv[1], "starts").open("a") as file:
+    file.write(f"{os.getpid()}\\n")
+time.sleep(600)
+"""
+    worker = """
+def starts():
+    path = run.path / "starts"
+    return path.read_text().split() if path.exists() else []
+while not starts():
+    time.sleep(0.05)
+os.kill(int(starts()[0]), signal.SIGKILL)
+while len(starts()) < 2:
+    time.sleep(0.05)
+finish(claim(), 0, "done")
+"""
+    run = make_run(folder, worker, tracking=tracking)
+    assert end_of(run, start(run)) == job_outcome(0, "done", 1)
+    assert (run.path / "last-pass").exists()
+    [event] = read_events(run.events, Event.SIDECAR_RESTARTED)
+    assert (event["sidecar"], event["reason"]) == ("tracking", "its process ended with SIGKILL")
+    health = SidecarHealth.read(run.sidecar_health(Sidecar.TRACKING))
+    assert health is not None
+    assert (health.health, health.restarts) == (Health.DEAD, 1), "the last pass writes the rest itself"
 
 
 def test_last_checkpoint_is_mirrored_when_the_job_has_ended(folder: Path, tmp_path: Path) -> None:
