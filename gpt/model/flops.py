@@ -27,9 +27,9 @@ PEAK_FLOPS_PER_SECOND = {
     "H200 NVL": _peaks(835, 60),
     "GH200": _peaks(989, 67),
     "H20": _peaks(148, 44),
-    "B200": _peaks(2250, 75),  # HGX B200
+    "B200": _peaks(2250, 75.0),  # HGX B200
     "GB200": _peaks(2500, 80),  # GB200 NVL72
-    "B300": _peaks(2250, 75),  # HGX B300
+    "B300": _peaks(2250, 75.0),  # HGX B300
     "GB300": _peaks(2500, 80),  # GB300 NVL72
     "L40S": _peaks(362, 91.6),
     "L40": _peaks(181, 90.5),

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from launcher.cli.options import UserPath, example
+from launcher.cli.options import example
 
 
 @click.command(
@@ -134,9 +134,10 @@ def checkpoints(
 
 
 @click.command(
-    short_help="Serve the MLflow UI.", epilog=example("outlast ui", "outlast ui runs/demo-0001 --port 5001")
+    short_help="Serve the MLflow UI.",
+    epilog=example("outlast ui", "outlast ui runs/demo-0001 --port 5001", "outlast ui sync runs/demo-0001"),
 )
-@click.argument("folder", required=False, metavar="[RUN_DIR | RUNS_DIR]", type=UserPath())
+@click.argument("folders", nargs=-1, metavar="[RUN_DIR | RUNS_DIR | sync RUN_DIR…]")
 @click.option(
     "--port",
     type=click.IntRange(1, 65535),
@@ -144,8 +145,18 @@ def checkpoints(
     show_default=True,
     help="The local port to serve on.",
 )
-def ui(folder: Path | None, port: int) -> int:
-    """Serve the MLflow UI for a run or for a folder of runs. Default: $OUTLAST_RUNS."""
-    from launcher.commands.model_tools import ui
+def ui(folders: tuple[str, ...], port: int) -> int:
+    """Serve the MLflow UI for a run or for a folder of runs. Default: $OUTLAST_RUNS.
 
-    return ui(folder, port)
+    `outlast ui sync RUN_DIR…` sends what MLflow has not received of runs whose job has ended, and serves
+    nothing.
+    """
+    from launcher.commands.model_tools import sync, ui
+
+    if folders[:1] == ("sync",):
+        if len(folders) == 1:
+            raise click.UsageError("name the run directories to send: outlast ui sync RUN_DIR…")
+        return sync(folders[1:])
+    if len(folders) > 1:
+        raise click.UsageError("name one run directory, or one folder of runs.")
+    return ui(Path(folders[0]) if folders else None, port)

@@ -1,17 +1,23 @@
 """Commands that need torch or MLflow. Each runs in a child process, so the launcher imports neither."""
 
 import subprocess
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
 from data_pipeline.errors import ConfigError, LaunchError
-from gpt.run.records import TrackingState
+from gpt.run.records import Health, Sidecar, TrackingState
 from gpt.run.run_dir import RunDir, is_exported, mlflow_database_in
 from launcher.commands.mlflow_server import serve
 from launcher.paths import absolute, unwritable_problem, usable_path
 from launcher.runs.code_snapshot import python_module
+from launcher.runs.sidecar_problems import sidecar_healths, sidecar_problem
 from launcher.runs.store import open_run, read_config, runs_folder
+from launcher.scheduler.jobs import refuse_while_alive
+
+_STDERR = 2
 
 
 def sample_command(folder: Path, prompt: str, **options: float | None) -> list[str]:
@@ -48,6 +54,29 @@ def tracking_uri(folder: Path) -> str:
         uri = read_config(run).tracking.uri
         return uri if uri is not None else f"sqlite:///{run.mlflow_database}"
     return f"sqlite:///{mlflow_database_in(folder)}"
+
+
+def sync(folders: Sequence[str]) -> int:
+    """Send what MLflow has not received of runs without a job; 1 if it does not take all of it."""
+    code = 0
+    for folder in folders:
+        run = open_run(folder)
+        if not read_config(run).tracking.enabled:
+            raise LaunchError(
+                f"{run.path} is not tracked in MLflow: its config has tracking.enabled = false."
+            )
+        refuse_while_alive(run)
+        begun = time.time()
+        subprocess.run(python_module("gpt.sidecars.mlflow", str(run.path), "--last-pass"), stdout=_STDERR)
+        now = sidecar_healths(run).get(Sidecar.TRACKING)
+        if now is None or now.time < begun:
+            raise LaunchError(f"{run.path}: the process that sends to MLflow failed; its output is above.")
+        if now.health is Health.DONE:
+            click.echo(f"{run.path}: MLflow has everything up to step {now.step or 0}")
+        else:
+            code = 1
+            click.echo(f"{run.path}: {sidecar_problem(Sidecar.TRACKING, now)}", err=True)
+    return code
 
 
 def ui(folder: Path | None, port: int) -> int:

@@ -3,9 +3,9 @@
 import time
 from collections.abc import Iterator
 
-from gpt.run.records import Sidecar
+from gpt.run.records import Health, Sidecar
 from gpt.run.run_dir import RunDir
-from launcher.runs.sidecar_problems import sidecar_healths, sidecar_problem
+from launcher.runs.sidecar_problems import newest_checkpoint, sidecar_healths, sidecar_problem
 
 _POLL_S = 1.0
 
@@ -42,7 +42,15 @@ class SidecarWatch:
             self._error[sidecar] = cause
 
     def last_words(self) -> Iterator[str]:
-        """The problems that are left when the job has ended, as sentences."""
+        """What is left to do for the sidecars when the job has ended, as sentences."""
         for sidecar, now in sidecar_healths(self._run).items():
-            if now.time >= self._begun and (problem := sidecar_problem(sidecar, now)) is not None:
+            if now.time < self._begun:
+                continue
+            newest = newest_checkpoint(self._run) if sidecar is Sidecar.MIRRORING else 0
+            if (problem := sidecar_problem(sidecar, now)) is not None:
                 yield f"warning: {problem}"
+            elif now.health is Health.WORKING and newest > (now.step or 0):
+                yield (
+                    f"the checkpoint of step {newest} is still being copied to the mirror; `outlast status "
+                    f"{self._run.path}` shows when it is there"
+                )

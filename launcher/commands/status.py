@@ -145,6 +145,8 @@ def _status(run: RunDir, job: Job | None, standing: Standing | None) -> Status:
     attempts = past_attempts(events.each(*ATTEMPT_EVENTS))
     left_out = {event["step"] for event in events.each(Event.UPDATE_SKIPPED) if event["step"] <= step}
     healths = sidecar_healths(run, config)
+    if is_going and job is not None:  # what an earlier job left says nothing about this one
+        healths = {name: now for name, now in healths.items() if now.time >= job.submitted_at}
     has_ended = outcome is not None or (standing is not None and standing.state == JobState.ENDED)
     return Status(
         run_dir=str(run.path),

@@ -13,6 +13,10 @@ from gpt.run.records import Health, Sidecar, SidecarHealth
 from gpt.run.run_dir import RunDir
 from launcher.units import duration
 
+_REMEDIES = {
+    Sidecar.TRACKING: "; the next job, or `outlast ui sync RUN_DIR`, sends the rest",
+    Sidecar.MIRRORING: "; the next job of the run copies the rest",
+}
 _SILENT_S = 300.0  # it reports every few seconds; a copy of a checkpoint may take longer than this
 _TITLES = {Sidecar.TRACKING: "MLflow", Sidecar.MIRRORING: "the mirror"}
 
@@ -37,7 +41,7 @@ def sidecar_problem(sidecar: Sidecar, now: SidecarHealth) -> str | None:
         case Health.DEAD:
             return f"the process that sends to {title} is gone and is started again ({error}){received}"
         case Health.INCOMPLETE:
-            return f"{title} has not received everything ({error}){received}"
+            return f"{title} has not received everything ({error}){received}{_REMEDIES[sidecar]}"
         case _:
             return f"{title}: {error}" if now.error is not None else None
 
@@ -56,7 +60,7 @@ def sidecar_problems(
         elif is_running and sidecar is Sidecar.TRACKING and silent_s > _SILENT_S:
             yield f"the process that sends to MLflow has not reported for {duration(silent_s)}"
         elif has_ended and now.health is Health.WORKING:
-            newest = step if sidecar is Sidecar.TRACKING else _newest_checkpoint(run)
+            newest = step if sidecar is Sidecar.TRACKING else newest_checkpoint(run)
             if newest > (now.step or 0):
                 unit = "step" if sidecar is Sidecar.TRACKING else "the checkpoint of step"
                 yield f"{_TITLES[sidecar]} has everything up to {unit} {now.step or 0} of {newest} so far"
@@ -67,6 +71,7 @@ def health_as_json(healths: dict[Sidecar, SidecarHealth]) -> dict[str, Any]:
     return {sidecar.value: now.model_dump(mode="json") for sidecar, now in healths.items()}
 
 
-def _newest_checkpoint(run: RunDir) -> int:
+def newest_checkpoint(run: RunDir) -> int:
+    """The step of the newest checkpoint, 0 before the first."""
     checkpoints = committed(run.checkpoints)
     return checkpoints[-1][0] if checkpoints else 0

@@ -13,7 +13,9 @@ import pytest
 from data_pipeline.errors import LaunchError
 from gpt.run.json_file import read_json, write_json
 from gpt.run.run_dir import RunDir, mlflow_database_in
-from launcher.commands.model_tools import tracking_uri, ui
+from launcher.commands.model_tools import sync, tracking_uri, ui
+from tests.unit.launcher.commands.support import record_step
+from tests.unit.launcher.support import end_job, give_job
 
 
 def test_runs_are_tracked_next_to_their_folder_or_where_their_config_says(run: RunDir) -> None:
@@ -68,21 +70,18 @@ def test_ui_refuses_a_port_that_another_process_has(tmp_path: Path) -> None:
             ui(tmp_path, port)
 
 
-def test_ui_prints_the_address_of_the_runs_once_the_server_answers(run: RunDir) -> None:
+def test_ui_sends_the_rest_and_prints_the_address_of_the_runs_once_the_server_answers(
+    run: RunDir, capfd: pytest.CaptureFixture[str]
+) -> None:
     """MLflow's own server is started; it takes a while."""
-    made = """
-import sys
-from pathlib import Path
-from gpt.config.run import RunConfig
-from gpt.run.run_dir import RunDir
-from gpt.sidecars.mlflow import MlflowRun
-run = RunDir(Path(sys.argv[1]))
-print(MlflowRun(run, RunConfig.model_validate_json(run.config.read_text())).run_id)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", made, str(run.path)], check=True, capture_output=True, text=True
-    )
-    run_id = done.stdout.split()[-1]
+    record_step(run, 3)
+    give_job(run, alive=True)
+    with pytest.raises(LaunchError, match="already has a job"):
+        sync([str(run.path)])
+    end_job(run, 0, "done")
+    assert sync([str(run.path)]) == 0
+    assert capfd.readouterr().out == f"{run.path}: MLflow has everything up to step 3\n"
+    run_id = (read_json(run.tracking) or {})["run_id"]
     served = "import sys; from launcher.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", served, "ui", str(run.path), "--port", str(port := free_port())]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:

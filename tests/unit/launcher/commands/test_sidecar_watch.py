@@ -31,7 +31,11 @@ def test_status_shows_what_keeps_a_sidecar_from_its_work(run: RunDir) -> None:
     give_job(run, alive=True)
     put(run, Health.WORKING, step=3)
     assert status(run).sidecar_problems == ()
-    put(run, Health.WORKING, step=3, time=time.time() - 600.5)
+    long_ago = time.time() - 600.5
+    put(run, Health.FAILING, error="of an earlier job", time=long_ago)
+    assert status(run).sidecar_problems == ()
+    write_json(run.job, {**(read_json(run.job) or {}), "submitted_at": long_ago - 1})
+    put(run, Health.WORKING, step=3, time=long_ago)
     [problem] = status(run).sidecar_problems
     assert problem.startswith("the process that sends to MLflow has not reported for 10:")
     put(run, Health.FAILING, step=3, error="connection refused")
@@ -65,7 +69,8 @@ def test_status_says_what_has_not_arrived_when_the_job_has_ended(run: RunDir) ->
     put(run, Health.DONE, step=7)
     put(run, Health.INCOMPLETE, Sidecar.MIRRORING, step=4, error="no route to host")
     assert status(run).sidecar_problems == (
-        "the mirror has not received everything (no route to host); the last step that arrived is 4",
+        "the mirror has not received everything (no route to host); the last step that arrived is 4; the "
+        "next job of the run copies the rest",
     )
 
 
@@ -84,3 +89,7 @@ def test_the_foreground_tells_each_problem_once_and_when_it_is_over(
     put(run, Health.WORKING, step=4, notes=("the run was restored",))
     assert list(watch.news()) == ["note: the run was restored", "the tracking sidecar works again"]
     assert list(watch.news()) == list(watch.last_words()) == []
+    commit(run, 6)
+    put(run, Health.WORKING, Sidecar.MIRRORING, step=4)
+    [told] = watch.last_words()
+    assert told.startswith("the checkpoint of step 6 is still being copied to the mirror")
