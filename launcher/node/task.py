@@ -28,8 +28,9 @@ from gpt.run.run_dir import RunDir
 from launcher.node.job_run import JobRun
 from launcher.node.rendezvous import report_failure
 from launcher.node.sidecars import Sidecars
-from launcher.node.supervisor import ReceivedSignals, Supervisor, TorchrunEnd
+from launcher.node.supervisor import ReceivedSignals, Supervisor
 from launcher.node.tmpdir import make_tmpdir, remove_tmpdir
+from launcher.node.torchrun import TorchrunEnd
 from launcher.process_tree import kill_descendants
 from launcher.runs.job_record import read_job
 from launcher.runs.stop_request import clear_job_run_stop, is_persons, pending_stop
