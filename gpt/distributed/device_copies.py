@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from gpt.model.hardware import Cuda, accelerator
+from gpt.model.hardware import Cuda, Event, accelerator
 
 
 def use_in_this_thread(device: torch.device) -> None:
@@ -35,15 +35,15 @@ class SideStream:
         with torch.cuda.stream(self._stream):
             yield
 
-    def mark(self) -> torch.cuda.Event:
+    def mark(self) -> Event:
         """An event that is complete once the copies queued so far are."""
         return self._event(self._stream)
 
-    def mark_compute(self) -> torch.cuda.Event:
+    def mark_compute(self) -> Event:
         """An event that is complete once everything queued on the current stream so far is."""
         return self._event(torch.cuda.current_stream(self._device))
 
-    def hold_compute(self, copied: torch.cuda.Event, *tensors: Tensor) -> None:
+    def hold_compute(self, copied: Event, *tensors: Tensor) -> None:
         """Let what is queued next on the current stream wait for `copied`; the host does not wait.
 
         `tensors` were allocated for this stream; their memory is not reused before the current one is done.
@@ -63,7 +63,7 @@ class SideStream:
         """`size` bytes of pinned host memory, uint8. torch reuses them once no queued copy needs them."""
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
-    def _event(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
+    def _event(self, stream: torch.cuda.Stream) -> Event:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record(stream)
         return event

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from gpt.distributed.device_copies import pin, side_stream
 from gpt.distributed.zero.state import StatePart
+from gpt.model.hardware import Event
 
 _BLOCK_NUMEL = 1 << 24  # elements of a device's state that are in host memory at a time: 64 MiB
 
@@ -21,8 +22,8 @@ class Snapshot:
     def __init__(self, numel: int, device: torch.device) -> None:
         self._buffer = torch.empty(numel, dtype=torch.float32)
         self._stream = side_stream(device)
-        self._copied: torch.cuda.Event | None = None
-        self._held: tuple[torch.cuda.Event, torch.cuda.Event] | None = None  # around the wait of an update
+        self._copied: Event | None = None
+        self._held: tuple[Event, Event] | None = None  # around the wait of an update
         if self._stream is None:
             self._buffer.zero_()  # touch every page now, or a step would wait for the kernel to provide it
         elif (problem := pin(self._buffer)) is not None:  # a GPU copies asynchronously to pinned memory only
@@ -55,7 +56,7 @@ class Snapshot:
 
     def device_seconds(self) -> float:
         """How long an update waited for the last copy; 0 if that is not known yet."""
-        if self._held is None or not self._held[1].query():  # type: ignore[no-untyped-call]
+        if self._held is None or not self._held[1].query():
             return 0.0
         before, after = self._held
         return float(before.elapsed_time(after)) / 1000.0

@@ -7,7 +7,6 @@ to a GPU: with one copy, from pinned memory, on a stream of its own.
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from xxhash import xxh3_64_intdigest
 
@@ -16,6 +15,7 @@ from data_pipeline.sampling.batch import Batch
 from data_pipeline.sampling.batches import BatchReader
 from gpt.distributed.device_copies import side_stream, use_in_this_thread
 from gpt.distributed.world import World
+from gpt.model.hardware import Event
 from gpt.training.staging import pack, unpack
 from gpt.training.step import ModelInputs, model_inputs
 
@@ -32,9 +32,7 @@ class Loaded:
     micro_batches: list[ModelInputs]
     scored_tokens: int
     digest: int
-    copy: tuple[Tensor, torch.cuda.Event] | None = (
-        None  # the buffer of the micro-batches, and when it is there
-    )
+    copy: tuple[Tensor, Event] | None = None  # the buffer of the micro-batches, and when it is there
 
 
 class Prefetcher:
