@@ -66,12 +66,13 @@ def _skip(reader: BatchReader, plan: ResumePlan) -> None:
 def _open_data(attempt: Attempt, plan: BuildPlan) -> TrainingData:
     run, world = attempt.run, attempt.world
     manifests = agree(world, lambda: [read_manifest(path) for path, _ in plan.sources])
-    reader = agree(world, lambda: _open_reader(run, plan))
+    reader = agree(world, lambda: open_reader(run, plan))
     validation = agree(world, lambda: _open_validation(run, plan))
     return TrainingData(reader, validation, joint_fingerprint(manifests))
 
 
-def _open_reader(run: RunConfig, plan: BuildPlan) -> BatchReader:
+def open_reader(run: RunConfig, plan: BuildPlan) -> BatchReader:
+    """The reader of the run's batches. Raises OutlastError when the data cannot be read."""
     return BatchReader(
         list(plan.sources),
         context=run.model.context,

@@ -61,6 +61,7 @@ for _command in (
     training.sweep,
     inspecting.status,
     inspecting.goodput,
+    inspecting.replay,
     inspecting.logs,
     inspecting.stop,
     inspecting.checkpoints,

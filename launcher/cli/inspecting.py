@@ -61,6 +61,33 @@ def goodput(run_dir: str, as_json: bool) -> int:
     return show_goodput(run_dir, as_json=as_json)
 
 
+@click.command(
+    short_help="Compute steps again and compare them with the record.",
+    epilog=example("outlast replay runs/demo-0001 --step 81 --to 90"),
+)
+@click.argument("run_dir")
+@click.option("--step", type=click.IntRange(min=1), required=True, metavar="N", help="The first step.")
+@click.option(
+    "--to", "last", type=click.IntRange(min=1), metavar="M", help="The last step. Default: N alone."
+)
+@click.option(
+    "--processes",
+    type=click.IntRange(min=1),
+    metavar="P",
+    help="Default: as many as the run had, if this machine has a core for each, else the fewest.",
+)
+def replay(run_dir: str, step: int, last: int | None, processes: int | None) -> int:
+    """Compute steps of a run again on this machine, and compare them with its record.
+
+    The steps start from the nearest earlier checkpoint. Nothing in the run directory changes. The data that
+    were read must be equal; loss, gradient norm and rate must be equal up to the rounding of another order of
+    sums. The exit code is 0 if they are, 1 if not, and 2 if the steps cannot be computed.
+    """
+    from launcher.commands.replay import replay
+
+    return replay(run_dir, step, last, processes)
+
+
 @click.command(short_help="Print the logs of a run.", epilog=example("outlast logs runs/demo-0001 --follow"))
 @click.argument("run_dir")
 @click.option("--follow", is_flag=True, help="Keep printing new lines until the job ends.")
