@@ -1,8 +1,8 @@
 """Computes steps of a run again, from a checkpoint, and prints what they gave. It writes nothing.
 
-`python -m gpt.replay RUN_DIR STEP LAST`, under torchrun; `outlast replay` compares the result with the record.
-RUN_DIR holds the config, the events, and the checkpoint of STEP, or none for step 0. Rank 0 prints one JSON
-object a step on standard output.
+`python -m gpt.replay RUN_DIR STEP LAST`, under torchrun. `outlast replay` compares the result with the
+record. RUN_DIR holds the config, the events, and the checkpoint of STEP, or none for step 0. Rank 0 prints
+one JSON object a step on standard output.
 """
 
 import json
