@@ -103,6 +103,27 @@ def test_a_state_of_an_earlier_version_continues(run_dir: RunDir) -> None:
     assert history(mirror._uri, mirror.run_id) == recorded(run_dir)
 
 
+def test_a_poll_reads_only_what_is_new(run_dir: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gpt.sidecars import mlflow as tracker
+
+    read_from: list[int] = []
+    read = tracker.lines_from
+
+    def noted(path: Path, offset: int) -> Any:
+        read_from.append(offset)
+        return read(path, offset)
+
+    add_steps(run_dir, 1, 5)
+    mirror = send(run_dir)
+    size = run_dir.metrics.stat().st_size
+    monkeypatch.setattr(tracker, "lines_from", noted)
+    mirror.send()
+    add_steps(run_dir, 6, 6)
+    mirror.send()
+    assert read_from == [size, size]
+    assert history(mirror._uri, mirror.run_id) == recorded(run_dir)
+
+
 def test_damaged_lines_hide_no_other_line(run_dir: RunDir) -> None:
     add_steps(run_dir, 1, 2)
     with run_dir.metrics.open("a") as file:
