@@ -8,6 +8,7 @@ from typing import Any
 from gpt.run.records import Health, Sidecar, SidecarHealth
 from gpt.run.run_dir import RunDir
 
+_USER = re.compile(r"//[^/@\s]+@")  # the user and the password in a URI
 _LONGEST_REASON = 500  # MLflow quotes whole web pages; the log has all of it
 _REFRESH_S = 10.0  # a sidecar that only goes on as before writes its file this often
 
@@ -38,8 +39,8 @@ class HealthReport:
 
     def failed(self, error: Exception) -> None:
         """A try failed; it is repeated."""
-        print(f"{type(error).__name__}: {error}", flush=True)
-        text = str(error).strip()
+        text = _USER.sub("//…@", str(error).strip())
+        print(f"{type(error).__name__}: {text}", flush=True)
         reason = text[:_LONGEST_REASON] if " " in text else f"{type(error).__name__}: {text}"
         if self._reported is not None and _without_numbers(reason) == _without_numbers(self._reported):
             reason = self._reported

@@ -70,11 +70,11 @@ class MlflowRun:
         The scores of the last line that was sent may be added to it later: when a stop cuts an evaluation
         short, the next attempt repeats it.
         """
+        lines = lines_from(self.run_dir.metrics, self._next_byte(is_last=is_last))
         if not self.state.is_described:
             self._description.describe()
             self._remember(is_described=True)
         any_sent = False
-        lines = lines_from(self.run_dir.metrics, self._next_byte(is_last=is_last))
         while batch := _take(lines, BATCH_METRICS):
             self._log_points(batch)
             line, mark = batch[-1]

@@ -31,12 +31,15 @@ def is_step_line(line: object) -> TypeGuard[dict[str, Any]]:
 
 
 def line_at(path: Path, mark: SentLine) -> tuple[dict[str, Any], int] | None:
-    """The line of `mark` as it is now, and the byte after it; None if another line is there."""
+    """The line of `mark` as it is now, and the byte after it; None if another line or no file is there.
+
+    Raises OSError when the file cannot be read at this moment, which says nothing about its lines.
+    """
     try:
         with path.open("rb") as file:
             file.seek(mark.begins)
             raw = file.readline(_LONGEST_LINE_BYTES)
-    except OSError:
+    except FileNotFoundError:
         return None
     try:
         line = json.loads(raw) if raw.endswith(b"\n") else None

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from gpt.run.records import Health, Sidecar, SidecarHealth
 from gpt.run.run_dir import RunDir
 from gpt.sidecars.health import HealthReport
@@ -31,6 +33,14 @@ def test_each_failure_is_told_once_until_it_changes_or_is_over(tmp_path: Path) -
     report.ended(is_complete=True)
     assert (now().health, now().step, now().error) == (Health.DONE, 5, "the profile could not be attached")
     assert now().notes == ("a new run receives the record",)
+
+
+def test_a_failure_names_no_password(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told: list[str] = []
+    report = HealthReport(RunDir(tmp_path), Sidecar.TRACKING, told.append)
+    report.failed(OSError("no answer from http://me:secret@host/api"))
+    assert told == ["no answer from http://…@host/api"]
+    assert "secret" not in capsys.readouterr().out
 
 
 def test_a_folder_that_cannot_be_written_does_not_stop_a_sidecar(tmp_path: Path) -> None:

@@ -91,6 +91,9 @@ def test_a_missing_record_removes_nothing(run_dir: RunDir) -> None:
     mirror.send(is_last=True)
     send(run_dir).close()
     assert len(history(mirror._uri, mirror.run_id)) == 4
+    run_dir.metrics.mkdir()  # cannot be read
+    with pytest.raises(OSError):
+        mirror.send()
 
 
 def test_a_state_of_an_earlier_version_continues(run_dir: RunDir) -> None:
@@ -100,6 +103,27 @@ def test_a_state_of_an_earlier_version_continues(run_dir: RunDir) -> None:
     write_json(run_dir.tracking, old)
     add_steps(run_dir, 5, 6)
     assert send(run_dir).run_id == mirror.run_id
+    assert history(mirror._uri, mirror.run_id) == recorded(run_dir)
+
+
+def test_a_poll_reads_only_what_is_new(run_dir: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gpt.sidecars import mlflow as tracker
+
+    read_from: list[int] = []
+    read = tracker.lines_from
+
+    def noted(path: Path, offset: int) -> Any:
+        read_from.append(offset)
+        return read(path, offset)
+
+    add_steps(run_dir, 1, 5)
+    mirror = send(run_dir)
+    size = run_dir.metrics.stat().st_size
+    monkeypatch.setattr(tracker, "lines_from", noted)
+    mirror.send()
+    add_steps(run_dir, 6, 6)
+    mirror.send()
+    assert read_from == [size, size]
     assert history(mirror._uri, mirror.run_id) == recorded(run_dir)
 
 
@@ -285,6 +309,7 @@ def test_on_a_server_a_course_that_was_left_is_another_run(
     new.close()
     assert new.run_id != old.run_id
     assert history(server.uri, new.run_id) == recorded(run_dir)
+    assert new.client.get_run(new.run_id).data.params["schedule.total_steps"] == "9"
     left = new.client.get_run(old.run_id)
     assert left.data.tags["mlflow.parentRunId"] == left.data.tags["outlast.replaced_by"] == new.run_id
     assert (left.info.status, left.info.run_name) == ("KILLED", "tiny-0001 (left at step 6)")
