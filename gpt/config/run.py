@@ -286,8 +286,8 @@ class RunConfig(Section):
     def zero_problem(self, processes_per_node: int, *, has_gpu: bool) -> str | None:
         """Why the [zero] table cannot run on nodes with `processes_per_node` processes."""
         zero = self.zero
-        if zero.is_plus_plus and not has_gpu:
-            return "zero: quantized_weights, quantized_gradients and secondary_shards (ZeRO++) need GPUs."
+        if zero.is_quantized and not has_gpu:
+            return "zero: quantized_weights and quantized_gradients (ZeRO++) need GPUs."
         if processes_per_node % zero.secondary_shards:
             return (
                 f"zero.secondary_shards = {zero.secondary_shards} does not divide the {processes_per_node} "
