@@ -22,6 +22,22 @@ def test_new_run_draws_its_weights_and_a_resumed_one_does_not() -> None:
     assert not BuildPlan.of(config(), has_checkpoint=True).draws_weights
 
 
+@pytest.mark.parametrize(
+    ("fields", "has_gpu", "compiles"),
+    [
+        ({}, True, True),
+        ({}, False, False),
+        ({"model": {"recompute": "selective"}}, True, False),
+        ({"compile": True}, False, True),
+        ({"compile": False}, True, False),
+    ],
+)
+def test_networks_are_compiled_on_gpus_unless_the_config_decides(
+    fields: dict[str, Any], has_gpu: bool, compiles: bool
+) -> None:
+    assert BuildPlan.of(config(**fields), has_checkpoint=False, has_gpu=has_gpu).compiles is compiles
+
+
 def test_sources_keep_their_weights() -> None:
     mixture = [{"path": "/a", "weight": 3.0}, {"path": "/b", "weight": 1.0}]
     sources = BuildPlan.of(config(data={"mixture": mixture}), has_checkpoint=False).sources
