@@ -188,9 +188,10 @@ class RunConfig(Section):
         description="Data type of parameters and activations. Master weights are always fp32. fp16 trains "
         "with a dynamic loss scale.",
     )
-    compile: bool = Field(
-        default=False,
-        description="Compile the blocks and the loss with torch.compile. Steps are faster, but the first one "
+    compile: bool | Literal["auto"] = Field(
+        default="auto",
+        description="Compile the blocks and the loss with torch.compile; auto does so on GPUs, unless "
+        "model.recompute is selective or a node has no compiler. Steps are faster, but the first one "
         "takes a minute or more. Rounding and the random numbers of dropout differ from an uncompiled run.",
     )
     deterministic: bool = Field(
@@ -245,6 +246,12 @@ class RunConfig(Section):
         assert self.schedule.total_tokens is not None
         return self.batch.sizes.steps_for(self.schedule.total_tokens)
 
+    def compiles(self, *, has_gpu: bool) -> bool:
+        """Whether the network is to be compiled."""
+        if self.compile == "auto":
+            return has_gpu and self.model.recompute != "selective"
+        return self.compile
+
     def micro_batches(self, world_size: int) -> int:
         """Micro-batches that a rank accumulates per step, after the batch warmup."""
         parts = max(1, world_size // self.parallel.sequence)
@@ -293,8 +300,8 @@ class RunConfig(Section):
     def zero_problem(self, processes_per_node: int, *, has_gpu: bool) -> str | None:
         """Why the [zero] table cannot run on nodes with `processes_per_node` processes."""
         zero = self.zero
-        if zero.is_plus_plus and not has_gpu:
-            return "zero: quantized_weights, quantized_gradients and secondary_shards (ZeRO++) need GPUs."
+        if zero.is_quantized and not has_gpu:
+            return "zero: quantized_weights and quantized_gradients (ZeRO++) need GPUs."
         if processes_per_node % zero.secondary_shards:
             return (
                 f"zero.secondary_shards = {zero.secondary_shards} does not divide the {processes_per_node} "
@@ -346,7 +353,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _recompute_fits(self) -> Self:
-        if self.compile and self.model.recompute == "selective":
+        if self.compile is True and self.model.recompute == "selective":
             raise ValueError(
                 "model.recompute = 'selective' does not work with compile = true, because it cannot see the "
                 "matrix products inside compiled blocks. Use 'none' or 'full'."

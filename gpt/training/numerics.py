@@ -20,6 +20,7 @@ def set_rounding(*, is_deterministic: bool) -> None:
     if not is_deterministic:
         return
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = _CUBLAS_WORKSPACE
+    os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"  # choose no kernel by its measured time
     for name, value in _NCCL.items():
         os.environ.setdefault(name, value)  # the cluster file may fix another one
     torch.use_deterministic_algorithms(True)

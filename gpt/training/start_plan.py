@@ -24,12 +24,12 @@ class BuildPlan:
     has_whole_rows: bool  # each row is one document for attention, so that compiled parts may be larger
 
     @classmethod
-    def of(cls, run: RunConfig, *, has_checkpoint: bool) -> "BuildPlan":
+    def of(cls, run: RunConfig, *, has_checkpoint: bool, has_gpu: bool = False) -> "BuildPlan":
         """The plan for `run`; `has_checkpoint` says whether the run has or had one."""
         return cls(
             sources=tuple((source.path, source.weight) for source in run.data.sources),
             draws_weights=not has_checkpoint,
-            compiles=run.compile,
+            compiles=run.compiles(has_gpu=has_gpu),
             has_whole_rows=not run.data.document_mask,
         )
 

@@ -209,7 +209,7 @@ class Trainer:
                 attempt.run_dir.events, Event.UPDATE_SKIPPED, step=step, reason="non-finite gradient"
             )
         if step == self._plan.first:
-            if attempt.run.compile:
+            if self._engine.model.is_compiled:
                 attempt.clock.lap("compile", seconds=compile_seconds())
             attempt.clock.lap("first_step")
 

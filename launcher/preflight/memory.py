@@ -50,6 +50,8 @@ def memory(config: RunConfig, world_size: int, *, on_cpu: bool = False) -> Memor
         weights //= world_size
         if zero.offload_parameters == "cpu":
             weights = 0
+        elif zero.secondary_shards > 1:
+            weights += width * parameters // zero.secondary_shards
         # Gathered at a time: two blocks (one computes, the next arrives), the embedding and the head.
         gathered = width * (2 * block_numel(model) + 2 * model.vocabulary * model.d_model)
     optimizer = state_bytes(config) // world_size if on_device else 0

@@ -53,5 +53,9 @@ def _shard_one_by_one(model: GPT, run: RunConfig, world: World) -> Iterator[tupl
         if planned is model.head.weight:  # tied to the embedding
             model.head.weight = parameter
         deepspeed.zero.Init(
-            torch.nn.ParameterList([parameter]), config_dict_or_path=config, dtype=DTYPES[run.precision]
+            torch.nn.ParameterList([parameter]),
+            config_dict_or_path=config,
+            dtype=DTYPES[run.precision],
+            # None before the first parameter, with which DeepSpeed makes the groups of zero.secondary_shards.
+            zero_param_parallel_group=deepspeed.utils.groups._get_zero_param_intra_parallel_group(),
         )

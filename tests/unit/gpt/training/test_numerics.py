@@ -16,7 +16,7 @@ from gpt.training.numerics import set_rounding
 def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     matmul = torch.backends.cuda.matmul
     before = matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction
-    for name in ("CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO", "NCCL_PROTO"):
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO", "NCCL_PROTO", "TORCHINDUCTOR_DETERMINISTIC"):
         monkeypatch.delenv(name, raising=False)
     is_filled = torch.utils.deterministic.fill_uninitialized_memory
     yield
@@ -40,6 +40,7 @@ def test_deterministic_run_fixes_the_order_of_sums(monkeypatch: pytest.MonkeyPat
     assert torch.are_deterministic_algorithms_enabled()
     assert not torch.utils.deterministic.fill_uninitialized_memory
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert os.environ["TORCHINDUCTOR_DETERMINISTIC"] == "1"
     assert (os.environ["NCCL_ALGO"], os.environ["NCCL_PROTO"]) == ("Tree", "Simple")
 
 

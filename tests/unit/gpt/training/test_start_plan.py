@@ -32,6 +32,22 @@ def test_rehearsal_pauses_a_new_run_and_stops_it_once_it_has_resumed() -> None:
     assert ResumePlan.of(config(), step=2).rehearsed(WorkerEnvironment()) == ResumePlan.of(config(), step=2)
 
 
+@pytest.mark.parametrize(
+    ("fields", "has_gpu", "compiles"),
+    [
+        ({}, True, True),
+        ({}, False, False),
+        ({"model": {"recompute": "selective"}}, True, False),
+        ({"compile": True}, False, True),
+        ({"compile": False}, True, False),
+    ],
+)
+def test_networks_are_compiled_on_gpus_unless_the_config_decides(
+    fields: dict[str, Any], has_gpu: bool, compiles: bool
+) -> None:
+    assert BuildPlan.of(config(**fields), has_checkpoint=False, has_gpu=has_gpu).compiles is compiles
+
+
 def test_sources_keep_their_weights() -> None:
     mixture = [{"path": "/a", "weight": 3.0}, {"path": "/b", "weight": 1.0}]
     sources = BuildPlan.of(config(data={"mixture": mixture}), has_checkpoint=False).sources

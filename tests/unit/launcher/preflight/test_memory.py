@@ -124,6 +124,14 @@ def test_each_zero_stage_shards_what_the_paper_says() -> None:
     assert memory(RunConfig.model_validate(base), 64).gradients == pytest.approx(2 * parameters, rel=0.01)
 
 
+def test_secondary_shards_are_one_more_copy_of_the_weights() -> None:
+    run = config(micro_batch=1)
+    without, with_copy = (
+        memory(run.with_tables(zero=ZeroConfig(stage=3, secondary_shards=shards)), 8) for shards in (1, 4)
+    )
+    assert with_copy.weights - without.weights == 2 * parameter_count(run.model) // 4
+
+
 def test_the_plan_counts_the_configured_gradient_bucket() -> None:
     tables = config().model_dump()
     default, smaller = (
