@@ -39,6 +39,8 @@ def commands() -> None:
 
 for _command in (
     training.demo,
+    training.recipes,
+    training.init,
     training.plan,
     training.launch,
     training.resume,
@@ -48,6 +50,7 @@ for _command in (
     inspecting.logs,
     inspecting.stop,
     inspecting.checkpoints,
+    inspecting.compare,
     inspecting.ui,
     data.prepare,
     data.data,
