@@ -53,6 +53,8 @@ def commands() -> None:
 
 for _command in (
     training.demo,
+    training.recipes,
+    training.init,
     training.plan,
     training.simulate,
     training.launch,
@@ -65,6 +67,7 @@ for _command in (
     inspecting.logs,
     inspecting.stop,
     inspecting.checkpoints,
+    inspecting.compare,
     inspecting.ui,
     data.prepare,
     data.data,

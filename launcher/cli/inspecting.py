@@ -161,6 +161,20 @@ def checkpoints(
 
 
 @click.command(
+    short_help="Compare the configs and losses of two runs.",
+    epilog=example("outlast compare runs/my-gpt-0001 runs/my-gpt-0002"),
+)
+@click.argument("first", metavar="RUN_DIR")
+@click.argument("second", metavar="RUN_DIR")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def compare(first: str, second: str, as_json: bool) -> int:
+    """Show the fields in which the configs of two runs differ, and their losses at the same steps."""
+    from launcher.commands.compare import compare_runs
+
+    return compare_runs(first, second, as_json=as_json)
+
+
+@click.command(
     short_help="Serve the MLflow UI.",
     epilog=example("outlast ui", "outlast ui runs/demo-0001 --port 5001", "outlast ui sync runs/demo-0001"),
 )

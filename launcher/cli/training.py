@@ -96,6 +96,26 @@ def plan(
     )
 
 
+@click.command(short_help="List the packaged run configs.", epilog=example("outlast recipes"))
+def recipes() -> int:
+    """List the recipes: packaged run configs, by name, with their size, steps and tokens."""
+    from launcher.commands.recipes import list_recipes
+
+    return list_recipes()
+
+
+@click.command(
+    short_help="Print a packaged run config, to begin with.",
+    epilog=example("outlast init llama-1b > my.toml"),
+)
+@click.argument("recipe")
+def init(recipe: str) -> int:
+    """Print the file of a recipe on standard output, with a [data] table to fill in."""
+    from launcher.commands.recipes import print_recipe
+
+    return print_recipe(recipe)
+
+
 @click.command(
     short_help="Show days and goodput of a run under failures.",
     epilog=example(

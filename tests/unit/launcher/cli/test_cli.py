@@ -92,8 +92,9 @@ def test_a_dry_run_answers_in_under_a_second(tmp_path: Path, data: Path) -> None
 
 def test_help_lists_exactly_these_commands() -> None:
     assert sorted(name for name, _ in leaves(commands)) == [
-        "checkpoints", "data inspect", "demo", "export", "goodput", "import", "launch", "logs", "plan",
-        "prepare", "rehearse", "replay", "resume", "sample", "schema", "simulate", "status", "stop", "sweep",
+        "checkpoints", "compare", "data inspect", "demo", "export", "goodput", "import", "init", "launch",
+        "logs", "plan", "prepare", "recipes", "rehearse", "replay", "resume", "sample", "schema", "simulate",
+        "status", "stop", "sweep",
         "tokenizer train", "ui", "verify",
     ]  # fmt: skip
 
