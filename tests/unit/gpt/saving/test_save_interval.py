@@ -170,7 +170,7 @@ def test_retention_keeps_the_newest_checkpoint_with_finite_weights() -> None:
 def test_steps_that_are_taken_again_are_in_doubt_no_longer(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     for step in (5, 61, 62):
-        record_event(path, Event.UPDATE_SKIPPED, step=step)
+        record_event(path, Event.UPDATE_SKIPPED, step=step, reason="non-finite gradient")
     record_event(path, Event.CHECKPOINT_SAVED, step=62)
     record_event(path, Event.CHECKPOINT_NOT_FINITE, step=62)
     assert doubt_of(path) == Doubt(frozenset({62}), frozenset({5, 61, 62}))
