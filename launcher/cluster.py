@@ -117,6 +117,18 @@ class ClusterConfig(Section):
         description="The GPU model, for the memory check and the time estimate of `outlast plan`: "
         f"{', '.join(ACCELERATOR_MEMORY_GIB)}.",
     )
+    link_gb_per_s: float | None = Field(
+        default=None,
+        gt=0,
+        description="GB/s that a GPU sends to the others of its node, for `outlast plan --trace`. Default: "
+        "that of NVLink in NVIDIA's servers with this accelerator.",
+    )
+    network_gb_per_s: float | None = Field(
+        default=None,
+        gt=0,
+        description="GB/s that a node sends to other nodes, for `outlast plan --trace`. Default: that of "
+        "NVIDIA's servers with this accelerator.",
+    )
     partition: str | None = Field(default=None, description="Slurm partition.")
     time_limit: str | None = Field(
         default=None,

@@ -24,7 +24,7 @@ class _FlashShapes(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, *d_outs: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, *d_outs: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG004
         q_xhe, k_xke, v_xke, _, log_sum_exp = ctx.saved_tensors
         d_q = torch.empty_like(q_xhe, memory_format=torch.contiguous_format)
         summed_in_fp32, rows = torch.empty_like(d_q, dtype=torch.float32), torch.empty_like(log_sum_exp)

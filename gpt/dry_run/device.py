@@ -47,7 +47,7 @@ class StreamEvent:
 
     def synchronize(self) -> None:
         """Wait until the device has reached the event."""
-        self._waited("waits for an event")
+        self._waited("waits for an event, unless it has been reached")
 
     def wait(self, stream: Stream | None = None) -> None:
         """Let the device wait for the event, not the host."""

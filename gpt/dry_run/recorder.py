@@ -1,4 +1,4 @@
-"""What a step does on the fake device: host waits, collectives, kernels, and memory by the phase it is from."""
+"""What a step does on the fake device: host waits, collectives, kernels, and memory at its peak."""
 
 import collections
 import contextlib
@@ -39,6 +39,9 @@ _COLLECTIVES = {
     "c10d::alltoall_": ("all-to-all", 1),
 }
 
+_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")
+_NO_KERNELS = ("empty", "new_empty", "detach", "record_stream", "_reshape_alias", "c10d::")
+
 
 class Recorder(TorchDispatchMode):
     """Records what is dispatched to the fake device while it is entered."""
@@ -47,6 +50,8 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.phase = "build"
         self.kernels = 0
+        # What kernels read and write, matrix products and the others
+        self.moved_bytes: collections.Counter[str] = collections.Counter()
         self.live: collections.Counter[str] = collections.Counter()  # bytes by phase
         self.live_bytes = self.peak_bytes = 0
         self.peak_phase = self.phase
@@ -57,6 +62,7 @@ class Recorder(TorchDispatchMode):
     def begin(self) -> None:
         """Forget everything except what is alive."""
         self.kernels = 0
+        self.moved_bytes.clear()
         self.peak_bytes = self.live_bytes
         self._collectives.clear()
         self._waits.clear()
@@ -85,6 +91,28 @@ class Recorder(TorchDispatchMode):
         self._waits["unknown", reason, True] += 1
 
     @property
+    def counts(self) -> collections.Counter[Any]:
+        """How often what happened since `begin`, by a key for each kind of thing."""
+        return collections.Counter(
+            {
+                "kernel": self.kernels,
+                **self._collectives,
+                **self._waits,
+            }  # their keys differ in length or types
+        )
+
+    def repeat(self, earlier: collections.Counter[Any], later: collections.Counter[Any], times: int) -> None:
+        """Count what happened between two `counts` another `times` times."""
+        for key, count in later.items():
+            more = times * (count - earlier[key])
+            if key == "kernel":
+                self.kernels += more
+            elif key in self._collectives:
+                self._collectives[key] += more
+            else:
+                self._waits[key] += more
+
+    @property
     def collectives(self) -> tuple[Collective, ...]:
         """The collectives since `begin`, equal ones together, in the order of their first appearance."""
         return tuple(Collective(*key, count) for key, count in self._collectives.items())
@@ -109,11 +137,14 @@ class Recorder(TorchDispatchMode):
         if name.startswith("c10d::"):
             self._note_collective(name, args)
         out = function(*args, **kwargs)
-        is_new = False
-        for tensor in tree_iter(out):
-            if _is_here(tensor):
-                is_new = self._note_storage(tensor) or is_new
-        self.kernels += is_new
+        written = [tensor for tensor in tree_iter(out) if _is_here(tensor)]
+        for tensor in written:
+            self._note_storage(tensor)
+        if written and _is_kernel(function):
+            read = [tensor for tensor in tree_iter((args, kwargs)) if _is_here(tensor)]
+            self.kernels += 1
+            kind = "products" if name in _PRODUCTS else "others"
+            self.moved_bytes[kind] += sum(tensor.nbytes for tensor in (*read, *written))
         return out
 
     def _read_number(self, tensor: Tensor) -> bool | int | float:
@@ -140,17 +171,16 @@ class Recorder(TorchDispatchMode):
             return torch.ones(source.shape, dtype=kwargs.get("dtype") or source.dtype)
         return target
 
-    def _note_storage(self, tensor: Tensor) -> bool:
+    def _note_storage(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage in self._finalizers:
-            return False
+            return
         size = storage.nbytes()
         self.live[self.phase] += size
         self.live_bytes += size
         if self.live_bytes > self.peak_bytes:
             self.peak_bytes, self.peak_phase = self.live_bytes, self.phase
         self._finalizers[storage] = weakref.finalize(storage, self._free, self.phase, size)
-        return True
 
     def forget(self, tensors: Iterable[Tensor]) -> None:
         """Count `tensors` no longer."""
@@ -168,6 +198,12 @@ class Recorder(TorchDispatchMode):
         size = sum(t.nbytes for t in tree_iter(args[buffer]) if isinstance(t, Tensor))
         group = next(a for a in args if isinstance(a, torch.ScriptObject))
         self._collectives[operation, dist.ProcessGroup.unbox(group).size(), size] += 1
+
+
+def _is_kernel(function: Any) -> bool:
+    """Whether the device computes: not for a view, nor for memory without values."""
+    is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in function._schema.returns)
+    return not is_view and not function._schema.name.removeprefix("aten::").startswith(_NO_KERNELS)
 
 
 def _is_here(value: object) -> bool:

@@ -1,19 +1,23 @@
 """One optimizer step of rank 0 without the GPU, the other ranks and the data.
 
-It runs build_model, Engine and train_step unchanged, on a fake process group and torch's meta device. Shapes, the order and size of collectives, memory of tensors and host waits are those of the
-real step. Values, overlap, races, the allocator's fragmentation and the memory of CUDA and NCCL are not seen.
+It runs build_model, Engine and train_step unchanged, on a fake process group and torch's meta device. Shapes,
+the order and size of collectives, memory of tensors and host waits are those of the real step. Values,
+overlap, races, the allocator's fragmentation and the memory of CUDA and NCCL are not seen.
 """
 
 import contextlib
 import os
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from data_pipeline.errors import ConfigError
 from gpt.config.run import RunConfig
 from gpt.distributed.mesh import SEQUENCE, Mesh
 from gpt.distributed.world import World
@@ -30,13 +34,23 @@ from gpt.training.metrics import DeferredScalars
 from gpt.training.step import ModelInputs, train_step
 
 HOPPER = (9, 0)
-_STEPS = 3  # the first ones allocate the optimizer's state and record the order of weights at stage 3
+_MICRO_BATCHES = 3  # of more, the middle one counts for those that are left out
+_STEPS = 3  # the first allocates the optimizer's state; at stage 3 it also learns the order of the weights
 
 
 def dry_step(
     run: RunConfig, world_size: int, local_size: int, capability: tuple[int, int] = HOPPER
 ) -> DryStep:
-    """What the third step of the resolved `run` does on rank 0 of `world_size`, `local_size` on each node."""
+    """What a step of the resolved `run` does on rank 0 of `world_size`, `local_size` of them on each node.
+
+    Raises ConfigError for offloading, whose host memory would be real.
+    """
+    for field in ("offload_optimizer", "offload_parameters"):
+        if (place := getattr(run.zero, field)) != "none":
+            raise ConfigError(
+                f"zero.{field} = {place!r}: a dry step has no host memory for the state. Trace the run with "
+                f"zero.{field} = 'none'."
+            )
     recorder = Recorder()
     waited = recorder.wait
     with contextlib.ExitStack() as around:
@@ -66,26 +80,29 @@ def _run(run: RunConfig, world: World, recorder: Recorder) -> DryStep:
         torch.set_default_dtype(dtype)
     engine = Engine(model, run, world)
     recorder.forget(shapes_only(engine))
-    activations = 0
-    tokens = float(run.batch.global_batch_tokens)
-    forward = model.forward
+    activations, begun, forward = 0, [], model.forward
 
-    def watched_forward(*inputs: object) -> torch.Tensor:
+    def watched_forward(*inputs: Any) -> Tensor:
         nonlocal activations
+        begun.append(recorder.counts)
         before = recorder.live_bytes
         with recorder.during("forward"):
-            loss = forward(*inputs)
+            loss: Tensor = forward(*inputs)
         activations = max(activations, recorder.live_bytes - before)
         return loss
 
-    model.forward = watched_forward
-    for _ in range(_STEPS):
-        inputs = [_inputs(run, world) for _ in range(run.micro_batches(world.size))]
+    model.forward = watched_forward  # type: ignore[method-assign]
+    micro_batches = run.micro_batches(world.size)
+    for _ in range(_STEPS if run.zero.stage == 3 else _STEPS - 1):
+        inputs = [_inputs(run, world) for _ in range(min(micro_batches, _MICRO_BATCHES))]
         recorder.begin()
+        begun.clear()
         with recorder.during("backward and update"):
-            numbers = train_step(engine, inputs, 1e-4, tokens)
+            numbers = train_step(engine, inputs, 1e-4, float(run.batch.global_batch_tokens))
             DeferredScalars(numbers)
         del inputs, numbers
+    if micro_batches > _MICRO_BATCHES:
+        recorder.repeat(begun[1], begun[2], micro_batches - _MICRO_BATCHES)
     return DryStep(
         weights=storage_bytes(getattr(parameter, "ds_tensor", parameter) for parameter in model.parameters()),
         optimizer=storage_bytes(part.tensor for part in engine.state()),

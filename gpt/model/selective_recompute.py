@@ -1,8 +1,8 @@
 """Recomputes a block in the backward pass, except its matrix products (model.recompute = "selective").
 
 torch's create_selective_checkpoint_contexts requires that the recomputation runs the same operations as the
-forward pass, of whatever kind. At ZeRO stage 3 it does not: weights that are still there in one of the two are
-gathered in the other, inside the block. Here only the products must be the same.
+forward pass, of whatever kind. At ZeRO stage 3 it does not: weights that are still gathered in one of the two
+passes are gathered inside the block in the other. Here only the products must be the same.
 """
 
 from collections import deque

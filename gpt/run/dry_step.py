@@ -36,7 +36,10 @@ class HostWait:
 
 @dataclass(frozen=True)
 class DryStep:
-    """One optimizer step of rank 0. Memory is in bytes; `peak` includes the rest."""
+    """One optimizer step of rank 0. Memory is in bytes.
+
+    `kept` is all that lives between two steps, `peak` the most that lives at a time.
+    """
 
     weights: int
     optimizer: int
@@ -47,6 +50,7 @@ class DryStep:
     kernels: int
     collectives: tuple[Collective, ...]
     host_waits: tuple[HostWait, ...]
+    depths: tuple[int, ...] = ()  # the numbers of layers that were run, where the network is deeper
 
     def as_json(self) -> dict[str, Any]:
         """The report as one JSON object."""
@@ -57,4 +61,6 @@ class DryStep:
         """The report that `as_json` wrote."""
         waits = tuple(HostWait(**wait) for wait in content["host_waits"])
         collectives = tuple(Collective(**collective) for collective in content["collectives"])
-        return cls(**{**content, "host_waits": waits, "collectives": collectives})
+        return cls(
+            **{**content, "host_waits": waits, "collectives": collectives, "depths": tuple(content["depths"])}
+        )

@@ -55,6 +55,12 @@ def demo(out: Path) -> int:
     help="The fraction of the accelerators' peak FLOPs that the time estimate assumes.",
 )
 @click.option(
+    "--trace",
+    "is_traced",
+    is_flag=True,
+    help="Also run one step without GPUs, and show its memory, every collective and every host wait.",
+)
+@click.option(
     "--tokens",
     type=click.IntRange(min=1),
     metavar="N",
@@ -81,6 +87,7 @@ def plan(
     tokens: int | None,
     days: float | None,
     price_per_gpu_hour: float | None,
+    is_traced: bool,
 ) -> int:
     from launcher.commands.plan import print_plan
 
@@ -93,6 +100,7 @@ def plan(
         tokens=tokens,
         days=days,
         price_per_gpu_hour=price_per_gpu_hour,
+        is_traced=is_traced,
     )
 
 

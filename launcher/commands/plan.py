@@ -3,12 +3,15 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 import click
 
+from launcher.commands.trace import dry_step
 from launcher.preflight.alternatives import GpuCount, Setting, gpus_for, settings
 from launcher.preflight.check import examine
 from launcher.preflight.plan import ASSUMED_MFU, plan, table
+from launcher.preflight.trace import trace_json, trace_lines
 from launcher.request import Request
 from launcher.runs.recipes import run_tables
 from launcher.units import size
@@ -24,10 +27,12 @@ def print_plan(
     tokens: int | None = None,
     days: float | None = None,
     price_per_gpu_hour: float | None = None,
+    is_traced: bool = False,
 ) -> int:
     """Print what `run` will need on `cluster`; the exit code.
 
     `tokens` is the size of the data where there is none yet; `days` asks for the GPUs that finish in time.
+    With `is_traced` a dry step is taken too.
     """
     tables, source = run_tables(run, overrides)
     request = examine(tables, source, cluster, None)
@@ -37,8 +42,11 @@ def print_plan(
     count = gpus_for(days, config, cluster_config, mfu) if days is not None else None
     needs = plan(config, cluster_config, data, mfu, price_per_gpu_hour)
     others = settings(config, cluster_config)
+    step = dry_step(request) if is_traced else None
     if as_json:
-        more = {"gpus_for_days": asdict(count)} if count is not None else {}
+        more: dict[str, Any] = {"gpus_for_days": asdict(count)} if count is not None else {}
+        if step is not None:
+            more["trace"] = trace_json(step, config, cluster_config, mfu)
         click.echo(json.dumps({**needs.as_json(), "settings": [asdict(other) for other in others], **more}))
         return 0
     rows = [*table(needs), *([_gpu_row(days, count)] if days is not None and count is not None else [])]
@@ -46,6 +54,10 @@ def print_plan(
     click.echo("\npeak memory per rank with other settings (* this run):")
     for other in others:
         click.echo(_setting_row(other))
+    if step is not None:
+        click.echo()
+        for line in trace_lines(step, config, cluster_config, mfu):
+            click.echo(line)
     return 0
 
 

@@ -40,7 +40,8 @@ LAYERS: Mapping[str, tuple[tuple[str, ...], ...]] = {
         ("distributed.zero",),
         ("saving", "huggingface"),
         ("training",),
-        ("sidecars", "train", "export", "sample", "replay"),
+        ("dry_run",),
+        ("sidecars", "train", "export", "sample", "replay", "trace"),
     ),
     "launcher": (
         ("paths", "process_tree", "units", "findings"),
@@ -73,7 +74,7 @@ TORCH_FREE_MODULES = (
 # What turns token ids into batches. It runs in every worker and needs no parser of raw text.
 DATA_READERS = ("data_pipeline.dataset", "data_pipeline.sampling", "data_pipeline.tokenizer.encoding")
 
-ENTRY_POINTS = ("gpt.train", "gpt.export", "gpt.sample", "gpt.replay")
+ENTRY_POINTS = ("gpt.train", "gpt.export", "gpt.sample", "gpt.replay", "gpt.trace")
 
 Imports = set[tuple[str, str]]
 

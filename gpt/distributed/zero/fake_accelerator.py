@@ -86,7 +86,7 @@ def _accelerator_class() -> Any:
         def is_synchronized_device(self) -> bool:
             return False
 
-        def device_name(self, device_index: int | None = None) -> str:
+        def device_name(self, *_: Any) -> str:
             return self._name
 
         def current_device(self) -> int:
@@ -98,10 +98,10 @@ def _accelerator_class() -> Any:
         def device_count(self) -> int:
             return 1
 
-        def device(self, device_index: int | None = None) -> Any:
+        def device(self, *_: Any) -> Any:
             return contextlib.nullcontext()
 
-        def synchronize(self, device_index: int | None = None) -> None:
+        def synchronize(self, *_: Any) -> None:
             self._synchronize()
 
         @property
@@ -112,13 +112,13 @@ def _accelerator_class() -> Any:
         def Event(self) -> Any:
             return lambda *_, **__: self._event()
 
-        def stream(self, stream: Any) -> Any:
+        def stream(self, *_: Any) -> Any:
             return contextlib.nullcontext()
 
-        def current_stream(self, device_index: int | None = None) -> Any:
+        def current_stream(self, *_: Any) -> Any:
             return self._current
 
-        def default_stream(self, device_index: int | None = None) -> Any:
+        def default_stream(self, *_: Any) -> Any:
             return self._current
 
         def on_accelerator(self, tensor: torch.Tensor) -> bool:
@@ -130,15 +130,15 @@ def _accelerator_class() -> Any:
         def pin_memory(self, tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
             return tensor
 
-        def is_pinned(self, tensor: torch.Tensor) -> bool:
+        def is_pinned(self, *_: Any) -> bool:
             return True
 
-        def memory_allocated(self, device_index: int | None = None) -> int:
+        def memory_allocated(self, *_: Any) -> int:
             return 0
 
         max_memory_allocated = memory_allocated
 
-        def memory_stats(self, device_index: int | None = None) -> dict[str, int]:
+        def memory_stats(self, *_: Any) -> dict[str, int]:
             return {}
 
     return FakeAccelerator
