@@ -43,7 +43,8 @@ class CrashLoop:
             self._claimed, self._in_a_row = claimed, 0
             return 0
         self._in_a_row += ended
-        self.cause = last_error(self._output, start) or f"the output is in {self._output.name}"
+        # What a generation printed before it was noticed here counts for the one before it.
+        self.cause = last_error(self._output, start) or self.cause or f"see {self._output.name}"
         record_event(
             self._job_run.run.events,
             Event.WORKERS_CRASHED,
