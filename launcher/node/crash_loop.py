@@ -67,9 +67,10 @@ def last_error(output: Path, start: int = 0) -> str | None:
     try:
         with output.open("rb") as file:
             file.seek(max(start, _size(output) - _TAIL_BYTES))
-            lines = file.read().decode(errors="replace").splitlines()
+            text = file.read().decode(errors="replace")
     except OSError:
         return None
+    lines = text.rpartition("\n")[0].splitlines()  # the last line may be half-written
     errors = (line for line in reversed(lines) if _ERROR.match(line))
     if (error := next(errors, None)) is not None:
         return error[:500]
