@@ -48,7 +48,8 @@ def submit_and_follow(
             outcome = follow_job(run, job, follower, total_steps, guard=guard)
             code = outcome.exit_code
             click.echo(outcome.cause if code == 0 else f"exit code {code}: {outcome.cause}", err=True)
-            click.echo(_next_command(run, code), err=True)
+            if is_listed(run.config):
+                click.echo(_next_command(run, code), err=True)
         else:
             click.echo(
                 f"submitted {job.executor} job {job.job_id}; check it with: outlast status {run.path}",

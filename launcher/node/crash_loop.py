@@ -43,7 +43,8 @@ class CrashLoop:
             self._claimed, self._in_a_row = claimed, 0
             return 0
         self._in_a_row += ended
-        self.cause = last_error(self._output, start) or f"the output is in {self._output.name}"
+        # What a generation printed before it was noticed here counts for the one before it.
+        self.cause = last_error(self._output, start) or self.cause or f"see {self._output.name}"
         record_event(
             self._job_run.run.events,
             Event.WORKERS_CRASHED,
@@ -66,9 +67,10 @@ def last_error(output: Path, start: int = 0) -> str | None:
     try:
         with output.open("rb") as file:
             file.seek(max(start, _size(output) - _TAIL_BYTES))
-            lines = file.read().decode(errors="replace").splitlines()
+            text = file.read().decode(errors="replace")
     except OSError:
         return None
+    lines = text.rpartition("\n")[0].splitlines()  # the last line may be half-written
     errors = (line for line in reversed(lines) if _ERROR.match(line))
     if (error := next(errors, None)) is not None:
         return error[:500]
