@@ -31,5 +31,6 @@ def test_norm_of_many_elements_is_exact_on_a_cpu(dtype: torch.dtype) -> None:
     gradients = [torch.full((3_000_001,), 0.1).to(dtype), torch.full((7, 5), -0.5).to(dtype), torch.zeros(0)]
     expected = sum(float(g.double().square().sum()) for g in gradients)
     assert float(squared_norm(gradients, torch.device("cpu"))) == pytest.approx(expected, rel=1e-6)
+    assert float(squared_norm([torch.zeros(0)], torch.device("cpu"))) == 0.0
     gradients[1][3, 3] = float("nan")
     assert not torch.isfinite(squared_norm(gradients, torch.device("cpu")))

@@ -84,20 +84,24 @@ def check_overflow_once(zero: Any) -> None:
     zero.unscale_and_clip_grads = unscale_and_clip_grads
 
 
-def squared_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
+def squared_norm(gradients: Sequence[Tensor], device: torch.device | str) -> Tensor:
     """The sum of the squares of all elements of `gradients`, an fp64 scalar on `device`.
 
     A CPU adds fp32 squares one after the other, and the norm of 50 million elements is 0.4% too small. The
-    norm of a short block is exact to 1e-7, and the squares of the blocks' norms are summed in fp64.
+    norm of a short block is exact to 1e-7, and the squares of the blocks' norms are summed in fp64. A GPU
+    adds in a tree anyway, so there a gradient is one block.
     """
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    norms = []
     for gradient in gradients:
         flat = gradient.detach().reshape(-1)
-        whole = flat.numel() // _NORM_BLOCK_NUMEL * _NORM_BLOCK_NUMEL
-        for part in (flat[:whole].view(-1, _NORM_BLOCK_NUMEL), flat[whole:].view(1, -1)):
-            norms = torch.linalg.vector_norm(part, dim=1, dtype=torch.float32)
-            total += norms.double().square().sum()
-    return total
+        block = _NORM_BLOCK_NUMEL if is_cpu(flat.device) else max(1, flat.numel())
+        whole = flat.numel() // block * block
+        for part in (flat[:whole].view(-1, block), flat[whole:].view(1, -1)):
+            if part.numel():
+                norms.append(torch.linalg.vector_norm(part, dim=1, dtype=torch.float32))
+    if not norms:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    return torch.cat(norms).double().square().sum()
 
 
 def _norm_on_rank(input_tensors: Sequence[Tensor], **_: Any) -> Tensor:
