@@ -124,4 +124,7 @@ _NEEDED: Mapping[str, tuple[str, ...]] = {
     Event.SAVING_SYNCHRONOUSLY: ("reason",),
     Event.UPDATE_SKIPPED: ("step", "reason"),
     Event.MIRROR_FAILED: ("reason",),
+    Event.CHECKPOINT_NOT_FINITE: ("step", "reason"),
+    Event.TRACKING_FAILED: ("reason",),
+    Event.TRACKING_CHANGED: ("reason",),
 }
