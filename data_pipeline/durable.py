@@ -6,6 +6,7 @@ the name itself may be lost. Readers never see a half-written file, because the 
 """
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,10 +16,15 @@ from data_pipeline.errors import DataError
 def write_durably(path: Path, content: bytes) -> None:
     """Write `content` to `path`; after a crash a reader finds either the old file or the complete new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(content)
-        fsync_file(file)
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            fsync_file(file)
+        temporary.replace(path)
+    except OSError:  # the disk is full, for example: leave nothing behind
+        with suppress(OSError):
+            temporary.unlink()
+        raise
     fsync_folder(path.parent)
 
 

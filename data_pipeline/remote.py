@@ -11,6 +11,7 @@ from pathlib import PurePosixPath
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.places import url_problem, without_credentials
 
 # Bytes per request: large enough that latency does not dominate, small compared with a chunk.
 REQUEST_BYTES = 4 << 20
@@ -34,9 +35,14 @@ def is_remote(source: str) -> bool:
 
 
 def find_store(url: str, **options: Any) -> tuple[Any, str]:
-    """The fsspec file system for `url`, and the path in it. Raises ConfigError if fsspec has none."""
+    """The fsspec file system for `url`, and the path in it. Raises ConfigError if fsspec has none.
+
+    A URL with credentials in it is refused, because it is written to configs and manifests.
+    """
     from fsspec.core import url_to_fs
 
+    if (problem := url_problem(url)) is not None:
+        raise ConfigError(f"{without_credentials(url)}: {problem}.")
     protocol = url.partition("://")[0]
     try:
         found: tuple[Any, str] = url_to_fs(url, **options)

@@ -9,6 +9,7 @@ parameter names of Outlast.
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from dataclasses import dataclass
@@ -21,7 +22,6 @@ import torch
 from safetensors.torch import save_file
 
 from data_pipeline.errors import CheckpointError, ConfigError, OutlastError
-from data_pipeline.tokenizer.encoding import load_encoding
 from gpt.checkpoint.format import Corrupt
 from gpt.checkpoint.reader import CheckpointReader, intact_candidates
 from gpt.config.model import ModelConfig
@@ -31,6 +31,7 @@ from gpt.huggingface.architectures import TensorPlace, tensor_places, twin_confi
 from gpt.huggingface.tokenizer import write_tokenizer
 from gpt.run.exit_codes import exit_code_of
 from gpt.run.run_dir import RunDir
+from gpt.run.tokenizer import run_encoding
 
 SHARD_BYTES = 5 * 10**9
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -56,29 +57,33 @@ def export(
 ) -> Exported:
     """Write the checkpoint of `step`, or the newest intact one, to the new folder `out`.
 
-    Raises ConfigError when `out` is not empty or there is no such checkpoint, CheckpointError when none is
-    intact.
+    Raises ConfigError when `out` is not empty, when there is no such checkpoint, and when a weight is not
+    finite in `dtype`; CheckpointError when no checkpoint is intact.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not an empty folder. Name another one.")
     run = RunConfig.model_validate_json(run_dir.config.read_text())
-    encoding = load_encoding(run.data.sources[0].path)
+    encoding = run_encoding(run_dir, run.data.sources[0].path)
     temporary = out.with_name(f".{out.name}.partial")
-    for found, reader in intact_candidates(run_dir, step):
+    try:
+        for found, reader in intact_candidates(run_dir, step):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            write_tokenizer(encoding, run.model.context, temporary)
+            try:
+                files = _write_weights(reader, run.model, temporary, DTYPES[dtype], shard_bytes)
+            except Corrupt as error:
+                print(f"the checkpoint of step {found} is corrupt and passed over: {error}", file=sys.stderr)
+                continue
+            architecture = _write_config(run.model, temporary, dtype, encoding.end_of_text)
+            for path in temporary.iterdir():  # safetensors makes its files readable by their owner alone
+                path.chmod(0o666 & ~_umask())
+            if out.exists():
+                out.rmdir()
+            temporary.rename(out)
+            return Exported(found, architecture, parameter_count(run.model), files)
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        try:
-            files = _write_weights(reader, run.model, temporary, DTYPES[dtype], shard_bytes)
-        except Corrupt as error:
-            print(f"the checkpoint of step {found} is corrupt and passed over: {error}", file=sys.stderr)
-            continue
-        architecture = _write_config(run.model, temporary, dtype, encoding.end_of_text)
-        write_tokenizer(encoding, run.model.context, temporary)
-        if out.exists():
-            out.rmdir()
-        temporary.rename(out)
-        return Exported(found, architecture, parameter_count(run.model), files)
-    shutil.rmtree(temporary, ignore_errors=True)
     raise CheckpointError(f"{run_dir.path} has no intact checkpoint" + (f" of step {step}" if step else ""))
 
 
@@ -122,13 +127,33 @@ def _tensor(parameter: np.ndarray, place: TensorPlace, dtype: torch.dtype) -> to
     part = torch.from_numpy(parameter[place.start : place.end])
     part = part if place.factor == 1.0 else part * place.factor
     # always a copy: save_file does not accept views of shared memory
-    return (part.t() if place.is_transposed else part).to(dtype, copy=True).contiguous()
+    tensor = (part.t() if place.is_transposed else part).to(dtype, copy=True).contiguous()
+    if not tensor.isfinite().all():
+        if part.isfinite().all():
+            largest = float(part.abs().max())
+            raise ConfigError(
+                f"{place.ours} holds {largest:g}, which is too large for {dtype}. Export with --dtype bf16 "
+                "or fp32."
+            )
+        raise ConfigError(
+            f"{place.ours} holds NaN or infinity, so the model is lost at this step. Export an earlier "
+            "checkpoint with --step."
+        )
+    return tensor
+
+
+def _umask() -> int:
+    """The umask of this process, which can be read only by setting it."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return umask
 
 
 def _write_config(model: ModelConfig, folder: Path, dtype: str, end_of_text: int) -> str:
     """Write config.json and generation_config.json; the name of the architecture."""
     ids = {"bos_token_id": end_of_text, "eos_token_id": end_of_text, "pad_token_id": end_of_text}
-    _write_json(folder / "generation_config.json", {**ids, "max_length": model.context})
+    # without max_length: transformers would warn at each generate(max_new_tokens=…)
+    _write_json(folder / "generation_config.json", ids)
     obstacle = twin_obstacle(model)
     if obstacle is not None:
         fields = model.model_dump(mode="json", exclude_none=True)

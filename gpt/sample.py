@@ -5,6 +5,8 @@
 
 import argparse
 import sys
+from io import TextIOWrapper
+from math import isfinite
 from pathlib import Path
 
 from data_pipeline.errors import ConfigError, OutlastError
@@ -26,6 +28,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--step", type=int)
     arguments = parser.parse_args()
+    _check(arguments)
     if is_exported(arguments.folder):
         if arguments.step is not None:
             raise ConfigError(
@@ -46,11 +49,29 @@ def main() -> None:
         seed=arguments.seed,
         ends=loaded.ends,
     )
+    if isinstance(sys.stdout, TextIOWrapper):  # a locale without these characters must not end the command
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.stdout.write(arguments.prompt)
     for text in stream(sampled, loaded.tokenizer.decode):
         sys.stdout.write(text)
         sys.stdout.flush()
     sys.stdout.write("\n")
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Raise ConfigError for options that the command line of `outlast sample` cannot check by their range."""
+    try:
+        arguments.prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"--prompt is not UTF-8 at character {error.start}. Convert the text, or set a UTF-8 locale."
+        ) from None
+    if not (isfinite(arguments.temperature) and arguments.temperature >= 0):
+        raise ConfigError(f"--temperature {arguments.temperature}: expected a finite number of at least 0.")
+    if arguments.top_p is not None and not 0 < arguments.top_p <= 1:
+        raise ConfigError(f"--top-p {arguments.top_p}: expected a number above 0 and at most 1.")
+    if not -(1 << 63) <= arguments.seed < 1 << 64:  # what torch takes
+        raise ConfigError(f"--seed {arguments.seed}: expected a number from -2^63 to 2^64 - 1.")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ import torch.distributed as dist
 from data_pipeline.errors import LaunchError, OutlastError
 from gpt.config.run import RunConfig
 from gpt.distributed.world import barrier, from_first, join
-from gpt.run.attempts import Superseded, failures_in_a_row
+from gpt.run.attempts import AttemptRemoved, Superseded, failures_in_a_row
 from gpt.run.bad_nodes import record_bad_node
 from gpt.run.environment import WorkerEnvironment
 from gpt.run.exit_codes import ExitCode, exit_code_of
@@ -40,6 +40,7 @@ from gpt.run.records import BadNode
 from gpt.run.run_dir import RunDir
 from gpt.training.attempt import Attempt, AttemptOutcome, claim, finish, log_line
 from gpt.training.node_check import check_nodes
+from gpt.training.numerics import set_rounding
 from gpt.training.setup import set_up
 from gpt.training.start_clock import StartClock
 
@@ -49,6 +50,7 @@ def main(path: Path) -> None:
     run_dir = RunDir(path)
     run = RunConfig.model_validate_json(run_dir.config.read_text())
     environment = WorkerEnvironment.read()
+    set_rounding(is_deterministic=run.deterministic)
     HEARTBEAT.beat(0, WAITING, is_starting=True)
     world = join(run.launch.collective_timeout_s, run.parallel.sequence, environment)
     clock = StartClock(run_dir, world, HEARTBEAT, _STARTED)
@@ -69,7 +71,7 @@ def main(path: Path) -> None:
             outcome = _end_on_bad_nodes(attempt, environment)
             clock.lap("node check")
         outcome = outcome or set_up(attempt).train()
-    except Superseded as error:  # this attempt must not write any file of the run any more
+    except (Superseded, AttemptRemoved) as error:  # this attempt must not write any file of the run any more
         log_line(str(error))
     except OutlastError as error:  # every rank raises it
         outcome = AttemptOutcome(exit_code_of(error), str(error))

@@ -7,12 +7,13 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from importlib import import_module
-from typing import Annotated, Any, Literal, Protocol, Self
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, Self
 
 from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from data_pipeline.config_file import Section
+from data_pipeline.config_file import Section, validate
+from data_pipeline.places import shown, text_problem
 
 # The module that implements each `kind`, through its object SCHEDULER (see launcher/scheduler/protocol.py).
 # They are named here, not imported, because a scheduler reads ClusterConfig.
@@ -57,6 +58,11 @@ def _list_kinds(schema: dict[str, Any]) -> None:
     schema["enum"] = list(SCHEDULERS)
 
 
+# What the keys of the free tables must look like.
+_NAMES = {"environment": r"[A-Za-z_][A-Za-z0-9_]*", "sbatch": r"[A-Za-z][A-Za-z0-9_-]*"}
+_NAMED = {"environment": "an environment variable", "sbatch": "an option of sbatch"}
+_WHITESPACE = str.maketrans("\n\t", "  ")
+
 Count = Annotated[int, Field(ge=1)]
 Kind = Annotated[str, AfterValidator(_is_known_kind)]
 
@@ -82,6 +88,16 @@ class Container(Section):
     python: str = Field(
         default="python3", description="The Python inside the image that has Outlast's packages."
     )
+
+
+class ClusterSize(NamedTuple):
+    """What the command line says instead of the cluster file; None where it says nothing."""
+
+    nodes: int | None = None
+    processes: int | None = None  # per node
+
+
+AS_THE_FILE_SAYS = ClusterSize()
 
 
 class ClusterConfig(Section):
@@ -181,6 +197,17 @@ class ClusterConfig(Section):
         all_cores = {} if cores is None else {"cpus_per_process": cores * self.processes}
         return self._with({"nodes": 1, "gpus_per_node": 0, **all_cores}, dropped="processes_per_node")
 
+    def in_size(self, size: ClusterSize) -> Self:
+        """This cluster with other numbers of nodes, and of processes per node; each gets a GPU if any does.
+
+        Raises ConfigError when the cluster cannot have that size.
+        """
+        changes = {"nodes": size.nodes, "processes_per_node": size.processes}
+        if self.gpus_per_node:
+            changes["gpus_per_node"] = size.processes
+        given = {name: value for name, value in changes.items() if value is not None}
+        return validate(type(self), {**self.explicit(), **given}, "--nodes, --processes") if given else self
+
     def _with(self, changes: Mapping[str, Any], dropped: str | None = None) -> Self:
         kept = {name: value for name, value in self.explicit().items() if name != dropped}
         return self.model_validate({**kept, **changes})
@@ -188,7 +215,7 @@ class ClusterConfig(Section):
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
         own = _rules_of(self.kind)
-        problems = []
+        problems = _text_problems(self.explicit())
         for kind in SCHEDULERS:
             given = [
                 name
@@ -212,6 +239,30 @@ class ClusterConfig(Section):
         if problems:
             raise ValueError(" ".join(problems))
         return self
+
+
+def _text_problems(value: Any, name: str = "") -> list[str]:
+    """The texts of a cluster file that would add lines to a batch script, or that no script can hold."""
+    if isinstance(value, Mapping):
+        wrong = [_name_problem(key, name) for key in value if name in _NAMES]
+        found = [problem for problem in wrong if problem is not None]
+        for key, entry in value.items():
+            found += _text_problems(entry, f"{name}.{key}" if name else key)
+        return found
+    if isinstance(value, list):
+        return [problem for entry in value for problem in _text_problems(entry, name)]
+    if not isinstance(value, str):
+        return []
+    # Lines of shell and values of variables may have several lines; these are quoted, those meant so.
+    text = value.translate(_WHITESPACE) if name == "setup" or name.startswith("environment.") else value
+    problem = text_problem(text)
+    return [] if problem is None else [f"{name} = {shown(value)}: {problem}."]
+
+
+def _name_problem(key: str, table: str) -> str | None:
+    if re.fullmatch(_NAMES[table], key):
+        return None
+    return f"{table}: {shown(key)} is not the name of {_NAMED[table]}."
 
 
 def time_limit_min(text: str) -> int | None:

@@ -11,7 +11,7 @@ from typing import Any
 from data_pipeline.config_file import read_toml, validate
 from data_pipeline.errors import ConfigError
 from launcher.cluster import ClusterConfig
-from launcher.paths import absolute
+from launcher.paths import absolute, usable_path
 
 
 def cluster_names() -> list[str]:
@@ -24,7 +24,7 @@ def cluster_names() -> list[str]:
 
 def load_cluster(name_or_path: str) -> ClusterConfig:
     """The cluster in a file, or the one with that name in cluster_configs. Raises ConfigError."""
-    path = Path(name_or_path)
+    path = usable_path(name_or_path, "--cluster")
     if not path.suffix and not path.is_file():
         if name_or_path not in cluster_names():
             near = difflib.get_close_matches(name_or_path, cluster_names(), n=1, cutoff=0.4)
@@ -42,7 +42,7 @@ def _with_absolute_paths(tables: dict[str, Any]) -> dict[str, Any]:
     whole = dict(container)
     image, mounts = container.get("image"), container.get("mounts")
     if isinstance(image, str) and _is_file(image, container.get("runtime")):
-        whole["image"] = str(absolute(image))
+        whole["image"] = str(absolute(image, "container.image"))
     if isinstance(mounts, list):
         whole["mounts"] = [_absolute_mount(mount) if isinstance(mount, str) else mount for mount in mounts]
     return {**tables, "container": whole}
@@ -57,4 +57,4 @@ def _is_file(image: str, runtime: object) -> bool:
 
 def _absolute_mount(mount: str) -> str:
     source, colon, target = mount.partition(":")
-    return f"{absolute(source)}{colon}{target}"
+    return f"{absolute(source, 'container.mounts')}{colon}{target}"

@@ -1,4 +1,8 @@
-"""Numbers as people read them: bytes, durations, counts."""
+"""Numbers as people read them (bytes, durations, counts), and texts that were not written by us."""
+
+import unicodedata
+
+_CENTURIES_S = 1e10
 
 
 def size(count: float) -> str:
@@ -11,10 +15,36 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a clock shows them: 1:02:03."""
-    minutes, second = divmod(round(seconds), 60)
+    """Seconds as a clock shows them: 1:02:03. A negative number, from a clock that was set back, is 0:00.
+
+    Centuries, which only a wrong number or a wrong clock can give, are a dash.
+    """
+    if not seconds < _CENTURIES_S:
+        return "–"
+    minutes, second = divmod(round(max(0.0, seconds)), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+def counted(count: int, noun: str) -> str:
+    """A number with a noun whose plural ends in s: 1 file, 2,000 files."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def printable(text: str) -> str:
+    """`text` without what a terminal would obey or refuse: control characters and surrogates as escapes."""
+    return "".join(
+        character.encode("unicode_escape").decode()
+        if unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t"
+        else character
+        for character in text
+    )
+
+
+def one_line(text: str, longest: int = 300) -> str:
+    """`text` as one line: printable, its own lines joined, and cut when it is longer than `longest`."""
+    line = printable("; ".join(part.strip() for part in text.splitlines() if part.strip()))
+    return line if len(line) <= longest else f"{line[:longest]}…"
 
 
 def processes(count: int) -> str:

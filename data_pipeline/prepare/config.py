@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -88,6 +88,19 @@ class DataPrepConfig(Section):
     def processes(self) -> int:
         """The number of encoding processes, with the default applied."""
         return self.workers or len(os.sched_getaffinity(0))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_no_mixture(cls, fields: Any) -> Any:
+        sources = fields.get("sources") if isinstance(fields, dict) else None
+        is_weighted = isinstance(sources, list) and any(isinstance(source, dict) for source in sources)
+        if is_weighted or (isinstance(fields, dict) and {"mixture", "weight", "weights"} & fields.keys()):
+            raise ValueError(
+                "sources is a list of texts, without weights. Prepare each part of a mixture as a data "
+                'directory of its own; the run config mixes them: data.mixture = [{path = "data/web", '
+                "weight = 0.9}, …]."
+            )
+        return fields
 
     @model_validator(mode="after")
     def _has_sources(self) -> Self:

@@ -32,6 +32,7 @@ from data_pipeline.config_file import Section
 from data_pipeline.errors import CheckpointError
 from data_pipeline.sampling.skip_list import Ranges, SkipList
 from gpt.checkpoint.layout import PLACEMENTS, GroupLayout, Kind
+from gpt.checkpoint.patience import Unreadable, patiently
 
 CHUNK_BYTES = 4 << 20  # large enough for streaming reads, small enough to locate a bad byte
 CHECKSUM = "xxh3"
@@ -39,6 +40,7 @@ CHUNK_TABLE = "chunk_checksums"
 INDEX_NAME = "checkpoint.json"
 PIN_NAME = "pinned"
 INDEX_LIMIT_BYTES = 1 << 28  # a million parameters and ranks; the index is read whole, so it needs a bound
+MOST_GROUPS = 4096  # each rank file has tensors for each group; an optimizer has a handful
 COMMITTED = re.compile(r"step-(\d{8,})")
 
 Size = Annotated[int, Field(ge=0, lt=2**63)]
@@ -93,7 +95,7 @@ class CheckpointIndex(Section):
     skipped: tuple[tuple[Size, Size], ...] = ()
     scalars: dict[Name, float] = Field(default_factory=dict)
     parameters: tuple[ParameterEntry, ...]
-    groups: tuple[GroupEntry, ...]
+    groups: Annotated[tuple[GroupEntry, ...], Field(max_length=MOST_GROUPS)]
     data_fingerprint: str
     config_fingerprint: str
     versions: dict[str, str]
@@ -119,10 +121,10 @@ class CheckpointIndex(Section):
             raise ValueError("two groups have the same name")
         if not {entry.group for entry in self.parameters} <= {group.name for group in self.groups}:
             raise ValueError("a parameter is in a group that is not listed")
+        members = self._members()
         for group in self.groups:
-            members = [entry for entry in self.parameters if entry.group == group.name]
-            starts = accumulate((entry.numel for entry in members), initial=0)
-            if [entry.offset for entry in members] + [group.numel] != list(starts):
+            starts = accumulate((entry.numel for entry in members[group.name]), initial=0)
+            if [entry.offset for entry in members[group.name]] + [group.numel] != list(starts):
                 raise ValueError(f"the parameters of group {group.name} have gaps or overlap")
         _ = self.layouts  # building them raises ValueError for a group that its parts do not hold
         return self
@@ -130,15 +132,23 @@ class CheckpointIndex(Section):
     @cached_property
     def layouts(self) -> dict[str, GroupLayout]:
         """How each group's state is placed on the ranks, by the name of the group."""
+        members = self._members()
         return {
             group.name: GroupLayout(
                 self.layout,
                 self.world_size,
-                [entry.shape for entry in self.parameters if entry.group == group.name],
+                [entry.shape for entry in members[group.name]],
                 group.partition_numel,
             )
             for group in self.groups
         }
+
+    def _members(self) -> dict[str, list[ParameterEntry]]:
+        """The parameters of each group, in order."""
+        members: dict[str, list[ParameterEntry]] = {group.name: [] for group in self.groups}
+        for entry in self.parameters:
+            members[entry.group].append(entry)
+        return members
 
     def at_step(
         self, step: int, *, optimizer_steps: int, scalars: Mapping[str, float], skipped: Ranges
@@ -231,20 +241,20 @@ def is_pinned(folder: Path) -> bool:
 
 
 def read_index(folder: Path) -> CheckpointIndex:
-    """The index of the checkpoint in `folder`. Raises Corrupt when any byte of it has changed."""
+    """The index of the checkpoint in `folder`. Raises Corrupt if a byte of it has changed, or Unreadable."""
     path = folder / INDEX_NAME
     try:
-        if (size := path.stat().st_size) > INDEX_LIMIT_BYTES:
+        if (size := patiently(path, path.stat).st_size) > INDEX_LIMIT_BYTES:
             raise Corrupt(
                 BadBytes(path, INDEX_LIMIT_BYTES, f"has {size} bytes, which is more than any index has")
             )
-        raw = path.read_bytes()
+        raw = patiently(path, path.read_bytes)
     except OSError as error:
         raise Corrupt(BadBytes(path, 0, _why(error))) from None
     try:
         content = json.loads(raw)
         checksum = content.pop("checksum")
-        if checksum != _index_checksum(content) or raw != _canonical({**content, "checksum": checksum}):
+        if not _has_own_checksum(raw, str(checksum)):
             raise Corrupt(BadBytes(path, 0, "the index does not match its own checksum"))
         index = CheckpointIndex.model_validate(content)
     except ValidationError as error:
@@ -307,22 +317,40 @@ def rank_header(tensors: Mapping[str, int], chunk_bytes: int = CHUNK_BYTES) -> t
 def read_rank_frame(folder: Path, index: CheckpointIndex, rank: int) -> RankFrame:
     """The frame of a rank's file, verified against the index. Reads header and table only. Raises Corrupt."""
     entry = index.files[rank]
+    _check_size(folder / entry.name, entry.size)
     return read_frame(folder / entry.name, entry, rank_tensors(index, rank), index.chunk_bytes)
 
 
+def _check_size(path: Path, size: int) -> None:
+    """Raise Corrupt unless the file has `size` bytes: this is cheap, and what a header should be is not.
+
+    Raises Unreadable like `read_index`.
+    """
+    try:
+        found = patiently(path, path.stat).st_size
+    except OSError as error:
+        raise Corrupt(BadBytes(path, 0, _why(error))) from None
+    if found != size:
+        raise Corrupt(BadBytes(path, min(found, size), f"has {found} bytes instead of {size}"))
+
+
 def read_frame(path: Path, entry: FileEntry, tensors: Mapping[str, int], chunk_bytes: int) -> RankFrame:
-    """The frame of a rank file with `tensors`, verified against its entry. Raises Corrupt."""
+    """The frame of a rank file with `tensors`, verified against its entry. Raises Corrupt or Unreadable."""
     header, data_bytes, chunks = rank_header(tensors, chunk_bytes)
     expected_size = len(header) + data_bytes + 8 * chunks
     try:
-        size = path.stat().st_size
+        size = patiently(path, path.stat).st_size
         if size != entry.size or size != expected_size:
             at = min(size, expected_size)
             raise Corrupt(BadBytes(path, at, f"has {size} bytes instead of {expected_size}"))
-        with path.open("rb") as file:
-            found = file.read(len(header))
-            file.seek(len(header) + data_bytes)
-            table = file.read(8 * chunks)
+
+        def read() -> tuple[bytes, bytes]:
+            with path.open("rb") as file:
+                start = file.read(len(header))
+                file.seek(len(header) + data_bytes)
+                return start, file.read(8 * chunks)
+
+        found, table = patiently(path, read)
     except OSError as error:
         raise Corrupt(BadBytes(path, 0, _why(error))) from None
     if found != header:
@@ -340,13 +368,10 @@ def read_frame(path: Path, entry: FileEntry, tensors: Mapping[str, int], chunk_b
 
 
 def read_chunk(file: RawIOBase, path: Path, layout: RankFrame, number: int, target: memoryview) -> None:
-    """Read chunk `number` of an open rank file into `target`, which has its size. Raises Corrupt."""
+    """Read chunk `number` of an open rank file into `target`, of its size. Raises Corrupt or OSError."""
     start, end = layout.chunk(number)
-    try:
-        file.seek(start)
-        count = file.readinto(target)
-    except OSError as error:
-        raise Corrupt(BadBytes(path, start, _why(error))) from None
+    file.seek(start)
+    count = file.readinto(target)
     if count != end - start or chunk_checksum(target) != layout.chunk_checksums[number]:
         raise Corrupt(BadBytes(path, start, f"checksum of bytes {start} to {end} differs"))
 
@@ -358,6 +383,9 @@ def verify(folder: Path) -> Iterator[BadBytes]:
     except Corrupt as error:
         yield error.bad
         return
+    except Unreadable as error:
+        yield BadBytes(folder / INDEX_NAME, 0, str(error.__cause__))
+        return
     for rank in range(index.world_size):
         yield from verify_rank(folder, index, rank)
 
@@ -365,6 +393,14 @@ def verify(folder: Path) -> Iterator[BadBytes]:
 def verify_rank(folder: Path, index: CheckpointIndex, rank: int) -> Iterator[BadBytes]:
     """Read every byte of one rank's file and compare checksums."""
     entry = index.files[rank]
+    try:
+        _check_size(folder / entry.name, entry.size)
+    except Corrupt as error:
+        yield error.bad
+        return
+    except Unreadable as error:
+        yield BadBytes(folder / entry.name, 0, str(error.__cause__))
+        return
     yield from verify_file(folder / entry.name, entry, rank_tensors(index, rank), index.chunk_bytes)
 
 
@@ -376,11 +412,17 @@ def verify_file(
     advance: Callable[[int], object] = lambda _: None,
     open_file: Callable[[Path], RawIOBase] = FileIO,
 ) -> Iterator[BadBytes]:
-    """Read every byte of a rank file with `tensors`; `advance` is called with the size of each chunk."""
+    """Read every byte of a rank file with `tensors`; `advance` is called with the size of each chunk.
+
+    A place that cannot be read is reported like one whose content has changed.
+    """
     try:
         layout = read_frame(path, entry, tensors, chunk_bytes)
     except Corrupt as error:
         yield error.bad
+        return
+    except Unreadable as error:
+        yield BadBytes(path, 0, str(error.__cause__))
         return
     buffer = memoryview(bytearray(min(chunk_bytes, layout.data_end - layout.data_start)))
     with open_file(path) as file:
@@ -391,6 +433,8 @@ def verify_file(
                 advance(end - start)
             except Corrupt as error:
                 yield error.bad
+            except OSError as error:
+                yield BadBytes(path, start, _why(error))
 
 
 def _why(error: OSError) -> str:
@@ -405,6 +449,12 @@ def chunk_checksum(content: bytes | memoryview) -> int:
 def frame_checksum(header: bytes, table: bytes) -> str:
     """xxh3-128 of a rank file's header and chunk table."""
     return xxhash.xxh3_128_hexdigest(header + table)
+
+
+def _has_own_checksum(raw: bytes, checksum: str) -> bool:
+    """Whether `raw` is as `CheckpointIndex.dumps` wrote it, without writing it again."""
+    tail = f',\n "checksum": "{checksum}"\n}}\n'.encode()
+    return raw.endswith(tail) and xxhash.xxh3_128_hexdigest(raw[: -len(tail)] + b"\n}\n") == checksum
 
 
 def _index_checksum(content: dict[str, Any]) -> str:

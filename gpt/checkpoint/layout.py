@@ -8,6 +8,7 @@ A rank's file holds what the rank owns in logical order. Nothing here grows with
 
 from abc import ABC, abstractmethod
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -45,6 +46,10 @@ class Placement(ABC):
     def locate(self, start: int, end: int) -> Iterator[Stretch]:
         """Where the logical range `start` to `end` is stored, in order."""
 
+    def owned_numel(self, rank: int) -> int:
+        """The number of elements that `rank` owns."""
+        return sum(end - start for start, end in self.extents(rank))
+
 
 class FlatPlacement(Placement):
     """ZeRO stages 1 and 2: the whole vector is cut into parts of `partition_numel`, one for each rank."""
@@ -76,6 +81,7 @@ class ShardedPlacement(Placement):
         super().__init__(world_size, shapes, partition_numel)
         self._numels = [prod(shape) for shape in self.shapes]
         self._offsets = cache(self._offsets_of)
+        self._counts = Counter(self._numels)  # a network has few sizes
 
     def extents(self, rank: int) -> list[tuple[int, int]]:
         """See Placement; one range for each parameter."""
@@ -96,6 +102,11 @@ class ShardedPlacement(Placement):
             length = min(end - position, high - within)
             yield Stretch(rank, self._offsets(rank)[index] + within - low, length)
             position += length
+
+    def owned_numel(self, rank: int) -> int:
+        """See Placement; one term for each size."""
+        shards = ((self._shard(numel, rank), count) for numel, count in self._counts.items())
+        return sum((high - low) * count for (low, high), count in shards)
 
     def _shard(self, numel: int, rank: int) -> tuple[int, int]:
         size = -(-numel // self.world_size)
@@ -126,10 +137,7 @@ class GroupLayout:
         full = [(shape,) if isinstance(shape, int) else shape for shape in shapes]
         self.placement = PLACEMENTS[kind](world_size, full, partition_numel)
         self.extents, self.locate = self.placement.extents, self.placement.locate
-
-    def owned_numel(self, rank: int) -> int:
-        """The number of elements that `rank` owns."""
-        return sum(end - start for start, end in self.extents(rank))
+        self.owned_numel = self.placement.owned_numel
 
 
 def region_ranges(shape: Shape, region: Region) -> Iterator[tuple[int, int]]:

@@ -1,18 +1,20 @@
 """A second place for a run and its checkpoints: a folder or an object store, through fsspec. Torch-free.
 
-    MIRROR/RUN/config.json, cluster.json, provenance.json, metrics.jsonl, events.jsonl
+    MIRROR/RUN/config.json, encoding.json, cluster.json, provenance.json, metrics.jsonl, events.jsonl
     MIRROR/RUN/checkpoints/step-00001200/rank-00000.safetensors …, checkpoint.json (last)
 
 That is a run directory without the code and the attempts. The index is written last and deleted first, so a
 checkpoint is complete or does not count. Every byte that is fetched is verified before the checkpoint counts.
 """
 
+import glob
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.durable import fsync_file, fsync_folder, rename_durably
 from data_pipeline.errors import LaunchError, OutlastError
@@ -70,7 +72,7 @@ class Mirror:
         """The steps of the complete checkpoints at the mirror, in order."""
         with self._asking():
             self._store.invalidate_cache()
-            indexes = self._store.glob(f"{self._root}/checkpoints/*/{INDEX_NAME}")
+            indexes = self._store.glob(f"{glob.escape(self._root)}/checkpoints/*/{INDEX_NAME}")
         matches = (COMMITTED.fullmatch(Path(path).parent.name) for path in indexes)
         return sorted(int(match[1]) for match in matches if match)
 
@@ -194,14 +196,26 @@ class Mirror:
             return step
         return None
 
-    def fetch_run(self, run_dir: RunDir, report: Callable[[str], None]) -> int | None:
+    def cluster(self) -> dict[str, Any]:
+        """The cluster.json of the mirrored run. Raises MirrorError when no run is mirrored there."""
+        layout = RunDir(Path(self._root))
+        with self._asking():
+            if not self._store.exists(str(layout.config)):
+                raise MirrorError(f"{self.place} is no mirror of a run: it has no {layout.config.name}.")
+            if not self._store.exists(str(layout.cluster)):
+                return {}
+            content = json.loads(self._store.cat_file(str(layout.cluster)))
+        if not isinstance(content, dict):
+            raise MirrorError(f"{self.place}: {layout.cluster.name} is no JSON object")
+        return content
+
+    def fetch_run(
+        self, run_dir: RunDir, report: Callable[[str], None], left_out: Collection[Path] = ()
+    ) -> int | None:
         """Create `run_dir` from the mirrored run and its newest intact checkpoint; that step, or None.
 
-        Raises MirrorError when no run is mirrored there.
+        Files of the run directory that are `left_out` are not fetched.
         """
-        with self._asking():
-            if not self._store.exists(f"{self._root}/{run_dir.config.name}"):
-                raise MirrorError(f"{self.place} is no mirror of a run: it has no {run_dir.config.name}.")
         temporary = RunDir(run_dir.path.with_name(f".{run_dir.path.name}.fetched"))
         shutil.rmtree(temporary.path, ignore_errors=True)
         temporary.checkpoints.mkdir(parents=True)
@@ -210,6 +224,8 @@ class Mirror:
             step = self.fetch_newest(temporary.checkpoints, report)
             with self._asking():
                 for path in _run_files(temporary):
+                    if path.name in [other.name for other in left_out]:
+                        continue
                     if self._store.exists(f"{self._root}/{path.name}"):
                         self._store.get_file(f"{self._root}/{path.name}", str(path))
             temporary.path.rename(run_dir.path)
@@ -233,4 +249,5 @@ class Mirror:
 
 def _run_files(run_dir: RunDir) -> tuple[Path, ...]:
     # The config is last: a folder with a config is a run.
-    return run_dir.cluster, run_dir.provenance, run_dir.events, run_dir.metrics, run_dir.config
+    files = run_dir.encoding, run_dir.cluster, run_dir.provenance, run_dir.events, run_dir.metrics
+    return *files, run_dir.config

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.errors import ConfigError
 from gpt.checkpoint.format import (
+    BadBytes,
     CheckpointIndex,
     Corrupt,
     RankFrame,
@@ -24,11 +25,12 @@ from gpt.checkpoint.format import (
     read_rank_frame,
 )
 from gpt.checkpoint.layout import Region, region_ranges
+from gpt.checkpoint.patience import patiently
 from gpt.run.run_dir import RunDir
 
 
 class CheckpointReader:
-    """One committed checkpoint. Every read raises format.Corrupt when its bytes are not as written."""
+    """One committed checkpoint. Every read raises Corrupt if its bytes are not as written, or Unreadable."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -102,8 +104,15 @@ class CheckpointReader:
 
     def _read_chunk(self, rank: int, number: int, target: memoryview) -> None:
         path = self.folder / self.index.files[rank].name
-        with path.open("rb", buffering=0) as file:
-            read_chunk(file, path, self._frames[rank], number, target)
+
+        def read() -> None:
+            with path.open("rb", buffering=0) as file:
+                read_chunk(file, path, self._frames[rank], number, target)
+
+        try:
+            patiently(path, read)
+        except FileNotFoundError:
+            raise Corrupt(BadBytes(path, 0, "missing")) from None
         self.bytes_read += len(target)
 
 

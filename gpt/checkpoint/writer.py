@@ -75,6 +75,15 @@ def temporary_folder(checkpoints: Path, attempt: int, step: int) -> Path:
     return checkpoints / f"{UNCOMMITTED_PREFIX}{attempt:04d}-{step:08d}"
 
 
+def make_temporary_folder(folder: Path) -> None:
+    """Make the folder of `temporary_folder`, and its parent if need be.
+
+    Raises OSError when the run directory is gone, which is never made anew.
+    """
+    folder.parent.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True)
+
+
 def write_rank_file(
     folder: Path,
     rank: int,

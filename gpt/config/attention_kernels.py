@@ -15,9 +15,10 @@ class GpuRequirement:
 
     capabilities: tuple[int, ...]  # major numbers of CUDA's compute capability
     hardware: str  # the same for people
-    module: str  # has the kernel as `flash_attn_varlen_func`
+    module: str  # has the kernel; gpt.model.attention knows by what name
     package: str
     missing_head_widths: Mapping[int, range] = field(default_factory=dict)  # by compute capability
+    nondeterministic_head_widths: Mapping[int, range] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class KernelSpec:
 
 
 # FlashAttention's READMEs: 2 runs on Ampere and newer GPUs; 3 is for Hopper; 4 has a backward pass on Hopper
-# and Blackwell only, there without head widths between 128 and 256.
+# and Blackwell only, there without head widths between 128 and 256. The backward passes of 3 and 4 refuse
+# `deterministic` for wide heads and on compute capability 12.
 ATTENTION_KERNELS: list[KernelSpec] = [
     KernelSpec(
         "flash-4",
@@ -63,6 +65,7 @@ ATTENTION_KERNELS: list[KernelSpec] = [
             module="flash_attn.cute",
             package="flash-attn-4",
             missing_head_widths={10: range(129, 256), 12: range(129, 256)},
+            nondeterministic_head_widths={12: range(1, 257)},
         ),
     ),
     KernelSpec(
@@ -76,6 +79,7 @@ ATTENTION_KERNELS: list[KernelSpec] = [
             hardware="Hopper (H100, H200)",
             module="flash_attn_3.flash_attn_interface",
             package="flash-attn's hopper/",
+            nondeterministic_head_widths={9: range(193, 257)},
         ),
     ),
     KernelSpec(
@@ -88,6 +92,20 @@ ATTENTION_KERNELS: list[KernelSpec] = [
             hardware="Ampere (A100) or newer",
             module="flash_attn",
             package="flash-attn",
+        ),
+    ),
+    KernelSpec(
+        "varlen",
+        has_softcap=False,
+        has_dropout=False,
+        head_width_multiple=8,
+        head_width_max=256,
+        dtypes=("bf16", "fp16"),
+        gpu=GpuRequirement(
+            capabilities=(8, 9, 10, 12),
+            hardware="Ampere (A100) or newer",
+            module="torch.nn.attention.varlen",
+            package="torch 2.13 or newer",
         ),
     ),
     KernelSpec("sdpa", has_softcap=False),

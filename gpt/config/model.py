@@ -12,6 +12,13 @@ from data_pipeline.config_file import Section
 from gpt.config.attention_kernels import ATTENTION_KERNELS, KernelSpec, kernel_spec
 
 Count = Annotated[int, Field(ge=1)]
+# The bounds are far above any published model. They refuse a mistyped size at once, because checks and plans
+# take time that grows with the number of layers and heads.
+Layers = Annotated[int, Field(ge=1, le=4096)]
+Heads = Annotated[int, Field(ge=1, le=1 << 16)]
+Width = Annotated[int, Field(ge=1, le=1 << 24)]
+Context = Annotated[int, Field(ge=1, le=1 << 30)]
+Vocabulary = Annotated[int, Field(ge=1, le=1 << 31)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 _GATED = ("swiglu", "geglu", "reglu", "glu", "bilinear")
@@ -24,7 +31,7 @@ class RopeScaling(Section):
         description="linear (arXiv:2306.15595), yarn (arXiv:2309.00071) or llama3 (arXiv:2407.21783)."
     )
     factor: float = Field(gt=1, description="Factor by which the context grows.")
-    original_context: Count | None = Field(
+    original_context: Context | None = Field(
         default=None,
         description="Context of the original training, in tokens. Default: context / factor, rounded.",
     )
@@ -65,26 +72,26 @@ class RopeScaling(Section):
 class ModelConfig(Section):
     """The network. The defaults are Llama's: RMSNorm, RoPE, SwiGLU, no biases, untied embeddings."""
 
-    n_layers: Count = Field(default=12, description="Transformer blocks.")
-    d_model: Count = Field(default=768, description="Width of the residual stream.")
-    n_heads: Count = Field(default=12, description="Query heads.")
-    n_kv_heads: Count | None = Field(
+    n_layers: Layers = Field(default=12, description="Transformer blocks.")
+    d_model: Width = Field(default=768, description="Width of the residual stream.")
+    n_heads: Heads = Field(default=12, description="Query heads.")
+    n_kv_heads: Heads | None = Field(
         default=None,
         description="Key/value heads, a divisor of n_heads; 1 is multi-query attention. Default: n_heads.",
     )
-    d_head: Count | None = Field(default=None, description="Width of a head. Default: d_model / n_heads.")
-    context: Count = Field(default=1024, description="Tokens per sequence.")
-    vocab_size: Count | None = Field(
+    d_head: Width | None = Field(default=None, description="Width of a head. Default: d_model / n_heads.")
+    context: Context = Field(default=1024, description="Tokens per sequence.")
+    vocab_size: Vocabulary | None = Field(
         default=None, description="Rows of the token embedding. Default: the data's vocabulary, padded."
     )
-    vocab_multiple: Count = Field(
+    vocab_multiple: Vocabulary = Field(
         default=64, description="The data's vocabulary is padded to a multiple of this."
     )
     ffn: Literal["swiglu", "geglu", "reglu", "glu", "bilinear", "swish", "gelu", "relu", "relu2"] = Field(
         default="swiglu",
         description="Feed-forward variant (Shazeer 2020); relu2 is that of Primer (So et al. 2021).",
     )
-    d_ff: Count | None = Field(
+    d_ff: Width | None = Field(
         default=None,
         description="Hidden width of the feed-forward. Default: 4 × d_model, or 2/3 of that for gated "
         "variants, rounded up to a multiple of 64.",
@@ -130,10 +137,10 @@ class ModelConfig(Section):
         description="Initial weights: gpt2 (Radford et al. 2019), llama (torchtitan's Llama 3), or mup (Yang "
         "et al. 2022), with which learning rates transfer from a narrow model to a wide one.",
     )
-    mup_base_width: Count | None = Field(
+    mup_base_width: Width | None = Field(
         default=None, description="mup: d_model of the narrow model on which the learning rate was tuned."
     )
-    mup_base_head_width: Count | None = Field(
+    mup_base_head_width: Width | None = Field(
         default=None, description="mup: head width of that model. Default: the head width of this one."
     )
     attention: str = Field(

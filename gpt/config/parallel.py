@@ -35,6 +35,12 @@ class ZeroConfig(Section):
         description="With cpu, the shards of the weights stay in host memory (ZeRO-Infinity, "
         "arXiv:2104.07857). Needs stage 3.",
     )
+    reduce_dtype: Literal["fp32", "bf16", "fp16"] = Field(
+        default="fp32",
+        description="Data type in which gradients are summed over the ranks: fp32, or that of precision, "
+        "which halves the traffic and rounds every sum. Stage 1 reduces once a step, stages 2 and 3 once a "
+        "micro-batch.",
+    )
     bucket_numel: Count | None = Field(
         default=None,
         description="Number of gradient elements to reduce at a time. Default: those of one block, but "
@@ -52,16 +58,18 @@ class ZeroConfig(Section):
     )
     quantized_weights: bool = Field(
         default=False,
-        description="Gathers weights in 8 bits (qwZ of ZeRO++, arXiv:2306.10209). Needs stage 3 on GPUs.",
+        description="Experimental: gathers weights in 8 bits (qwZ of ZeRO++, arXiv:2306.10209). Needs stage "
+        "3 on GPUs.",
     )
     quantized_gradients: bool = Field(
         default=False,
-        description="Reduces gradients in 4 bits by an all-to-all (qgZ of ZeRO++). Needs stage 3 on GPUs.",
+        description="Experimental: reduces gradients in 4 bits by an all-to-all (qgZ of ZeRO++). Needs stage "
+        "3 on GPUs.",
     )
     secondary_shards: Count = Field(
         default=1,
         description="Number of processes that together keep one more copy of the weights for the backward "
-        "pass (hpZ of ZeRO++), usually those of a node. 1 keeps no copy. Needs stage 3 on GPUs.",
+        "pass (hpZ of ZeRO++), usually those of a node. 1 keeps no copy. Needs stage 3.",
     )
 
     @field_validator("stage", mode="before")
@@ -75,9 +83,9 @@ class ZeroConfig(Section):
         return stage
 
     @property
-    def is_plus_plus(self) -> bool:
-        """Whether any part of ZeRO++ is enabled."""
-        return self.quantized_weights or self.quantized_gradients or self.secondary_shards > 1
+    def is_quantized(self) -> bool:
+        """Whether weights or gradients are quantized for communication."""
+        return self.quantized_weights or self.quantized_gradients
 
     @model_validator(mode="after")
     def _stage_3_only(self) -> Self:

@@ -31,7 +31,7 @@ class CheckpointConfig(Section):
     every_minutes: float | None = Field(default=None, gt=0, description="Minutes between checkpoints.")
     interval: Literal["auto"] | None = Field(
         default=None,
-        description="auto: choose the interval that costs the least time (Young 1974, Daly 2006), from the "
+        description="auto: choose the interval that costs the least time (arXiv:2410.18124), from the "
         "measured stall of a save and the failures of this run.",
     )
     max_lost_minutes: float = Field(
@@ -105,6 +105,10 @@ class TrackingConfig(Section):
     )
 
 
+# Longer than any step, and short enough for a wait of gloo's, which counts milliseconds in 32 bits.
+_LONGEST_TIMEOUT_S = 1_000_000.0
+
+
 class LaunchConfig(Section):
     """How failures and hangs are detected and how often the run is restarted."""
 
@@ -123,11 +127,13 @@ class LaunchConfig(Section):
     hang_timeout_s: float = Field(
         default=600.0,
         gt=0,
+        le=_LONGEST_TIMEOUT_S,
         description="Restart the workers after this many seconds without a step, an evaluation or a save.",
     )
     start_timeout_s: float = Field(
         default=900.0,
         gt=0,
+        le=_LONGEST_TIMEOUT_S,
         description="Restart the workers when a phase of the start takes longer than this many seconds: "
         "imports, loading a checkpoint, the first step with its compilation. Must be less than "
         "collective_timeout_s.",
@@ -135,6 +141,7 @@ class LaunchConfig(Section):
     collective_timeout_s: float = Field(
         default=1200.0,
         gt=0,
+        le=_LONGEST_TIMEOUT_S,
         description="Seconds that a rank waits for the others in a collective. Must be more than "
         "hang_timeout_s, so that a hang is reported with its cause before the collective fails.",
     )
@@ -170,7 +177,7 @@ class Tables(TypedDict, total=False):
 class RunConfig(Section):
     """One run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)] = Field(
         description="Names the run directory and the MLflow run: letters, digits, '.', '_', '-'."
     )
     seed: int = Field(
@@ -181,10 +188,16 @@ class RunConfig(Section):
         description="Data type of parameters and activations. Master weights are always fp32. fp16 trains "
         "with a dynamic loss scale.",
     )
-    compile: bool = Field(
-        default=False,
-        description="Compile the blocks and the loss with torch.compile. Steps are faster, but the first one "
+    compile: bool | Literal["auto"] = Field(
+        default="auto",
+        description="Compile the blocks and the loss with torch.compile; auto does so on GPUs, unless "
+        "model.recompute is selective or a node has no compiler. Steps are faster, but the first one "
         "takes a minute or more. Rounding and the random numbers of dropout differ from an uncompiled run.",
+    )
+    deterministic: bool = Field(
+        default=False,
+        description="Compute with algorithms that give the same bits each time, so that a run on GPUs also "
+        "continues bit for bit. Steps on GPUs are slower. CPUs always do.",
     )
     profile: Annotated[str, Field(pattern=r"^[1-9]\d*:[1-9]\d*$")] | None = Field(
         default=None,
@@ -232,6 +245,12 @@ class RunConfig(Section):
             return self.schedule.total_steps
         assert self.schedule.total_tokens is not None
         return self.batch.sizes.steps_for(self.schedule.total_tokens)
+
+    def compiles(self, *, has_gpu: bool) -> bool:
+        """Whether the network is to be compiled."""
+        if self.compile == "auto":
+            return has_gpu and self.model.recompute != "selective"
+        return self.compile
 
     def micro_batches(self, world_size: int) -> int:
         """Micro-batches that a rank accumulates per step, after the batch warmup."""
@@ -281,8 +300,8 @@ class RunConfig(Section):
     def zero_problem(self, processes_per_node: int, *, has_gpu: bool) -> str | None:
         """Why the [zero] table cannot run on nodes with `processes_per_node` processes."""
         zero = self.zero
-        if zero.is_plus_plus and not has_gpu:
-            return "zero: quantized_weights, quantized_gradients and secondary_shards (ZeRO++) need GPUs."
+        if zero.is_quantized and not has_gpu:
+            return "zero: quantized_weights and quantized_gradients (ZeRO++) need GPUs."
         if processes_per_node % zero.secondary_shards:
             return (
                 f"zero.secondary_shards = {zero.secondary_shards} does not divide the {processes_per_node} "
@@ -296,6 +315,11 @@ class RunConfig(Section):
             raise ValueError(
                 "zero.quantized_weights gathers 16-bit weights in 8 bits, but precision is 'fp32'. "
                 "Use 'bf16'."
+            )
+        if self.zero.reduce_dtype not in ("fp32", self.precision):
+            raise ValueError(
+                f"zero.reduce_dtype = {self.zero.reduce_dtype!r} is neither 'fp32' nor precision = "
+                f"{self.precision!r}. Use one of them."
             )
         optimizer = self.optimizer
         if not optimizer.spec.supports_mup and self.model.initialization == "mup":
@@ -329,7 +353,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _recompute_fits(self) -> Self:
-        if self.compile and self.model.recompute == "selective":
+        if self.compile is True and self.model.recompute == "selective":
             raise ValueError(
                 "model.recompute = 'selective' does not work with compile = true, because it cannot see the "
                 "matrix products inside compiled blocks. Use 'none' or 'full'."

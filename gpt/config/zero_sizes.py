@@ -22,6 +22,15 @@ class ZeroSizes:
     whole_below_numel: int  # parameters with no more elements stay whole on every rank
 
 
+def sums_whole_gradients(run: RunConfig, world_size: int) -> bool:
+    """Whether each rank sums the gradients of its micro-batches whole in fp32 and reduces them once a step.
+
+    In bf16 each gradient is then added as soon as it is computed, and freed.
+    """
+    is_summed = run.precision == "bf16" and run.micro_batches(world_size) > 1
+    return is_summed and run.zero.stage == 1 and run.zero.offload_optimizer == "none"
+
+
 def zero_sizes(run: RunConfig) -> ZeroSizes:
     """The sizes that [zero] sets; the defaults follow from the model.
 

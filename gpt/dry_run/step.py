@@ -24,8 +24,8 @@ from gpt.distributed.world import World
 from gpt.distributed.zero.build import DTYPES, build_model
 from gpt.distributed.zero.engine import Engine
 from gpt.distributed.zero.fake_accelerator import accelerated, shapes_only
-from gpt.dry_run.attention import in_shapes
 from gpt.dry_run.device import DEVICE, Stream, StreamEvent, used_as_gpu
+from gpt.dry_run.kernels import in_shapes
 from gpt.dry_run.recorder import Recorder, storage_bytes
 from gpt.model.attention import Documents
 from gpt.model.sequence_parallel import WHOLE_SEQUENCES, SequenceGroup

@@ -1,21 +1,19 @@
 """Maps a model to the transformers architecture that computes the same function: config and tensors.
 
 Export and import use the same table of (their tensor, our tensor, rows, transposed). This module touches no
-tensor and does not import transformers.
+tensor and does not import transformers. `config_json` reads the config of such an architecture.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from data_pipeline.config_file import validate
-from data_pipeline.errors import ConfigError
 from gpt.config.model import ModelConfig
 from gpt.config.parameter_table import parameter_table
 
 # The names in transformers.activations.ACT2FN of Shazeer's activations; GPT-2's GELU is the tanh form.
-_GATES = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu", "glu": "sigmoid", "bilinear": "linear"}
-_PLAIN = {"gelu": "gelu_pytorch_tanh", "relu": "relu", "swish": "silu", "relu2": "relu2"}
+GATES = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu", "glu": "sigmoid", "bilinear": "linear"}
+PLAIN = {"gelu": "gelu_pytorch_tanh", "relu": "relu", "swish": "silu", "relu2": "relu2"}
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ def twin_config(model: ModelConfig, dtype: str, end_of_text: int) -> dict[str, A
             "n_layer": model.n_layers,
             "n_head": model.n_heads,
             "n_inner": model.ffn_width,
-            "activation_function": _PLAIN[model.ffn],
+            "activation_function": PLAIN[model.ffn],
             "layer_norm_epsilon": model.norm_eps,
             **{f"{part}_pdrop": model.dropout for part in ("resid", "embd", "attn")},
             **common,
@@ -96,7 +94,7 @@ def twin_config(model: ModelConfig, dtype: str, end_of_text: int) -> dict[str, A
         "num_attention_heads": model.n_heads,
         "num_key_value_heads": model.kv_heads,
         "head_dim": model.head_width,
-        "hidden_act": _GATES[model.ffn],
+        "hidden_act": GATES[model.ffn],
         "max_position_embeddings": model.context,
         "rms_norm_eps": model.norm_eps,
         "rope_theta": model.rope_theta,  # transformers before version 5 reads this key
@@ -197,160 +195,3 @@ def _both(
 ) -> Iterator[TensorPlace]:
     yield TensorPlace(f"{theirs}.weight", f"{ours}.weight", is_transposed=is_transposed, factor=factor)
     yield TensorPlace(f"{theirs}.bias", f"{ours}.bias", factor=factor)
-
-
-def model_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """The [model] table for a config.json of GPT-2, Llama, Mistral, Qwen3 or `outlast export`.
-
-    Raises ConfigError for another architecture, and for a setting that the models of Outlast do not have.
-    """
-    kind = config.get("model_type")
-    if kind == "outlast":
-        own: dict[str, Any] = config.get("model", {})
-        validate(ModelConfig, own, "config.json")
-        return own
-    if kind not in _NEEDED:
-        raise ConfigError(f"model_type = {kind!r} cannot be imported. Known: gpt2, llama, mistral and qwen3.")
-    missing = [key for key in _NEEDED[kind] if key not in config]
-    if missing:
-        raise ConfigError(f"config.json lacks {', '.join(missing)}, and {kind} has no fixed default for it.")
-    fields = _gpt2_fields(config) if kind == "gpt2" else _llama_fields(config)
-    model = validate(ModelConfig, fields, "config.json")
-    obstacle = twin_obstacle(model)
-    if obstacle is not None:
-        raise ConfigError(f"config.json asks for {obstacle}, which Outlast computes differently.")
-    twin = twin_config(model, "float32", 0)
-    problems = [
-        f"config.json has {key} = {config[key]!r}; Outlast supports only {twin[key]!r}."
-        for key in sorted(twin.keys() & config.keys() - _FREE)
-        if config[key] not in (twin[key], None)
-    ]
-    changed = {
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "partial_rotary_factor": 1.0,
-    }
-    problems += [
-        f"config.json has {key} = {config[key]!r}; Outlast supports only {value!r}."
-        for key, value in changed.items()
-        if config.get(key, value) != value
-    ]
-    problems += [
-        f"config.json has {key} = {value!r} for its rotary positions; Outlast has no such setting."
-        for key, value in _rope_of(config).items()
-        if key not in _ROPE and value not in (None, _ROPE_NEUTRAL.get(key))
-    ]
-    if problems:
-        raise ConfigError(problems)
-    return fields
-
-
-# Keys that do not describe the model, or that several keys express.
-_FREE = {
-    "architectures",
-    "model_type",
-    "dtype",
-    "bos_token_id",
-    "eos_token_id",
-    "rope_parameters",
-    "rope_theta",
-}
-_FREE |= {"activation_function", "resid_pdrop", "embd_pdrop", "attn_pdrop"}
-_FREE |= {"sliding_window", "use_sliding_window", "max_window_layers"}
-# Keys of the rotary positions that are read, and values that change nothing.
-_ROPE = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings"}
-_ROPE |= {"low_freq_factor", "high_freq_factor", "beta_slow", "beta_fast"}
-_ROPE_NEUTRAL = {"partial_rotary_factor": 1.0, "truncate": True}
-# Keys whose defaults in transformers differ between architectures, so they must be given.
-_NEEDED_BY_LLAMA = (
-    *("vocab_size", "hidden_size", "intermediate_size"),
-    *("num_hidden_layers", "num_attention_heads", "max_position_embeddings"),
-)
-_NEEDED = {
-    "gpt2": ("vocab_size", "n_embd", "n_layer", "n_head", "n_positions"),
-    "llama": _NEEDED_BY_LLAMA,
-    "mistral": (*_NEEDED_BY_LLAMA, "num_key_value_heads", "sliding_window"),
-    "qwen3": (*_NEEDED_BY_LLAMA, "num_key_value_heads", "head_dim"),
-}
-
-
-def _gpt2_fields(config: dict[str, Any]) -> dict[str, Any]:
-    activation = config.get("activation_function", "gelu_new")
-    activation = "gelu_pytorch_tanh" if activation == "gelu_new" else activation  # two names of one function
-    return {
-        "n_layers": config["n_layer"],
-        "d_model": config["n_embd"],
-        "n_heads": config["n_head"],
-        "d_ff": config.get("n_inner") or 4 * config["n_embd"],
-        "context": config["n_positions"],
-        "vocab_size": config["vocab_size"],
-        "norm_eps": config.get("layer_norm_epsilon", 1e-5),
-        "ffn": _named(_PLAIN, activation),
-        "norm": "layernorm",
-        "position": "learned",
-        "bias": True,
-        "tie_embeddings": config.get("tie_word_embeddings", True),
-    }
-
-
-def _llama_fields(config: dict[str, Any]) -> dict[str, Any]:
-    rope = _rope_of(config)
-    fields = {
-        "n_layers": config["num_hidden_layers"],
-        "d_model": config["hidden_size"],
-        "n_heads": config["num_attention_heads"],
-        "n_kv_heads": config.get("num_key_value_heads") or config["num_attention_heads"],
-        "d_ff": config["intermediate_size"],
-        "context": config["max_position_embeddings"],
-        "vocab_size": config["vocab_size"],
-        "norm_eps": config.get("rms_norm_eps", 1e-6),
-        "ffn": _named(_GATES, config.get("hidden_act", "silu")),
-        "rope_theta": rope.get("rope_theta") or config.get("rope_theta") or 10_000.0,
-        "bias": bool(config.get("attention_bias") or config.get("mlp_bias")),
-        "tie_embeddings": config.get("tie_word_embeddings", False),
-        "qk_norm": config["model_type"] == "qwen3",
-    }
-    if config.get("head_dim"):
-        fields["d_head"] = config["head_dim"]
-    window = _window_of(config)
-    if window is not None and window < fields["context"]:  # a wider window sees the whole context
-        fields["window"] = window
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind != "default":
-        ours = {"original_max_position_embeddings": "original_context"}
-        ours |= {"low_freq_factor": "low_frequency_factor", "high_freq_factor": "high_frequency_factor"}
-        known = ("factor", "beta_slow", "beta_fast", *ours)
-        scaling = {ours.get(key, key): rope[key] for key in known if rope.get(key) is not None}
-        if kind != "linear":  # transformers' default
-            scaling.setdefault("original_context", fields["context"])
-        fields["rope_scaling"] = {"kind": kind, **scaling}
-    return fields
-
-
-def _rope_of(config: dict[str, Any]) -> dict[str, Any]:
-    return config.get("rope_parameters") or config.get("rope_scaling") or {}
-
-
-def _window_of(config: dict[str, Any]) -> int | None:
-    """The window of every layer, or None when no layer has one."""
-    window: int | None = config.get("sliding_window")
-    if config["model_type"] == "mistral" or window is None:
-        return window
-    if not config.get("use_sliding_window"):
-        return None
-    layers, first = config["num_hidden_layers"], config.get("max_window_layers", 28)
-    kinds = config.get("layer_types") or ["full_attention"] * min(first, layers)
-    windowed = layers - kinds.count("full_attention")
-    if 0 < windowed < layers:
-        raise ConfigError(
-            f"config.json has a sliding window in {windowed} of {layers} layers. Outlast supports one in all "
-            "layers or in none."
-        )
-    return window if windowed else None
-
-
-def _named(names: dict[str, str], theirs: str) -> str:
-    for ours, name in names.items():
-        if name == theirs:
-            return ours
-    raise ConfigError(f"config.json has the activation {theirs!r}. Known: {', '.join(names.values())}.")

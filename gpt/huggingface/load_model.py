@@ -13,19 +13,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data_pipeline.errors import CheckpointError
-from data_pipeline.tokenizer.encoding import load_encoding
+from data_pipeline.config_file import validate
+from data_pipeline.errors import CheckpointError, ConfigError
 from gpt.checkpoint.format import Corrupt
 from gpt.checkpoint.reader import intact_candidates
 from gpt.config.model import ModelConfig
 from gpt.config.parameter_table import parameter_table
 from gpt.config.run import RunConfig
-from gpt.huggingface.architectures import model_fields
-from gpt.huggingface.importer import PretrainedFolder
+from gpt.huggingface.config_json import end_ids, model_fields, read_config
+from gpt.huggingface.pretrained_folder import PretrainedFolder
 from gpt.huggingface.tokenizer import FolderTokenizer
 from gpt.model.gpt import GPT
-from gpt.run.json_file import read_json
 from gpt.run.run_dir import RunDir
+from gpt.run.tokenizer import run_encoding
 
 
 class Tokenizer(Protocol):
@@ -56,7 +56,7 @@ def from_run(run_dir: RunDir, step: int | None = None) -> LoadedModel:
     Raises ConfigError when there is no such checkpoint, CheckpointError when none is intact.
     """
     run = RunConfig.model_validate_json(run_dir.config.read_text())
-    encoding = load_encoding(run.data.sources[0].path)
+    encoding = run_encoding(run_dir, run.data.sources[0].path)
     for found, reader in intact_candidates(run_dir, step):
         try:
             gpt = _filled(run.model, reader.parameter)
@@ -72,19 +72,22 @@ def from_folder(folder: Path) -> LoadedModel:
 
     Raises ConfigError when the folder holds none of these, or lacks a file such as tokenizer.json.
     """
-    config = read_json(folder / "config.json") or {}
-    model = ModelConfig.model_validate(model_fields(config))
+    model = validate(ModelConfig, model_fields(read_config(folder)), "config.json")
+    tokenizer, ends = FolderTokenizer(folder), end_ids(folder)
     weights, shapes = PretrainedFolder(folder, model), dict(parameter_table(model))
     gpt = _filled(model, lambda name: weights.parameter(name, shapes[name]))
-    generation = read_json(folder / "generation_config.json") or {}
-    ends = generation.get("eos_token_id", config.get("eos_token_id"))
-    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
-    return LoadedModel(gpt, FolderTokenizer(folder), set(ends), None)
+    return LoadedModel(gpt, tokenizer, set(next(iter(ends.values()), ())), None)
 
 
 def _filled(model: ModelConfig, parameter: Callable[[str], NDArray[np.float32]]) -> GPT:
     gpt = GPT(model)
     with torch.no_grad():
         for name, target in gpt.named_parameters():
-            target.copy_(torch.from_numpy(parameter(name)))
+            weight = parameter(name)
+            if not np.isfinite(weight).all():
+                raise ConfigError(
+                    f"the weights are not finite: {name} holds {np.count_nonzero(~np.isfinite(weight)):,} "
+                    "values that are NaN or infinite. Choose an earlier checkpoint with --step."
+                )
+            target.copy_(torch.from_numpy(weight))
     return gpt.place(torch.device("cpu"), torch.float32).eval()

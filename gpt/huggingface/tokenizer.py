@@ -8,12 +8,18 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.errors import ConfigError
+from data_pipeline.git_lfs import is_pointer
 from data_pipeline.tokenizer.encoding import END_OF_TEXT, Encoding
+from data_pipeline.tokenizer.hard_cases import HARD_CASES
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 # Digits, contractions, scripts, spaces, control characters, an emoji of several code points, and a text that
 # looks like a special token: these are the cases in which two byte-level BPEs differ.
@@ -36,7 +42,7 @@ def write_tokenizer(encoding: Encoding, context: int, folder: Path) -> None:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
     letters = byte_letters()
-    vocabulary = {_spelled(token, letters): id for token, id in encoding.ranks.items()}
+    vocabulary = {spelled(token, letters): id for token, id in encoding.ranks.items()}
     bpe = models.BPE(
         vocab=vocabulary | dict(encoding.special_tokens),
         merges=_merges(encoding, letters),
@@ -54,7 +60,7 @@ def write_tokenizer(encoding: Encoding, context: int, folder: Path) -> None:
         [AddedToken(token, normalized=False, special=True) for token in encoding.special_tokens]
     )
     tokenizer.encode_special_tokens = True  # text that looks like a special token is ordinary text
-    for sample in SAMPLES:
+    for sample in (*SAMPLES, *HARD_CASES):
         ours, theirs = encoding.encode(sample).tolist(), tokenizer.encode(sample).ids
         if ours != theirs:
             raise ConfigError(
@@ -66,6 +72,7 @@ def write_tokenizer(encoding: Encoding, context: int, folder: Path) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": encoding.end_of_text_token,
         "eos_token": encoding.end_of_text_token,
+        "pad_token": encoding.end_of_text_token,
         "model_max_length": context,
         "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
@@ -73,21 +80,44 @@ def write_tokenizer(encoding: Encoding, context: int, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
+def read_tokenizer(folder: Path) -> "Tokenizer":
+    """The tokenizer.json of `folder`, without truncation and padding.
+
+    Text that looks like a special token is ordinary text, as in the data. Raises ConfigError when there is no
+    tokenizer.json or when it is not one.
+    """
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        raise ConfigError(
+            f"{folder} has no tokenizer.json. transformers' AutoTokenizer writes one with save_pretrained."
+        )
+    if not path.is_file():
+        raise ConfigError(f"{path} is not a regular file.")
+    try:
+        if is_pointer(path):
+            raise ConfigError(f"{path} is a git-lfs pointer. Fetch the file with `git lfs pull`.")
+        tokenizer = Tokenizer.from_file(str(path))
+    except ConfigError:
+        raise
+    except Exception as error:  # the library has no class of its own for a bad file
+        raise ConfigError(f"{path} is not a tokenizer that can be read: {error}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
 class FolderTokenizer:
     """The tokenizer.json of a folder; its post-processor adds special tokens."""
 
     def __init__(self, folder: Path) -> None:
         """Raises ConfigError when the folder has no tokenizer.json."""
-        from tokenizers import Tokenizer
-
-        path = folder / "tokenizer.json"
-        if not path.exists():
-            raise ConfigError(f"{folder} has no tokenizer.json.")
-        self._tokenizer = Tokenizer.from_file(str(path))
+        self._tokenizer = read_tokenizer(folder)
 
     def encode(self, text: str) -> NDArray[np.uint32]:
         """The ids of `text`; text that looks like a special token is ordinary text, as in the data."""
-        self._tokenizer.encode_special_tokens = True
         return np.array(self._tokenizer.encode(text).ids, dtype=np.uint32)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -112,7 +142,8 @@ def byte_letters() -> list[str]:
     return [chr(byte if byte in printable else next(stand_ins)) for byte in range(256)]
 
 
-def _spelled(token: bytes, letters: list[str]) -> str:
+def spelled(token: bytes, letters: list[str]) -> str:
+    """A token as a byte-level BPE writes it; `letters` are those of `byte_letters`."""
     return "".join(letters[byte] for byte in token)
 
 
@@ -124,5 +155,5 @@ def _merges(encoding: Encoding, letters: list[str]) -> list[tuple[str, str]]:
         cuts = [(token[:at], token[at:]) for at in range(1, len(token))]
         pairs = [pair for pair in cuts if pair[0] in ranks and pair[1] in ranks]
         pairs.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
-        merges += [(_spelled(left, letters), _spelled(right, letters)) for left, right in pairs]
+        merges += [(spelled(left, letters), spelled(right, letters)) for left, right in pairs]
     return merges

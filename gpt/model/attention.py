@@ -10,7 +10,8 @@ scores are c · tanh(x / c).
 `flash-2` is FlashAttention-2 (Dao 2023, arXiv:2307.08691), with the tiling and the online softmax of
 FlashAttention (Dao et al. 2022, arXiv:2205.14135), through flash-attn's kernel for sequences of variable
 length. `flash-3` (Shah et al. 2024, arXiv:2407.08608) and `flash-4` are its successors for Hopper and
-Blackwell. `sdpa` is torch's own flash kernel. `reference` is the formula.
+Blackwell. `varlen` is the copy of FlashAttention-2 in torch, `sdpa` torch's kernels for one length at a time.
+`reference` is the formula.
 """
 
 import math
@@ -122,6 +123,31 @@ def _flash_arguments(documents: Documents, scores: Scores, *, open_end: int | No
     }
 
 
+def varlen(q_xhe: Tensor, k_xke: Tensor, v_xke: Tensor, documents: Documents, scores: Scores) -> Tensor:
+    """torch's own FlashAttention-2 over sequences of variable length, without soft-cap and dropout.
+
+    Its backward pass follows torch.use_deterministic_algorithms, as that of flash_2.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    assert scores.softcap is None and scores.dropout == 0.0
+    bounds = documents.cumulative_n1
+    out = varlen_attn(
+        q_xhe,
+        k_xke,
+        v_xke,
+        cu_seq_q=bounds,
+        cu_seq_k=bounds.clone(),
+        max_q=documents.longest,
+        max_k=documents.longest,
+        scale=scores.scale,
+        window_size=(-1 if scores.window is None else scores.window - 1, 0),  # 0 after the query: causal
+        enable_gqa=q_xhe.shape[1] != k_xke.shape[1],
+    )
+    assert isinstance(out, Tensor)
+    return out
+
+
 def sdpa(q_xhe: Tensor, k_xke: Tensor, v_xke: Tensor, documents: Documents, scores: Scores) -> Tensor:
     """torch's scaled_dot_product_attention, called once per document, or once if all are equally long.
 
@@ -209,6 +235,7 @@ KERNELS: dict[str, Attention] = {
     "flash-4": flash_4,
     "flash-3": flash_3,
     "flash-2": flash_2,
+    "varlen": varlen,
     "sdpa": sdpa,
     "reference": reference,
 }
@@ -242,6 +269,12 @@ def obstacle(kernel: KernelSpec, model: ModelConfig, device: torch.device, dtype
             return f"it needs {kernel.gpu.hardware}, this GPU has compute capability {major}.{minor}"
         if model.head_width in kernel.gpu.missing_head_widths.get(major, ()):
             return f"on compute capability {major}.{minor} it has no head width of {model.head_width}"
+        varying = kernel.gpu.nondeterministic_head_widths.get(major, ())
+        if model.head_width in varying and torch.are_deterministic_algorithms_enabled():
+            return (
+                f"deterministic = true, and on compute capability {major}.{minor} its gradients for a head "
+                f"width of {model.head_width} differ from one time to the next"
+            )
     dtype_name = _DTYPE_NAMES.get(dtype, str(dtype))
     if kernel.dtypes is not None and dtype_name not in kernel.dtypes:
         return f"it computes in {' or '.join(kernel.dtypes)}, not {dtype_name}"
@@ -253,12 +286,16 @@ def obstacle(kernel: KernelSpec, model: ModelConfig, device: torch.device, dtype
 
 
 def is_installed(module: str) -> bool:
-    """Whether `module` has a kernel that takes the arguments of `_flash_arguments`.
+    """Whether `module` has a kernel that takes the arguments with which it is called here.
 
-    flash-attn 2 contains a flash_attn.cute too, an early flash-attn-4 that takes other arguments.
+    flash-attn 2 contains a flash_attn.cute too, an early flash-attn-4 that takes other arguments. Before 2.13
+    torch's kernel had fewer.
     """
+    name, arguments = "flash_attn_varlen_func", {"max_seqlen_q", "deterministic"}
+    if module.startswith("torch."):
+        name, arguments = "varlen_attn", {"window_size", "scale", "enable_gqa"}
     try:
-        function = import_module(module).flash_attn_varlen_func
+        function = getattr(import_module(module), name)
     except (ImportError, AttributeError):
         return False
-    return {"max_seqlen_q", "deterministic"} <= signature(function).parameters.keys()
+    return arguments <= signature(function).parameters.keys()

@@ -28,10 +28,13 @@ class Sampler:
     top_p: float | None = None
 
     def draw(self, scores_v: Tensor, generator: torch.Generator) -> int:
-        """One id from the scores (logits) fp32 [V]."""
-        if self.temperature == 0:
+        """One id from the scores (logits) fp32 [V]. Raises ConfigError for scores that are not finite."""
+        if not scores_v.isfinite().all():
+            raise ConfigError("the model's scores are not finite, so it can generate nothing.")
+        cooled_v = scores_v / self.temperature if self.temperature else scores_v
+        if self.temperature == 0 or not cooled_v.isfinite().all():  # so cold that only the likeliest is left
             return int(scores_v.argmax())
-        p_v, ids_v = (scores_v / self.temperature).softmax(-1).sort(descending=True, stable=True)
+        p_v, ids_v = cooled_v.softmax(-1).sort(descending=True, stable=True)
         if self.top_k is not None:
             p_v = p_v[: self.top_k] / p_v[: self.top_k].sum()
         if self.top_p is not None:
@@ -47,10 +50,15 @@ def generate(
     """Yield at most `max_tokens` ids after `prompt`, one by one, until one of `ends` is drawn.
 
     When the context is full, generation continues from the last half of it alone. Raises ConfigError for an
-    empty prompt, because the first token must follow one.
+    empty prompt, because the first token must follow one, and for ids that the model does not have.
     """
     if not prompt:
         raise ConfigError("the prompt is empty; give at least one token to continue from.")
+    if max(prompt) >= gpt.model.vocabulary:
+        raise ConfigError(
+            f"the tokenizer gives the prompt the id {max(prompt)}, but the model has only "
+            f"{gpt.model.vocabulary} ids: the tokenizer belongs to another model."
+        )
     context = gpt.model.context
     generator = torch.Generator().manual_seed(seed)
     tokens, cache = list(prompt), Cache(gpt)

@@ -155,6 +155,7 @@ class GPT(nn.Module):
             self.head.weight = self.embedding.weight
         self.sequence = WHOLE_SEQUENCES
         self.attention_name = ""
+        self.is_compiled = False
         self._attend: Attention | None = None
         self._over_documents = _over_documents
         # Plain attributes, not buffers: casting the network to bf16 must leave the angles in fp32.
@@ -195,6 +196,7 @@ class GPT(nn.Module):
             # Every new set of documents would be compiled again. As a decorator at import this would load
             # the compiler, which costs a second of every start.
             self._over_documents = torch.compiler.disable(_over_documents)  # type: ignore[no-untyped-call]
+        self.is_compiled = True
         for block in self.blocks:
             block.compile()
         self.head.compile_loss()

@@ -29,6 +29,10 @@ class Event(Protocol):
         """Wait until the device has reached the event."""
         ...
 
+    def query(self) -> bool:
+        """Whether the device has reached the event."""
+        ...
+
     def elapsed_time(self, end: Any) -> float:
         """Milliseconds from this event to `end`; both must have been reached."""
         ...

@@ -72,11 +72,11 @@ class _Rotation(torch.autograd.Function):
 
 
 def _turned(x_bthe: Tensor, cos_te: Tensor, sin_te: Tensor, sign: int) -> Tensor:
-    x, half = x_bthe.float(), x_bthe.shape[-1] // 2
+    half = x_bthe.shape[-1] // 2
     sin = sin_te[:, None, :half]
-    out = x * cos_te[:, None, :]
-    out[..., :half].addcmul_(x[..., half:], sin, value=-sign)
-    out[..., half:].addcmul_(x[..., :half], sin, value=sign)
+    out = x_bthe * cos_te[:, None, :]  # fp32, as the angles are
+    out[..., :half].addcmul_(x_bthe[..., half:], sin, value=-sign)
+    out[..., half:].addcmul_(x_bthe[..., :half], sin, value=sign)
     return out.to(x_bthe.dtype)
 
 

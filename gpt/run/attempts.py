@@ -4,10 +4,15 @@ An attempt is one generation of workers. Its number is claimed by mkdir, which o
 number therefore also fences older copies of the run.
 """
 
+import time
+from pathlib import Path
+
 from data_pipeline.errors import CheckpointError
 from gpt.run.exit_codes import ExitCode
 from gpt.run.records import Owner, Result
 from gpt.run.run_dir import RunDir
+
+_HIDDEN_S = 3.0
 
 
 class Superseded(CheckpointError):
@@ -18,16 +23,44 @@ class Superseded(CheckpointError):
         super().__init__(f"Attempt {newer}{owner} has taken the run over; this attempt ends without writing.")
 
 
+class AttemptRemoved(CheckpointError):
+    """The folder of this attempt is gone: nothing of the run may be made anew at its old place."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        super().__init__(
+            f"{folder} is gone: the run directory was moved or deleted while the run was going. The run ends "
+            "without writing. If the directory is elsewhere, `outlast resume` continues it there from its "
+            "newest checkpoint."
+        )
+
+    def __reduce__(self) -> tuple[type["AttemptRemoved"], tuple[Path]]:
+        return AttemptRemoved, (self.folder,)  # the ranks send it to each other
+
+
 def is_superseded(run_dir: RunDir, attempt: int) -> bool:
     """Whether a newer attempt than `attempt` has started."""
     return max(run_dir.attempt_numbers(), default=attempt) > attempt
 
 
+def must_end(run_dir: RunDir, attempt: int) -> bool:
+    """Whether a newer attempt than `attempt` has started, or its own folder is gone."""
+    numbers = run_dir.attempt_numbers()
+    return attempt not in numbers or numbers[-1] > attempt
+
+
 def refuse_if_superseded(run_dir: RunDir, attempt: int) -> None:
-    """Raise Superseded when a newer attempt than `attempt` has started."""
-    newest = max(run_dir.attempt_numbers(), default=attempt)
-    if newest > attempt:
-        raise Superseded(newest)
+    """Raise Superseded when a newer attempt than `attempt` has started, AttemptRemoved when it is gone.
+
+    A folder that a shared file system only hides for a moment is waited for.
+    """
+    deadline = time.monotonic() + _HIDDEN_S
+    while attempt not in (numbers := run_dir.attempt_numbers()):
+        if time.monotonic() > deadline:
+            raise AttemptRemoved(run_dir.attempt(attempt).path)
+        time.sleep(_HIDDEN_S / 10)
+    if numbers[-1] > attempt:
+        raise Superseded(numbers[-1])
 
 
 def claim_number(run_dir: RunDir) -> int:

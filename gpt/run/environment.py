@@ -24,6 +24,8 @@ class Variable(StrEnum):
     GPUS_PER_NODE = "OUTLAST_GPUS_PER_NODE"
     HEARTBEAT = "OUTLAST_HEARTBEAT"
     CUDA_VISIBLE_DEVICES = "OUTLAST_CUDA_VISIBLE_DEVICES"
+    PAUSE_AT = "OUTLAST_PAUSE_AT"
+    STOP_AT = "OUTLAST_STOP_AT"
     FAILPOINTS = "OUTLAST_FAILPOINTS"
 
     @property
@@ -43,6 +45,8 @@ _MEANINGS = {
     Variable.GPUS_PER_NODE: "The GPUs of a node that the cluster file asks for; 0 trains on the CPU.",
     Variable.HEARTBEAT: "The abstract Unix socket on which the node task receives heartbeats.",
     Variable.CUDA_VISIBLE_DEVICES: "The caller's CUDA_VISIBLE_DEVICES, which submitit overwrites.",
+    Variable.PAUSE_AT: "Rehearsals only: the step after which a new run waits to be killed.",
+    Variable.STOP_AT: "Rehearsals only: the step after which a run that has resumed saves and stops.",
     Variable.FAILPOINTS: "Tests only: where a save kills its own process.",
 }
 
@@ -59,6 +63,8 @@ class WorkerEnvironment:
     node_name: str | None = None
     gpus_per_node: int | None = None
     heartbeat: str | None = None
+    pause_at: int | None = None
+    stop_at: int | None = None
 
     @classmethod
     def read(cls, environment: Mapping[str, str] | None = None) -> Self:
@@ -77,6 +83,8 @@ class WorkerEnvironment:
             node_name=values.get(Variable.NODE_NAME) or None,
             gpus_per_node=integer(Variable.GPUS_PER_NODE),
             heartbeat=values.get(Variable.HEARTBEAT) or None,
+            pause_at=integer(Variable.PAUSE_AT),
+            stop_at=integer(Variable.STOP_AT),
         )
 
     def variables(self) -> dict[str, str]:
@@ -90,6 +98,8 @@ class WorkerEnvironment:
             Variable.NODE_NAME: self.node_name,
             Variable.GPUS_PER_NODE: self.gpus_per_node,
             Variable.HEARTBEAT: self.heartbeat,
+            Variable.PAUSE_AT: self.pause_at,
+            Variable.STOP_AT: self.stop_at,
         }
         return {name.value: str(value) for name, value in values.items() if value is not None}
 

@@ -16,8 +16,12 @@ class Trigger(StrEnum):
     ATTEMPT_FAILED = "the workers of an attempt end without a new checkpoint"
     RANK_HUNG = "a rank makes no progress for launch.hang_timeout_s"
     HUNG_AT_START = "the workers hang before they belong to an attempt"
+    CRASHED_AT_START = "the workers crash before they belong to an attempt"
+    STARTED_IN_VAIN = "the workers crash or hang there while a stop is requested"
+    NO_WORKERS = "torchrun has no workers for launch.hang_timeout_s"
     NODE_FAILED_CHECK = "a node fails the check before training"
     JOB_RUN_FAILED = "a job run ends with a failure"
+    RUN_DIR_GONE = "the run directory is moved or deleted while the run is going"
     STOPPED_BY_SCHEDULER = "the scheduler preempts the job, or its time limit is near"
     STOPPED_BY_PERSON = "Ctrl-C, `outlast stop` or `scancel`"
     FINISHED = "the last step is done"
@@ -49,8 +53,12 @@ POLICIES: Mapping[Trigger, Policy] = {
     Trigger.ATTEMPT_FAILED: Policy(Action.RESTART_WORKERS, limit="max_failures"),
     Trigger.RANK_HUNG: Policy(Action.RESTART_WORKERS),
     Trigger.HUNG_AT_START: Policy(Action.RESTART_WORKERS, limit="max_failures", beyond=Action.END_JOB_RUN),
+    Trigger.CRASHED_AT_START: Policy(Action.RESTART_WORKERS, limit="max_failures", beyond=Action.END_JOB_RUN),
+    Trigger.STARTED_IN_VAIN: Policy(Action.END_JOB_RUN),
+    Trigger.NO_WORKERS: Policy(Action.END_JOB_RUN),
     Trigger.NODE_FAILED_CHECK: Policy(Action.REQUEUE_ELSEWHERE),
     Trigger.JOB_RUN_FAILED: Policy(Action.REQUEUE, limit="max_failures"),
+    Trigger.RUN_DIR_GONE: Policy(Action.END),
     Trigger.STOPPED_BY_SCHEDULER: Policy(Action.REQUEUE),
     Trigger.STOPPED_BY_PERSON: Policy(Action.END),
     Trigger.FINISHED: Policy(Action.END),

@@ -2,11 +2,12 @@
 
 import json
 import os
+import stat
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from data_pipeline.durable import write_durably
 from data_pipeline.errors import ConfigError
@@ -16,16 +17,41 @@ T = TypeVar("T")
 RETRY_FOR_S = 300.0
 RETRY_PAUSE_S = 5.0
 
+_DECODER = json.JSONDecoder(parse_constant=lambda _name: None)  # json.loads would make one for each line
+
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write `content` so that a reader finds the old file or the new one, never a part."""
-    write_durably(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    # A name that is not UTF-8 has surrogates in Python; as escapes they are valid in JSON.
+    write_durably(path, text.encode(errors="backslashreplace"))
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading. Raises ConfigError when it is a FIFO, which would block, or no file at all."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ConfigError(f"{path} is not a regular file. Move it away.")
+    return os.fdopen(descriptor, "rb")
+
+
+def parse_json(raw: bytes) -> Any:
+    """The value of a JSON text. NaN and the infinities, which JSON does not have, become null.
+
+    Raises ValueError when `raw` is not JSON, also when it is nested too deeply to be read.
+    """
+    try:
+        return _DECODER.decode(raw.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file, or None when the file is missing. Raises ConfigError when it is garbled."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            content = parse_json(file.read())
     except FileNotFoundError:
         return None
     except ValueError as error:

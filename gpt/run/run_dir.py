@@ -13,6 +13,8 @@ UNCOMMITTED_PREFIX = ".tmp-"  # being written, fetched or deleted; removed at th
 CORRUPT_PREFIX = ".bad-"  # failed verification; kept until the user deletes it
 REWOUND_PREFIX = ".before-"  # later than the step that a resume went back to; kept likewise
 
+NODE_PREFIX = "node-"  # of a node's folder of logs, and of its torchrun's log
+
 
 @dataclass(frozen=True)
 class AttemptDir:
@@ -30,9 +32,9 @@ class AttemptDir:
         """How the attempt ended."""
         return self.path / "result.json"
 
-    def node(self, node: int) -> Path:
-        """The logs of one node's workers."""
-        return self.path / f"node-{node}"
+    def node(self, node: int | str) -> Path:
+        """The logs of one node's workers; the node "*" makes a glob pattern for all of them."""
+        return self.path / f"{NODE_PREFIX}{node}"
 
     def rank_log(self, node: int, rank: int) -> Path:
         """The output of one worker."""
@@ -74,9 +76,9 @@ class SubmissionDir:
         """The output of the sidecar that mirrors checkpoints."""
         return self.path / "mirroring.log"
 
-    def node_log(self, node: int) -> Path:
-        """The output of one node's torchrun."""
-        return self.path / f"node-{node}.log"
+    def node_log(self, node: int | str) -> Path:
+        """The output of one node's torchrun; the node "*" makes a glob pattern for all of them."""
+        return self.path / f"{NODE_PREFIX}{node}.log"
 
     def torchrun_logs(self, job_run: int, node: int) -> Path:
         """torchrun's own folder."""
@@ -113,9 +115,19 @@ class RunDir:
         return self.path / "provenance.json"
 
     @property
+    def encoding(self) -> Path:
+        """A copy of the data's tokenizer, so that the run can be sampled and exported without the data."""
+        return self.path / "encoding.json"
+
+    @property
     def code(self) -> Path:
         """The packages as they were at submission; workers import from here."""
         return self.path / "code"
+
+    @property
+    def code_being_copied(self) -> Path:
+        """The next `code`, until it is whole; a command that was killed may leave one."""
+        return self.path / ".code.new"
 
     @property
     def code_environment(self) -> dict[str, str]:
@@ -183,6 +195,10 @@ class RunDir:
         """Where MLflow keeps its runs by default: one SQLite file for all the runs in a folder."""
         return mlflow_database_in(self.path.resolve().parent)
 
+    def sidecar_health(self, sidecar: str) -> Path:
+        """What a sidecar has achieved, and what keeps it from more."""
+        return self.path / f"sidecar-{sidecar}.json"
+
     @property
     def checkpoints(self) -> Path:
         """`step-NNNNNNNN` folders; names with a leading dot are not checkpoints."""
@@ -206,14 +222,25 @@ class RunDir:
 
 
 def mlflow_database_in(folder: Path) -> Path:
-    """Where MLflow keeps the runs in `folder` by default."""
-    return folder / "mlflow.db"
+    """Where MLflow keeps the runs in `folder` by default.
+
+    The runs of a sweep are kept with those beside the sweep, unless an earlier version has kept them apart.
+    """
+    own = folder / "mlflow.db"
+    is_sweep = RunDir(folder).sweep.exists()
+    return folder.resolve().parent / own.name if is_sweep and not own.exists() else own
+
+
+def mlflow_artifacts_beside(database: Path) -> Path:
+    """Where MLflow keeps the files of the runs in an SQLite `database`: they move with it."""
+    return database.parent / "mlflow-artifacts"
 
 
 def _numbers(folder: Path) -> list[int]:
     if not folder.is_dir():
         return []
-    return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit())
+    names = (entry.name for entry in folder.iterdir())
+    return sorted(int(name) for name in names if name.isascii() and name.isdigit())
 
 
 def is_exported(folder: Path) -> bool:

@@ -2,6 +2,7 @@
 
 import time
 
+from gpt.checkpoint.doubt import doubt_of
 from gpt.checkpoint.failpoints import reach
 from gpt.checkpoint.format import CheckpointIndex, committed, is_pinned
 from gpt.checkpoint.removal import prune
@@ -43,6 +44,14 @@ class Committer:
             bytes=sum(file.size for file in index.files),
             verified=True,
         )
+        if save.ranks_not_finite:
+            record_event(
+                run_dir.events,
+                Event.CHECKPOINT_NOT_FINITE,
+                step=index.step,
+                ranks=save.ranks_not_finite,
+                reason="the weights hold NaN or infinity",
+            )
         try:
             self._prune()
         except OSError as error:
@@ -55,6 +64,6 @@ class Committer:
         found = dict(committed(self._run_dir.checkpoints))
         pinned = [step for step, folder in found.items() if is_pinned(folder)]
         losses = record.val_losses(self._run_dir.metrics) if self._config.keep_best else {}
-        keep = kept(list(found), self._config, pinned, losses)
+        keep = kept(list(found), self._config, pinned, losses, doubt_of(self._run_dir.events))
         # A newer attempt may have another config: a superseded one must not delete what that one keeps.
         prune(self._run_dir.checkpoints, keep, self._refuse_if_superseded)

@@ -8,6 +8,7 @@ import torch
 
 from data_pipeline.errors import CheckpointError, ConfigError
 from gpt.checkpoint.format import CheckpointIndex, Corrupt, committed
+from gpt.checkpoint.patience import Unreadable
 from gpt.checkpoint.reader import CheckpointReader
 from gpt.config.resume_rules import config_fingerprint
 from gpt.distributed.world import World, agree, from_first, gather
@@ -102,6 +103,8 @@ def _load(folder: Path, engine: Engine, world: World, identity: _Identity) -> Ch
                     part.tensor.copy_(torch.from_numpy(reader.read(*where)))
         except Corrupt as error:
             return str(error)
+        except Unreadable as error:  # a crash: the next attempt reads it again, perhaps on another node
+            raise OSError(str(error)) from error
         return reader.index
 
     loaded = agree(world, attempt)

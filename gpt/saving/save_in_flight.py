@@ -41,6 +41,8 @@ class SaveInFlight:
         self.started = time.monotonic()
         self.stall_s = 0.0
         self.phase = Phase.WRITING
+        self.is_finite = True  # this rank's master weights; its thread finds out
+        self.ranks_not_finite: list[int] = []  # once the ranks have told each other
         self.task: BackgroundTask | None = None
         self._world = world
         self._entries: PendingGather | None = None
@@ -48,7 +50,7 @@ class SaveInFlight:
     def start_writing(self, write: Callable[[], FileEntry]) -> None:
         """Start this rank's writing in the background; what happened since the save began was the stall."""
         self.stall_s = time.monotonic() - self.started
-        self.task = BackgroundTask(write)
+        self.task = BackgroundTask(write, self._world.device)
 
     def report(self) -> tuple[bool, bool]:
         """Whether this rank has done its part of the phase, and whether it failed."""
@@ -70,14 +72,17 @@ class SaveInFlight:
                 return first
             case Phase.WRITING if done == self._world.size:
                 assert self.task is not None and self.task.entry is not None
-                self._entries = PendingGather(self._world, *_as_integers(self.task.entry))
+                numbers = *_as_integers(self.task.entry), int(self.is_finite)
+                self._entries = PendingGather(self._world, *numbers)
                 self.phase, self.task = Phase.GATHERING, None
             case Phase.GATHERING:
                 assert self._entries is not None
-                entries = enumerate(self._entries.result())
-                index = self.index.with_files(tuple(_as_entry(rank, values) for rank, values in entries))
+                entries = list(enumerate(self._entries.result()))
+                self.ranks_not_finite = [rank for rank, (*_, is_finite) in entries if not is_finite]
+                index = self.index.with_files(tuple(_as_entry(rank, values[:3]) for rank, values in entries))
                 self.phase = Phase.COMMITTING
-                self.task = BackgroundTask(lambda: commit(index)) if self._world.is_first else None
+                is_first, device = self._world.is_first, self._world.device
+                self.task = BackgroundTask(lambda: commit(index), device) if is_first else None
             case Phase.COMMITTING if done:
                 self.phase = Phase.ENDED
             case Phase.DISCARDING if done == self._world.size:
@@ -94,7 +99,7 @@ class SaveInFlight:
                 writing.wait()
             discard(self.folder, self._world.rank)
 
-        self.phase, self.task = Phase.DISCARDING, BackgroundTask(remove)
+        self.phase, self.task = Phase.DISCARDING, BackgroundTask(remove, self._world.device)
 
 
 def _as_integers(entry: FileEntry) -> tuple[int, int, int]:

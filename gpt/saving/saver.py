@@ -15,7 +15,7 @@ from gpt.checkpoint.writer import Pace, temporary_folder
 from gpt.config.resume_rules import config_fingerprint
 from gpt.distributed.world import World, total
 from gpt.distributed.zero.engine import Engine
-from gpt.run.attempts import Superseded
+from gpt.run.attempts import AttemptRemoved, Superseded
 from gpt.run.events import Event, record_event
 from gpt.run.heartbeat import Heartbeat
 from gpt.run.run_dir import RunDir
@@ -100,14 +100,14 @@ class Saver:
         return self.in_flight.report() if self.in_flight is not None else (False, False)
 
     def advance(self, done: float, failed: float) -> None:
-        """Act on the ranks' summed reports. Raises Superseded when a newer attempt has started."""
+        """Act on the ranks' summed reports. Raises Superseded or AttemptRemoved."""
         save = self.in_flight
         if save is None:
             return
         error = save.advance(done, failed, lambda index: self._committer.commit(save, index, self._writer))
         if save.phase is Phase.ENDED:
             self.in_flight = None
-        if isinstance(error, Superseded):
+        if isinstance(error, (Superseded, AttemptRemoved)):
             raise error
         if error is not None:
             self._record_failure(save, error)

@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+from gpt.checkpoint.doubt import doubt_of
 from gpt.checkpoint.format import committed, is_pinned
 from gpt.checkpoint.mirror import Mirror, MirrorError
 from gpt.checkpoint.retention import kept
@@ -19,8 +20,10 @@ from gpt.checkpoint.writer import Pace
 from gpt.config.run import CheckpointConfig, RunConfig
 from gpt.run import record
 from gpt.run.events import Event, record_event
+from gpt.run.records import Sidecar
 from gpt.run.run_dir import RunDir
 from gpt.sidecars import follower
+from gpt.sidecars.health import HealthReport
 
 POLL_S = 2.0
 RETRY_S = 30.0
@@ -42,6 +45,12 @@ class Copier:
         self.mirror = Mirror.of(run_dir, config.mirror)
         self.mirror.check_owner(run_dir)
         self._is_there: dict[tuple[int, int], bool] = {}  # step and inode → pinned
+
+    @property
+    def newest_step(self) -> int | None:
+        """The newest checkpoint of which the mirror holds a copy; None before the first."""
+        copied = {step for step, _ in self._is_there}
+        return max((step for step, _ in committed(self.run_dir.checkpoints) if step in copied), default=None)
 
     def copy_next(self) -> bool:
         """Copy the newest checkpoint that the mirror lacks, or update its pin; whether there was one."""
@@ -77,33 +86,30 @@ class Copier:
         steps = self.mirror.steps()
         pinned = [step for step in steps if self.mirror.is_pinned(step)]
         losses = record.val_losses(self.run_dir.metrics) if self.config.keep_best else {}
-        for step in set(steps) - kept(steps, self.config, pinned, losses):
+        doubt = doubt_of(self.run_dir.events)
+        for step in set(steps) - kept(steps, self.config, pinned, losses, doubt):
             self.mirror.delete(step)
 
 
 def follow(run_dir: RunDir, config: CheckpointConfig, ended: threading.Event) -> None:
     """Copy until `ended` is set and all committed checkpoints are copied, or until PATIENCE_S after that."""
     copier: Copier | None = None
-    failure = ""
+
+    def record_failure(reason: str) -> None:
+        record_event(run_dir.events, Event.MIRROR_FAILED, reason=reason)
 
     def copy_all(_is_last: bool) -> None:
-        nonlocal copier, failure
+        nonlocal copier
         copier = copier or Copier(run_dir, config, ended)
         while copier.copy_next():
-            failure = ""
+            report.succeeded(copier.newest_step)
+        report.succeeded(copier.newest_step)
 
-    def log_failure(error: Exception) -> None:
-        nonlocal failure
-        print(f"{type(error).__name__}: {error}", flush=True)
-        if str(error) != failure:
-            failure = str(error)
-            record_event(run_dir.events, Event.MIRROR_FAILED, reason=failure)
-
-    follower.follow(
-        copy_all, ended, failed=log_failure, poll_s=POLL_S, retry_s=RETRY_S, patience_s=PATIENCE_S
-    )
+    report = HealthReport(run_dir, Sidecar.MIRRORING, record_failure)
+    follower.follow(copy_all, ended, report, poll_s=POLL_S, retry_s=RETRY_S, patience_s=PATIENCE_S)
 
 
 if __name__ == "__main__":
+    ended = follower.become_sidecar(is_last_pass="--last-pass" in sys.argv[2:])
     run = RunDir(Path(sys.argv[1]))
-    follow(run, RunConfig.model_validate_json(run.config.read_text()).checkpoint, follower.become_sidecar())
+    follow(run, RunConfig.model_validate_json(run.config.read_text()).checkpoint, ended)

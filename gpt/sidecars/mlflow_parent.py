@@ -7,14 +7,12 @@ The parent run only holds the name of the sweep, and is finished at once. The la
 import os
 import sys
 
-from gpt.sidecars.mlflow import experiment_id, fail_soon
+from gpt.sidecars.mlflow_store import experiment_id, open_client, prepare_environment
 
 if __name__ == "__main__":
-    fail_soon(os.environ)
-    from mlflow.tracking import MlflowClient
-
+    prepare_environment(os.environ)
     uri, experiment, name = sys.argv[1:]
-    client = MlflowClient(uri)
-    run_id = client.create_run(experiment_id(client, experiment), run_name=name).info.run_id
+    client = open_client(uri)
+    run_id = client.create_run(experiment_id(client, experiment, uri), run_name=name).info.run_id
     client.set_terminated(run_id)
     print(run_id)

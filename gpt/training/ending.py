@@ -1,18 +1,42 @@
 """How an attempt ends: it finishes, or it saves and stops. Every function here is collective."""
 
+import time
+
 from data_pipeline.errors import CheckpointError
 from data_pipeline.sampling.skip_list import Ranges
 from gpt.distributed.world import from_first, total
-from gpt.run.attempts import Superseded
+from gpt.run.attempts import AttemptRemoved, Superseded
 from gpt.run.exit_codes import ExitCode
+from gpt.run.json_file import retry_on_oserror
+from gpt.run.records import StopRequest
 from gpt.saving.saver import Saver
 from gpt.training.attempt import Attempt, AttemptOutcome
+
+_PAUSE_S = 0.2
+_LONGEST_PAUSE_S = 600.0
 
 
 def is_any_rank_asked_to_stop(attempt: Attempt) -> bool:
     """Whether a stop was requested on any rank."""
     (asked,) = total(attempt.world, attempt.stop.is_requested())
     return asked > 0
+
+
+def ask_to_stop_for_good(attempt: Attempt, reason: str) -> bool:
+    """Stop as if a person had asked for it, so that no scheduler starts the run again; True."""
+    attempt.stop.reason = attempt.stop.reason or reason
+    if attempt.world.is_first:
+        retry_on_oserror(lambda: StopRequest(reason=reason, time=time.time()).write(attempt.run_dir.stop))
+    return True
+
+
+def wait_to_be_killed(attempt: Attempt, step: int) -> None:
+    """Do nothing for _LONGEST_PAUSE_S, or until a stop is requested."""
+    for _ in range(round(_LONGEST_PAUSE_S / _PAUSE_S)):  # counted, so that all ranks go on together
+        if is_any_rank_asked_to_stop(attempt):
+            return
+        attempt.clock.heartbeat.beat(step, "waiting to be killed")
+        time.sleep(_PAUSE_S)
 
 
 def finished(attempt: Attempt) -> AttemptOutcome:
@@ -39,7 +63,7 @@ def save_and_end(
         saver.give_up()
     try:
         saver.save_and_wait(step, skipped, problem=problem)
-    except Superseded:
+    except (Superseded, AttemptRemoved):
         raise
     except CheckpointError as error:
         if not is_any_rank_asked_to_stop(attempt):

@@ -5,7 +5,7 @@ import time
 import torch
 
 from gpt.distributed.world import World, total
-from gpt.model.flops import PEAK_FLOPS_PER_SECOND
+from gpt.model.flops import peaks_of_gpu
 from gpt.model.hardware import accelerator, compute_dtype
 
 
@@ -25,9 +25,8 @@ def peak_flops_per_second(world: World, precision: str, dtype: torch.dtype) -> f
 
 def of_gpu(name: str, precision: str) -> float | None:
     """The peak of the GPU with this device name; None when it is not in the table."""
-    words = name.replace("-", " ").split()
-    fitting = [gpu for gpu in PEAK_FLOPS_PER_SECOND if set(gpu.split()) <= set(words)]
-    return PEAK_FLOPS_PER_SECOND[max(fitting, key=len)][precision] if fitting else None
+    peaks = peaks_of_gpu(name)
+    return None if peaks is None else peaks[precision]
 
 
 def _measured(dtype: torch.dtype) -> float:

@@ -6,13 +6,16 @@ from data_pipeline.dataset.manifest import joint_fingerprint, read_manifest
 from data_pipeline.sampling.batches import BatchReader
 from data_pipeline.tokenizer.encoding import load_encoding
 from gpt.config.run import RunConfig
-from gpt.distributed.world import agree, from_first
+from gpt.distributed.world import agree, from_first, gather
 from gpt.distributed.zero.build import DTYPES, build_model
 from gpt.distributed.zero.engine import Engine
 from gpt.model.attention import choose
+from gpt.model.compilation import compiler_problem
 from gpt.model.gpt import GPT
+from gpt.model.hardware import is_cpu
 from gpt.optimizer.build import group_table
 from gpt.run import record
+from gpt.run.environment import WorkerEnvironment
 from gpt.run.events import Event, record_event
 from gpt.saving.restore import has_begun, load_newest
 from gpt.saving.saver import Saver
@@ -28,7 +31,7 @@ def set_up(attempt: Attempt) -> Trainer:
     """Open the data, build the network, and continue from the newest checkpoint. Collective."""
     run, run_dir, world = attempt.run, attempt.run_dir, attempt.world
     has_checkpoint = from_first(world, world.is_first and has_begun(run_dir))
-    build = BuildPlan.of(run, has_checkpoint=has_checkpoint)
+    build = BuildPlan.of(run, has_checkpoint=has_checkpoint, has_gpu=not is_cpu(world.device))
     data = _open_data(attempt, build)
     attempt.clock.lap("data")
     model, peak_flops = _build_network(attempt, build)
@@ -37,6 +40,7 @@ def set_up(attempt: Attempt) -> Trainer:
     attempt.clock.lap("engine")
     loaded = load_newest(run_dir, engine, world, data.fingerprint, is_begun=has_checkpoint)
     plan = ResumePlan.of(run, step=loaded.step, skipped=loaded.skipped) if loaded else ResumePlan.of(run)
+    plan = plan.rehearsed(WorkerEnvironment.read())
     agree(world, lambda: _skip(data.reader, plan))
     attempt.clock.lap("load")
     saver = Saver(
@@ -64,12 +68,13 @@ def _skip(reader: BatchReader, plan: ResumePlan) -> None:
 def _open_data(attempt: Attempt, plan: BuildPlan) -> TrainingData:
     run, world = attempt.run, attempt.world
     manifests = agree(world, lambda: [read_manifest(path) for path, _ in plan.sources])
-    reader = agree(world, lambda: _open_reader(run, plan))
+    reader = agree(world, lambda: open_reader(run, plan))
     validation = agree(world, lambda: _open_validation(run, plan))
     return TrainingData(reader, validation, joint_fingerprint(manifests))
 
 
-def _open_reader(run: RunConfig, plan: BuildPlan) -> BatchReader:
+def open_reader(run: RunConfig, plan: BuildPlan) -> BatchReader:
+    """The reader of the run's batches. Raises OutlastError when the data cannot be read."""
     return BatchReader(
         list(plan.sources),
         context=run.model.context,
@@ -93,13 +98,23 @@ def _build_network(attempt: Attempt, plan: BuildPlan) -> tuple[GPT, float | None
     run, world = attempt.run, attempt.world
     agree(world, lambda: choose(run.model, world.device, DTYPES[run.precision]))
     model = build_model(run, world, is_resumed=not plan.draws_weights)
-    if plan.compiles:
+    if plan.compiles and _has_compiler(attempt):
         agree(world, lambda: model.compile_parts(whole_rows=plan.has_whole_rows))
     peak_flops = peak_flops_per_second(world, run.precision, DTYPES[run.precision])
     if world.is_first:
         chosen = {"attention": model.attention_name, "peak_flops_per_second": peak_flops}
         record_event(attempt.run_dir.events, Event.NETWORK_BUILT, device=world.device.type, **chosen)
     return model, peak_flops
+
+
+def _has_compiler(attempt: Attempt) -> bool:
+    """Whether every node has the compiler. Without one, compile = "auto" warns and goes on. Collective."""
+    if attempt.run.compile != "auto":
+        return True  # compile_parts raises without one
+    problem = next((found for found in gather(attempt.world, compiler_problem()) if found), None)
+    if problem is not None and attempt.world.is_first:
+        log_line(f"warning: the network is not compiled, because a node has no C++ compiler: {problem}")
+    return problem is None
 
 
 def _cut_record_back(attempt: Attempt, start: int) -> None:
@@ -122,5 +137,5 @@ def _log_start(attempt: Attempt, plan: ResumePlan, model: GPT) -> None:
         f"{model.attention_name}, {plan.start} of {plan.last} steps are done"
     )
     log_line(f"optimizer: {group_table(model, attempt.run.optimizer)}")
-    if attempt.run.compile:
+    if model.is_compiled:
         log_line("the first step and the first evaluation compile the network, which takes a minute or more")

@@ -5,12 +5,13 @@ checkpoint that was loaded, since a corrupt one is passed over.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.sampling.skip_list import Ranges
 from gpt.config.run import RunConfig
+from gpt.run.environment import WorkerEnvironment
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,12 @@ class BuildPlan:
     has_whole_rows: bool  # each row is one document for attention, so that compiled parts may be larger
 
     @classmethod
-    def of(cls, run: RunConfig, *, has_checkpoint: bool) -> "BuildPlan":
+    def of(cls, run: RunConfig, *, has_checkpoint: bool, has_gpu: bool = False) -> "BuildPlan":
         """The plan for `run`; `has_checkpoint` says whether the run has or had one."""
         return cls(
             sources=tuple((source.path, source.weight) for source in run.data.sources),
             draws_weights=not has_checkpoint,
-            compiles=run.compile,
+            compiles=run.compiles(has_gpu=has_gpu),
             has_whole_rows=not run.data.document_mask,
         )
 
@@ -41,6 +42,8 @@ class ResumePlan:
     last: int
     skips: tuple[tuple[Ranges, int], ...]  # sequences to skip, each with the step from which on
     searches_warmup: bool
+    pause_at: int | None = None
+    stop_at: int | None = None
 
     @classmethod
     def of(cls, run: RunConfig, *, step: int = 0, skipped: Ranges = ()) -> "ResumePlan":
@@ -52,6 +55,12 @@ class ResumePlan:
             searches_warmup=run.schedule.warmup == "auto" and step == 0,
         )
 
+    def rehearsed(self, environment: WorkerEnvironment) -> "ResumePlan":
+        """This plan with the interruptions that a rehearsal asks for: a pause first, then a stop."""
+        if self.start == 0:
+            return replace(self, pause_at=environment.pause_at)
+        return replace(self, stop_at=environment.stop_at)
+
     @property
     def first(self) -> int:
         """The first step that this attempt takes."""
@@ -61,14 +70,17 @@ class ResumePlan:
 def lost_work(
     start: int, reached: Mapping[str, Any] | None, kept: Mapping[str, Any] | None, now: float
 ) -> dict[str, float] | None:
-    """The steps and seconds since the checkpoint of `start`, which are computed again; None in a fresh run.
+    """The steps and seconds since the checkpoint of `start`; None in a fresh run.
 
-    `reached` is the last line of metrics.jsonl, and `kept` the last one up to `start`.
+    `reached` is the last line of metrics.jsonl, and `kept` the last one up to `start`. `repeated_s` is the
+    time of the steps that are computed again, `lost_s` the time until now; 0 if the clock was set back.
     """
     line = kept or reached
     if reached is None or line is None:
         return None
-    return {"lost_steps": reached["step"] - start, "lost_s": round(now - line["time"], 1)}
+    ends = (min(now, reached["time"]), now)
+    repeated_s, lost_s = (round(max(0.0, end - line["time"]), 1) for end in ends)
+    return {"lost_steps": max(0, reached["step"] - start), "lost_s": lost_s, "repeated_s": repeated_s}
 
 
 def is_evaluation_missing(start: int, every_steps: int, line: Mapping[str, Any]) -> bool:

@@ -29,7 +29,7 @@ def train_step(
     return {"train/loss": torch.stack(losses).sum(), **numbers}
 
 
-def model_inputs(batch: Batch, device: torch.device) -> ModelInputs:
+def model_inputs(batch: Batch, device: torch.device | str = "cpu") -> ModelInputs:
     """Ids [B, T], targets [B, T] with IGNORED where they are not scored, and documents, on `device`."""
     tokens = torch.from_numpy(batch.tokens)
     targets = tokens[:, 1:].masked_fill(torch.from_numpy(~batch.scored), IGNORED)

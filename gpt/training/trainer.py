@@ -16,16 +16,23 @@ from gpt.distributed.reduction import PendingReduction
 from gpt.distributed.world import agree, from_first, total
 from gpt.distributed.zero.engine import Engine
 from gpt.model.compilation import compile_seconds
-from gpt.model.flops import flops_per_token
+from gpt.model.flops import causal_flops_per_token, flops_per_token
 from gpt.model.gpt import seed_dropout
 from gpt.optimizer.lr_schedule import learning_rate
 from gpt.run import record
-from gpt.run.attempts import is_superseded, refuse_if_superseded
+from gpt.run.attempts import must_end, refuse_if_superseded
 from gpt.run.events import Event, record_event
 from gpt.saving.saver import Saver
 from gpt.training.attempt import Attempt, AttemptOutcome, log_line
 from gpt.training.auto_warmup import initial_rate
-from gpt.training.ending import finished, is_any_rank_asked_to_stop, save_and_end, stopped
+from gpt.training.ending import (
+    ask_to_stop_for_good,
+    finished,
+    is_any_rank_asked_to_stop,
+    save_and_end,
+    stopped,
+    wait_to_be_killed,
+)
 from gpt.training.evaluation import Validation, source_names
 from gpt.training.metrics import REDUCTIONS, DeferredScalars, MetricsWriter
 from gpt.training.prefetch import AHEAD, Prefetcher
@@ -105,7 +112,10 @@ class Trainer:
                 is_last = step == plan.last
                 is_evaluation_due = is_last or step % run.evaluation.every_steps == 0
                 is_save_due = self._is_save_due(step)
-                if not (is_last or is_evaluation_due or is_save_due or is_stopping):
+                if step == plan.stop_at:
+                    is_stopping = ask_to_stop_for_good(self._attempt, "the rehearsal")
+                is_pausing = step == plan.pause_at
+                if not (is_last or is_evaluation_due or is_save_due or is_stopping or is_pausing):
                     continue
                 is_stopping = self._complete_line(step, is_evaluation_due, is_stopping)
                 heartbeat.beat(step, "saving")
@@ -114,6 +124,9 @@ class Trainer:
                 if is_save_due:
                     self._saver.save(step, self._data.reader.skipped, problem=self._metrics.problem)
                     self._is_time_to_save = False  # the exchange at this boundary asked for this save
+                if is_pausing:
+                    self._saver.wait()
+                    wait_to_be_killed(self._attempt, step)
             return finished(self._attempt)
 
     def _is_save_due(self, step: int) -> bool:
@@ -146,7 +159,9 @@ class Trainer:
         attempt = self._attempt
         stop = attempt.stop if step < self._plan.last else None
         heartbeat = attempt.clock.heartbeat
-        return self._data.validation.measure(self._engine.model, attempt.world, heartbeat, step, stop)
+        started = time.monotonic()
+        scores = self._data.validation.measure(self._engine.model, attempt.world, heartbeat, step, stop)
+        return None if scores is None else {**scores, "val/seconds": time.monotonic() - started}
 
     def _agree_ahead(self) -> None:
         """Agree on the scored tokens of the first steps; a rank that has no data for them ends all ranks."""
@@ -166,7 +181,9 @@ class Trainer:
             "data/wait_seconds": waited,
         }
         if self._peak_flops is not None:
-            fields["train/mfu"] = flops_per_token(run.model) * tokens_per_second / self._peak_flops
+            share = tokens_per_second / self._peak_flops
+            fields["train/mfu"] = flops_per_token(run.model) * share
+            fields["train/mfu_causal"] = causal_flops_per_token(run.model) * share
         return fields
 
     def _choose_initial_rate(self) -> None:
@@ -192,7 +209,7 @@ class Trainer:
                 attempt.run_dir.events, Event.UPDATE_SKIPPED, step=step, reason="non-finite gradient"
             )
         if step == self._plan.first:
-            if attempt.run.compile:
+            if self._engine.model.is_compiled:
                 attempt.clock.lap("compile", seconds=compile_seconds())
             attempt.clock.lap("first_step")
 
@@ -200,7 +217,7 @@ class Trainer:
         """Start to reduce what the ranks exchange after `step`; `_end_exchange` reads it a step later."""
         attempt = self._attempt
         has_no_data = self._batches.error(step + AHEAD) is not None
-        is_broken = has_no_data or (attempt.world.is_first and is_superseded(attempt.run_dir, attempt.number))
+        is_broken = has_no_data or (attempt.world.is_first and must_end(attempt.run_dir, attempt.number))
         ahead = 0 if has_no_data else self._batches.scored_tokens(step + AHEAD)
         is_saved, has_failed = self._saver.report()
         numbers = {

@@ -4,11 +4,15 @@
 Nothing in `launcher` imports torch.
 """
 
+import errno
+import os
+import stat
 import sys
 
 import click
 
 from data_pipeline.errors import OutlastError
+from data_pipeline.places import escaped
 from gpt.run.exit_codes import ExitCode, exit_code_of
 from launcher.cli import data, inspecting, models, training
 
@@ -18,6 +22,16 @@ _SHOWN_CODES = (
     ExitCode.STOPPED,
     ExitCode.DO_NOT_RESTART,
     ExitCode.FAILED,
+)
+# The errors of the file system about a path that an argument names.
+_UNUSABLE_PATH = (
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
 )
 _HELP = """Pretraining runs that outlast their machines.
 
@@ -39,15 +53,21 @@ def commands() -> None:
 
 for _command in (
     training.demo,
+    training.recipes,
+    training.init,
     training.plan,
+    training.simulate,
     training.launch,
     training.resume,
     training.rehearse,
     training.sweep,
     inspecting.status,
+    inspecting.goodput,
+    inspecting.replay,
     inspecting.logs,
     inspecting.stop,
     inspecting.checkpoints,
+    inspecting.compare,
     inspecting.ui,
     data.prepare,
     data.data,
@@ -62,7 +82,11 @@ for _command in (
 
 
 def main() -> None:
-    """Run the `outlast` command and exit with its code."""
+    """Run the `outlast` command and exit with its code.
+
+    What it writes is never writable by everybody: files of a run are executed.
+    """
+    os.umask(os.umask(0) | stat.S_IWOTH)
     sys.exit(run(sys.argv[1:]))
 
 
@@ -80,15 +104,13 @@ def run(arguments: list[str]) -> int:
         return 130
     except OutlastError as error:
         for line in str(error).splitlines():
-            click.echo(f"error: {line}", err=True)
+            click.echo(f"error: {escaped(line)}", err=True)
         return exit_code_of(error)
     except BrokenPipeError:
         sys.stderr.close()  # otherwise the interpreter prints an error when it flushes
         return 1
-    except (
-        NotADirectoryError,
-        IsADirectoryError,
-        PermissionError,
-    ) as error:  # an argument names an unusable path
-        click.echo(f"error: {error.filename}: {error.strerror}", err=True)
+    except OSError as error:
+        if error.errno not in _UNUSABLE_PATH:
+            raise
+        click.echo(escaped(f"error: {error.filename}: {error.strerror}"), err=True)
         return 2

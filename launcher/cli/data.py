@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from launcher.cli.options import example
+from launcher.cli.options import UserPath, example
 
 
 @click.command(
@@ -89,7 +89,7 @@ def data() -> None:
     short_help="Show the content of a data set.",
     epilog=example("outlast data inspect data/mine", "outlast data inspect data/mine --documents 0"),
 )
-@click.argument("folder", metavar="DATA_DIR", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="DATA_DIR", type=UserPath())
 @click.option(
     "--documents",
     type=click.IntRange(min=0),
@@ -123,9 +123,7 @@ def tokenizer() -> None:
     metavar="N",
     help="The size of the vocabulary.",
 )
-@click.option(
-    "--out", type=click.Path(path_type=Path), required=True, metavar="FILE", help="The file to write."
-)
+@click.option("--out", type=UserPath(), required=True, metavar="FILE", help="The file to write.")
 def train(sources: tuple[str, ...], vocab_size: int, out: Path) -> int:
     """Train a byte-level BPE tokenizer on texts and save it as a tiktoken encoding."""
     from launcher.commands.data import train_encoding
@@ -137,7 +135,7 @@ def train(sources: tuple[str, ...], vocab_size: int, out: Path) -> int:
     short_help="Verify every byte of a data set or of a run's checkpoints.",
     epilog=example("outlast verify runs/demo-0001", "outlast verify data/mine"),
 )
-@click.argument("folder", metavar="RUN_DIR | DATA_DIR", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="RUN_DIR | DATA_DIR", type=UserPath())
 def verify(folder: Path) -> int:
     """Verify every byte of a data set, or of all checkpoints of a run.
 

@@ -17,7 +17,8 @@ from launcher.cli.options import example
 def status(run_dirs: tuple[str, ...], as_json: bool, watch: bool) -> int:
     """Show the state, step, loss, speed, last checkpoint and restarts of runs.
 
-    Without arguments, shows all runs in $OUTLAST_RUNS. The folder of a sweep shows all its runs.
+    Without arguments, shows all runs in $OUTLAST_RUNS, each sweep as one row. The folder of a sweep shows
+    all its runs.
     """
     import json
 
@@ -41,6 +42,50 @@ def status(run_dirs: tuple[str, ...], as_json: bool, watch: bool) -> int:
     else:
         click.echo(f"There are no runs in {runs_folder()}.", err=True)
     return 0
+
+
+@click.command(
+    short_help="Show where the time of a run went.",
+    epilog=example("outlast goodput runs/demo-0001", "outlast goodput runs/demo-0001 --json"),
+)
+@click.argument("run_dir")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
+def goodput(run_dir: str, as_json: bool) -> int:
+    """Show where the wall-clock time of a run went since it was submitted, in all and by attempt.
+
+    Goodput is the share of the time that went to training steps, without the time at which a person had
+    stopped the run.
+    """
+    from launcher.commands.goodput import show_goodput
+
+    return show_goodput(run_dir, as_json=as_json)
+
+
+@click.command(
+    short_help="Compute steps again and compare them with the record.",
+    epilog=example("outlast replay runs/demo-0001 --step 81 --to 90"),
+)
+@click.argument("run_dir")
+@click.option("--step", type=click.IntRange(min=1), required=True, metavar="N", help="The first step.")
+@click.option(
+    "--to", "last", type=click.IntRange(min=1), metavar="M", help="The last step. Default: N alone."
+)
+@click.option(
+    "--processes",
+    type=click.IntRange(min=1),
+    metavar="P",
+    help="Default: as many as the run had, if this machine has a core for each, else the fewest.",
+)
+def replay(run_dir: str, step: int, last: int | None, processes: int | None) -> int:
+    """Compute steps of a run again on this machine, and compare them with its record.
+
+    The steps start from the nearest earlier checkpoint. Nothing in the run directory changes. The data that
+    were read must be equal; loss, gradient norm and rate must be equal up to the rounding of another order of
+    sums. The exit code is 0 if they are, 1 if not, and 2 if the steps cannot be computed.
+    """
+    from launcher.commands.replay import replay
+
+    return replay(run_dir, step, last, processes)
 
 
 @click.command(short_help="Print the logs of a run.", epilog=example("outlast logs runs/demo-0001 --follow"))
@@ -116,12 +161,43 @@ def checkpoints(
 
 
 @click.command(
-    short_help="Serve the MLflow UI.", epilog=example("outlast ui", "outlast ui runs/demo-0001 --port 5001")
+    short_help="Compare the configs and losses of two runs.",
+    epilog=example("outlast compare runs/my-gpt-0001 runs/my-gpt-0002"),
 )
-@click.argument("folder", required=False, metavar="[RUN_DIR | RUNS_DIR]", type=click.Path(path_type=Path))
-@click.option("--port", type=int, default=5000, show_default=True, help="The local port to serve on.")
-def ui(folder: Path | None, port: int) -> int:
-    """Serve the MLflow UI for a run or for a folder of runs. Default: $OUTLAST_RUNS."""
-    from launcher.commands.model_tools import ui
+@click.argument("first", metavar="RUN_DIR")
+@click.argument("second", metavar="RUN_DIR")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def compare(first: str, second: str, as_json: bool) -> int:
+    """Show the fields in which the configs of two runs differ, and their losses at the same steps."""
+    from launcher.commands.compare import compare_runs
 
-    return ui(folder, port)
+    return compare_runs(first, second, as_json=as_json)
+
+
+@click.command(
+    short_help="Serve the MLflow UI.",
+    epilog=example("outlast ui", "outlast ui runs/demo-0001 --port 5001", "outlast ui sync runs/demo-0001"),
+)
+@click.argument("folders", nargs=-1, metavar="[RUN_DIR | RUNS_DIR | sync RUN_DIR…]")
+@click.option(
+    "--port",
+    type=click.IntRange(1, 65535),
+    default=5000,
+    show_default=True,
+    help="The local port to serve on.",
+)
+def ui(folders: tuple[str, ...], port: int) -> int:
+    """Serve the MLflow UI for a run or for a folder of runs. Default: $OUTLAST_RUNS.
+
+    `outlast ui sync RUN_DIR…` sends what MLflow has not received of runs whose job has ended, and serves
+    nothing.
+    """
+    from launcher.commands.model_tools import sync, ui
+
+    if folders[:1] == ("sync",):
+        if len(folders) == 1:
+            raise click.UsageError("name the run directories to send: outlast ui sync RUN_DIR…")
+        return sync(folders[1:])
+    if len(folders) > 1:
+        raise click.UsageError("name one run directory, or one folder of runs.")
+    return ui(Path(folders[0]) if folders else None, port)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from launcher.cli.options import cluster_option, example, set_option
+from launcher.cli.options import UserPath, cluster_option, example, set_option
 
 
 @click.command(
@@ -36,7 +36,13 @@ from launcher.cli.options import cluster_option, example, set_option
     metavar="P",
     help="Sample from the most likely tokens that together have probability P.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Seeds the sampling.")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=-(2**63), max=2**64 - 1),
+    default=0,
+    show_default=True,
+    help="Seeds the sampling.",
+)
 @click.option(
     "--step",
     type=click.IntRange(min=0),
@@ -55,7 +61,7 @@ def sample(folder: str, prompt: str, **options: float | None) -> int:
     epilog=example("outlast export runs/demo-0001 exported", "outlast export runs/demo-0001 out --step 60"),
 )
 @click.argument("run_dir")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=UserPath())
 @click.option(
     "--step",
     type=click.IntRange(min=0),
@@ -80,12 +86,13 @@ def export(run_dir: str, out: Path, step: int | None, dtype: str) -> int:
     "import",
     short_help="Create a run from a transformers model.",
     epilog=example(
-        "outlast import gpt2/ runs/mine --data data/mine --set schedule.total_steps=1000",
+        "outlast import gpt2/ runs/mine --data data/mine "
+        "--set schedule.total_steps=100 --set batch.global_batch_tokens=32768",
         "outlast resume runs/mine",
     ),
 )
-@click.argument("hf_dir", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.argument("run_dir", type=click.Path(path_type=Path))
+@click.argument("hf_dir", type=UserPath(exists=True, file_okay=False))
+@click.argument("run_dir", type=UserPath())
 @click.option(
     "--data",
     required=True,

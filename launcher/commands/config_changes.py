@@ -15,6 +15,7 @@ from gpt.config.resume_rules import RULES, Change, rule_of
 from gpt.config.run import RunConfig
 
 DATA = "data"  # the data itself, compared by its fingerprint
+_SHAPES = ("model.", "optimizer.")  # the tables that decide which tensors a checkpoint has
 CONFIG = "config"  # the config under which the checkpoint was saved, compared by its fingerprint
 
 
@@ -34,11 +35,11 @@ def fingerprint_changes(
     return changes
 
 
-def check_changes(changes: Mapping[str, Any], allowed: Sequence[str]) -> None:
+def check_changes(changes: Mapping[str, Any], allowed: Sequence[str], misfits: Sequence[str] = ()) -> None:
     """Print a warning for each of the `changes` (name → old, new) that affects the run's numbers.
 
     Raises ConfigError for changes of fields that must match, unless they are in `allowed`, which holds names
-    of fields and of tables.
+    of fields and of tables. `misfits` says why the checkpoint's state does not fit the changed config.
     """
     problems = [
         f"--allow-change {name}: this field does not change. Changed fields: {', '.join(changes) or 'none'}."
@@ -56,22 +57,23 @@ def check_changes(changes: Mapping[str, Any], allowed: Sequence[str]) -> None:
                 err=True,
             )
         else:
-            problems.append(_refusal(field, old, new))
+            is_shape = bool(misfits) and field.startswith(_SHAPES)
+            problems.append(_refusal(field, old, new, misfits[0] if is_shape else None))
     if problems:
         raise ConfigError(problems)
 
 
-def _refusal(field: str, old: object, new: object) -> str:
+def _refusal(field: str, old: object, new: object, misfit: str | None) -> str:
     if field == CONFIG:
         return (
             f"the checkpoint was saved under another config ({old}) than the run's own ({new}): config.json "
             "was edited, or the checkpoint was copied from another run. Restore the file, launch a new run "
             f"with --from this one, or allow the change with --allow-change {CONFIG}."
         )
-    return (
-        f"{field} cannot change in the middle of a run: {old} → {new}. "
-        f"Launch a new run with this value, or allow the change with --allow-change {field}."
-    )
+    change = f"{field} cannot change in the middle of a run: {old} → {new}."
+    if misfit is not None:
+        return f"{change} The checkpoint does not fit it ({misfit}). Launch a new run with this value."
+    return f"{change} Launch a new run with this value, or allow the change with --allow-change {field}."
 
 
 def _covers(name: str, field: str) -> bool:

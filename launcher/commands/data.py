@@ -15,6 +15,7 @@ from data_pipeline.dataset import manifest as data_manifest
 from data_pipeline.dataset.integrity import verify as verify_data
 from data_pipeline.dataset.manifest import FILE_NAME, Manifest
 from data_pipeline.errors import ConfigError, LaunchError
+from data_pipeline.places import shown
 from data_pipeline.prepare.config import DataPrepConfig
 from data_pipeline.prepare.pipeline import prepare as prepare_data
 from data_pipeline.prepare.progress import Progress
@@ -23,6 +24,8 @@ from data_pipeline.sources.compression import REST_LOST
 from gpt.checkpoint import format as checkpoint_format
 from gpt.run.run_dir import RunDir
 from launcher.cluster_file import load_cluster
+from launcher.paths import absolute, unwritable_problem
+from launcher.units import counted
 
 _PLAIN_LINE_S = 10.0
 _SHOWN_SOURCES = 5
@@ -48,6 +51,7 @@ def prepare(
             )
         tables, name = {"sources": list(sources), **options}, "command line"
     config = validate(DataPrepConfig, with_overrides(tables, overrides), name)
+    _require_creatable(config.out, "--out")
     encode: EncodeAll = encode_all
     if cluster is not None:
         from launcher.commands.prepare_on_cluster import ClusterEncoder
@@ -187,6 +191,7 @@ def train_encoding(sources: Sequence[str], vocab_size: int, out: Path) -> int:
     """Train a byte-level BPE with `vocab_size` ids on `sources`; the exit code. Prints its file last."""
     from data_pipeline.tokenizer.train import train_tokenizer
 
+    _require_creatable(out, "--out")
     if not out.absolute().parent.is_dir():
         raise ConfigError(f"--out {out}: the folder {out.absolute().parent} does not exist. Create it first.")
     encoding = train_tokenizer(sources, vocab_size, out, message=lambda text: click.echo(text, err=True))
@@ -195,25 +200,37 @@ def train_encoding(sources: Sequence[str], vocab_size: int, out: Path) -> int:
     return 0
 
 
+def _require_creatable(out: Path, option: str) -> None:
+    """Raises ConfigError if nothing can be created at `out`; a data set that is complete is only read."""
+    problem = unwritable_problem(absolute(out, option))
+    if problem is not None and not (out / FILE_NAME).exists():
+        raise ConfigError(f"{option} {shown(out)}: {problem} Name another place.")
+
+
 def verify(folder: Path) -> int:
     """Print `path: byte offset: reason` for each corrupt file of a data set or run; 1 when there is one."""
     if RunDir(folder).config.exists():
         checkpoints = checkpoint_format.committed(RunDir(folder).checkpoints)
-        bad = [found for _, path in checkpoints for found in checkpoint_format.verify(path)]
-        checked = f"{len(checkpoints)} checkpoints"
+        bad = (found for _, path in checkpoints for found in checkpoint_format.verify(path))
+        checked = counted(len(checkpoints), "checkpoint")
     elif (folder / FILE_NAME).exists():
-        bad = [checkpoint_format.BadBytes(*found) for found in verify_data(folder)]
+        bad = (checkpoint_format.BadBytes(*found) for found in verify_data(folder))
         checked = "data set"
+    elif not folder.exists():
+        raise LaunchError(
+            f"{folder} does not exist. Name a run directory (`outlast status` lists runs) or the folder of a "
+            "data set."
+        )
     else:
         raise LaunchError(
-            f"{folder} is neither a run directory (with config.json) nor a data set (with {FILE_NAME})."
+            f"{folder} is neither a run directory (with {RunDir(folder).config.name}) nor a data set (with "
+            f"{FILE_NAME}). `outlast status` lists runs; `outlast prepare` makes a data set."
         )
     named: set[Path] = set()
     for found in bad:
         if found.path not in named:  # one line per file: the first corrupt place
             named.add(found.path)
             click.echo(f"{found.path}: byte {found.offset}: {found.reason}")
-    click.echo(
-        f"{checked}: {len(named)} corrupt files" if bad else f"{checked}: every byte is intact", err=True
-    )
-    return 1 if bad else 0
+    result = counted(len(named), "corrupt file") if named else "every byte is intact"
+    click.echo(f"{checked}: {result}", err=True)
+    return 1 if named else 0

@@ -31,17 +31,15 @@ from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig
 from launcher.commands.data import prepare_with_progress
 from launcher.commands.fault_injector import FaultInjector, kill_worker
-from launcher.commands.follow_job import follow_job
+from launcher.commands.follow_job import start_and_follow
 from launcher.commands.launch import command_line
 from launcher.commands.model_tools import sample_command
 from launcher.commands.plan import show_warnings
-from launcher.commands.record_follower import RecordFollower
-from launcher.commands.submit import submit
 from launcher.paths import absolute
 from launcher.preflight.check import examine
 from launcher.preflight.plan import plan
 from launcher.runs.recipes import recipe_path, run_tables
-from launcher.runs.store import create_run, next_run_folder
+from launcher.runs.store import create_run, make_next_run_folder, next_run_folder
 from launcher.units import duration, size
 
 PROMPT = "And it came to pass"
@@ -52,7 +50,7 @@ _STEPS_AFTER_SAVE = 5  # the kill then destroys five steps, which the restart ha
 def demo(out: Path) -> int:
     """Run the demo in folder `out`; the exit code."""
     started = time.monotonic()
-    out = absolute(out)
+    out = absolute(out, "--out")
     _stage(1, "Prepare: turn text into token shards")
     data = out / "data"
     manifest = _prepare(data)
@@ -71,7 +69,7 @@ def demo(out: Path) -> int:
         f"DeepSpeed ZeRO-{request.config.zero.stage} shards the optimizer state over {needs.world_size} "
         f"processes ({request.config.precision}, gloo). A checkpoint takes {size(needs.checkpoint_bytes)}.",
     )
-    run = create_run(folder, request, command_line())
+    run = create_run(make_next_run_folder("demo", folder.parent), request, command_line())
     _print(f"Run directory: {run.path}")
 
     _stage(3, "Train: one worker is killed on the way")
@@ -132,9 +130,7 @@ def _prepare(data: Path) -> Manifest:
 
 def _train_with_a_kill(run: RunDir, total_steps: int) -> tuple[JobOutcome, FaultInjector]:
     fault = FaultInjector(lambda: kill_worker(run), steps_after_save=_STEPS_AFTER_SAVE)
-    follower = RecordFollower(run)
-    job = submit(run, "launch")
-    return follow_job(run, job, follower, total_steps, fault.observe), fault
+    return start_and_follow(run, total_steps, "launch", fault.observe), fault
 
 
 def _restart_problem(run: RunDir, fault: FaultInjector) -> str | None:
@@ -143,7 +139,7 @@ def _restart_problem(run: RunDir, fault: FaultInjector) -> str | None:
         return "the run ended before a worker could be killed"
     if fault.resumed_step is None:
         return "no attempt resumed from a checkpoint after the kill"
-    steps = [int(line["step"]) for line in record.read(run.metrics)]
+    steps = [int(line["step"]) for line in record.read_steps(run.metrics)]
     if steps != list(range(1, len(steps) + 1)):
         return "the record does not hold every step exactly once"
     _print(
@@ -155,9 +151,9 @@ def _restart_problem(run: RunDir, fault: FaultInjector) -> str | None:
 
 
 def _score(run: RunDir, data: Path, manifest: Manifest) -> list[str]:
-    scores = [line for line in record.read(run.metrics) if "val/loss" in line]
+    scores = [line for line in record.read_steps(run.metrics) if line.get("val/loss") is not None]
     if not scores:
-        return ["the run recorded no val/loss"]
+        return ["the run recorded no finite val/loss"]
     text = held_out_text(data, manifest)
     # The model does not predict the first token of a document. Count it at the cost of a uniform guess.
     documents = sum(shard.documents for shard in manifest.val)

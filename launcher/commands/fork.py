@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.errors import CheckpointError, ConfigError
 from gpt.checkpoint.format import (
@@ -24,6 +25,7 @@ from gpt.config.resume_rules import config_fingerprint
 from gpt.config.run import RunConfig
 from gpt.optimizer.parameter_groups import misfits, parameter_entries, states
 from gpt.run import record
+from gpt.run.events import Event
 from gpt.run.run_dir import RunDir
 from launcher.runs.store import open_run
 
@@ -34,6 +36,11 @@ class Origin:
 
     folder: Path
     index: CheckpointIndex
+
+    @property
+    def event(self) -> dict[Event, dict[str, Any]]:
+        """The event with which the new run begins."""
+        return {Event.FORKED: {"run": self.folder.parent.parent.name, "step": self.index.step}}
 
 
 def find_origin(text: str, config: RunConfig) -> Origin:

@@ -10,15 +10,15 @@ from pathlib import Path
 import click
 
 from data_pipeline.dataset.manifest import joint_fingerprint
-from gpt.run.events import Event, record_event
 from gpt.run.run_dir import RunDir
+from launcher.cluster import AS_THE_FILE_SAYS, ClusterSize
 from launcher.commands.follow_job import submit_and_follow
 from launcher.commands.fork import find_origin, seed_checkpoint
 from launcher.commands.plan import show_plan, show_warnings
 from launcher.paths import absolute
 from launcher.preflight.check import examine
 from launcher.runs.recipes import run_tables
-from launcher.runs.store import create_run, next_run_folder
+from launcher.runs.store import create_run, make_next_run_folder, next_run_folder
 from launcher.scheduler.registry import scheduler_of
 
 
@@ -31,15 +31,18 @@ def launch(
     origin: str | None,
     dry_run: bool,
     attend: bool | None,
+    size: ClusterSize = AS_THE_FILE_SAYS,
 ) -> int:
     """Check the run, make its directory and submit it; the exit code.
 
     `origin` is the RUN_DIR[@STEP] to start from. `attend` says whether to follow the job;
-    None follows a local job only.
+    None follows a local job only. `size` replaces what the cluster file says.
     """
     tables, source = run_tables(run, overrides)
-    folder = absolute(folder or next_run_folder(str(tables.get("name", "run"))))
-    request = examine(tables, source, cluster, folder)
+    name = str(tables.get("name", "run"))
+    is_named = folder is not None
+    folder = absolute(folder, "--run-dir") if folder is not None else next_run_folder(name)
+    request = examine(tables, source, cluster, folder, size=size)
     start = find_origin(origin, request.config) if origin is not None else None
     show_warnings(request)
     if dry_run:
@@ -51,11 +54,12 @@ def launch(
         click.echo("dry run: all checks passed, nothing was written", err=True)
         click.echo(folder)
         return 0
-    made = create_run(folder, request, command_line())
+    begins_with = start.event if start is not None else {}
+    made = create_run(
+        folder if is_named else make_next_run_folder(name), request, command_line(), begins_with
+    )
     if start is not None:
         seed_checkpoint(start, made, request.config, joint_fingerprint(request.manifests))
-        parent = start.folder.parent.parent.name
-        record_event(made.events, Event.FORKED, run=parent, step=start.index.step)
     return submit_and_follow(made, request.config.total_steps, request.cluster, "launch", attend)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_pipeline.errors import LaunchError
-from gpt.run.run_dir import RunDir
+from gpt.run.run_dir import NODE_PREFIX, RunDir
 from launcher.runs.job_record import read_job
 from launcher.runs.store import read_cluster
 from launcher.scheduler.jobs import JobWatcher
@@ -21,14 +21,16 @@ _LONGEST_LINE_BYTES = 1 << 20  # a longer line is printed in parts
 
 def log_files(run: RunDir, attempt: int | None, node: int | None) -> list[tuple[str, Path]]:
     """Label and path of the logs of `attempt` (default: the newest submission and attempt) on `node`."""
-    node_name = "node-*" if node is None else f"node-{node}"
+    of_node = "*" if node is None else node
     files = []
     numbers = run.attempt_numbers()
     if attempt is None:
-        submissions = sorted(entry for entry in run.submissions.glob("[0-9]*") if entry.is_dir())
-        for folder in submissions[-1:]:
+        if last := run.last_submission():
+            pattern = run.submission(last).node_log(of_node)
             files += [
-                (f"job {folder.name} {path.stem}", path) for path in sorted(folder.glob(f"{node_name}.log"))
+                (f"job {pattern.parent.name} {path.stem}", path)
+                for path in sorted(pattern.parent.glob(pattern.name))
+                if path.is_file()
             ]
         numbers = numbers[-1:]
     elif attempt in numbers:
@@ -38,7 +40,8 @@ def log_files(run: RunDir, attempt: int | None, node: int | None) -> list[tuple[
             f"there is no attempt {attempt}. Available attempts: {', '.join(map(str, numbers)) or 'none'}."
         )
     for number in numbers:
-        for path in sorted(run.attempt(number).path.glob(f"{node_name}/*.log")):
+        pattern = run.attempt(number).node(of_node)
+        for path in filter(Path.is_file, sorted(pattern.parent.glob(f"{pattern.name}/*.log"))):
             files.append((f"attempt {number} {path.parent.name} {path.stem}", path))
     return files
 
@@ -67,7 +70,8 @@ def lines(run: RunDir, *, follow: bool, attempt: int | None, node: int | None) -
 def _nodes(run: RunDir, attempt: int | None) -> set[int]:
     """The nodes with logs of `attempt`; by default also the nodes that have not started yet."""
     names = (name for _, path in log_files(run, attempt, None) for name in (path.stem, path.parent.name))
-    there = {int(name.removeprefix("node-")) for name in names if name.startswith("node-")}
+    numbers = (name.removeprefix(NODE_PREFIX) for name in names if name.startswith(NODE_PREFIX))
+    there = {int(number) for number in numbers if number.isascii() and number.isdigit()}
     return there | set(range(read_cluster(run).nodes)) if attempt is None else there
 
 

@@ -30,7 +30,7 @@ class Check:
 def compare(undisturbed: RunDir, disturbed: RunDir, request: Request, fault: FaultInjector) -> list[Check]:
     """Compare the records of the two runs."""
     first, second = (
-        {line["step"]: line for line in record.read(run.metrics)} for run in (undisturbed, disturbed)
+        {line["step"]: line for line in record.read_steps(run.metrics)} for run in (undisturbed, disturbed)
     )
     steps = sorted(first)
     worlds = [event["world_size"] for event in read_events(disturbed.events, Event.ATTEMPT_STARTED)]
@@ -81,11 +81,19 @@ def _close(
 ) -> Check:
     """Whether the losses agree within `tolerance`, up to the step `skipped` if there is one."""
     compared = [step for step in steps if step in second and (skipped is None or step <= skipped)]
-    off = max((abs(first[step]["train/loss"] - second[step]["train/loss"]) for step in compared), default=0.0)
+    losses = ((first[step].get("train/loss"), second[step].get("train/loss")) for step in compared)
+    off = max((_distance(*pair) for pair in losses), default=0.0)
     seen = f"largest difference {off:.2g}, steps {steps[0]}–{compared[-1] if compared else steps[0]}"
     if skipped is not None:
         seen += f"; only one run skipped the update of step {skipped}"
     return Check(name, off <= tolerance, seen)
+
+
+def _distance(first: float | None, second: float | None) -> float:
+    """How far two losses are apart; None, which is not finite, is infinitely far from every number."""
+    if first is None or second is None:
+        return 0.0 if first == second else float("inf")
+    return abs(first - second)
 
 
 def _equal(

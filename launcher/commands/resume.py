@@ -12,35 +12,37 @@ from typing import Any, TextIO
 
 import click
 
-from data_pipeline.config_file import with_overrides
 from data_pipeline.dataset.manifest import joint_fingerprint
 from data_pipeline.errors import ConfigError
-from data_pipeline.remote import is_remote
 from data_pipeline.sampling.skip_list import SkipList
 from gpt.checkpoint.format import CheckpointIndex, Corrupt, committed, read_index, verify
 from gpt.checkpoint.rewind import rewind
-from gpt.config.resume_rules import config_fingerprint
+from gpt.config.resume_rules import RULES, Change, config_fingerprint, rule_of
 from gpt.config.run import RunConfig
 from gpt.run.events import Event, earlier_config_fingerprints, record_event
 from gpt.run.json_file import read_json
 from gpt.run.run_dir import RunDir
-from launcher.commands.config_changes import DATA, check_changes, fingerprint_changes
+from launcher.cluster import AS_THE_FILE_SAYS, ClusterSize
+from launcher.commands.config_changes import CONFIG, DATA, check_changes, fingerprint_changes
 from launcher.commands.follow_job import submit_and_follow
 from launcher.commands.fork import state_misfits
 from launcher.commands.launch import command_line
 from launcher.commands.plan import show_warnings
 from launcher.preflight.check import examine
 from launcher.request import Request
-from launcher.runs.mirror import fetch_newer, fetch_run
-from launcher.runs.recipes import with_absolute_paths
+from launcher.runs.mirror import fetch_newer, fetch_run, is_mirrored_run
+from launcher.runs.recipes import with_settings
 from launcher.runs.store import (
     changed_fields,
     open_run,
+    put_config,
     put_submission,
     read_cluster,
     read_config,
+    refuse_unseeded,
     runs_folder,
 )
+from launcher.runs.trust import require_own
 from launcher.scheduler.jobs import claim_start, refuse_while_alive
 
 
@@ -52,14 +54,21 @@ def resume(
     *,
     attend: bool | None,
     allowed: Sequence[str] = (),
+    size: ClusterSize = AS_THE_FILE_SAYS,
+    is_trusted: bool = False,
 ) -> int:
     """Continue a run from its newest checkpoint, or from the one of `step`; the exit code.
 
-    `allowed` names fields that may change although they must match.
+    `allowed` names fields that may change although they must match. `is_trusted` says that other users may
+    have written to the run directory or to the mirror that `folder` names.
     """
-    run = fetch_run(folder, runs_folder()) if is_remote(folder) else open_run(folder)
+    if is_mirrored_run(folder):
+        run = fetch_run(folder, runs_folder(), keeps_cluster=cluster is None, is_trusted=is_trusted)
+    else:
+        run = open_run(folder)
+    require_own(run, is_trusted=is_trusted)
     with claim_start(run) as claim:
-        return _resume(run, cluster, overrides, step, attend, allowed, claim)
+        return _resume(run, cluster, overrides, step, attend, allowed, size, claim)
 
 
 def _resume(
@@ -69,21 +78,24 @@ def _resume(
     step: int | None,
     attend: bool | None,
     allowed: Sequence[str],
+    size: ClusterSize,
     claim: TextIO,
 ) -> int:
     refuse_while_alive(run)
-    request = _request(run, cluster, overrides)
+    request = _request(run, cluster, overrides, size)
     present = read_config(run)
     mirror = request.config.checkpoint.mirror
     if mirror is not None:
         fetch_newer(run, mirror, step)
+    refuse_unseeded(run)
     checkpoints = dict(committed(run.checkpoints))
     newest = max(checkpoints, default=0)
     index = _index(checkpoints.get(newest if step is None else step))
     changes = _changes(run, present, request, index)
-    check_changes(changes, allowed)
-    if index is not None and (problems := state_misfits(index, request.config)):
-        raise ConfigError([f"step {index.step} does not fit this config: {problem}" for problem in problems])
+    misfits = state_misfits(index, request.config) if index is not None else []
+    check_changes(changes, allowed, misfits)
+    if index is not None and misfits:
+        raise ConfigError([f"step {index.step} does not fit this config: {problem}" for problem in misfits])
     if step is None and newest >= request.config.total_steps:
         bad = next(verify(checkpoints[newest]), None)
         if bad is None:
@@ -92,6 +104,7 @@ def _resume(
                 "--set schedule.total_steps=N with a larger N.",
                 err=True,
             )
+            _store_without_training(run, present, request, changes, index)
             click.echo(run.path)
             return 0
         click.echo(f"the last checkpoint is corrupt; its steps are trained again: {bad}", err=True)
@@ -109,13 +122,12 @@ def _resume(
     return submit_and_follow(run, request.config.total_steps, request.cluster, "resume", attend, claim)
 
 
-def _request(run: RunDir, cluster: str | None, overrides: Sequence[str]) -> Request:
-    """The run's config with `overrides`, checked for `cluster` (default: the last one)."""
+def _request(run: RunDir, cluster: str | None, overrides: Sequence[str], size: ClusterSize) -> Request:
+    """The run's config with `overrides`, checked for `cluster` (default: the last one) in another `size`."""
     before = read_json(run.config) or {}
-    # config.json has either total_steps or total_tokens; setting one of them replaces the other.
-    tables = with_absolute_paths(with_overrides(_without_other_total(before, overrides), overrides))
+    tables = with_settings(before, overrides)
     where = cluster if cluster is not None else read_cluster(run)
-    return examine(tables, run.config.name, where, run.path, is_new=False)
+    return examine(tables, run.config.name, where, run.path, is_new=False, size=size)
 
 
 def _changes(
@@ -142,12 +154,22 @@ def _record_changes(
     record_event(run.events, Event.CONFIG_CHANGED, changes=changes, config_fingerprint=fingerprint)
 
 
-def _without_other_total(tables: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    names = {"schedule.total_steps": "total_tokens", "schedule.total_tokens": "total_steps"}
-    given = {override.partition("=")[0].strip() for override in overrides}
-    dropped = {other for name, other in names.items() if name in given}
-    schedule = {key: value for key, value in tables["schedule"].items() if key not in dropped}
-    return {**tables, "schedule": schedule}
+def _store_without_training(
+    run: RunDir,
+    present: RunConfig,
+    request: Request,
+    changes: Mapping[str, Any],
+    index: CheckpointIndex | None,
+) -> None:
+    """Store changes that concern no number of the run, such as a new place of the data."""
+    if not changes:
+        return
+    if any(name in (DATA, CONFIG) or RULES[rule_of(name)] is not Change.FREE for name in changes):
+        click.echo(f"not stored, because nothing is trained: {', '.join(changes)}", err=True)
+        return
+    _record_changes(run, present, changes, index)
+    put_config(run, request)
+    click.echo(f"stored: {', '.join(changes)}", err=True)
 
 
 def _index(folder: Path | None) -> CheckpointIndex | None:

@@ -17,6 +17,7 @@ from data_pipeline.errors import LaunchError
 from gpt.run.events import Event, record_event
 from gpt.run.records import Job
 from gpt.run.run_dir import RunDir, SubmissionDir
+from launcher.commands.signal_guard import held_signals
 from launcher.process_tree import identity
 from launcher.runs.code_snapshot import job_environment, python_module
 from launcher.runs.job_record import read_job
@@ -42,7 +43,8 @@ def submit_together(
     """Start a job for each of `runs`, of which `at_once` may run at the same time.
 
     submitit's files and the code are in `home`: the run itself, or the sweep that the runs belong to. An old
-    stop request is removed. Raises LaunchError.
+    stop request is removed. Ctrl-C and SIGTERM wait until the jobs exist: a signal in between would leave
+    jobs that nobody knows. Raises LaunchError.
     """
     for run in runs:
         run.stop.unlink(missing_ok=True)
@@ -51,7 +53,7 @@ def submit_together(
     folder.mkdir(parents=True, exist_ok=True)
     output = SubmissionDir(folder).controller_log
     arguments = [str(folder), reason, str(at_once or len(runs)), *(str(run.path) for run in runs)]
-    with output.open("ab") as log:
+    with held_signals(), output.open("ab") as log:
         child = subprocess.run(
             python_module("launcher.commands.submit", *arguments),
             env=job_environment(home),

@@ -26,25 +26,29 @@ from rich.table import Table
 
 from data_pipeline.config_file import Section, dotted, read_toml, validate, with_fields
 from data_pipeline.errors import ConfigError, LaunchError, OutlastError
+from gpt.config.alternatives import without_alternatives
 from gpt.config.run import RunConfig
 from gpt.run.exit_codes import ExitCode
 from gpt.run.json_file import write_json
 from gpt.run.run_dir import RunDir, mlflow_database_in
 from launcher.cluster import ClusterConfig
-from launcher.commands.follow_job import follow_job
+from launcher.commands.follow_job import follow_job, start_and_follow
 from launcher.commands.launch import command_line
 from launcher.commands.plan import show_warnings
 from launcher.commands.record_follower import RecordFollower
+from launcher.commands.signal_guard import held_signals, reason_of
 from launcher.commands.status import UNREADABLE, statuses
-from launcher.commands.submit import submit, submit_together
-from launcher.paths import absolute
+from launcher.commands.status_table import cell
+from launcher.commands.submit import submit_together
+from launcher.paths import absolute, moved_folder_problem
 from launcher.preflight.check import examine
 from launcher.request import Request
 from launcher.runs.code_snapshot import job_environment, python_module, snapshot_code
 from launcher.runs.recipes import run_tables, with_absolute_paths
-from launcher.runs.store import create_run, next_run_folder, read_cluster, read_config
+from launcher.runs.store import create_run, make_next_run_folder, next_run_folder, read_cluster, read_config
 from launcher.runs.sweep_index import SweepIndex, SweepPoint, read_sweep
-from launcher.scheduler.jobs import claim_start
+from launcher.runs.trust import require_own
+from launcher.scheduler.jobs import ask_to_stop, claim_start
 from launcher.scheduler.protocol import JobState
 from launcher.scheduler.registry import scheduler_of
 
@@ -92,12 +96,26 @@ class SweepConfig(Section):
         return self
 
 
-def sweep(source: Path, cluster: str | None, folder: Path | None, *, attend: bool | None) -> int:
-    """Launch the sweep of a SWEEP.toml, or continue the one in a SWEEP_DIR; the exit code."""
+def sweep(
+    source: Path,
+    cluster: str | None,
+    folder: Path | None,
+    *,
+    attend: bool | None,
+    is_trusted: bool = False,
+) -> int:
+    """Launch the sweep of a SWEEP.toml, or continue the one in a SWEEP_DIR; the exit code.
+
+    `is_trusted` says that other users may have written to the SWEEP_DIR.
+    """
     if source.is_dir():
         home = RunDir(absolute(source))
         if cluster is not None or folder is not None:
             raise ConfigError("the sweep already has its --cluster and --out; give only its folder.")
+        if (problem := moved_folder_problem(home.path)) is not None:
+            raise ConfigError(problem)
+        for run in (home, *(RunDir(home.path / point.folder) for point in _index(home.path).points)):
+            require_own(run, is_trusted=is_trusted)
     else:
         home = _create(source, cluster or "local", folder)
     code = _run(home, attend)
@@ -116,17 +134,17 @@ def show_results(folder: Path, *, as_json: bool = False) -> None:
     if as_json:
         click.echo(json.dumps([{"fields": point.fields, **now.as_json()} for point, now in rows], indent=2))
         return
-    names = list(points[0].fields)
+    names = list(points[0].fields) if points else []
     table = Table(box=None, pad_edge=False)
     for heading in ("run", *names, "state", "step", "loss", "val loss"):
-        table.add_column(heading, no_wrap=True)
+        table.add_column(cell(heading), no_wrap=True)
     for point, now in rows:
         numbers = ("–" if loss is None else f"{loss:.4f}" for loss in (now.loss, now.val_loss))
         is_readable = now.state != UNREADABLE
         table.add_row(
-            point.folder.partition("_")[0],
-            *(str(point.fields.get(name, "–")) for name in names),
-            now.state if is_readable else f"{UNREADABLE}: {now.reason}",
+            cell(point.folder.partition("_")[0]),
+            *(cell(str(point.fields.get(name, "–"))) for name in names),
+            cell(now.state if is_readable else f"{UNREADABLE}: {now.reason}"),
             f"{now.step}/{now.total_steps}" if is_readable else "–",
             *numbers,
         )
@@ -139,7 +157,8 @@ def show_results(folder: Path, *, as_json: bool = False) -> None:
 def _create(path: Path, cluster: str, folder: Path | None) -> RunDir:
     """Check every point, then create all run directories. Raises ConfigError with all the problems."""
     config = validate(SweepConfig, read_toml(path), path.name)
-    home = RunDir(absolute(folder or next_run_folder(path.stem)))
+    is_named = folder is not None
+    home = RunDir(absolute(folder or next_run_folder(path.stem), "--out"))
     if home.path.exists() and (not home.path.is_dir() or any(home.path.iterdir())):
         raise ConfigError(
             f"{home.path} exists and is not an empty folder. `outlast sweep {home.path}` continues it."
@@ -147,7 +166,10 @@ def _create(path: Path, cluster: str, folder: Path | None) -> RunDir:
     points = points_of(config)
     requests = examine_points(config, points, cluster, home.path)
     show_warnings(requests[0])
-    home.path.mkdir(parents=True, exist_ok=True)
+    if is_named:
+        home.path.mkdir(parents=True, exist_ok=True)
+    else:
+        home = RunDir(make_next_run_folder(path.stem))
     snapshot_code(home)
     tracking = requests[0].config.tracking
     parent = _mlflow_parent(home, tracking.uri, tracking.experiment) if tracking.enabled else None
@@ -174,7 +196,7 @@ def examine_points(
         try:
             tables, source = run_tables(config.run, [])
             fields = {**dict(dotted(config.fixed)), **point.fields}
-            tables = with_absolute_paths(with_fields(tables, fields))
+            tables = with_absolute_paths(with_fields(without_alternatives(tables, fields), fields))
             requests.append(examine(tables, source, where, folder / point.folder))
             where = requests[-1].cluster
         except ConfigError as error:
@@ -201,18 +223,23 @@ def _run(home: RunDir, attend: bool | None) -> int:
             code = _one_after_the_other(waiting) or code
             show_results(home.path)
             return code
-        jobs = submit_together(waiting, "sweep", home, _index(home.path).at_once)
+        with held_signals() as held:
+            jobs = submit_together(waiting, "sweep", home, _index(home.path).at_once)
+            is_stopping = bool(held)  # a signal during the submission asks all the runs to stop
+            for run in waiting if is_stopping else ():
+                ask_to_stop(run, reason_of(held[0]), lambda sentence: click.echo(sentence, err=True))
+            held.clear()
     click.echo(
         f"submitted: {len(jobs)} runs as {scheduler.title} jobs {jobs[0].job_id} to {jobs[-1].job_id}; "
         f"`outlast status {home.path}` shows them, `outlast sweep {home.path} --results` their losses",
         err=True,
     )
-    if attend:
+    if attend or is_stopping:
         for run, job in zip(waiting, jobs, strict=True):
-            if (
-                follow_job(run, job, RecordFollower(run), read_config(run).total_steps).exit_code
-                == ExitCode.STOPPED
-            ):
+            outcome = follow_job(run, job, RecordFollower(run), read_config(run).total_steps)
+            if is_stopping:
+                code = ExitCode.STOPPED
+            elif outcome.exit_code == ExitCode.STOPPED:
                 click.echo("the other runs go on; `outlast stop RUN_DIR` ends one", err=True)
                 break
         show_results(home.path)
@@ -252,8 +279,7 @@ def _one_after_the_other(runs: Sequence[RunDir]) -> int:
     code = ExitCode.FINISHED
     for number, run in enumerate(runs, 1):
         click.echo(f"[{number}/{len(runs)}] {run.path.name}", err=True)
-        follower = RecordFollower(run)
-        outcome = follow_job(run, submit(run, "sweep"), follower, read_config(run).total_steps)
+        outcome = start_and_follow(run, read_config(run).total_steps, "sweep")
         if outcome.exit_code == ExitCode.STOPPED:
             click.echo(f"{outcome.cause}; `outlast sweep {run.path.parent}` continues", err=True)
             return ExitCode.STOPPED
@@ -291,7 +317,7 @@ def _with_mlflow_parent(config: RunConfig, parent: str) -> RunConfig:
 
 def _mlflow_parent(home: RunDir, uri: str | None, experiment: str) -> str | None:
     """The MLflow run that groups the runs of the sweep; None, with a warning, if it cannot be created."""
-    address = uri or f"sqlite:///{mlflow_database_in(home.path)}"
+    address = uri or f"sqlite:///{mlflow_database_in(home.path.resolve().parent)}"
     command = python_module("gpt.sidecars.mlflow_parent", address, experiment, home.path.name)
     try:
         made = subprocess.run(

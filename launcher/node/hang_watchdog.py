@@ -24,6 +24,8 @@ from launcher.process_tree import process_state
 
 # Extra time for a rank that waits for the others to start, so that the node of the late rank reports first.
 _WAITING_PATIENCE_S = 60.0
+# The watchdog looks every second. After a longer gap the job was suspended, or its machine was.
+_GAP_S = 5.0
 _STACKS_S = 1.0
 _COLLECT_S = 8.0
 _TAIL_BYTES = 1 << 17
@@ -57,9 +59,20 @@ class HangWatchdog:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)  # any user here may write to it
         self._socket.bind("\0" + self.name)
         self._last: dict[int, tuple[float, HeartbeatMessage]] = {}  # process id → when, and what
+        self._looked = self._seen_workers = time.monotonic()
+        self.has_seen_workers = False
+        self.newest_attempt = 0
 
     def is_any_silent(self, workers: Iterable[int]) -> bool:
-        """Whether one of the processes `workers` has sent heartbeats and then been silent for too long."""
+        """Whether one of the processes `workers` has sent heartbeats and then been silent for too long.
+
+        Silence counts only while this process runs: `scontrol suspend` and SIGSTOP stop the workers with it.
+        """
+        now = time.monotonic()
+        gap, self._looked = now - self._looked, now
+        if gap > _GAP_S:
+            self._last = {pid: (now, message) for pid, (_, message) in self._last.items()}
+            self._seen_workers = now
         with suppress(BlockingIOError):
             while True:
                 datagram, credentials, _, _ = self._socket.recvmsg(4096, socket.CMSG_SPACE(_UCRED.size))
@@ -68,9 +81,16 @@ class HangWatchdog:
                 with suppress(ValueError, TypeError):
                     message = HeartbeatMessage.decode(datagram)
                     self._last[message.pid] = (time.monotonic(), message)
+                    self.newest_attempt = max(self.newest_attempt, message.attempt)
         alive = set(workers)
         self._last = {pid: last for pid, last in self._last.items() if pid in alive}
         return any(time.monotonic() - at > self._patience_s(message) for at, message in self._last.values())
+
+    def seconds_without(self, workers: Iterable[int]) -> float:
+        """For how long there have been no `workers`; 0 while there are some."""
+        if any(True for _ in workers):
+            self.has_seen_workers, self._seen_workers = True, self._looked
+        return self._looked - self._seen_workers
 
     def _patience_s(self, message: HeartbeatMessage) -> float:
         """Reading a checkpoint and compiling may take longer than a step."""
@@ -91,6 +111,7 @@ class HangWatchdog:
     def forget(self) -> None:
         """Forget the current workers, which have been killed."""
         self._last.clear()
+        self._looked = time.monotonic()  # finding the culprit takes longer than _GAP_S
 
     def suspects(self, host: str, node: int, attempt: AttemptDir) -> list[Suspect]:
         """What each worker of this node is doing; workers that can run write their stacks to their logs."""

@@ -11,10 +11,12 @@ from pathlib import Path
 from gpt.run.bad_nodes import read_bad_nodes
 from gpt.run.events import Event, read_events, record_event
 from gpt.run.exit_codes import ExitCode
+from gpt.run.failure_policy import POLICIES, Trigger
 from gpt.run.json_file import retry_on_oserror
 from gpt.run.records import BadNode, JobOutcome, Owner, Result
 from gpt.run.run_dir import RunDir, SubmissionDir
 from launcher.node.rendezvous import reported_failures
+from launcher.node.torchrun import TorchrunEnd
 from launcher.scheduler.protocol import NodeIdentity, Scheduler
 
 _TAIL_LINES = 20
@@ -50,20 +52,23 @@ class JobRun:
         numbers = [number for number in self.run.attempt_numbers() if number > self.after_attempt]
         return next((number for number in reversed(numbers) if self._owner(number) == self._own_name), None)
 
-    def outcome(self, torchrun_code: int, *, stopped_now: bool, was_signalled: bool) -> JobOutcome:
+    def outcome(self, end: TorchrunEnd, *, was_signalled: bool) -> JobOutcome:
         """How the job run ended, now that its workers are gone; recorded if they did not do so themselves."""
+        if end.given_up is not None and end.given_up.trigger is Trigger.RUN_DIR_GONE:
+            return JobOutcome(exit_code=ExitCode.DO_NOT_RESTART, cause=end.cause, attempt=None)
         attempt = self.own_attempt()
         if attempt is not None:
-            result = Result.read(self.run.attempt(attempt).result)
+            result = Result.read_unless_garbled(self.run.attempt(attempt).result)
             if result is not None:
                 outcome = JobOutcome(exit_code=result.exit_code, cause=result.cause, attempt=attempt)
                 return self._failed_if_bad_node_returned(outcome)
-        exit_code, cause = self._without_result(torchrun_code, stopped_now, was_signalled)
+        exit_code, cause = self._without_result(end, was_signalled)
         if attempt is not None:
             result = Result(exit_code=exit_code, cause=cause)
             retry_on_oserror(lambda: result.write(self.run.attempt(attempt).result))
         event = Event.FAILED if exit_code == ExitCode.FAILED else Event.INTERRUPTED
-        record_event(self.run.events, event, cause=cause.splitlines()[0])
+        requested = {"requested": True} if end.stopped_now else {}
+        record_event(self.run.events, event, cause=cause.splitlines()[0], **requested)
         return JobOutcome(exit_code=exit_code, cause=cause, attempt=attempt)
 
     def bad_nodes(self, outcome: JobOutcome) -> list[str]:
@@ -83,26 +88,28 @@ class JobRun:
                     count += 1
         return count
 
-    def _without_result(
-        self, torchrun_code: int, stopped_now: bool, was_signalled: bool
-    ) -> tuple[ExitCode, str]:
+    def _without_result(self, end: TorchrunEnd, was_signalled: bool) -> tuple[ExitCode, str]:
         """The exit code and the cause of a job run that left no result."""
         elsewhere = self.failures()
-        cause = "; ".join([f"the workers ended without a result (torchrun: {torchrun_code})", *elsewhere])
-        if stopped_now:
+        output = self.submission.node_log(self.identity.node)
+        where = f" (the output is in {output.parent.name}/{output.name})" if end.given_up is not None else ""
+        cause = "; ".join([end.cause + where, *elsewhere])
+        if end.stopped_now:
             return ExitCode.FAILED, "stopped at once without saving, as requested"
         if was_signalled and self.scheduler.can_requeue and not elsewhere:
             # The scheduler signals torchrun too, which dies of it while it still imports: not a failure.
             return ExitCode.STOPPED, f"the scheduler asked the job to stop, and {cause}"
-        tail = _tail(self.submission.node_log(self.identity.node))
-        return ExitCode.FAILED, f"{cause}\n{tail}".rstrip()
+        if end.given_up is not None:
+            is_final = POLICIES[end.given_up.trigger].limit is not None and not self.scheduler.can_requeue
+            return ExitCode.DO_NOT_RESTART if is_final else ExitCode.FAILED, cause
+        return ExitCode.FAILED, f"{cause}\n{_tail(output)}".rstrip()
 
     @property
     def _own_name(self) -> tuple[str, int]:
         return self.identity.job, self.identity.job_run
 
     def _owner(self, attempt: int) -> tuple[str, int] | None:
-        owner = Owner.read(self.run.attempt(attempt).owner)
+        owner = Owner.read_unless_garbled(self.run.attempt(attempt).owner)
         return (owner.job, owner.job_run) if owner is not None and owner.job else None
 
     def _failed_if_bad_node_returned(self, outcome: JobOutcome) -> JobOutcome:

@@ -40,14 +40,15 @@ def rendezvous(identity: NodeIdentity, scheduler: Scheduler, submission: Submiss
     if identity.is_first:
         MeetingPoint(address=address, port=_free_port(address, _first_port(identity.job_id))).write(path)
     deadline = time.monotonic() + _TIMEOUT_S
-    while (found := MeetingPoint.read(path) if is_listed(path) else None) is None:
+    while (found := MeetingPoint.read_unless_garbled(path) if is_listed(path) else None) is None:
         if time.monotonic() > deadline:
             raise LaunchError(
                 f"{identity.name} waited {_TIMEOUT_S:.0f} s for the first node's {path.name}: that node did "
                 "not start, or the run directory is not on a file system that all nodes share."
             )
         time.sleep(_POLL_S)
-    return Rendezvous(address, f"{found.address}:{found.port}")
+    host = f"[{found.address}]" if ":" in found.address else found.address  # an IPv6 address has colons
+    return Rendezvous(address, f"{host}:{found.port}")
 
 
 def report_failure(identity: NodeIdentity, submission: SubmissionDir, cause: str) -> None:
@@ -59,7 +60,7 @@ def report_failure(identity: NodeIdentity, submission: SubmissionDir, cause: str
 def reported_failures(identity: NodeIdentity, submission: SubmissionDir) -> list[str]:
     """The causes that the failed nodes of this job run have reported."""
     pattern = submission.node_failure(identity.job, identity.job_run, "*").name
-    found = (NodeFailure.read(path) for path in sorted(submission.path.glob(pattern)))
+    found = (NodeFailure.read_unless_garbled(path) for path in sorted(submission.path.glob(pattern)))
     return [failure.cause for failure in found if failure is not None]
 
 
@@ -71,7 +72,7 @@ def _first_port(job_id: str) -> int:
 
 def _free_port(address: str, wanted: int) -> int:
     for port in (*range(wanted, _PORTS.stop), *range(_PORTS.start, wanted)):
-        with socket.socket() as probe:
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
             try:
                 probe.bind((address, port))
             except OSError:

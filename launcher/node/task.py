@@ -9,6 +9,7 @@ started it. It trains nothing and imports no torch.
 
 import os
 import signal
+import sys
 import time
 import traceback
 from contextlib import suppress
@@ -20,15 +21,16 @@ from data_pipeline.errors import LaunchError
 from gpt.run.events import Event, record_event
 from gpt.run.exit_codes import ExitCode
 from gpt.run.failure_policy import TRIGGERS, Action, Trigger, action_on
-from gpt.run.json_file import retry_on_oserror
+from gpt.run.json_file import is_listed, retry_on_oserror
 from gpt.run.process_control import adopt_orphans, die_with_parent
 from gpt.run.records import JobOutcome
 from gpt.run.run_dir import RunDir
 from launcher.node.job_run import JobRun
 from launcher.node.rendezvous import report_failure
 from launcher.node.sidecars import Sidecars
-from launcher.node.supervisor import ReceivedSignals, Supervisor, TorchrunEnd
+from launcher.node.supervisor import ReceivedSignals, Supervisor
 from launcher.node.tmpdir import make_tmpdir, remove_tmpdir
+from launcher.node.torchrun import TorchrunEnd
 from launcher.process_tree import kill_descendants
 from launcher.runs.job_record import read_job
 from launcher.runs.stop_request import clear_job_run_stop, is_persons, pending_stop
@@ -51,7 +53,12 @@ class NodeTask:
 
     def __call__(self) -> dict[str, Any]:
         """Train until the workers end. The outcome as a dict; an empty one on all nodes but the first."""
-        return NodeRunner(RunDir(Path(self.run_dir)), int(self.submission)).work()
+        run = RunDir(Path(self.run_dir))
+        outcome = NodeRunner(run, int(self.submission)).work()
+        if not is_listed(run.config):  # submitit would make the run directory anew, for its result
+            sys.stdout.flush()
+            os._exit(ExitCode.DO_NOT_RESTART)
+        return outcome
 
 
 class NodeRunner:
@@ -75,9 +82,10 @@ class NodeRunner:
     def work(self) -> dict[str, Any]:
         """Train, and on the first node decide what follows; the outcome as a dict."""
         self.signals.install()
+        # A job whose controller or slurmstepd is gone counts as dead, also if that happened before this line.
+        die_with_parent(signal.SIGKILL, self.scheduler.parent_of_task())
         self.tmpdir = make_tmpdir(self.identity)
         adopt_orphans()
-        die_with_parent(signal.SIGKILL)  # a job whose controller or slurmstepd is gone counts as dead
         retry_on_oserror(self._remove_old_results)
         if not self.identity.is_first:
             return self._run_other_node()
@@ -116,19 +124,20 @@ class NodeRunner:
         kill_descendants(spare=self.sidecars.pids())
         if not self.job_run.is_current():
             return None
-        return self.job_run.outcome(end.code, stopped_now=end.stopped_now, was_signalled=self.signals.has_any)
+        return self.job_run.outcome(end, was_signalled=self.signals.has_any)
 
     def _run_other_node(self) -> dict[str, Any]:
         """Train on any node but the first, and tell the first one about a failure."""
         try:
-            code = self._train().code
+            end = self._train()
             self._clean_up()
             attempt = self.job_run.own_attempt()
             has_result = attempt is not None and self.run.attempt(attempt).result.exists()
             is_stopping = pending_stop(self.run) is not None
-            if code != 0 and not has_result and not is_stopping and not self.job_run.failures():
-                cause = f"the workers ended without a result (torchrun: {code})"
-                report_failure(self.identity, self.submission, cause)
+            # The other nodes wait for workers that this one does not start again, also while they stop.
+            is_failure = end.given_up is not None or (end.code != 0 and not is_stopping)
+            if is_failure and not has_result and not self.job_run.failures():
+                report_failure(self.identity, self.submission, end.cause)
         except Exception as error:
             traceback.print_exc()
             self._clean_up()
@@ -137,8 +146,10 @@ class NodeRunner:
         return {}
 
     def _train(self) -> TorchrunEnd:
-        spared = self.sidecars.pids()
-        return Supervisor(self.job_run, self.config, self.cluster, self.signals, self._mounts(), spared).run()
+        supervisor = Supervisor(
+            self.job_run, self.config, self.cluster, self.signals, self._mounts(), self.sidecars, self.tmpdir
+        )
+        return supervisor.run()
 
     def _decide(self, outcome: JobOutcome) -> dict[str, Any]:
         """End the job, or put it back in the queue, as the failure policy says."""
@@ -196,8 +207,14 @@ class NodeRunner:
     def _conclude(self, outcome: JobOutcome) -> dict[str, Any]:
         """Record that the job has ended, and let the sidecars send what is left."""
         # First of all: if the node is killed while it waits for the sidecars, the outcome still counts.
+        if not is_listed(self.run.config):  # nothing is made anew where the run directory was
+            print(outcome.cause, flush=True)
+            self._clean_up()
+            return outcome.model_dump(mode="json")
         retry_on_oserror(lambda: outcome.write(self.submission.outcome))
-        if not self.stopped_now:
+        if self.stopped_now:
+            self.sidecars.drain_in_a_hurry()
+        else:
             self.sidecars.drain()
         self._clean_up()
         return outcome.model_dump(mode="json")

@@ -1,11 +1,15 @@
 """The command and the environment of torchrun on one node: everything that the workers get to know."""
 
+import signal
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from gpt.config.run import RunConfig
 from gpt.run.environment import WorkerEnvironment
+from gpt.run.failure_policy import Trigger
 from gpt.run.run_dir import RunDir
+from gpt.run.stop import STOP_SIGNALS
 from launcher.cluster import ClusterConfig
 from launcher.node.rendezvous import Rendezvous
 from launcher.runs.code_snapshot import python_module
@@ -13,12 +17,44 @@ from launcher.scheduler.container import inside
 from launcher.scheduler.protocol import NodeIdentity
 from launcher.scheduler.registry import scheduler_of
 
-_FORWARDED = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"  # torchrun would die of the last two, and orphan
+# torchrun would die of a signal that it does not handle, and orphan its workers.
+_FORWARDED = ",".join(number.name for number in (*STOP_SIGNALS, signal.SIGQUIT))
 # How long torchrun waits between forwarding a signal and SIGKILL. The sender of the signal has a limit of its
 # own (Slurm's grace time); torchrun must not be the one that cuts a save short.
 _SHUTDOWN_TIMEOUT_S = 3600
 # Nodes often have no route to the internet: a library that tries would hang in a connection, not fail.
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+# How torch's allocator is configured; the second name is the older one.
+_ALLOCATOR = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
+
+
+@dataclass(frozen=True)
+class GivenUp:
+    """Why torchrun was ended although it would have tried again."""
+
+    trigger: Trigger
+    cause: str
+
+
+@dataclass(frozen=True)
+class TorchrunEnd:
+    """torchrun's exit code, and whether a stop request killed the workers without saving.
+
+    `error` is the last one that its workers printed before they belonged to an attempt.
+    """
+
+    code: int
+    stopped_now: bool
+    given_up: GivenUp | None = None
+    error: str | None = None
+
+    @property
+    def cause(self) -> str:
+        """Why the workers ended, if they left no result."""
+        if self.given_up is not None:
+            return self.given_up.cause
+        error = f": {self.error}" if self.error is not None else ""
+        return f"the workers ended without a result (torchrun: {self.code}){error}"
 
 
 def torchrun_command(
@@ -53,6 +89,15 @@ def torchrun_command(
         str(run.path),
     )
     return inside(command, cluster, mounts)
+
+
+def newest_generation(logs: Path) -> int:
+    """How often the torchrun that logs to the folder `logs` has restarted its workers on this node.
+
+    Its documented layout is LOGS/RENDEZVOUS_ID/attempt_N/RANK, with one attempt_N for each start.
+    """
+    numbers = (folder.name.rpartition("_")[2] for folder in logs.glob("*/attempt_*"))
+    return max((int(number) for number in numbers if number.isdigit()), default=0)
 
 
 def worker_environment(
@@ -90,6 +135,9 @@ def worker_environment(
         environment["OMP_NUM_THREADS"] = str(max(1, cores // cluster.processes))
     elif (visible := scheduler.visible_gpus(cluster, inherited)) is not None:
         environment["CUDA_VISIBLE_DEVICES"] = visible
+    if cluster.gpus_per_node and not _ALLOCATOR & (inherited.keys() | cluster.environment.keys()):
+        # Gathered weights and activations differ in size, and would leave gaps between fixed segments.
+        environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     if cluster.interface is not None:
         environment["NCCL_SOCKET_IFNAME"] = environment["GLOO_SOCKET_IFNAME"] = cluster.interface
     environment.update(_OFFLINE)

@@ -11,7 +11,7 @@ from math import prod
 from gpt.config.model import ModelConfig
 from gpt.config.parameter_table import block_numel, parameter_count, parameter_table
 from gpt.config.run import RunConfig
-from gpt.config.zero_sizes import zero_sizes
+from gpt.config.zero_sizes import sums_whole_gradients, zero_sizes
 from gpt.model.loss_chunks import block_elements, chunk_elements, rows_within
 
 # DeepSpeed's defaults: stage 3 keeps up to so many weights gathered for reuse, and stage 1 with accumulation
@@ -30,6 +30,7 @@ class Memory:
     activations: int
     workspace: int
     peak: int
+    peak_at: str  # activations and the update's buffers do not exist at the same time
 
     @property
     def state(self) -> int:
@@ -48,25 +49,40 @@ def memory(config: RunConfig, world_size: int, *, on_cpu: bool = False) -> Memor
     weights = width * parameters
     if zero.stage == 3:
         weights = 0 if zero.offload_parameters == "cpu" else weights // world_size
+        if zero.offload_parameters == "none" and zero.secondary_shards > 1:
+            weights += width * parameters // zero.secondary_shards
     optimizer = state_bytes(config) // world_size if zero.offload_optimizer == "none" else 0
-    kept, buckets, reducing, at_head, update = _gradient_bytes(config, world_size, on_cpu=on_cpu)
+    gradients = _gradient_bytes(config, world_size, on_cpu=on_cpu)
     gathered = _gathered_bytes(config, world_size)
-    activations, loss = activation_bytes(config), _loss_bytes(config, on_cpu=on_cpu)
-    recomputed = _tokens(config) * _block(config.model, width) if config.model.recompute != "none" else 0
+    activations, loss = activation_bytes(config, on_cpu=on_cpu), _loss_bytes(config, on_cpu=on_cpu)
+    recomputed = 0
+    if config.model.recompute != "none":
+        recomputed = _tokens(config) * _block(config.model, width, on_cpu=on_cpu)
     # The weights of a block arrive in one buffer, from which they are copied.
     arriving = width * block_numel(config.model) if gathered else 0
     forward = gathered + activations - recomputed + max(loss, arriving)
-    # The head comes first, when no block has been recomputed yet.
-    backward = gathered + buckets + reducing + max(activations, activations - recomputed + at_head)
+    backward = (
+        gathered
+        + gradients.buckets
+        + max(
+            activations + gradients.reducing,
+            activations - recomputed + gradients.at_head,
+            gradients.at_embedding,
+        )
+    )
+    update = gradients.update
     if zero.stage == 3:  # the bucket is never freed
-        forward, update = forward + buckets, update + buckets
+        forward, update = forward + gradients.buckets, update + gradients.buckets
+    moments = {"forward pass": forward, "backward pass": backward, "update": update}
+    peak_at = max(moments, key=lambda moment: moments[moment])
     return Memory(
         weights=weights,
         optimizer=optimizer,
-        gradients=kept + buckets,
+        gradients=gradients.kept + gradients.buckets,
         activations=activations,
-        workspace=gathered + max(loss, reducing + at_head, update),
-        peak=weights + optimizer + kept + max(forward, backward, update),
+        workspace=gathered + max(loss, gradients.reducing, gradients.at_head, update),
+        peak=weights + optimizer + gradients.kept + moments[peak_at],
+        peak_at=f"the {peak_at}",
     )
 
 
@@ -77,62 +93,103 @@ def _gathered_bytes(config: RunConfig, world_size: int) -> int:
     return _bytes(config) * min(parameter_count(config.model), _MOST_GATHERED_NUMEL)
 
 
-def _gradient_bytes(config: RunConfig, world_size: int, *, on_cpu: bool) -> tuple[int, int, int, int, int]:
-    """Bytes of gradients.
+@dataclass(frozen=True)
+class _Gradients:
+    """Bytes of gradients and of their copies."""
 
-    Kept between micro-batches; in buckets; while a bucket is reduced; in addition while the head's is; in the
-    update.
+    kept: int  # between micro-batches
+    buckets: int
+    update: int  # this rank's gradient, flat and in fp32
+    reducing: int = 0  # while the gradients of a block are reduced
+    at_head: int = 0  # while those of the head are, which come first
+    at_embedding: int = 0  # while those of the embedding are, which come last
 
-    A gradient is reduced in a bucket as soon as that is full, and each rank keeps its part. On GPUs there are
-    two buckets at stages 1 and 2, one of which fills while the other is reduced.
+
+def _gradient_bytes(config: RunConfig, world_size: int, *, on_cpu: bool) -> _Gradients:
+    """What the gradients of a step take.
+
+    They are reduced in a bucket as soon as that is full, and each rank keeps its part. On GPUs there are two
+    buckets at stages 1 and 2, one of which fills while the other is reduced.
     """
     zero, model, width = config.zero, config.model, _bytes(config)
-    parameters = parameter_count(model)
-    shard = parameters // world_size
-    is_accumulating = config.micro_batches(world_size) > 1
-    in_fp32 = 4 if is_accumulating or width == 4 else width  # bytes of an element that is kept
+    parameters, is_accumulating = parameter_count(model), config.micro_batches(world_size) > 1
+    shard, numel = parameters // world_size, zero_sizes(config).bucket_numel
+    kept_width = 4 if is_accumulating else width
     on_device = zero.offload_optimizer == "none"
-    bucket = width * zero_sizes(config).bucket_numel
-    # The update needs this rank's gradient flat and in fp32.
-    update = (4 * shard + (0 if in_fp32 == 4 else in_fp32 * shard)) if on_device else 0
+    update = (4 * shard + (0 if kept_width == 4 else width * shard)) if on_device else 0
+    reduced_width = 4 if zero.reduce_dtype == "fp32" else 2
+    converted = reduced_width if reduced_width != width else 0  # bytes of a copy in zero.reduce_dtype
     if zero.stage == 3:
-        return in_fp32 * shard, bucket, 0, 0, update
-    if zero.stage == 1 and is_accumulating:
-        # Every rank keeps the whole gradient, and reduces it only in the last micro-batch. In bf16 the
-        # gradient of the micro-batch stays until the next backward pass; the sum is reduced as one bf16 copy,
-        # after all groups have been put together unless they are large.
-        raw = width * parameters
-        if config.precision != "bf16":
-            return in_fp32 * parameters, bucket, raw, 0, update
+        return _Gradients(kept_width * shard, reduced_width * numel, update, converted * numel)
+    if sums_whole_gradients(config, world_size):
+        # A parameter's gradient is freed before the next one is computed. The sums are reduced in the last
+        # micro-batch, all groups put together unless they are large.
+        largest = width * max(prod(shape) for _, shape in parameter_table(model))
         joined = 4 * parameters if parameters < _JOINED_BELOW_NUMEL else 0
-        return 4 * parameters, 0, raw, 0, raw + joined + 2 * parameters
-    head, buckets = model.vocabulary * model.d_model, (1 if on_cpu else 2) * bucket
-    if is_accumulating:  # the last rank's part of the head's gradient is added in fp32
-        return 4 * shard, buckets, bucket, width * head + 4 * min(head, shard), 0
-    if zero.stage == 1:  # keeps the head's gradient until the update
-        return 0, buckets, bucket + width * head, 0, width * shard + update
-    return 0, buckets, bucket, width * head, width * shard + update
+        converted = 2 * parameters if zero.reduce_dtype != "fp32" else 0
+        return _Gradients(4 * parameters, largest, joined + converted)
+    if zero.stage == 1 and is_accumulating:  # every rank keeps the whole gradient
+        return _Gradients(kept_width * parameters, width * numel, update, width * parameters)
+    head = model.vocabulary * model.d_model
+    is_large = head > numel  # such a gradient is reduced by itself, outside the bucket
+    of_head = converted * head if is_large else (width + converted) * numel
+    if is_accumulating:  # the last rank adds its part of the head's gradient in fp32
+        of_head += 4 * min(head, shard)
+    own = 0 if is_accumulating else width * shard
+    return _Gradients(
+        kept=4 * shard if is_accumulating else 0,
+        buckets=(1 if on_cpu else 2) * width * numel,
+        update=0 if is_accumulating else own + update,
+        # Stage 1 keeps the head's gradient until the update.
+        reducing=(width + converted) * numel + (width * head if zero.stage == 1 else 0),
+        at_head=width * head + of_head,
+        at_embedding=own + (2 * width + converted) * head if is_large else 0,
+    )
 
 
 def largest_micro_batch(config: RunConfig, world_size: int, available: float) -> int | None:
     """The largest micro-batch that divides the global batch and keeps the peak within `available` bytes."""
-    for micro_batch in range(config.global_batch * config.parallel.sequence // world_size, 0, -1):
-        smaller = config.with_tables(batch=config.batch.with_micro_batch(micro_batch))
-        if smaller.batch_problem(world_size) is None and memory(smaller, world_size).peak <= available:
+    per_rank, rest = divmod(config.global_batch * config.parallel.sequence, world_size)
+    if rest:
+        return None
+
+    def smaller(micro_batch: int) -> RunConfig:
+        return config.with_tables(batch=config.batch.with_micro_batch(micro_batch))
+
+    # The peak grows with the micro-batch, so bisection finds the largest one that fits.
+    fitting, too_large = 0, per_rank + 1
+    while too_large - fitting > 1:
+        middle = (fitting + too_large) // 2
+        if memory(smaller(middle), world_size).peak <= available:
+            fitting = middle
+        else:
+            too_large = middle
+    for micro_batch in range(fitting, 0, -1):
+        if per_rank % micro_batch == 0 and smaller(micro_batch).batch_problem(world_size) is None:
             return micro_batch
     return None
 
 
-def activation_bytes(config: RunConfig) -> int:
+def gradient_traffic_bytes(config: RunConfig, world_size: int) -> int:
+    """Bytes of gradients that a rank hands to the reductions of a step.
+
+    Stages 2 and 3 reduce the gradients of every micro-batch, stage 1 their sum.
+    """
+    width = 4 if config.zero.reduce_dtype == "fp32" else 2
+    times = config.micro_batches(world_size) if config.zero.stage >= 2 else 1
+    return width * parameter_count(config.model) * times if world_size > 1 else 0
+
+
+def activation_bytes(config: RunConfig, *, on_cpu: bool = False) -> int:
     """Bytes that one micro-batch keeps for the backward pass, without the buffers inside kernels.
 
     Counted as in Korthikanti et al. (arXiv:2205.05198, section 4), for this network's own operations. A test
     compares it with the tensors that autograd saves.
     """
     model, tokens, width = config.model, _tokens(config), _bytes(config)
-    last_norm = _norm(model, width) if model.norm_placement == "pre" else 0
+    last_norm = _norm(model, width, on_cpu=on_cpu) if model.norm_placement == "pre" else 0
     at_head = width * model.d_model  # the loss computes its input's gradient in the forward pass
-    block = _block(model, width)
+    block = _block(model, width, on_cpu=on_cpu)
     if model.recompute == "none":
         kept = model.n_layers * block
     else:
@@ -143,25 +200,29 @@ def activation_bytes(config: RunConfig) -> int:
     return tokens * (kept + last_norm + at_head)
 
 
-def _block(model: ModelConfig, width: int) -> int:
+def _block(model: ModelConfig, width: int, *, on_cpu: bool) -> int:
     """Bytes per token of one block."""
     attention = width * (model.n_heads + 2 * model.kv_heads) * model.head_width  # q, k and v in one tensor
     if model.position == "rope" or model.qk_norm:
         # rotated or normalised copies of q and k
         attention += width * (model.n_heads + model.kv_heads) * model.head_width
     if model.qk_norm:
-        attention += (4 + width) * (model.n_heads + model.kv_heads) * model.head_width
+        # On a CPU its input in fp32 and normalised; the kernel of a GPU keeps the root of the mean square.
+        kept_per_head = (4 + width) * model.head_width if on_cpu else 4
+        attention += kept_per_head * (model.n_heads + model.kv_heads)
     attention += width * model.n_heads * model.head_width + 4 * model.n_heads  # result and log-sum-exp
     # tensors of the feed-forward's width that its activation keeps
     kept = {"relu": 1, "bilinear": 3, "gelu": 2, "swish": 2, "relu2": 2}.get(model.ffn, 4)
     dropped = 2 * model.d_model if model.dropout else 0  # masks of a byte an element
-    return 2 * _norm(model, width) + attention + kept * width * model.ffn_width + dropped
+    return 2 * _norm(model, width, on_cpu=on_cpu) + attention + kept * width * model.ffn_width + dropped
 
 
-def _norm(model: ModelConfig, width: int) -> int:
+def _norm(model: ModelConfig, width: int, *, on_cpu: bool) -> int:
     """Bytes per token of a norm over the model's width, including its result."""
     if model.norm == "layernorm":
         return 2 * width * model.d_model + 8
+    if not on_cpu:
+        return 2 * width * model.d_model + 4  # its input, scaled
     return (4 + 2 * width) * model.d_model + 4  # its input in fp32, normalised, scaled
 
 

@@ -8,6 +8,7 @@ from gpt.checkpoint.mirror import Mirror, MirrorError
 from gpt.config.run import RunConfig
 from gpt.run.run_dir import RunDir
 from launcher.findings import Findings
+from launcher.paths import unwritable_problem
 from launcher.runs.job_record import is_copy
 
 
@@ -21,6 +22,9 @@ def check_mirror(run: RunDir, config: RunConfig, findings: Findings, *, is_new: 
             findings.problem(
                 f"checkpoint.mirror = {place} is not a folder. Create it, or mount its file system."
             )
+            return
+        if (problem := unwritable_problem(Path(place))) is not None:
+            findings.problem(f"checkpoint.mirror = {place}: {problem} Use another folder.")
             return
         if Path(place).resolve() == run.path.resolve().parent:
             findings.problem(f"checkpoint.mirror = {place} already holds the run itself. Use another folder.")

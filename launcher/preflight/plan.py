@@ -16,7 +16,13 @@ from gpt.config.run import RunConfig
 from gpt.model.flops import PEAK_FLOPS_PER_SECOND, flops_per_token
 from gpt.run.host_memory import LARGEST_SHARE
 from launcher.cluster import ACCELERATOR_MEMORY_GIB, ClusterConfig
-from launcher.preflight.memory import Memory, largest_micro_batch, memory, state_bytes
+from launcher.preflight.memory import (
+    Memory,
+    gradient_traffic_bytes,
+    largest_micro_batch,
+    memory,
+    state_bytes,
+)
 from launcher.scheduler.registry import scheduler_of
 from launcher.units import size
 
@@ -51,6 +57,7 @@ class Plan:
     sources: tuple[Share, ...]
     flops: float
     memory: Memory
+    gradient_traffic_bytes: int
     largest_micro_batch: int | None
     assumed_mfu: float
     gpu_hours: float | None
@@ -58,6 +65,7 @@ class Plan:
     checkpoint_bytes: int
     host_copy_bytes: int
     disk_bytes: int
+    cost: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The plan as one JSON object."""
@@ -69,13 +77,14 @@ def plan(
     cluster: ClusterConfig,
     train_tokens: Sequence[int] | None,
     mfu: float = ASSUMED_MFU,
+    price_per_gpu_hour: float | None = None,
 ) -> Plan:
     """What a run of the resolved `config` needs on `cluster`; `train_tokens` are the sizes of its sources.
 
     Time and the largest micro-batch are None unless the cluster file names an accelerator.
     """
     tokens, world_size = config.batch.sizes.until(config.total_steps), cluster.world_size
-    flops, available = float(flops_per_token(config.model)) * tokens, _available_bytes(cluster)
+    flops, available = float(flops_per_token(config.model)) * tokens, available_bytes(cluster)
     hours = None
     if cluster.accelerator is not None:
         hours = gpu_hours(flops, cluster.accelerator, config.precision, mfu)
@@ -89,6 +98,7 @@ def plan(
         sources=_shares(config, train_tokens) if train_tokens else (),
         flops=flops,
         memory=memory(config, world_size, on_cpu=cluster.gpus_per_node == 0),
+        gradient_traffic_bytes=gradient_traffic_bytes(config, world_size),
         largest_micro_batch=largest_micro_batch(config, world_size, available) if available else None,
         assumed_mfu=mfu,
         gpu_hours=hours,
@@ -96,6 +106,7 @@ def plan(
         checkpoint_bytes=checkpoint_bytes(config),
         host_copy_bytes=host_copy_bytes(config, cluster),
         disk_bytes=disk_bytes(config),
+        cost=None if hours is None or price_per_gpu_hour is None else hours * price_per_gpu_hour,
     )
 
 
@@ -150,7 +161,7 @@ def gpu_hours(flops: float, accelerator: str, precision: str, mfu: float) -> flo
 
 def memory_problem(config: RunConfig, cluster: ClusterConfig) -> str | None:
     """Why the training state does not fit on the cluster's accelerator; None if it fits or is unknown."""
-    available = _available_bytes(cluster)
+    available = available_bytes(cluster)
     if available is None:
         return None
     needed = memory(config, cluster.world_size)
@@ -165,7 +176,7 @@ def memory_problem(config: RunConfig, cluster: ClusterConfig) -> str | None:
 
 def memory_warning(config: RunConfig, cluster: ClusterConfig) -> str | None:
     """Why a step probably does not fit in memory although the training state does; None otherwise."""
-    available = _available_bytes(cluster)
+    available = available_bytes(cluster)
     if available is None or memory_problem(config, cluster) is not None:
         return None
     needed = memory(config, cluster.world_size)
@@ -191,41 +202,86 @@ def host_copy_bytes(config: RunConfig, cluster: ClusterConfig) -> int:
     return checkpoint_bytes(config) * cluster.processes // cluster.world_size
 
 
-def host_memory_warning(config: RunConfig, cluster: ClusterConfig) -> str | None:
-    """Why saves will probably be synchronous: the nodes lack host memory for a copy of the training state.
+def host_memory_problem(config: RunConfig, cluster: ClusterConfig) -> str | None:
+    """Why the training state does not fit in the host memory of a node; None if it does or is unknown."""
+    if (known := scheduler_of(cluster.kind).node_memory(cluster)) is None:
+        return None
+    available, which = known
+    each = _host_bytes(config, cluster, at_peak=False)
+    if cluster.processes * each <= available:
+        return None
+    advice = (
+        "Use fewer processes, a higher zero.stage on more nodes, or a smaller model"
+        if not cluster.gpus_per_node
+        else "Use more nodes, or zero.offload_optimizer = 'none'"
+    )
+    return (
+        f"the training state needs {size(cluster.processes * each)} of host memory on each node "
+        f"({cluster.processes} × {size(each)}), but there are only {size(available)} ({which}). {advice}."
+    )
 
-    The memory of a node is known for this machine, and for Slurm nodes if the cluster file sets `mem`.
+
+def host_memory_warning(config: RunConfig, cluster: ClusterConfig) -> str | None:
+    """Why a step probably does not fit in host memory, or why saves will probably be synchronous.
+
+    The latter happens when the nodes lack memory for a copy of the training state. The memory of a node is
+    known for this machine, and for Slurm nodes if the cluster file sets `mem`.
     """
     copies = host_copy_bytes(config, cluster)
     if (known := scheduler_of(cluster.kind).node_memory(cluster)) is None:
         return None
+    if host_memory_problem(config, cluster) is not None:
+        return None
     total, which = known
-    left = total - cluster.processes * _host_bytes(config, cluster)
+    needed = cluster.processes * _host_bytes(config, cluster)
+    if needed > total:
+        return (
+            f"a step needs about {size(needed)} of host memory on each node, but there are only "
+            f"{size(total)} ({which}): use a smaller batch.micro_batch, model.recompute = 'full', or fewer "
+            "processes."
+        )
+    left = total - needed
     if copies <= LARGEST_SHARE * left:
         return None
     return (
         f"checkpoint.asynchronous needs {size(copies)} of host memory on each node for a copy of the "
-        f"training state, but training leaves only {size(max(0, left))} ({which}). Training will wait while "
+        f"training state, but training leaves only {size(left)} ({which}). Training will wait while "
         "a checkpoint is written. Use more memory or more nodes, or set checkpoint.asynchronous = false to "
         "accept this."
     )
 
 
-def _host_bytes(config: RunConfig, cluster: ClusterConfig) -> int:
-    """Host memory of one process, without the copy of its state."""
+def _host_bytes(config: RunConfig, cluster: ClusterConfig, *, at_peak: bool = True) -> int:
+    """Host memory of one process, without the copy of its state: at the peak of a step, or between steps."""
     bytes_of_training = 0
     if not cluster.gpus_per_node:
-        bytes_of_training = memory(config, cluster.world_size, on_cpu=True).peak
+        needed = memory(config, cluster.world_size, on_cpu=True)
+        bytes_of_training = needed.peak if at_peak else needed.state
     elif config.zero.offload_optimizer == "cpu":
         # ZeRO-Offload also keeps the fp32 gradients of its partition in host memory.
         bytes_of_training = (state_bytes(config) + 4 * parameter_count(config.model)) // cluster.world_size
     return _PROCESS_BYTES + bytes_of_training
 
 
-def _available_bytes(cluster: ClusterConfig) -> float | None:
+def available_bytes(cluster: ClusterConfig) -> float | None:
+    """Bytes of a GPU that a rank can use; None if the cluster file names no accelerator."""
     if cluster.accelerator is None or not cluster.gpus_per_node:
         return None
     return ACCELERATOR_MEMORY_GIB[cluster.accelerator] * _GIB * USABLE_FRACTION
+
+
+def _why_less(plan: Plan) -> str:
+    """Why the peak is less than the sum of the rows above it."""
+    memory = plan.memory
+    rows = memory.state + memory.activations + memory.workspace
+    if memory.peak >= rows:
+        return ""
+    absent = {
+        "the forward pass": "before the gradients",
+        "the backward pass": "before the update",
+        "the update": "after the activations are freed",
+    }[memory.peak_at]
+    return f" ({absent}: less than the sum)"
 
 
 def table(plan: Plan) -> list[tuple[str, str]]:
@@ -234,9 +290,9 @@ def table(plan: Plan) -> list[tuple[str, str]]:
         ("parameters", f"{plan.parameters:,}"),
         ("processes", f"{plan.world_size}, each with {plan.micro_batches} micro-batches per step"),
         ("steps", f"{plan.steps:,}"),
-        ("tokens", f"{plan.tokens:,}" + (f" ({plan.epochs:.2f} epochs)" if plan.epochs is not None else "")),
+        ("tokens", f"{plan.tokens:,}" + (f" ({plan.epochs:,.2f} epochs)" if plan.epochs is not None else "")),
         *(
-            (f"  from {share.path}", f"{share.sequences:,} sequences, {share.epochs:.2f} epochs")
+            (f"  from {share.path}", f"{share.sequences:,} sequences, {share.epochs:,.2f} epochs")
             for share in (plan.sources if len(plan.sources) > 1 else ())
         ),
         ("compute", f"{plan.flops:.3g} FLOPs"),
@@ -245,12 +301,21 @@ def table(plan: Plan) -> list[tuple[str, str]]:
             if plan.days is not None
             else []
         ),
+        *([("cost", f"{plan.cost:,.0f}")] if plan.cost is not None else []),
         ("memory per rank: weights", size(plan.memory.weights)),
         ("memory per rank: optimizer", size(plan.memory.optimizer)),
         ("memory per rank: gradients", size(plan.memory.gradients)),
         ("memory per rank: activations", size(plan.memory.activations)),
         ("memory per rank: buffers", size(plan.memory.workspace)),
-        ("memory per rank: peak", f"about {size(plan.memory.peak)}"),
+        (
+            "memory per rank: peak",
+            f"about {size(plan.memory.peak)}, in {plan.memory.peak_at}{_why_less(plan)}",
+        ),
+        *(
+            [("gradients reduced per step", size(plan.gradient_traffic_bytes))]
+            if plan.gradient_traffic_bytes
+            else []
+        ),
         *(
             [("largest micro-batch that fits", str(plan.largest_micro_batch))]
             if plan.largest_micro_batch is not None

@@ -14,7 +14,10 @@ _PACKAGES = ("launcher", "gpt", "data_pipeline")
 def snapshot_code(run: RunDir) -> None:
     """Copy our packages into the run directory, in place of an earlier copy."""
     source = Path(__file__).resolve().parents[2]
-    temporary = run.path / f".code.{os.getpid()}"
+    # What a command that was killed here has left. Only one command at a time starts a run.
+    for leftover in run.path.glob(f"{run.code_being_copied.stem}.*"):
+        shutil.rmtree(leftover)
+    temporary = run.code_being_copied
     ignore = shutil.ignore_patterns("__pycache__", "*.pyc", "*.gz")  # the packaged corpus is not code
     for package in _PACKAGES:
         shutil.copytree(source / package, temporary / package, ignore=ignore)

@@ -5,7 +5,7 @@ found is refused: preflight decides whether the tables make a valid run.
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,10 @@ from typing import Any
 from data_pipeline.config_file import read_toml, with_overrides
 from data_pipeline.errors import ConfigError
 from data_pipeline.remote import is_remote
-from launcher.paths import absolute
+from gpt.config.alternatives import without_alternatives
+from launcher.paths import absolute, usable_path
+
+_SQLITE = "sqlite:///"
 
 
 def recipe_names() -> list[str]:
@@ -31,7 +34,7 @@ def recipe_path(name: str) -> Path:
 
 def run_tables(name_or_path: str, overrides: Sequence[str]) -> tuple[dict[str, Any], str]:
     """The tables of a run config, and its name for messages. Raises ConfigError."""
-    path = Path(name_or_path)
+    path = usable_path(name_or_path)
     is_name = name_or_path in recipe_names()  # some have a dot: gpt2-1.5b
     if (is_name or not path.suffix) and not path.is_file():
         if not is_name:
@@ -39,26 +42,39 @@ def run_tables(name_or_path: str, overrides: Sequence[str]) -> tuple[dict[str, A
             hint = f"did you mean {near[0]!r}?" if near else f"recipes: {', '.join(recipe_names())}"
             raise ConfigError(f"{name_or_path}: neither a file nor a recipe; {hint}")
         path = recipe_path(name_or_path)
-    return with_absolute_paths(with_overrides(read_toml(path), overrides)), path.name
+    return with_settings(read_toml(path), overrides), path.name
+
+
+def with_settings(tables: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """`tables` with `--set` on top, and absolute paths. Of two alternatives, the one that is set remains."""
+    given = [name.strip() for name, _, text in (each.partition("=") for each in overrides) if text.strip()]
+    return with_absolute_paths(with_overrides(without_alternatives(tables, given), overrides))
 
 
 def with_absolute_paths(tables: dict[str, Any]) -> dict[str, Any]:
-    """`tables` with absolute paths for data and checkpoint.mirror, from the caller's directory."""
+    """`tables` with absolute paths for data, checkpoint.mirror and an SQLite file in tracking.uri."""
+    tracking = tables.get("tracking")
+    uri = tracking.get("uri") if isinstance(tracking, dict) else None
+    if isinstance(tracking, dict) and isinstance(uri, str) and (file := uri.removeprefix(_SQLITE)) != uri:
+        tables = {**tables, "tracking": {**tracking, "uri": f"{_SQLITE}{absolute(file)}" if file else uri}}
     checkpoint = tables.get("checkpoint")
     mirror = checkpoint.get("mirror") if isinstance(checkpoint, dict) else None
     if isinstance(checkpoint, dict) and isinstance(mirror, str) and mirror and not is_remote(mirror):
-        tables = {**tables, "checkpoint": {**checkpoint, "mirror": str(absolute(mirror))}}
+        tables = {
+            **tables,
+            "checkpoint": {**checkpoint, "mirror": str(absolute(mirror, "checkpoint.mirror"))},
+        }
     data = tables.get("data")
     if not isinstance(data, dict):
         return tables
     whole = dict(data)
     if isinstance(data.get("path"), str):
-        whole["path"] = str(absolute(data["path"]))
+        whole["path"] = str(absolute(data["path"], "data.path"))
     if isinstance(data.get("mixture"), list):
         whole["mixture"] = [
-            {**source, "path": str(absolute(source["path"]))}
+            {**source, "path": str(absolute(source["path"], f"data.mixture.{number}.path"))}
             if isinstance(source, dict) and isinstance(source.get("path"), str)
             else source
-            for source in data["mixture"]
+            for number, source in enumerate(data["mixture"])
         ]
     return {**tables, "data": whole}

@@ -1,7 +1,9 @@
 """SWEEP_DIR/sweep.json: which runs a sweep consists of."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from data_pipeline.config_file import Section, validate
 from gpt.run.json_file import read_json
@@ -11,7 +13,7 @@ from gpt.run.run_dir import RunDir
 class SweepPoint(Section):
     """One run of a sweep: the name of its folder, and the values of the fields that the sweep varies."""
 
-    folder: str
+    folder: Annotated[str, Field(pattern=r"^[^/.\x00][^/\x00]*$")]
     fields: dict[str, Any]
 
 

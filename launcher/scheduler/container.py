@@ -38,7 +38,9 @@ def all_mounts(container: Container, mounts: Iterable[Path]) -> list[str]:
 
 
 def needed_folders(run: RunDir, config: RunConfig) -> list[Path]:
-    """The folders that a run's processes use: its parent (for mlflow.db), the mirror, and the data."""
+    """The folders that a run's processes use: its parent (for mlflow.db), the mirror, MLflow's, the data."""
     mirror = config.checkpoint.mirror
     mirrors = [Path(mirror)] if mirror is not None and not is_remote(mirror) else []
-    return [run.path.parent, *mirrors, *(source.path for source in config.data.sources)]
+    uri = config.tracking.uri or ""
+    databases = [Path(uri.removeprefix("sqlite:///")).parent] if uri.startswith("sqlite:////") else []
+    return [run.path.parent, *mirrors, *databases, *(source.path for source in config.data.sources)]

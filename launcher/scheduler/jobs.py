@@ -5,7 +5,7 @@ Commands ask a scheduler rarely, and about all jobs at once, because it may be a
 
 import fcntl
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TextIO
 
@@ -18,7 +18,7 @@ from gpt.run.records import Job, JobOutcome
 from gpt.run.run_dir import RunDir
 from launcher.cluster import SCHEDULERS
 from launcher.runs.job_record import read_job, read_outcome
-from launcher.runs.stop_request import is_persons, pending_stop
+from launcher.runs.stop_request import is_persons, pending_stop, request_stop
 from launcher.scheduler.protocol import CANCELLED, JobState, Standing
 from launcher.scheduler.registry import scheduler_of
 
@@ -107,6 +107,22 @@ class JobWatcher:
         cause = f"removed from the queue; {progress}"
         outcome = JobOutcome(exit_code=ExitCode.STOPPED, cause=cause, attempt=None)
         outcome.write(self._run.submission(self._job.submission).outcome)
+
+
+def ask_to_stop(run: RunDir, reason: str, note: Callable[[str], None], *, now: bool = False) -> None:
+    """Ask the job of `run` to save and stop (`now`: to stop without saving).
+
+    Where the request cannot be written, because the disk is full for example, the scheduler asks the job; a
+    sentence about it goes to `note`. Raises LaunchError when neither works.
+    """
+    try:
+        request_stop(run, reason, now=now)
+    except OSError as error:
+        job = read_job(run)
+        if job is None:
+            raise LaunchError(f"the stop request cannot be written: {error}") from None
+        how = scheduler_of(job.executor).ask_to_stop(job, now=now)
+        note(f"the stop request cannot be written ({error}); {how}")
 
 
 def claim_start(run: RunDir) -> TextIO:

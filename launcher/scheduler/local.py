@@ -3,6 +3,7 @@
 # ruff: noqa: ARG002 - the interface passes what any scheduler may need
 
 import os
+import signal
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -57,6 +58,7 @@ class LocalScheduler(Scheduler):
 
     def check_machine(self, cluster: ClusterConfig, findings: Findings) -> bool:
         """Check that the GPUs are here, and warn when processes share CPU cores."""
+        _check_interface(cluster, findings)
         if cluster.gpus_per_node:
             present = len(list(Path("/dev").glob("nvidia[0-9]*")))
             if present < cluster.gpus_per_node:
@@ -124,6 +126,19 @@ class LocalScheduler(Scheduler):
         if job.pid is not None and job.pid in self._started:
             self._started[job.pid].cancel(check=False)
 
+    def ask_to_stop(self, job: Job, *, now: bool) -> str:
+        """SIGTERM to the job's first process, which passes it on; SIGKILL ends all its processes."""
+        if self._standing(job).state != JobState.RUNNING or job.pid is None:
+            raise LaunchError(f"the local job {job.job_id} on {job.host} cannot be signalled from here")
+        number = signal.SIGKILL if now else signal.SIGTERM
+        try:
+            os.kill(job.pid, number)
+        except ProcessLookupError:
+            return "the job has just ended"
+        except PermissionError:
+            raise LaunchError(f"process {job.pid} of the job belongs to another user") from None
+        return f"process {job.pid} of the job got {number.name}"
+
     def cancel_pending(self, job_id: str) -> None:
         """Do nothing: no job waits here."""
 
@@ -138,6 +153,11 @@ class LocalScheduler(Scheduler):
         """The only node."""
         job_id = os.environ.get("SUBMITIT_LOCAL_JOB_ID", str(os.getpid()))
         return NodeIdentity(f"{self.kind}-{job_id}", 0, 0, 1, socket.gethostname(), job_id)
+
+    def parent_of_task(self) -> int | None:
+        """submitit's controller, whose process id is the job's."""
+        job_id = os.environ.get("SUBMITIT_LOCAL_JOB_ID")
+        return int(job_id) if job_id is not None else None
 
     def node_address(self, identity: NodeIdentity) -> str:
         """No other node has to reach this one."""
@@ -174,6 +194,17 @@ class LocalScheduler(Scheduler):
         else:
             is_alive = job.process is not None and job.pid is not None and identity(job.pid) == job.process
         return Standing(JobState.RUNNING if is_alive else JobState.ENDED)
+
+
+def _check_interface(cluster: ClusterConfig, findings: Findings) -> None:
+    """Find names in `interface` that no network interface here has; gloo compares whole names."""
+    present = [name for _, name in socket.if_nameindex()]
+    missing = [name for name in (cluster.interface or "").split(",") if name and name not in present]
+    if missing:
+        findings.problem(
+            f"interface = {cluster.interface!r}: this machine has no network interface {missing[0]!r}. "
+            f"It has: {', '.join(present)}. On one machine, the field can be left out."
+        )
 
 
 SCHEDULER = LocalScheduler()

@@ -157,6 +157,10 @@ class Scheduler(Protocol):
         """End a job that this process submitted, whatever its state."""
         ...
 
+    def ask_to_stop(self, job: Job, *, now: bool) -> str:
+        """Ask a job to save and stop (`now`: end it) without the run directory; a sentence about how."""
+        ...
+
     def cancel_pending(self, job_id: str) -> None:
         """Remove a pending job from the queue."""
         ...
@@ -173,6 +177,10 @@ class Scheduler(Protocol):
 
     def node_identity(self) -> NodeIdentity:
         """Who this node task is. Raises LaunchError outside a job."""
+        ...
+
+    def parent_of_task(self) -> int | None:
+        """The process that started this node task and ends with the job, where its id is known."""
         ...
 
     def node_address(self, identity: NodeIdentity) -> str:

@@ -129,6 +129,11 @@ class SlurmScheduler(Scheduler):
         """scancel, without asking whether it worked."""
         slurm_commands.cancel(job.job_id)
 
+    def ask_to_stop(self, job: Job, *, now: bool) -> str:
+        """scancel, whose SIGTERM is a stop request; Slurm kills what is left after its KillWait."""
+        slurm_commands.require_cancel(job.job_id)
+        return f"scancel ends job {job.job_id}" + ("" if now else ", which has Slurm's KillWait to save")
+
     def cancel_pending(self, job_id: str) -> None:
         """Remove a pending job from the queue."""
         slurm_commands.cancel_pending(job_id)
@@ -154,6 +159,10 @@ class SlurmScheduler(Scheduler):
             job_id = f"{array}_{task}"
         job_run = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         return NodeIdentity(f"{self.kind}-{job_id}", job_run, int(node), int(nodes), name, job_id)
+
+    def parent_of_task(self) -> int | None:
+        """None: slurmstepd ends a step completely, and a container may hide it."""
+        return None
 
     def node_address(self, identity: NodeIdentity) -> str:
         """The address of the name that Slurm gives this node, or of the route to another node."""

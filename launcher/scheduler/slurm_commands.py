@@ -12,7 +12,9 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from ipaddress import ip_address
 
 from data_pipeline.errors import LaunchError
 from launcher.scheduler.protocol import JobState, Standing
@@ -22,6 +24,7 @@ _RETRY_S = 5.0
 _EXCLUDE_TIMEOUT_S = 60.0
 _REFUSALS = 12
 _RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT")
+_JOB_ID = re.compile(r"[0-9]+(_[0-9]+)?")  # a job, or one of an array
 _ROW = "--format=%i|%T|%r|%N"
 _FORGOTTEN = ("Invalid job id", "not found")  # the second one for a job of an array
 _AWAY = "Unable to contact slurm controller"
@@ -49,13 +52,15 @@ def node_address(node: str, others: Sequence[str]) -> str:
     except LaunchError:
         if is_here():
             raise
-        address = socket.gethostbyname(socket.gethostname())  # a container without Slurm's commands
-    if not address.startswith("127.") or not others:
+        found = _resolved(socket.gethostname())  # a container without Slurm's commands
+        if found is None:
+            raise
+        address = found
+    if not ip_address(address).is_loopback or not others:
         return address
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(
-            (_other_address(others[0]), 9)
-        )  # UDP sends nothing here; the kernel only chooses a route
+    other = _other_address(others[0])
+    with socket.socket(socket.AF_INET6 if ":" in other else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((other, 9))  # UDP sends nothing here; the kernel only chooses a route
         return str(probe.getsockname()[0])
 
 
@@ -72,13 +77,25 @@ def _other_address(node: str) -> str:
 
 def _address(node: str) -> str:
     """The IP address of a node's name, or of its NodeAddr if only Slurm knows the name."""
-    try:
-        return str(socket.getaddrinfo(node, None, socket.AF_INET)[0][4][0])
-    except OSError:
-        found = re.search(r"NodeAddr=(\S+)", _require(["scontrol", "show", "node", node]))
-        if found is None:
-            raise LaunchError(f"neither this machine nor Slurm knows an address of node {node}") from None
-        return socket.gethostbyname(found.group(1))
+    if (address := _resolved(node)) is not None:
+        return address
+    found = re.search(r"NodeAddr=(\S+)", _require(["scontrol", "show", "node", node]))
+    if found is None:
+        raise LaunchError(f"neither this machine nor Slurm knows an address of node {node}")
+    if (address := _resolved(found[1])) is None:
+        raise LaunchError(
+            f"node {node} has no address here: neither that name nor its NodeAddr, {found[1]}, has one. Ask "
+            "the site for an entry in its name service or in /etc/hosts."
+        )
+    return address
+
+
+def _resolved(name: str) -> str | None:
+    """The IPv4 address of a name, else its IPv6 address, else None."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with suppress(OSError):
+            return str(socket.getaddrinfo(name, None, family)[0][4][0])
+    return None
 
 
 def job_fields(job_id: str) -> dict[str, str] | None:
@@ -94,9 +111,18 @@ def job_fields(job_id: str) -> dict[str, str] | None:
 
 def standings(job_ids: Iterable[str]) -> dict[str, Standing]:
     """The standing of each job, from two questions at most, however many jobs there are."""
-    wanted = sorted(set(job_ids))
-    if not wanted:
-        return {}
+    asked = sorted(set(job_ids))
+    wanted = [job_id for job_id in asked if _JOB_ID.fullmatch(job_id)]
+    # squeue refuses a whole question that names one such id.
+    foreign = {job_id: _standing_of_foreign(job_id) for job_id in asked if job_id not in wanted}
+    return {**foreign, **(_standings(wanted) if wanted else {})}
+
+
+def _standing_of_foreign(job_id: str) -> Standing:
+    return Standing(JobState.UNKNOWN, reason=f"{job_id} is not the id of a Slurm job")
+
+
+def _standings(wanted: Sequence[str]) -> dict[str, Standing]:
     found = _rows("--me")
     if found is None:
         return dict.fromkeys(wanted, _NO_ANSWER)
@@ -257,6 +283,11 @@ def cancel_pending(job_id: str) -> None:
 def cancel(job_id: str) -> None:
     """End a job in whatever state it is, without asking whether that worked."""
     ask(["scancel", job_id])
+
+
+def require_cancel(job_id: str) -> None:
+    """End a job in whatever state it is. Raises LaunchError if Slurm refuses."""
+    _require(["scancel", job_id])
 
 
 def _fields(line: str) -> dict[str, str]:

@@ -3,6 +3,7 @@
 Asks Slurm's commands, each for a moment only; submits nothing and writes nothing.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -169,8 +170,9 @@ def _preemption_warning(where: str, mode: str, fields: Mapping[str, str], save_s
 
 
 def _seconds(text: str) -> int:
-    """Seconds of a time, which scontrol writes as a number and sacctmgr as HOURS:MM:SS; else 0."""
+    """Seconds of a time, which scontrol writes as a number and sacctmgr as [DAYS-]HOURS:MM:SS; else 0."""
     if text.isdigit():
         return int(text)
-    hours, minutes, seconds = (int(part) for part in text.split(":")) if text.count(":") == 2 else (0, 0, 0)
-    return (hours * 60 + minutes) * 60 + seconds
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", text)
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups()) if found else (0, 0, 0, 0)
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds

@@ -7,6 +7,7 @@ from importlib.metadata import version as package_version
 import torch
 
 from gpt.config.run import RunConfig
+from gpt.config.zero_sizes import sums_whole_gradients
 from gpt.distributed.world import join, total
 from gpt.distributed.zero.build import build_model
 from gpt.distributed.zero.engine import Engine
@@ -58,8 +59,40 @@ if run.precision == "fp16":
         f"{version}: the scale of the next step divides the gradients of this one"
     )
 
+if sums_whole_gradients(run, world.size):
+    # Adding each gradient at once to the sum in fp32 gives the bits of adding them after the backward pass.
+    final = []
+    for is_immediate in (True, False):
+        if not is_immediate:
+            assert engine._zero._grad_acc_hooks, version
+            for hook in engine._zero._grad_acc_hooks:
+                hook.remove()
+            engine._zero.immediate_grad_update = False
+        with engine.restored_afterwards():
+            for _ in range(3):
+                engine.forward_backward(1e-3, tokens[:, :-1], tokens[:, 1:], documents, is_last=False)
+                kept = sum(p.grad is not None for p in model.parameters())
+                assert kept == (0 if is_immediate else len(list(model.parameters()))), version
+                engine.step(1e-2)
+                engine.forward_backward(1e-3, tokens[:, 1:], tokens[:, :-1], documents, is_last=True)
+                engine.step(1e-2)
+            final.append([part.tensor.clone() for part in engine.state()])
+    engine._zero.immediate_grad_update = True
+    engine._zero.create_grad_acc_hooks()
+    assert all(map(torch.equal, *final)), f"{version}: immediate_grad_update changes the numbers"
+
 before = weights()
 assert engine.optimizer_steps == 0, version
+masters = [part.tensor.clone() for part in engine.state() if part.state == "master"]
+is_unchanged: list[bool] = []
+
+
+def compare() -> None:
+    now = [part.tensor for part in engine.state() if part.state == "master"]
+    is_unchanged.append(all(map(torch.equal, masters, now)))
+
+
+engine.before_next_update(compare)
 take_step(1e-3)
 after = weights()
 assert engine.optimizer_steps == 1 and not engine.was_skipped, version
@@ -83,6 +116,7 @@ if run.precision == "fp16":
     assert engine.scalars["loss_scaler.cur_scale"] == 512.0, version
 
 take_step(1e-3)
+assert is_unchanged == [True], "before_next_update comes once, before the state changes"
 assert engine.optimizer_steps == 2 and not engine.was_skipped, (
     f"{version}: a skipped update also spoils the next step"
 )

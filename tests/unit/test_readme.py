@@ -31,6 +31,7 @@ from gpt.run.run_dir import (
     RunDir,
     SubmissionDir,
 )
+from gpt.sidecars.mlflow_facts import STATUSES
 from launcher.cli import commands
 from launcher.cluster import ClusterConfig
 from launcher.commands.sweep import SweepConfig
@@ -347,7 +348,7 @@ def run_directory_paths() -> set[str]:
     found |= {path.as_posix() for path in (attempt.path, attempt.node(0), attempt.rank_log(0, 0))}
     found |= {path.as_posix() for path in (attempt.hang_report(0), submission.path, submission.node_log(0))}
     found |= {submission.torchrun_logs(0, 0).as_posix(), submission.meeting_point("JOB", 0).as_posix()}
-    found.add(submission.node_failure("JOB", 0, 0).as_posix())
+    found |= {submission.node_failure("JOB", 0, 0).as_posix(), run.sidecar_health("NAME").as_posix()}
     found -= {run.mlflow_database.as_posix(), run.attempts.as_posix(), run.submissions.as_posix()}
     step = run.checkpoints / step_name(0)
     found |= {(step / INDEX_NAME).as_posix(), (step / "rank-00000.safetensors").as_posix()}
@@ -371,7 +372,17 @@ def test_all_paths_of_a_run_directory_are_properties_or_known_methods() -> None:
     }
     numbers = {"attempt", "submission", "attempt_numbers", "last_submission"}
     paths = {"node", "rank_log", "hang_report", "node_log", "torchrun_logs", "meeting_point", "node_failure"}
+    paths.add("sidecar_health")
     assert methods == numbers | paths, "add a new path to run_directory_paths() and to the README"
+
+
+def test_the_table_of_endings_is_what_mlflow_shows() -> None:
+    found = {
+        word: status
+        for words, status in rows(section("MLflow"))[1:]
+        for word in re.findall(r"`([a-z]+)`", words)
+    }
+    assert found == STATUSES
 
 
 def test_the_glossary_defines_the_terms_of_the_project() -> None:

@@ -7,7 +7,7 @@ the gradients too, stage 3 the weights too.
 from typing import Any
 
 from gpt.config.run import RunConfig
-from gpt.config.zero_sizes import zero_sizes
+from gpt.config.zero_sizes import sums_whole_gradients, zero_sizes
 
 
 def deepspeed_config(run: RunConfig, world_size: int, *, has_gpu: bool) -> dict[str, Any]:
@@ -24,9 +24,14 @@ def deepspeed_config(run: RunConfig, world_size: int, *, has_gpu: bool) -> dict[
         # It would wait for the device twice in every micro-batch, to measure what metrics.jsonl says anyway.
         "timers": {"throughput": {"enabled": False}},
     }
+    if not run.zero.quantized_gradients:  # whose kernels read 16-bit gradients and send 4 bits
+        config["communication_data_type"] = run.zero.reduce_dtype
     if run.precision == "bf16":
         # Skip the update when a gradient is not finite; DeepSpeed does not check this in bf16 by default.
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        if sums_whole_gradients(run, world_size):
+            # The same bits, without a whole copy of the gradients in bf16 (2 bytes a parameter).
+            config["bf16"]["immediate_grad_update"] = True
     if run.precision == "fp16":
         # Mixed Precision Training (arXiv:1710.03740, section 3.2), with Apex's initial scale and window.
         config["fp16"] = {"enabled": True, "initial_scale_power": 16, "loss_scale_window": 1000}

@@ -5,7 +5,7 @@ and patches.py name what they use. tests/distributed/test_zero_contract.py fails
 meaning.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,6 +48,7 @@ class Engine:
         if run.precision == "fp16":
             keep_loss_scale_within_step(self._zero)
         self._ends_step = False
+        self._before_update: Callable[[], None] | None = None
         self._has_updates = False  # whether the state being loaded has seen an update
         kind = ShardedState if run.zero.stage == 3 else FlatState
         self._state = kind(self._zero, model, run, world)
@@ -77,6 +78,9 @@ class Engine:
         before the last micro-batch.
         """
         set_rate(self._inner, lr)
+        if self._ends_step and self._before_update is not None:
+            self._before_update()
+            self._before_update = None
         self._engine.step()
         if not self._ends_step:
             return {}
@@ -89,6 +93,10 @@ class Engine:
         # Over all ranks and before clipping; inf when the gradient is not finite.
         norm = self._engine.get_global_grad_norm()
         return {"train/grad_norm": torch.as_tensor(norm, device=self.world.device)}
+
+    def before_next_update(self, action: Callable[[], None]) -> None:
+        """Call `action` once, when the next update is about to change the state."""
+        self._before_update = action
 
     @property
     def was_skipped(self) -> bool:

@@ -12,7 +12,7 @@ from data_pipeline.errors import ConfigError
 from gpt.config.run import RunConfig
 from gpt.run.exit_codes import exit_code_of
 from gpt.run.run_dir import RunDir
-from launcher.cluster import ClusterConfig
+from launcher.cluster import ClusterConfig, ClusterSize
 from launcher.cluster_file import cluster_names, load_cluster
 from launcher.node.rendezvous import Rendezvous
 from launcher.node.torchrun import torchrun_command, worker_environment
@@ -120,9 +120,10 @@ def test_unknown_accelerator_suggests_the_nearest() -> None:
 
 
 def test_time_limit_without_seconds_is_refused() -> None:
-    assert problems(kind="slurm", time_limit="24:00")[0].startswith(
-        "mine.toml: time_limit = '24:00': string should"
-    )
+    assert problems(kind="slurm", time_limit="24:00") == [
+        "mine.toml: time_limit = '24:00' is not of the form that it needs. Time limit of one job, as "
+        "[DAYS-]HOURS:MM:SS."
+    ]
 
 
 @pytest.mark.parametrize(
@@ -326,3 +327,38 @@ def test_cluster_json_holds_only_the_fields_that_the_file_sets() -> None:
     cluster = ClusterConfig(kind="slurm", nodes=2)
     assert cluster.explicit() == {"kind": "slurm", "nodes": 2}
     assert validate(ClusterConfig, cluster.explicit(), "cluster.json") == cluster
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"partition": "a\n#SBATCH --x"}, "partition = a\\n#SBATCH --x: it has the control character"),
+        ({"sbatch": {"comment": "a\nb"}}, "sbatch.comment = a\\nb: it has the control character \\n."),
+        ({"sbatch": {"a\nb": 1}}, "sbatch: a\\nb is not the name of an option of sbatch."),
+        ({"environment": {"A=1;B": "x"}}, "environment: A=1;B is not the name of an environment variable."),
+        ({"environment": {"A": "x\0"}}, "environment.A = x\\x00: it has the control character \\x00."),
+        ({"setup": ["echo \x1b"]}, "setup = echo \\x1b: it has the control character \\x1b."),
+        ({"container": {"runtime": "pyxis", "image": "a\nb"}}, "container.image = a\\nb: it has the control"),
+    ],
+)  # fmt: skip
+def test_text_that_would_add_lines_to_the_batch_script_is_refused(
+    fields: dict[str, Any], problem: str
+) -> None:
+    [found] = problems(kind="slurm", **fields)
+    assert found.startswith(f"mine.toml: {problem}")
+
+
+def test_setup_and_environment_may_have_several_lines() -> None:
+    tables = {"setup": ["if true; then\n\tmodule load cuda\nfi"], "environment": {"A": "1\n2"}}
+    assert validate(ClusterConfig, {"kind": "slurm", **tables}, "mine.toml").setup == tuple(tables["setup"])
+
+
+def test_the_command_line_changes_the_size_of_a_cluster() -> None:
+    cluster = ClusterConfig(kind="slurm", nodes=4, gpus_per_node=8)
+    smaller = cluster.in_size(ClusterSize(nodes=2, processes=3))
+    assert (smaller.nodes, smaller.processes, smaller.gpus_per_node) == (2, 3, 3)
+    assert cluster.in_size(ClusterSize()) is cluster
+    on_cpus = ClusterConfig(kind="slurm", processes_per_node=8).in_size(ClusterSize(processes=2))
+    assert on_cpus.explicit() == {"kind": "slurm", "processes_per_node": 2}
+    with pytest.raises(ConfigError, match=r"^--nodes, --processes: nodes = 2: kind = 'local' is one machine"):
+        ClusterConfig(kind="local").in_size(ClusterSize(nodes=2))

@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from gpt.checkpoint.format import (
     Corrupt,
     ParameterEntry,
     committed,
+    rank_name,
     read_index,
     verify,
 )
@@ -260,3 +262,45 @@ def test_index_size_does_not_grow_with_parameters_times_ranks(tmp_path: Path) ->
         len((write_checkpoint(tmp_path / str(w), world_size=w) / INDEX_NAME).read_bytes()) for w in (2, 42)
     )
     assert many - few < 40 * 150  # one line a rank
+
+
+def rewritten(folder: Path, **fields: Any) -> None:
+    """Change fields of the index in `folder`, whose checksum is then right again."""
+    content = json.loads((folder / INDEX_NAME).read_text()) | fields
+    del content["checksum"]
+    checksum = xxhash.xxh3_128_hexdigest(json.dumps(content, indent=1).encode() + b"\n")
+    (folder / INDEX_NAME).write_text(json.dumps({**content, "checksum": checksum}, indent=1) + "\n")
+
+
+def test_an_index_of_many_groups_or_files_is_checked_in_linear_time(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, world_size=1)
+    content = json.loads((folder / INDEX_NAME).read_text())
+    group, parameter, file = content["groups"][0], content["parameters"][0], content["files"][0]
+
+    def of_groups(count: int) -> dict[str, Any]:
+        one = {"numel": 1, "partition_numel": 1}
+        names = [f"g{number}" for number in range(count)]
+        return {
+            "groups": [{**group, **one, "name": name} for name in names],
+            "parameters": [{**parameter, "name": name, "group": name, "shape": [1]} for name in names],
+        }
+
+    rewritten(folder, **of_groups(4097))
+    assert "groups: Tuple should have at most 4096 items" in next(verify(folder)).reason
+    # The products of groups and parameters, or of ranks and parameters, would take minutes.
+    rewritten(folder, **of_groups(2000))
+    started = time.process_time()
+    assert next(verify(folder)).path.name == rank_name(0)
+    sizes = range(1, 2001)
+    rewritten(
+        folder,
+        world_size=5000,
+        layout="sharded",
+        groups=[{**group, "numel": sum(sizes)}],
+        parameters=[
+            {**parameter, "name": f"p{size}", "shape": [size], "offset": sum(range(size))} for size in sizes
+        ],
+        files=[{**file, "name": rank_name(rank)} for rank in range(5000)],
+    )
+    assert len(list(verify(folder))) == 5000
+    assert time.process_time() - started < 3

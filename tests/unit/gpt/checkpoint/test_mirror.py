@@ -16,7 +16,8 @@ from gpt.checkpoint.removal import prune
 from gpt.checkpoint.writer import Pace
 from gpt.config.run import CheckpointConfig
 from gpt.run import record
-from gpt.run.json_file import read_json
+from gpt.run.json_file import read_json, write_json
+from gpt.run.records import Health, Sidecar, SidecarHealth
 from gpt.run.run_dir import RunDir
 from gpt.sidecars.checkpoint_mirror import Copier, follow
 from launcher.cluster import ClusterConfig
@@ -208,12 +209,10 @@ def test_mirror_of_another_run_with_the_same_name_is_not_touched(
 
 
 def test_run_continues_from_its_mirror_on_a_fresh_machine(
-    run: RunDir, s3: str, place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    run: RunDir, place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     save(run, 5, 10)
     copy_all(run)
-    if not place.startswith(s3):
-        return  # a folder is copied by hand, or mounted
     monkeypatch.setenv("OUTLAST_RUNS", str(tmp_path / "fresh"))
     monkeypatch.setattr(follow_job, "submit", submit_what_ends_well)
     assert resume(f"{place}/mine-0001", None, [], None, attend=None) == 0
@@ -223,8 +222,44 @@ def test_run_continues_from_its_mirror_on_a_fresh_machine(
     assert list(record.read(fresh.metrics)) == list(record.read(run.metrics))
     with pytest.raises(LaunchError, match="is there already"):
         resume(f"{place}/mine-0001", None, [], None, attend=None)
-    with pytest.raises(LaunchError, match=r"mine-0002 is no mirror of a run: it has no config\.json"):
+    assert fresh.encoding.read_bytes() == run.encoding.read_bytes()
+    with pytest.raises(LaunchError, match=r"mine-0002 is no(t| mirror of) a run.*: it has no config\.json"):
         resume(f"{place}/mine-0002", None, [], None, attend=None)
+    if Path(place).is_dir():
+        assert not RunDir(Path(place) / "mine-0001").starting.exists()
+        monkeypatch.setenv("OUTLAST_RUNS", place)
+        with pytest.raises(
+            LaunchError, match=r"mine-0001 is the mirror itself\. Set OUTLAST_RUNS to the fold"
+        ):
+            resume(f"{place}/mine-0001", None, [], None, attend=None)
+
+
+def test_commands_in_the_cluster_file_of_a_mirror_are_not_run_unasked(
+    data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("OUTLAST_RUNS", str(tmp_path / "fresh"))
+    monkeypatch.setattr(follow_job, "submit", submit_what_ends_well)
+    (tmp_path / "mirrors").mkdir()
+    run = make_run(tmp_path / "here" / "mine-0001", data, str(tmp_path / "mirrors"))
+    save(run, 5)
+    planted = {"kind": "local", "environment": {"LD_PRELOAD": "/tmp/evil.so"}}
+    write_json(run.cluster, planted)
+    copy_all(run)
+    place, fresh = str(tmp_path / "mirrors" / "mine-0001"), RunDir(tmp_path / "fresh" / "mine-0001")
+    with pytest.raises(
+        ConfigError, match=r'executes?: environment = \{"LD_PRELOAD": "/tmp/evil\.so"\}.*--trust'
+    ):
+        resume(place, None, [], None, attend=None)
+    assert not fresh.path.exists()
+    with pytest.raises(ConfigError, match="gone is not a data set"):  # the run is fetched, but not resumed
+        resume(place, "local", [f"data.path={tmp_path / 'gone'}"], None, attend=None)
+    with pytest.raises(ConfigError, match=r"cluster\.json is missing\. Give the cluster with --cluster\.$"):
+        resume(str(fresh.path), None, [], None, attend=None)
+    assert resume(str(fresh.path), "local", [], None, attend=None) == 0
+    assert "environment" not in (read_json(fresh.cluster) or {})
+    shutil.rmtree(fresh.path)
+    assert resume(place, None, [], None, attend=None, is_trusted=True) == 0
+    assert read_json(fresh.cluster) == planted
 
 
 def test_resume_fetches_what_only_the_mirror_has(
@@ -280,10 +315,16 @@ def test_failing_mirror_is_recorded_and_retried(tmp_path: Path, monkeypatch: pyt
     (failed,) = record.read(run.events)
     assert failed["event"] == "mirror_failed"
     assert str(failed["reason"]).startswith(f"the mirror {place}/run: NotADirectoryError")
+    health = SidecarHealth.read(run.sidecar_health(Sidecar.MIRRORING))
+    assert health is not None
+    assert (health.health, health.error) == (Health.FAILING, failed["reason"])
     place.unlink()
     ended.set()
     following.join(20)
     assert Mirror.of(run, str(place)).steps() == [5]
+    health = SidecarHealth.read(run.sidecar_health(Sidecar.MIRRORING))
+    assert health is not None
+    assert (health.health, health.error, health.step) == (Health.DONE, None, 5)
 
 
 def test_checkpoint_pruned_during_its_copy_is_no_failure(

@@ -125,8 +125,9 @@ def test_planned_memory_is_what_the_step_allocates(
     step, planned = steps[NAMES[SETTINGS.index(setting)]], memory(config(*setting), setting[1])
     assert step.weights == pytest.approx(planned.weights, rel=0.01)
     assert step.optimizer == pytest.approx(planned.optimizer, rel=0.01)
-    # At stage 1 the plan is for the rank whose shard holds most of what is reduced last.
-    assert 0.92 * planned.peak < step.peak < 1.05 * planned.peak
+    # At stage 1 with one micro-batch the first rank holds more than the last, and the plan is for the first.
+    least = 0.92 if setting[0] == 1 else 0.95
+    assert least * planned.peak < step.peak < 1.05 * planned.peak
 
 
 def test_report_survives_its_way_through_json() -> None:

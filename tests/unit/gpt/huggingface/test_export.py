@@ -1,12 +1,17 @@
 """Exports as transformers reads them, offline; the checkpoint is read as any other."""
 
+import io
 import json
+import logging
 import os
+import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -18,7 +23,7 @@ from gpt import sample
 from gpt.config.run import RunConfig
 from gpt.export import export
 from gpt.huggingface.importer import write_first_checkpoint
-from gpt.huggingface.load_model import from_folder
+from gpt.huggingface.load_model import from_folder, from_run
 from gpt.huggingface.tokenizer import SAMPLES, FolderTokenizer, write_tokenizer
 from gpt.model.gpt import GPT
 from gpt.run.json_file import write_json
@@ -187,6 +192,73 @@ def test_model_without_a_transformers_architecture_is_exported_with_our_names(
     assert config["model"]["logit_softcap"] == 5.0
 
 
+def test_export_is_readable_by_others_and_generates_without_warnings(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_dir, _ = make_run(tmp_path / "run", data)
+    before = os.umask(0o027)
+    try:
+        export(run_dir, tmp_path / "out", dtype="fp32")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o640}
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == load_encoding(data).end_of_text
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    batch = tokenizer(["And God said", "And"], return_tensors="pt", padding=True, padding_side="left")
+    caplog.clear()
+    with caplog.at_level("WARNING"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        propagated = logging.getLogger("transformers")
+        propagated.addHandler(caplog.handler)
+        try:
+            theirs.generate(**batch, max_new_tokens=3, do_sample=False)
+        finally:
+            propagated.removeHandler(caplog.handler)
+    assert [record.getMessage() for record in caplog.records] == []
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(np.nan, "holds NaN or infinity, so the model is lost"), (7e4, "holds 70000, which is too large for")],
+)
+def test_weight_that_is_not_finite_is_never_exported(
+    value: float, message: str, data: Path, tmp_path: Path
+) -> None:
+    run_dir, gpt = make_run(tmp_path / "run", data)
+    with torch.no_grad():
+        gpt.final_norm.weight[5] = value
+    run = RunConfig.model_validate_json(run_dir.config.read_text())
+    shutil.rmtree(run_dir.checkpoints)
+    weights = {name: p.detach().numpy() for name, p in gpt.named_parameters()}
+    write_first_checkpoint(run_dir, run, lambda name, _: weights[name], "d")
+    with pytest.raises(ConfigError, match=f"final_norm.weight {message}"):
+        export(run_dir, tmp_path / "out", dtype="fp16")
+    assert {entry.name for entry in tmp_path.iterdir()} == {"run"}
+    if np.isnan(value):
+        with pytest.raises(ConfigError, match=r"final_norm\.weight holds 1 values that are NaN or infinite"):
+            from_run(run_dir)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--seed=18446744073709551616", "expected a number from -2^63 to 2^64 - 1"),
+        ("--temperature=nan", "--temperature nan: expected a finite number"),
+        ("--temperature=inf", "--temperature inf: expected a finite number"),
+        ("--top-p=nan", "--top-p nan: expected a number above 0"),
+        ("--prompt=\udcff", "--prompt is not UTF-8 at character 0"),
+    ],
+)
+def test_option_of_sample_that_means_nothing_is_refused(
+    option: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["sample", str(tmp_path), option])
+    with pytest.raises(ConfigError) as error:
+        sample.main()
+    assert message in str(error.value)
+
+
 def test_non_empty_folder_and_missing_step_are_refused(data: Path, tmp_path: Path) -> None:
     run_dir, _ = make_run(tmp_path / "run", data)
     with pytest.raises(ConfigError, match=r"has no checkpoint of step 9\. Available steps: \d"):
@@ -299,6 +371,18 @@ def test_padding_rows_of_the_vocabulary_decode_to_nothing(data: Path, tmp_path: 
     write_tokenizer(load_encoding(data), 24, tmp_path)
     expected = AutoTokenizer.from_pretrained(tmp_path).decode(ids)
     assert load_encoding(data).decode(ids) == FolderTokenizer(tmp_path).decode(ids) == expected
+
+
+def test_text_that_the_terminal_cannot_show_is_escaped(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir, _ = make_run(tmp_path / "run", data)
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "argv", ["sample", str(run_dir.path), "--prompt=é", "--max-tokens=1"])
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    sample.main()
+    sys.stdout.flush()
+    assert shown.getvalue().startswith(rb"\xe9")
 
 
 def test_step_of_an_export_is_refused(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

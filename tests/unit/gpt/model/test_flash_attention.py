@@ -24,6 +24,7 @@ from data_pipeline.errors import ConfigError
 from gpt.config.model import ModelConfig
 from gpt.model.attention import (
     KERNELS,
+    Attention,
     Documents,
     Scores,
     choose,
@@ -32,6 +33,7 @@ from gpt.model.attention import (
     flash_4,
     is_installed,
     reference,
+    varlen,
 )
 from tests.unit.gpt.model.support import CPU, build, random_tokens
 
@@ -48,6 +50,9 @@ def cpu_kernels() -> Iterator[None]:
 
     torch.library.register_kernel("flash_attn::_flash_attn_varlen_forward", "cpu", _forward)
     torch.library.register_kernel("flash_attn::_flash_attn_varlen_backward", "cpu", _backward)
+    assert is_installed("torch.nn.attention.varlen")  # which imports it, and so registers torch's ops
+    torch.library.register_kernel("torch_attn::_varlen_attn", "cpu", _varlen_forward)
+    torch.library.register_kernel("torch_attn::_varlen_attn_backward", "cpu", _varlen_backward)
     yield
 
 
@@ -150,13 +155,60 @@ def _backward(
     return softmax_lse.clone()
 
 
-def _compare(kv_heads: int, ends: tuple[int, ...], scores: Scores) -> None:
+def _varlen_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    is_causal: bool = False,
+    scale: float | None = None,
+    window_size: list[int] | None = None,
+    enable_gqa: bool = False,
+    *_: None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    assert window_size is not None and window_size[1] == 0 and is_causal == (window_size[0] == -1)
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    left, right = (-1, -1) if window_size[0] == -1 else window_size
+    scale = scale or query.shape[-1] ** -0.5
+    bounds, longest = (cu_seq_q, cu_seq_k), (max_q, max_k)
+    out, logsumexp, *_rest = _forward(query, key, value, *bounds, *longest, 0.0, scale, True, left, right)
+    return out, logsumexp, torch.zeros(2, dtype=torch.uint64)
+
+
+def _varlen_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    is_causal: bool,
+    rng_state: Tensor,
+    scale: float | None,
+    window_size: list[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = [torch.empty_like(x) for x in (query, key, value)]
+    scale = scale or query.shape[-1] ** -0.5
+    inputs, bounds = (grad_out, query, key, value, out, lse), (cu_seq_q, cu_seq_k, max_q, max_k)
+    _backward(*inputs, *gradients, *bounds, 0.0, scale, True, *window_size, 0.0, None, False)
+    dq, dk, dv = gradients
+    return dq, dk, dv
+
+
+def _compare(kv_heads: int, ends: tuple[int, ...], scores: Scores, attention: Attention = flash_2) -> None:
     documents = Documents.from_ends(np.array(ends, dtype=np.int32))
     generator = torch.Generator().manual_seed(2)
     shapes = [(24, 4, 16), (24, kv_heads, 16), (24, kv_heads, 16)]
     inputs = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
     results = []
-    for attend in (flash_2, reference):
+    for attend in (attention, reference):
         qkv = [x.clone().requires_grad_() for x in inputs]
         out = attend(*qkv, documents, scores)
         (out.float() ** 2).sum().backward()
@@ -179,6 +231,13 @@ def test_flash_2_equals_the_formula_forward_and_backward(kv_heads: int, ends: tu
 @pytest.mark.parametrize("scores", [Scores(window=1), Scores(window=5), Scores(softcap=1.0), Scores(7, 0.8)])
 def test_flash_2_supports_windows_and_soft_caps(kv_heads: int, ends: tuple[int, ...], scores: Scores) -> None:
     _compare(kv_heads, ends, scores)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("scores", [Scores(), Scores(window=1), Scores(window=5), Scores(scale=0.1)])
+def test_torchs_varlen_equals_the_formula_forward_and_backward(kv_heads: int, scores: Scores) -> None:
+    _compare(kv_heads, (1, 5, 18, 24), scores, varlen)
+    assert is_installed("torch.nn.attention.varlen")
 
 
 @pytest.mark.parametrize("is_deterministic", [True, False])
@@ -217,7 +276,7 @@ def test_documents_do_not_attend_to_each_other_in_flash_2(
 
 def test_auto_is_sdpa_on_a_cpu_and_flash_kernels_are_refused_with_the_reason() -> None:
     assert choose(ModelConfig(), torch.device("cpu"), torch.bfloat16)[0] == "sdpa"
-    for name in ("flash-2", "flash-3", "flash-4"):
+    for name in ("flash-2", "flash-3", "flash-4", "varlen"):
         model = ModelConfig.model_validate({"attention": name})
         with pytest.raises(
             ConfigError, match=rf"'{name}' cannot run here: it needs a CUDA device, this is cpu"
@@ -366,6 +425,9 @@ def test_the_early_flash_4_inside_flash_2_does_not_count_as_installed(
         ((10, 0), {"flash_attn", "flash_attn_3.flash_attn_interface", "flash_attn.cute"}, {}, "flash-4"),
         ((10, 0), {"flash_attn", "flash_attn.cute"}, {"d_head": 192}, "flash-2"),
         ((10, 0), set(), {}, "sdpa"),
+        ((9, 0), {"torch.nn.attention.varlen"}, {}, "varlen"),
+        ((9, 0), {"torch.nn.attention.varlen", "flash_attn"}, {}, "flash-2"),
+        ((9, 0), {"torch.nn.attention.varlen"}, {"dropout": 0.1}, "sdpa"),
         ((7, 0), {"flash_attn"}, {}, "sdpa"),
         ((9, 0), {"flash_attn"}, {"d_head": 20}, "sdpa"),
         ((9, 0), {"flash_attn"}, {"d_head": 20, "attention_softcap": 9.0}, "reference"),

@@ -102,3 +102,17 @@ def test_streaming_keeps_the_spaces_between_words_of_a_sentencepiece_tokenizer()
     tokenizer = Tokenizer(models.WordLevel({word: id for id, word in enumerate(words)}))
     tokenizer.decoder = decoders.Metaspace()
     assert list(stream(iter(range(6)), tokenizer.decode)) == ["In", " the", " begin", "ning", ",", " God"]
+
+
+@pytest.mark.parametrize("temperature", [1e-10, 1e-40, 5e-324])
+def test_near_zero_temperature_takes_the_likeliest_token(temperature: float) -> None:
+    scores = torch.tensor([-3.0, 2.0, 1.5, 2.5])
+    assert Sampler(temperature).draw(scores, torch.Generator().manual_seed(0)) == 3
+
+
+def test_scores_and_prompts_that_no_model_gives_are_refused() -> None:
+    with pytest.raises(ConfigError, match="scores are not finite"):
+        Sampler().draw(torch.tensor([0.0, float("nan")]), torch.Generator())
+    gpt = build().eval()
+    with pytest.raises(ConfigError, match="the id 101, but the model has only 101 ids"):
+        next(generate(gpt, [1, 101], max_tokens=1, sampler=GREEDY, seed=0))

@@ -8,7 +8,7 @@ from torch import nn
 from gpt.config.model import ModelConfig
 from gpt.config.parameter_table import parameter_count, parameter_table
 from gpt.model.attention import Documents
-from gpt.model.flops import flops_per_token
+from gpt.model.flops import causal_flops_per_token, flops_per_token
 from gpt.model.layers import ACTIVATIONS, FeedForward, Linear
 from gpt.model.positions import positions
 from gpt.training.peak_flops import of_gpu
@@ -135,19 +135,43 @@ def test_flops_per_token_agree_with_torchs_counter(fields: dict[str, object]) ->
     assert counter.get_total_flops() == pytest.approx(flops_per_token(gpt.model) * tokens.numel(), rel=0.02)
 
 
+@pytest.mark.parametrize("window", [None, 5, 23])
+def test_causal_flops_count_the_keys_that_a_token_sees(window: int | None) -> None:
+    model = build(context=24, window=window).model
+    seen = [min(position + 1, window or 24) for position in range(24)]
+    per_key = 12 * model.n_layers * model.n_heads * model.head_width
+    full, causal = flops_per_token(model), causal_flops_per_token(model)
+    assert causal == pytest.approx(full - per_key * (min(window or 24, 24) - sum(seen) / 24))
+
+
 @pytest.mark.parametrize(
     ("name", "tflops"),
     [
         ("NVIDIA A100-SXM4-80GB", 312),
         ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA A100-PCIE-40GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
         ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
         ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA H20", 148),
+        ("NVIDIA H20-3e", 148),
         ("NVIDIA B200", 2250),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA B300 SXM6 AC", 2250),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", 480),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 503.8),
+        ("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", 438.9),
+        ("NVIDIA RTX 6000 Ada Generation", None),
         ("NVIDIA GB2000 Super", None),
     ],
 )
 def test_peak_flops_are_found_by_the_name_of_the_gpu(name: str, tflops: float | None) -> None:
-    assert of_gpu(name, "bf16") == (None if tflops is None else tflops * 1e12)
+    assert of_gpu(name, "bf16") == (None if tflops is None else pytest.approx(tflops * 1e12))
 
 
 def test_gpt2_124m_has_the_published_number_of_parameters() -> None:

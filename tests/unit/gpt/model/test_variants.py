@@ -13,8 +13,10 @@ from torch import nn
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from gpt.config.model import ModelConfig
+from gpt.model import layers
 from gpt.model.attention import Documents, Scores, choose, reference, sdpa
 from gpt.model.gpt import Block, Cache, seed_dropout
+from gpt.model.layers import RMSNorm
 from gpt.model.loss import cross_entropy_sum
 from gpt.model.positions import sinusoid_table
 from tests.unit.gpt.model.support import CPU, GPT2, build, random_tokens, rows
@@ -36,6 +38,30 @@ def test_sinusoids_follow_the_equations_of_vaswani() -> None:
             angle = position / 10_000 ** (2 * i / 12)
             assert table[position, 2 * i].item() == pytest.approx(math.sin(angle), abs=1e-5)
             assert table[position, 2 * i + 1].item() == pytest.approx(math.cos(angle), abs=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-6), (torch.bfloat16, 8e-3)])
+def test_rmsnorm_of_a_gpu_equals_that_of_a_cpu(
+    dtype: torch.dtype, rounding: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU calls torch's own rms_norm, which is one kernel there."""
+    called: list[Any] = []
+    function = F.rms_norm
+    monkeypatch.setattr(F, "rms_norm", lambda *inputs: called.append(inputs[1:]) or function(*inputs))
+    norm = RMSNorm(16, eps=1e-3).to(dtype)
+    nn.init.uniform_(norm.weight, 0.5, 2.0)
+    x = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(3)).to(dtype).requires_grad_()
+    found = []
+    for is_cpu in (True, False):
+        monkeypatch.setattr(layers, "is_cpu", lambda _, is_cpu=is_cpu: is_cpu)
+        x.grad = norm.weight.grad = None
+        out = norm(x)
+        (out.float() ** 3).sum().backward()
+        found.append((out.detach(), x.grad, norm.weight.grad))
+    assert called == [((16,), norm.weight, 1e-3)]
+    for on_cpu, on_gpu in zip(*found, strict=True):
+        assert on_gpu.dtype == dtype
+        assert float((on_gpu - on_cpu).norm() / on_cpu.norm()) < rounding
 
 
 @pytest.mark.parametrize("placement", ["pre", "post"])

@@ -1,12 +1,15 @@
 """The checkpoint that a run continues from when some are corrupt, here or at the mirror."""
 
+import errno
+import os
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
 from data_pipeline.errors import CheckpointError, ConfigError
-from gpt.checkpoint.format import committed, rank_name
+from gpt.checkpoint import format, patience, reader
+from gpt.checkpoint.format import committed, rank_name, verify
 from gpt.checkpoint.mirror import Mirror
 from gpt.config.resume_rules import config_fingerprint
 from gpt.distributed.world import World
@@ -116,3 +119,40 @@ def test_run_that_lost_its_first_checkpoint_does_not_start_from_new_weights(
     record_event(run.events, Event(event), step=0)
     with pytest.raises(CheckpointError, match="has had checkpoints and none is intact"):
         load(run, alone)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_error_of_the_file_system_is_retried_and_sets_no_checkpoint_aside(
+    run: RunDir, alone: World, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    save(run, alone, 1, 2)
+    failures = [OSError(number, os.strerror(number))] * 3
+    read = reader.read_chunk
+
+    def read_or_fail(*arguments: Any) -> None:
+        if failures:
+            raise failures.pop()
+        read(*arguments)
+
+    monkeypatch.setattr(reader, "read_chunk", read_or_fail)
+    step, engine = load(run, alone)
+    assert (step, engine.holds(2), failures) == (2, True, [])
+    failures += [OSError(number, os.strerror(number))] * 99
+    monkeypatch.setattr(patience, "RETRY_FOR_S", 0.3)
+    with pytest.raises(OSError, match=rf"{rank_name(0)} cannot be read: {os.strerror(number)}"):
+        load(run, alone)
+    assert [step for step, _ in committed(run.checkpoints)] == [1, 2]
+    assert list(run.checkpoints.glob(".bad-*")) == []
+
+
+def test_verify_reports_what_cannot_be_read(
+    run: RunDir, alone: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(run, alone, 1)
+
+    def fail(*_: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(format, "read_chunk", fail)
+    bad = list(verify(dict(committed(run.checkpoints))[1]))
+    assert {place.reason for place in bad} == {"Input/output error"}

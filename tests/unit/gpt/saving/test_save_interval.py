@@ -1,15 +1,24 @@
 """When to save and what to keep: closed forms, and the extremes."""
 
 import random
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.config_file import validate
+from gpt.checkpoint.doubt import Doubt, doubt_of
 from gpt.checkpoint.retention import kept
 from gpt.config.run import CheckpointConfig
-from gpt.saving.save_interval import SaveClock, best_interval_s, failures_so_far, time_between_failures_s
+from gpt.run.events import Event, record_event
+from gpt.saving.save_interval import (
+    SaveClock,
+    best_interval_s,
+    failures_so_far,
+    start_times_s,
+    time_between_failures_s,
+)
 
 DAY = 86_400.0
 
@@ -32,14 +41,31 @@ def expected_loss(interval_s: float, stall_s: float, mean_s: float) -> float:
 
 
 def test_best_interval_loses_the_least_time_in_a_simulation() -> None:
-    best = best_interval_s(20.0, 3600.0)
-    losses = [expected_loss(factor * best, 20.0, 3600.0) for factor in (0.4, 1.0, 2.5)]
+    best = best_interval_s(20.0, 3600.0, 0.0)
+    losses = [expected_loss(factor * best - 20.0, 20.0, 3600.0) for factor in (0.4, 1.0, 2.5)]
     assert losses[1] == min(losses)
 
 
 @pytest.mark.parametrize(("stall_s", "mean_s"), [(1.0, 1e6), (5.0, 1e5)])
 def test_best_interval_for_rare_failures_is_youngs(stall_s: float, mean_s: float) -> None:
-    assert best_interval_s(stall_s, mean_s) == pytest.approx((2 * stall_s * mean_s) ** 0.5, rel=0.01)
+    assert best_interval_s(stall_s, mean_s, 60.0) == pytest.approx((2 * stall_s * mean_s) ** 0.5, rel=0.01)
+
+
+def test_long_recovery_makes_the_interval_longer() -> None:
+    """Saxena et al. (arXiv:2410.18124): Tc = Ts + sqrt(2 (Tf + Tr) Ts + Ts²)."""
+    assert best_interval_s(8.0, 700.0, 300.0) == 8.0 + (2 * 1000.0 * 8.0 + 64.0) ** 0.5
+
+
+def test_starts_are_measured_by_their_phases() -> None:
+    events = [
+        {"event": "attempt_started"},
+        {"event": "phase", "seconds": 2.0},
+        {"event": "phase", "seconds": 3.0},
+        {"event": "attempt_started"},
+        {"event": "attempt_started"},
+        {"event": "phase", "seconds": 4.0},
+    ]
+    assert start_times_s(events) == [5.0, 4.0]
 
 
 def test_observed_failures_move_the_prior() -> None:
@@ -122,3 +148,32 @@ def test_keep_every_keeps_one_checkpoint_per_interval() -> None:
     for step in range(30, 1000, 30):
         there = kept([*there, step], config)
     assert sorted(there) == [120, 210, 300, 420, 510, 600, 720, 810, 900, 960, 990]
+
+
+def test_retention_keeps_the_last_checkpoint_from_before_a_row_of_left_out_updates() -> None:
+    config = CheckpointConfig(keep_last=2)
+    doubt = Doubt(left_out=frozenset({3, *range(61, 131)}))
+    there: set[int] = set()
+    for step in range(10, 140, 10):
+        there = kept([*there, step], config, doubt=doubt)
+        assert (60 in there) == (60 <= step <= 130)
+    assert there == {60, 120, 130}
+    assert kept([*there, 140], config, doubt=doubt) == {130, 140}  # an update was made: the row is broken
+
+
+def test_retention_keeps_the_newest_checkpoint_with_finite_weights() -> None:
+    config = CheckpointConfig(keep_last=2)
+    assert kept([10, 20, 30, 40], config, doubt=Doubt(not_finite=frozenset({20, 30, 40}))) == {10, 30, 40}
+    assert kept([30, 40], config, doubt=Doubt(not_finite=frozenset({30, 40}))) == {30, 40}
+
+
+def test_steps_that_are_taken_again_are_in_doubt_no_longer(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    for step in (5, 61, 62):
+        record_event(path, Event.UPDATE_SKIPPED, step=step, reason="non-finite gradient")
+    record_event(path, Event.CHECKPOINT_SAVED, step=62)
+    record_event(path, Event.CHECKPOINT_NOT_FINITE, step=62)
+    assert doubt_of(path) == Doubt(frozenset({62}), frozenset({5, 61, 62}))
+    record_event(path, Event.RESUMED, step=50)
+    record_event(path, Event.CHECKPOINT_SAVED, step=62)
+    assert doubt_of(path) == Doubt(frozenset(), frozenset({5}))

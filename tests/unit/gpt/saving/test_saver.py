@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pickle
 import shutil
 import threading
 import time
@@ -16,9 +17,9 @@ from gpt.checkpoint.failpoints import PLACES
 from gpt.checkpoint.format import committed, verify
 from gpt.checkpoint.reader import CheckpointReader
 from gpt.checkpoint.writer import remove_leftovers
-from gpt.distributed.world import World, total
-from gpt.run import record
-from gpt.run.attempts import Superseded
+from gpt.distributed.world import World, agree, total
+from gpt.run import attempts, record
+from gpt.run.attempts import AttemptRemoved, Superseded, must_end, refuse_if_superseded
 from gpt.run.host_memory import available_bytes
 from gpt.run.run_dir import RunDir
 from gpt.saving import rank_writer
@@ -96,6 +97,31 @@ def test_asynchronous_save_writes_the_same_bytes_as_a_synchronous_one(tmp_path: 
         folder = dict(committed(run.checkpoints))[1]
         files.append({path.name: path.read_bytes() for path in folder.iterdir()})
     assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("is_asynchronous", [True, False])
+def test_weights_that_are_not_finite_are_recorded_and_the_last_finite_checkpoint_stays(
+    run_dir: RunDir, alone: World, is_asynchronous: bool
+) -> None:
+    saver, engine = make_saver(run_dir, alone, asynchronous=is_asynchronous)
+    for step in range(1, 6):
+        engine.take_step()
+        state = {part.state: part.tensor for part in engine.state()}
+        state["exp_avg"][7] = float("nan")  # only the weights are checked
+        if step > 1:
+            state["master"][-1] = float("inf")
+        saver.save_and_wait(step, ())
+    assert [step for step, _ in committed(run_dir.checkpoints)] == [1, 4, 5]
+    found = events(run_dir, "checkpoint_not_finite")
+    assert [(event["step"], event["ranks"]) for event in found] == [(step, [0]) for step in range(2, 6)]
+
+
+def test_numbers_whose_sum_overflows_are_finite() -> None:
+    numbers = np.full(1000, 3e38, np.float32)
+    assert rank_writer.is_finite(numbers)
+    for bad in (np.nan, np.inf, -np.inf):
+        numbers[500] = bad
+        assert not rank_writer.is_finite(numbers)
 
 
 @pytest.mark.parametrize(("free_mb", "is_short"), [(17, True), (19, False)])
@@ -221,6 +247,32 @@ def test_superseded_attempt_commits_nothing(run_dir: RunDir, alone: World) -> No
     with pytest.raises(Superseded, match="Attempt 2 has taken the run over"):
         drain(saver, alone)
     assert committed(run_dir.checkpoints) == []
+
+
+def test_save_does_not_make_a_run_directory_anew(
+    run_dir: RunDir, alone: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempts, "_HIDDEN_S", 0.1)
+    saver, engine = make_saver(run_dir, alone)
+    engine.take_step()
+    run_dir.path.rename(run_dir.path.with_name("elsewhere"))
+    saver.save(1, ())
+    drain(saver, alone)
+    assert not run_dir.path.exists()
+    assert must_end(run_dir, 1)
+    with pytest.raises(
+        AttemptRemoved, match=r"attempts/0001 is gone: the run directory was moved"
+    ) as removed:
+        agree(alone, lambda: refuse_if_superseded(run_dir, 1))
+    assert str(pickle.loads(pickle.dumps(removed.value))) == str(removed.value)
+
+
+def test_attempt_that_is_hidden_for_a_moment_goes_on(run_dir: RunDir) -> None:
+    hidden = run_dir.attempts.rename(run_dir.path / "hidden")
+    threading.Timer(0.2, lambda: hidden.rename(run_dir.attempts)).start()
+    assert must_end(run_dir, 1)
+    refuse_if_superseded(run_dir, 1)
+    assert not must_end(run_dir, 1)
 
 
 @pytest.mark.parametrize("place", ["committed", "pruned"])

@@ -21,8 +21,9 @@ from gpt.run.stop import StopFlag
 from gpt.saving import saver as saver_module
 from gpt.saving.saver import Saver
 from gpt.training.attempt import Attempt, AttemptOutcome
-from gpt.training.ending import save_and_end
+from gpt.training.ending import ask_to_stop_for_good, save_and_end, wait_to_be_killed
 from gpt.training.start_clock import StartClock
+from launcher.runs.stop_request import is_persons, pending_stop
 from tests.unit.gpt.saving.support import arm, join, make_saver
 
 
@@ -63,6 +64,22 @@ def ending(tmp_path: Path) -> Iterator[Ending]:
 def test_stop_saves_and_exits_with_75(ending: Ending) -> None:
     cause = "stopped at step 7 (SIGTERM); everything is saved"
     assert ending.end(7, is_stopping=True) == AttemptOutcome(ExitCode.STOPPED, cause, 7)
+
+
+def test_rehearsal_stops_like_a_person_and_ends_its_pause_at_a_stop(
+    ending: Ending, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpt.training.ending._PAUSE_S", 0.05)
+    monkeypatch.setattr("gpt.training.ending._LONGEST_PAUSE_S", 0.2)
+    run, stop = ending.attempt.run_dir, ending.attempt.stop
+    stop.reason = None
+    started = time.monotonic()
+    wait_to_be_killed(ending.attempt, 7)
+    assert time.monotonic() - started >= 0.2
+    assert ask_to_stop_for_good(ending.attempt, "the rehearsal")
+    assert is_persons(pending_stop(run))  # so that no scheduler requeues the job
+    wait_to_be_killed(ending.attempt, 7)
+    assert ending.end(7, is_stopping=True).cause == "stopped at step 7 (the rehearsal); everything is saved"
 
 
 def test_stop_that_cannot_save_fails_and_leaves_the_run_resumable(ending: Ending) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ from gpt.run import record
 from gpt.run.events import Event, record_event
 from gpt.run.run_dir import REWOUND_PREFIX, RunDir
 from launcher.commands.checkpoints import checkpoints
+from launcher.commands.data import verify
 from tests.unit.gpt.checkpoint.support import write_checkpoint
+from tests.unit.launcher.commands.support import without_privileges
 
 
 @pytest.fixture
@@ -45,6 +48,32 @@ def test_the_list_shows_size_origin_score_and_verification(
     assert {(row["world_size"], row["stage"]) for row in rows} == {(3, 1)}
     files = run.checkpoints / "step-00000005"
     assert rows[0]["size_bytes"] == sum(file.stat().st_size for file in files.iterdir())
+
+
+def test_the_table_aligns_its_columns(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    (run.checkpoints / "step-00000010" / "checkpoint.json").write_text("{}")
+    call(run, pin=(5,))
+    heading, five, ten, _ = capsys.readouterr().out.splitlines()
+    assert heading.split("  ")[0] == "step"
+    assert five[heading.index("pinned") :] == "pinned  not yet"
+    assert ten[heading.index("val loss") :].split() == [
+        "2.5000", "bad:", "checkpoint.json:", "not", "a", "readable", "index:", "'checksum'",
+    ]  # fmt: skip
+
+
+def test_a_checkpoint_that_cannot_be_read_is_a_row(capsys: pytest.CaptureFixture[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        run = RunDir(Path(folder))
+        run.path.chmod(0o755)  # pytest's own folders are private
+        for step in (5, 10):
+            write_checkpoint(run.checkpoints, step=step)
+        (run.checkpoints / "step-00000005").chmod(0)
+        with without_privileges():
+            assert call(run) == 1
+        lines = capsys.readouterr().out.splitlines()
+        assert "bad: " in lines[1]
+        assert "cannot be read: Permission denied" in lines[1]
+        assert lines[2].endswith("not yet")
 
 
 def test_a_check_verifies_every_byte_and_names_the_corrupt_file(
@@ -121,3 +150,25 @@ def test_a_pinned_checkpoint_that_was_set_aside_is_not_deleted(run: RunDir, asid
 def test_an_unknown_step_is_an_error_that_lists_the_available_steps(run: RunDir) -> None:
     with pytest.raises(LaunchError, match=r"no checkpoint of step 7\. Available steps: 5, 10, 15\."):
         call(run, pin=(7,))
+
+
+def test_verify_names_every_corrupt_file_also_beside_an_unreadable_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        run = RunDir(Path(folder))
+        run.path.chmod(0o755)  # pytest's own folders are private
+        run.config.write_text("{}")
+        for step in (5, 10):
+            write_checkpoint(run.checkpoints, step=step)
+        rank_file = run.checkpoints / "step-00000010" / "rank-00001.safetensors"
+        rank_file.write_bytes(b"x")
+        (run.checkpoints / "step-00000005").chmod(0)
+        with without_privileges():
+            assert verify(run.path) == 1
+        said = capsys.readouterr()
+        first, second = said.out.splitlines()
+        assert first.startswith(f"{run.checkpoints}/step-00000005/checkpoint.json: byte 0: ")
+        assert "Permission denied" in first
+        assert second.startswith(f"{rank_file}: byte 1: has 1 bytes instead of ")
+        assert said.err == "2 checkpoints: 2 corrupt files\n"

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from data_pipeline.dataset.manifest import joint_fingerprint, read_manifest
-from data_pipeline.errors import CheckpointError, ConfigError
+from data_pipeline.errors import CheckpointError, ConfigError, LaunchError
 from gpt.checkpoint.format import committed, verify
 from gpt.checkpoint.reader import CheckpointReader
 from gpt.config.resume_rules import config_fingerprint
 from gpt.run.events import Event, read_events
 from gpt.run.records import Job
 from gpt.run.run_dir import RunDir
+from gpt.saving.restore import has_begun
 from launcher.cluster import ClusterConfig
 from launcher.commands import follow_job
 from launcher.commands.launch import launch
@@ -141,3 +142,35 @@ def test_a_resume_with_another_optimizer_is_refused_before_a_file_changes(
     with pytest.raises(ConfigError, match="step 10 does not fit this config: its optimizer keeps blocks"):
         resume(str(origin.path), None, muon, None, attend=False, allowed=allowed)
     assert origin.config.read_bytes() == before
+
+
+def test_a_run_that_was_interrupted_before_its_first_checkpoint_does_not_start_from_new_weights(
+    origin: RunDir, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("launcher.commands.launch.seed_checkpoint", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        launch_from(origin, data, "@5")
+    run = RunDir(origin.path.with_name("fork"))
+    with pytest.raises(LaunchError, match="was to start from step 5 of origin, and that checkpoint is not"):
+        resume(str(run.path), None, [], None, attend=False)
+    assert has_begun(run)  # so workers that are started by other means refuse, too
+    assert not run.job.exists()
+
+
+def test_the_event_of_a_run_that_starts_from_weights_is_there_before_its_config(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("launcher.runs.store.snapshot_code", interrupted)
+    tables, source = run_tables("tiny", [f"data.path={data}"])
+    request = examine(tables, source, ClusterConfig(kind="local"), tmp_path / "imported")
+    with pytest.raises(KeyboardInterrupt):
+        create_run(tmp_path / "imported", request, ["outlast"], {Event.IMPORTED: {"step": 0}})
+    run = RunDir(tmp_path / "imported")
+    assert has_begun(run)
+    assert not run.config.exists()

@@ -5,6 +5,7 @@ from typing import get_args
 
 import pytest
 
+from data_pipeline.config_file import validate
 from gpt.config.run import RunConfig
 from gpt.run import record
 from gpt.run.events import Event, record_event
@@ -12,9 +13,30 @@ from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig
 from launcher.commands.fault_injector import FaultInjector
 from launcher.commands.rehearsal_checks import LOSS_TOLERANCE, Check, compare
+from launcher.commands.rehearse import shortened
 from launcher.preflight.check import examine
 from launcher.request import Request
 from launcher.runs.recipes import run_tables
+
+
+def test_short_run_has_every_stage_of_the_long_one() -> None:
+    sources = [{"path": "/a", "weight": 1.0}, {"path": "/b", "weight": 1.0}]
+    stages = [{"from_tokens": 10**9, "weights": [1, 2]}, {"from_progress": 0.9, "weights": [0, 1]}]
+    warmup = [{"steps": 500, "global_batch_tokens": 8192}, {"steps": 900, "global_batch_tokens": 16384}]
+    tables = {
+        "name": "x",
+        "data": {"mixture": sources, "schedule": stages},
+        "batch": {"global_batch_tokens": 32768, "micro_batch": 1, "warmup": warmup},
+        "schedule": {"name": "wsd", "warmup_steps": 2000, "decay_steps": 5000, "total_tokens": 10**10},
+        "checkpoint": {"every_steps": 1000, "mirror": "/mirror"},
+    }
+    validate(RunConfig, tables, "x")
+    short = validate(RunConfig, shortened(tables, 8), "short")
+    assert (short.schedule.warmup_steps, short.schedule.decay_steps, short.total_steps) == (6, 2, 8)
+    assert [stage.steps for stage in short.batch.warmup] == [2, 2]
+    assert [stage.from_progress for stage in short.data.schedule] == [1 / 3, 2 / 3]
+    assert short.checkpoint.every_steps == 2
+    assert short.checkpoint.mirror is None
 
 
 def test_every_precision_has_a_loss_tolerance() -> None:
@@ -36,7 +58,7 @@ def write_run(folder: Path, losses: list[float], *, worlds: tuple[int, ...], ski
         if number > 1:
             record_event(run.events, Event.RESUMED, attempt=number, step=2)
     for step, loss in enumerate(losses, 1):
-        record.append(run.metrics, step=step, **{"train/loss": loss, "data/digest": f"{step}"})
+        record.append(run.metrics, step=step, **{"train/loss": loss, "data/digest": float(step)})
     if skipped is not None:
         record_event(run.events, Event.UPDATE_SKIPPED, step=skipped, reason="non-finite gradient")
     return run
@@ -66,3 +88,12 @@ def test_losses_are_compared_only_up_to_an_update_that_one_run_skipped(
     check = loss_check(tmp_path, request_of_fp16, [9.0, 8.0, 7.0, 6.0, 6.0], 4)
     assert check.is_good
     assert check.seen == "largest difference 0, steps 3–4; only one run skipped the update of step 4"
+
+
+def test_losses_that_are_not_finite_are_compared(tmp_path: Path, request_of_fp16: Request) -> None:
+    nan = float("nan")
+    for name, losses, is_good in (("a", [9.0, 8.0, nan], True), ("b", [9.0, 8.0, 7.0], False)):
+        first = write_run(tmp_path / f"{name}1", [9.0, 8.0, nan], worlds=(2,), skipped=None)
+        second = write_run(tmp_path / f"{name}2", losses, worlds=(2, 1), skipped=None)
+        fault = FaultInjector(lambda: "a worker", steps_after_save=1)
+        assert compare(first, second, request_of_fp16, fault)[-1].is_good == is_good

@@ -57,6 +57,14 @@ def test_a_failed_save_shows_until_a_later_one_succeeds(run: RunDir) -> None:
     assert status(run).save_problem is None
 
 
+def test_crashes_before_an_attempt_are_the_reason_until_one_begins(run: RunDir) -> None:
+    give_job(run, alive=True)
+    record_event(run.events, Event.WORKERS_CRASHED, times=1, node="n1", cause="ValueError: no ib9")
+    assert status(run).reason == "the workers crash before an attempt begins: ValueError: no ib9"
+    record_event(run.events, Event.ATTEMPT_STARTED, attempt=1, world_size=2)
+    assert status(run).reason is None
+
+
 def test_a_run_with_a_stop_request_is_stopping(run: RunDir) -> None:
     give_job(run, alive=True)
     write_json(run.stop, {"reason": "test"})
@@ -121,13 +129,13 @@ def test_a_hundred_long_runs_take_less_than_a_second(run: RunDir) -> None:
     give_job(run, alive=False)
     record_step(run, 1, **{"val/loss": 7.0})
     run.metrics.write_bytes(run.metrics.read_bytes() * 5000)
-    for event in (Event.REQUEUED, Event.CONTINUED, Event.NETWORK_BUILT):
-        record_event(run.events, event, lost_s=1.5, attention="sdpa")
+    for event in (Event.ATTEMPT_STARTED, Event.REQUEUED, Event.CONTINUED, Event.NETWORK_BUILT):
+        record_event(run.events, event, attempt=1, world_size=1, lost_s=1.5, attention="sdpa")
     run.events.write_bytes(run.events.read_bytes() * 30)
     record_event(run.events, Event.CHECKPOINT_SAVED, step=1, seconds=1.0, bytes=1 << 30)
     run.events.write_bytes(run.events.read_bytes() + run.events.read_bytes().splitlines(True)[-1] * 4000)
     found = status(run)
-    assert (found.requeues, found.lost_s, found.attention) == (30, 45.0, "sdpa")
+    assert (found.requeues, found.lost_s, found.attention) == (30, 29 * 1.5, "sdpa")
     started = time.process_time()
     for _ in range(100):
         status(run)

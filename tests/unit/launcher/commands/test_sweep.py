@@ -85,11 +85,11 @@ def home(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (run.checkpoints / "step-00000020" / "checkpoint.json").write_text("{}")
         return job
 
-    monkeypatch.setattr("launcher.commands.sweep.submit", submit)
+    monkeypatch.setattr("launcher.commands.follow_job.submit", submit)
     monkeypatch.setattr("launcher.commands.sweep._one_after_the_other", lambda _runs: 0)
     assert continue_sweep(tmp_path / "sweep.toml", None, tmp_path / "sweep", attend=None) == 0
     monkeypatch.undo()
-    monkeypatch.setattr("launcher.commands.sweep.submit", submit)
+    monkeypatch.setattr("launcher.commands.follow_job.submit", submit)
     return tmp_path / "sweep"
 
 

@@ -66,23 +66,42 @@ def test_start_has_a_timeout_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None
     watchdog = HangWatchdog(timeout_s=10.0, start_timeout_s=100.0)
     monkeypatch.setenv(Variable.HEARTBEAT, watchdog.name)
     heartbeat, me = Heartbeat(), [os.getpid()]
+
+    def is_silent_at(until: float) -> bool:
+        """Look every second until then, as the supervisor does."""
+        while clock[0] < until:
+            clock[0] += 1.0
+            is_silent = watchdog.is_any_silent(me)
+        return is_silent
+
     heartbeat.beat(0, "importing", is_starting=True)
     assert not watchdog.is_any_silent(me)
-    clock[0] = 101.0
-    assert watchdog.is_any_silent(me)
+    assert is_silent_at(101.0)
     heartbeat.beat(0, WAITING, is_starting=True)  # the node of the late rank reports first
     assert not watchdog.is_any_silent(me)
-    clock[0] = 202.0
-    assert not watchdog.is_any_silent(me)
-    clock[0] = 262.0
-    assert watchdog.is_any_silent(me)
+    assert not is_silent_at(202.0)
+    assert is_silent_at(262.0)
     assert watchdog.attempt == 0
     heartbeat.attempt = 4
     heartbeat.beat(7, "training")
     assert not watchdog.is_any_silent(me)
-    clock[0] = 273.0
-    assert watchdog.is_any_silent(me)
+    assert is_silent_at(273.0)
     assert watchdog.attempt == 4
+
+
+def test_time_in_which_the_job_was_suspended_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    watchdog = HangWatchdog(timeout_s=10.0, start_timeout_s=100.0)
+    monkeypatch.setenv(Variable.HEARTBEAT, watchdog.name)
+    me = [os.getpid()]
+    Heartbeat().beat(3, "training")
+    found = []
+    for at in (1.0, 2.0, 3600.0, *(3600.0 + second for second in range(1, 12))):
+        clock[0] = at
+        found.append(watchdog.is_any_silent(me))
+        assert watchdog.seconds_without([]) <= 11.0
+    assert found == [False] * 13 + [True]  # ten seconds after the job continued
 
 
 def dump_here(log: Path) -> None:

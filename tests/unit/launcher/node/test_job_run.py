@@ -14,6 +14,7 @@ from gpt.run.records import JobOutcome
 from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig
 from launcher.node.task import NodeRunner
+from launcher.node.torchrun import TorchrunEnd
 from tests.unit.launcher.fake_slurm import FakeJob, FakeSlurm
 from tests.unit.launcher.support import job_outcome, make_run
 
@@ -111,7 +112,7 @@ def test_bad_node_that_slurm_gives_again_is_a_failure(
         record.append(run.bad_nodes, node=bad, reason="its clock", attempt=attempt)
         cause = f"bad nodes: {bad}: its clock"
         write_json(run.attempt(attempt).result, {"exit_code": 75, "cause": cause})
-        return job_run.outcome(0, stopped_now=False, was_signalled=False)
+        return job_run.outcome(TorchrunEnd(0, stopped_now=False), was_signalled=False)
 
     assert outcome_of_check(1, "node2") == job_outcome(75, "bad nodes: node2: its clock", 1)
     assert outcome_of_check(2, "node3") == job_outcome(75, "bad nodes: node3: its clock", 2)

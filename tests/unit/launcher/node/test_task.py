@@ -1,6 +1,7 @@
 """How the node task ends and what it leaves, under submitit's local executor and a real torchrun."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -8,14 +9,16 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from data_pipeline.errors import LaunchError
 from gpt.checkpoint.format import verify
 from gpt.run import record
+from gpt.run.events import Event, read_events
 from gpt.run.json_file import read_json, write_json
-from gpt.run.records import Job, JobOutcome
+from gpt.run.records import Health, Job, JobOutcome, Sidecar, SidecarHealth
 from gpt.run.run_dir import RunDir
 from launcher.cluster import ClusterConfig
 from launcher.commands.follow_job import outcome_of
@@ -24,7 +27,7 @@ from launcher.process_tree import identity
 from launcher.runs.job_record import read_job
 from launcher.runs.stop_request import request_stop
 from launcher.runs.store import read_config
-from launcher.scheduler.jobs import job_state, refuse_while_alive
+from launcher.scheduler.jobs import ask_to_stop, job_state, refuse_while_alive
 from launcher.scheduler.protocol import NodeIdentity
 from launcher.scheduler.registry import scheduler_of
 from tests.unit.gpt.checkpoint.support import write_checkpoint
@@ -77,6 +80,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("TMPDIR", str(temporary_files(path)))
     yield path
     kill_tree(path)
+
+
+def limit(run: RunDir, **limits: float) -> None:
+    """Set fields of [launch] in the run's config."""
+    config = read_json(run.config) or {}
+    write_json(run.config, {**config, "launch": {**config["launch"], **limits}})
 
 
 def temporary_files(run: Path) -> Path:
@@ -158,10 +167,12 @@ time.sleep(600)
 """,
         processes=2,
     )
-    config = read_json(run.config) or {}
-    limits = {"hang_timeout_s": 1, "start_timeout_s": 2, "max_failures": 2}
-    write_json(run.config, {**config, "launch": {**config["launch"], **limits}})
-    assert end_of(run, start(run)).cause.startswith("the workers ended without a result (torchrun: -9)")
+    limit(run, hang_timeout_s=1, start_timeout_s=2, max_failures=2)
+    outcome = end_of(run, start(run))
+    assert outcome.exit_code == 93
+    assert outcome.cause.startswith(
+        "the workers hang before they belong to an attempt: the other ranks wait for"
+    )
     hang, again = [line for line in record.read(run.events) if line["event"] == "hang"]
     host = os.uname().nodename
     assert hang["culprit"] == (
@@ -169,6 +180,57 @@ time.sleep(600)
     )
     assert hang["attempt"] is None  # the workers had claimed none
     assert again["culprit"] == hang["culprit"]  # the second one ended the job run
+
+
+CRASHES = """
+marker = run.path / f"generation-{generation}"
+marker.touch()
+raise RuntimeError("no interface ib9")
+"""
+
+
+def test_workers_that_crash_before_an_attempt_end_the_run_with_their_error(folder: Path) -> None:
+    run = make_run(folder, CRASHES)
+    limit(run, max_failures=2)
+    outcome = end_of(run, start(run))
+    assert (outcome.exit_code, outcome.attempt) == (93, None)
+    assert re.fullmatch(  # torchrun may be quicker than the node task looks
+        r"the workers crashed \d+ times in a row before an attempt began: RuntimeError: no interface ib9 "
+        r"\(the output is in 0001/node-0\.log\)",
+        outcome.cause,
+    )
+    [*_, crash] = read_events(run.events, Event.WORKERS_CRASHED)
+    assert (crash["times"] >= 2, crash["cause"]) == (True, "RuntimeError: no interface ib9")
+
+
+def test_stop_request_ends_workers_that_crash_before_an_attempt(folder: Path) -> None:
+    run = make_run(folder, CRASHES)
+    limit(run, max_failures=1000)
+    job = start(run)
+    wait_for(lambda: (run.path / "generation-1").exists())
+    request_stop(run, "outlast stop")
+    outcome = end_of(run, job)
+    assert outcome.exit_code == 1
+    assert "before an attempt began: RuntimeError: no interface ib9" in outcome.cause
+
+
+def test_torchrun_that_starts_no_workers_again_is_ended(folder: Path) -> None:
+    """A stopped agent does not notice that its worker has been killed."""
+    run = make_run(folder, FOREVER)
+    limit(run, hang_timeout_s=1, start_timeout_s=60, collective_timeout_s=90)
+    job = start(run)
+    wait_for(lambda: worker_pid(run, 0, 0) and run.attempt_numbers())
+    time.sleep(1.2)  # the node task has seen the worker
+    [agent] = [pid for pid in tree(job) if "torch.distributed.run" in command_line(pid)]
+    os.kill(agent, signal.SIGSTOP)
+    os.kill(worker_pid(run, 0, 0) or 0, signal.SIGKILL)
+    outcome = end_of(run, job)
+    assert outcome.exit_code == 1
+    assert re.match(
+        r"torchrun has no workers for launch.hang_timeout_s: torchrun on .* \(process \d+, state T in "
+        r"/proc\) has had no workers for \d s \(the output is in 0001/node-0\.log\)$",
+        outcome.cause,
+    )
 
 
 def test_workers_that_end_without_a_result_fail_with_their_last_output(folder: Path) -> None:
@@ -223,6 +285,80 @@ def test_stop_request_reaches_the_workers(folder: Path) -> None:
     assert end_of(run, job) == job_outcome(75, "stopped: outlast stop", 1)
 
 
+def test_job_is_asked_to_stop_although_the_request_cannot_be_written(folder: Path) -> None:
+    run = make_run(
+        folder,
+        """
+signal.signal(signal.SIGTERM, lambda *_: (finish(1, 75, "stopped: SIGTERM"), os._exit(0)))
+claim()
+time.sleep(600)
+""",
+    )
+    job = start(run)
+    wait_for(run.attempt_numbers)
+    (folder / f".stop.{os.getpid()}").mkdir()  # where the request is written first
+    said: list[str] = []
+    ask_to_stop(run, "outlast stop", said.append)
+    assert end_of(run, job) == job_outcome(75, "stopped: SIGTERM", 1)
+    [sentence] = said
+    assert sentence.startswith("the stop request cannot be written ([Errno 21] Is a directory")
+    assert sentence.endswith(f"; process {job.pid} of the job got SIGTERM")
+    with pytest.raises(LaunchError, match="cannot be signalled from here"):
+        ask_to_stop(run, "outlast stop --now", said.append, now=True)
+
+
+def test_signal_during_a_submission_stops_the_job_that_it_made(folder: Path) -> None:
+    run = make_run(folder, WAIT_FOR_STOP)
+    program = f"""
+import os, signal
+from pathlib import Path
+from gpt.run.run_dir import RunDir
+from launcher.cluster import ClusterConfig
+from launcher.commands import follow_job, submit
+started = submit.subprocess.run
+def run(*arguments, **options):
+    os.kill(os.getpid(), signal.SIGINT)  # while the scheduler accepts the job
+    return started(*arguments, **options)
+submit.subprocess.run = run
+cluster = ClusterConfig(kind="local")
+raise SystemExit(follow_job.submit_and_follow(RunDir(Path({str(folder)!r})), 10, cluster, "launch", False))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 75, done.stderr
+    assert f"continue with: outlast resume {folder}" in done.stderr
+    job = read_job(run)
+    assert job is not None
+    assert end_of(run, job) == job_outcome(75, "stopped: Ctrl-C", 1)
+
+
+def test_run_directory_that_is_moved_away_is_not_made_anew_and_ends_the_run_with_93(folder: Path) -> None:
+    run = make_run(folder, FOREVER)
+    job = start(run)
+    wait_for(run.attempt_numbers)
+    folder.rename(folder.with_name("elsewhere"))
+    wait_for(lambda: job.pid is not None and not is_alive(job.pid))
+    assert not folder.exists()
+    outcome = outcome_of(run, job)
+    assert outcome.exit_code == 93
+    assert "is gone: the run directory was moved or deleted while the run was going" in outcome.cause
+    moved = RunDir(folder.with_name("elsewhere"))
+    assert read_job(moved) == job
+    refuse_while_alive(moved)
+
+
+def test_node_task_whose_controller_is_gone_before_it_starts_ends(folder: Path) -> None:
+    run = make_run(folder, FOREVER)
+    run.submission(1).path.mkdir(parents=True)
+    task = f"from launcher.node.task import NodeTask; NodeTask({str(folder)!r}, '0001')()"
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    environment = {**os.environ, **run.code_environment, "SUBMITIT_LOCAL_JOB_ID": str(gone.pid)}
+    done = subprocess.run([sys.executable, "-c", task], env=environment, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    assert run.attempt_numbers() == []
+    assert list(temporary_files(folder).iterdir()) == []
+
+
 def test_stop_now_kills_the_workers_without_saving(folder: Path) -> None:
     run = make_run(folder, FOREVER)
     job = start(run)
@@ -258,7 +394,7 @@ def test_submission_removes_an_old_stop_request(folder: Path) -> None:
     "victim", ["submitit.core._submit", "submitit.local._local", "torch.distributed.run"]
 )
 def test_killed_process_leaves_no_orphan(folder: Path, victim: str) -> None:
-    tracking = "import time\ntime.sleep(600)"
+    tracking = "import sys, time\ntime.sleep(0 if '--last-pass' in sys.argv else 600)"
     run = make_run(folder, FOREVER, processes=2, tracking=tracking)
     job = start(run)
     wait_for(lambda: worker_pid(run, 0, 0) and worker_pid(run, 0, 1))
@@ -306,6 +442,39 @@ finish(claim(), 0, "done")
 def test_failure_of_the_tracking_sidecar_does_not_matter(folder: Path) -> None:
     run = make_run(folder, 'time.sleep(1); finish(claim(), 0, "done")', tracking="raise SystemExit(3)")
     assert end_of(run, start(run)) == job_outcome(0, "done", 1)
+
+
+def test_a_killed_sidecar_is_started_again_and_a_last_pass_sends_what_is_left(folder: Path) -> None:
+    """The worker kills the sidecar; the second one ends at SIGTERM without having sent anything."""
+    tracking = """
+import os, sys, time
+from pathlib import Path
+if "--last-pass" in sys.argv:
+    Path(sys.argv[1], "last-pass").touch()
+    sys.exit(0)
+with Path(sys.argv[1], "starts").open("a") as file:
+    file.write(f"{os.getpid()}\\n")
+time.sleep(600)
+"""
+    worker = """
+def starts():
+    path = run.path / "starts"
+    return path.read_text().split() if path.exists() else []
+while not starts():
+    time.sleep(0.05)
+os.kill(int(starts()[0]), signal.SIGKILL)
+while len(starts()) < 2:
+    time.sleep(0.05)
+finish(claim(), 0, "done")
+"""
+    run = make_run(folder, worker, tracking=tracking)
+    assert end_of(run, start(run)) == job_outcome(0, "done", 1)
+    assert (run.path / "last-pass").exists()
+    [event] = read_events(run.events, Event.SIDECAR_RESTARTED)
+    assert (event["sidecar"], event["reason"]) == ("tracking", "its process ended with SIGKILL")
+    health = SidecarHealth.read(run.sidecar_health(Sidecar.TRACKING))
+    assert health is not None
+    assert (health.health, health.restarts) == (Health.DEAD, 1), "the last pass writes the rest itself"
 
 
 def test_last_checkpoint_is_mirrored_when_the_job_has_ended(folder: Path, tmp_path: Path) -> None:
@@ -417,6 +586,18 @@ def test_local_job_uses_the_gpus_of_the_caller() -> None:
     cluster = ClusterConfig(kind="local", gpus_per_node=2)
     inherited = {"CUDA_VISIBLE_DEVICES": "0,1", "OUTLAST_CUDA_VISIBLE_DEVICES": "5,GPU-7,6"}
     assert worker_environment(cluster, HERE, 0, "", inherited)["CUDA_VISIBLE_DEVICES"] == "5,GPU-7"
+
+
+def test_gpu_memory_is_allocated_in_segments_that_grow_unless_the_user_says_otherwise() -> None:
+    def configured(inherited: dict[str, str], **cluster: Any) -> set[tuple[str, str]]:
+        environment = worker_environment(ClusterConfig(kind="local", **cluster), HERE, 0, "", inherited)
+        return {(name, value) for name, value in environment.items() if name.endswith("ALLOC_CONF")}
+
+    assert configured({}, gpus_per_node=1) == {("PYTORCH_ALLOC_CONF", "expandable_segments:True")}
+    assert configured({}, gpus_per_node=0) == set()
+    for mine in ({"PYTORCH_CUDA_ALLOC_CONF": "a:1"}, {"PYTORCH_ALLOC_CONF": "b:2"}):
+        assert configured(mine, gpus_per_node=1) == set(mine.items())
+        assert configured({}, gpus_per_node=1, environment=mine) == set(mine.items())
 
 
 def test_slurm_node_task_outside_slurm_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

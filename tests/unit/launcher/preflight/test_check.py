@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.config_file import with_overrides
+from data_pipeline.config_file import validate, with_overrides
 from data_pipeline.dataset.manifest import read_manifest
 from data_pipeline.errors import ConfigError
 from gpt.config.run import RunConfig
@@ -138,6 +138,11 @@ def test_a_folder_without_a_manifest_is_not_a_data_set(tmp_path: Path) -> None:
     (tmp_path / "raw").mkdir()
     [problem] = refused(lambda: ask(tmp_path / "raw", tmp_path / "run"))
     assert problem.startswith(f"{tmp_path / 'raw'} is not a data set")
+    prepare = f"`outlast prepare {tmp_path / 'raw'} --tokenizer NAME --out DIR` makes a data set"
+    assert problem.endswith(f". From raw text, {prepare}")
+    (tmp_path / "text.jsonl").touch()
+    [problem] = refused(lambda: ask(tmp_path / "text.jsonl", tmp_path / "run"))
+    assert problem.endswith("makes a data set")
 
 
 def test_a_flipped_byte_in_a_shard_is_reported_with_its_place(data: Path, tmp_path: Path) -> None:
@@ -191,15 +196,14 @@ def test_a_mixture_of_two_tokenizers_is_refused(data: Path, tmp_path: Path) -> N
 
 def test_a_vocabulary_smaller_than_that_of_the_data_is_refused(data: Path, tmp_path: Path) -> None:
     assert refused(lambda: ask(data, tmp_path / "run", "model.vocab_size=4000")) == [
-        f"model.vocab_size = 4000 is smaller than the 4096 token ids of {data}. Remove model.vocab_size, or "
-        "set it to at least 4096."
+        f"model.vocab_size = 4000 is smaller than the 4096 token ids of {data}. A new model gets a "
+        "fitting vocabulary when model.vocab_size is left out. A trained one, as in an import, needs data "
+        "that were prepared with its own tokenizer."
     ]
 
 
-def test_a_context_longer_than_the_data_is_refused(data: Path, tmp_path: Path) -> None:
-    found = refused(
-        lambda: ask(data, tmp_path / "run", "model.context=1048576", "batch.global_batch_tokens=4194304")
-    )
+def test_a_context_longer_than_the_data_is_refused(data: Path) -> None:
+    found = refused(lambda: ask(data, None, "model.context=1048576", "batch.global_batch_tokens=4194304"))
     tokens = read_manifest(data).train_tokens
     assert found == [
         f"{data} has {tokens} training tokens, too few for one sequence of model.context = 1048576 (+ 1 "
@@ -221,7 +225,7 @@ def test_many_epochs_warn_and_more_than_max_epochs_are_refused(data: Path, tmp_p
     epochs = steps * 1024 / tokens
     warnings = ask(data, tmp_path / "run", f"schedule.total_steps={steps}").warnings
     assert (
-        f"the run reads {epochs:.1f} epochs of {data}; after 4 epochs, repeated data improves the model "
+        f"the run reads {epochs:,.1f} epochs of {data}; after 4 epochs, repeated data improves the model "
         "little."
     ) in warnings
     assert ask(data, tmp_path / "run", "evaluation.tokens=1024").warnings == ()
@@ -229,8 +233,9 @@ def test_many_epochs_warn_and_more_than_max_epochs_are_refused(data: Path, tmp_p
         lambda: ask(data, tmp_path / "run", f"schedule.total_steps={steps}", "data.max_epochs=2.5")
     )
     assert found == [
-        f"the run reads {epochs:.2f} epochs of {data} ({steps * 1024} tokens, the source has {tokens}), but "
-        "data.max_epochs = 2.5. Train on fewer tokens, prepare more, or raise data.max_epochs."
+        f"the run reads {epochs:,.2f} epochs of {data} ({steps * 1024:,} tokens, the source has "
+        f"{tokens:,}), but data.max_epochs = 2.5. Train on fewer tokens, prepare more, or raise "
+        "data.max_epochs."
     ]
 
 
@@ -253,6 +258,20 @@ def test_a_mixture_with_a_schedule_is_counted_for_each_source(data: Path) -> Non
         "the run reads 320 sequences, but after 205 all sources with a weight have reached their max_epochs. "
         "Train on fewer tokens, prepare more, raise a max_epochs, or give another source a weight."
     ]
+
+
+def test_data_that_a_mixture_names_twice_warn_with_the_sum(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(data)
+    paths = {str(data): 1, f"{tmp_path / 'link'}": 2}
+    mixture = ", ".join(f"{{path = '{path}', weight = {weight}}}" for path, weight in paths.items())
+    tables, _ = run_tables("tiny", [f"data.mixture=[{mixture}]", "evaluation.tokens=64"])
+    [warning] = examine(tables, "t", LOCAL, None).warnings
+    epochs = 320 * 64 / read_manifest(data).train_tokens
+    assert warning == (
+        f"data.mixture.0 ({data}) and data.mixture.1 ({tmp_path / 'link'}) are the same data. Together they "
+        f"have the weight 3 of 3, and the run reads {epochs:.2f} epochs of them; every limit of epochs "
+        "counts each by itself. Keep one of them, with the sum of the weights."
+    )
 
 
 def test_more_evaluation_tokens_than_the_data_has_warn(data: Path, tmp_path: Path) -> None:
@@ -278,12 +297,33 @@ def test_too_little_host_memory_for_asynchronous_saves_warns(monkeypatch: pytest
         assert host_memory_warning(config, nodes.model_copy(update={"mem": mem})) is None
     checkpoint = config.checkpoint.model_copy(update={"asynchronous": False})
     assert host_memory_warning(config.model_copy(update={"checkpoint": checkpoint}), nodes) is None
-    monkeypatch.setattr("launcher.scheduler.local.available_bytes", lambda: 6 << 30)
+    monkeypatch.setattr("launcher.scheduler.local.available_bytes", lambda: 10 << 30)
     warning = host_memory_warning(config, LOCAL)  # its CPU trains, so the host holds the whole state
     assert warning is not None
-    assert "(free on this machine)" in warning
+    assert "training leaves only" in warning and "(free on this machine)" in warning
+    monkeypatch.setattr("launcher.scheduler.local.available_bytes", lambda: 6 << 30)
+    warning = host_memory_warning(config, LOCAL)
+    assert warning is not None
+    assert warning.startswith(
+        "a step needs about 9.2 GiB of host memory on each node, but there are only 6.0"
+    )
     monkeypatch.setattr("launcher.scheduler.local.available_bytes", lambda: 600 << 30)
     assert host_memory_warning(config, LOCAL) is None
+
+
+def test_a_run_that_does_not_fit_in_host_memory_is_refused_and_its_plan_is_shown(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    big = ["model.d_model=2048", "model.n_layers=32", "model.n_heads=16"]
+    monkeypatch.setattr("launcher.scheduler.local.available_bytes", lambda: 23 << 30)
+    problems = refused(lambda: ask(data, tmp_path / "run", *big))
+    [problem] = [problem for problem in problems if "host memory" in problem]
+    assert problem.startswith("the training state needs ")
+    assert "(2 × " in problem and "but there are only 23.0 GiB (free on this machine). Use fewer" in problem
+    assert any(warning == problem for warning in ask(data, None, *big).warnings)
+    ask(data, None, cluster=ClusterConfig(kind="slurm", nodes=2, mem="8G"))
+    monkeypatch.setattr("launcher.scheduler.local.available_bytes", lambda: 600 << 30)
+    assert not any("host memory" in warning for warning in ask(data, None, *big).warnings)
 
 
 def test_an_existing_run_directory_is_refused(data: Path, tmp_path: Path) -> None:
@@ -297,11 +337,38 @@ def test_a_run_directory_with_other_files_is_refused(data: Path) -> None:
     assert refused(lambda: ask(data, data)) == [f"{data} exists and is not empty. Give another --run-dir."]
 
 
+def test_an_empty_folder_that_everybody_can_write_to_is_refused(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run").chmod(0o777)
+    [problem] = refused(lambda: ask(data, tmp_path / "run"))
+    assert problem.startswith(f"everybody can write to {tmp_path / 'run'}, and what lies in a run directory")
+
+
 def test_a_run_directory_below_a_file_is_refused(data: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert refused(lambda: ask(data, tmp_path / "file" / "run")) == [
-        f"you cannot write to {tmp_path / 'file'}. Give another --run-dir."
+        f"{tmp_path / 'file'} is a file, so nothing can be created below it. Give another --run-dir."
     ]
+
+
+def test_a_run_directory_that_slurm_would_rename_is_refused(data: Path, tmp_path: Path) -> None:
+    [problem] = refused(lambda: ask(data, tmp_path / "%j"))
+    assert problem.endswith(
+        "/%j: a run directory's path cannot have '%': Slurm and submitit replace it in the names of files. "
+        "Give another --run-dir."
+    )
+
+
+def test_a_mirror_that_cannot_hold_files_is_refused(data: Path, tmp_path: Path) -> None:
+    [problem] = refused(lambda: ask(data, tmp_path / "run", "checkpoint.mirror=/proc"))
+    assert problem.startswith("checkpoint.mirror = /proc: /proc is on a file system that holds no files")
+
+
+def test_a_name_that_is_too_long_for_a_run_directory_is_refused(data: Path) -> None:
+    name = "x" * 300
+    [of_name, of_folder] = refused(lambda: ask(data, next_run_folder(name), f"name={name}"))
+    assert of_name.startswith("tiny.toml: name = 'xxx") and "at most 200 characters" in of_name
+    assert "has 305 bytes; a file name has at most 255" in of_folder
 
 
 def test_a_full_disk_is_refused_and_a_nearly_full_one_warns(
@@ -329,6 +396,22 @@ def test_gpus_that_are_not_there_are_missed(data: Path, tmp_path: Path) -> None:
     assert problem.startswith("gpus_per_node = 64, but this machine has ")
 
 
+def test_interface_that_this_machine_does_not_have_is_a_problem() -> None:
+    findings = Findings()
+    scheduler_of("local").check_machine(ClusterConfig(kind="local", interface="lo"), findings)
+    assert findings.problems == []
+    scheduler_of("local").check_machine(ClusterConfig(kind="local", interface="lo,ib9"), findings)
+    [problem] = findings.problems
+    assert problem.startswith("interface = 'lo,ib9': this machine has no network interface 'ib9'. It has: lo")
+
+
+@pytest.mark.parametrize("name", ["hang_timeout_s", "start_timeout_s", "collective_timeout_s"])
+def test_timeout_that_the_libraries_cannot_count_is_refused(name: str) -> None:
+    tables = {"launch": {name: 1e14}, "data": {"path": "/nowhere"}, "schedule": {"total_steps": 1}}
+    with pytest.raises(ConfigError, match=rf"launch\.{name}.*1000000"):
+        validate(RunConfig, {"name": "x", **tables}, "x")
+
+
 def test_slurm_without_slurm_says_where_to_launch(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -346,15 +429,17 @@ def test_more_processes_than_cores_warn() -> None:
     assert warning.startswith("4096 processes share ")
 
 
-def test_a_training_state_that_does_not_fit_on_the_gpu_is_refused(data: Path) -> None:
+def test_a_training_state_that_does_not_fit_on_the_gpu_is_told(data: Path, tmp_path: Path) -> None:
     cluster = ClusterConfig(kind="slurm", gpus_per_node=1, accelerator="a100-40gb")
     big = ["model.n_layers=32", "model.d_model=4096", "model.n_heads=32", "precision=bf16"]
-    [problem] = refused(lambda: ask(data, None, *big, cluster=cluster))
-    # 20 bytes (2 weights, 2 + 4 gradients and sums, 12 AdamW) a parameter:
+    problem = ask(data, None, *big, cluster=cluster).warnings[-1]  # only a launch is refused
+    assert problem in refused(lambda: ask(data, tmp_path / "run", *big, cluster=cluster))
+    # 18 bytes (2 weights, 4 sums of gradients, 12 AdamW) a parameter, and the largest gradient in bf16:
     # 32 × (4·4096² + 3·4096·10944) + 2·4096·4096 + 65·4096 parameters
     parameters = 32 * (4 * 4096**2 + 3 * 4096 * 10944) + 2 * 4096 * 4096 + 65 * 4096
+    needed = 18 * parameters + 2 * 2 * 10944 * 4096
     assert problem == (
-        f"the training state needs {20 * parameters / 2**30:.1f} GiB on each of 1 ranks (zero.stage = "
+        f"the training state needs {needed / 2**30:.1f} GiB on each of 1 ranks (zero.stage = "
         "1), but a100-40gb has only 36.8 GiB for it. Use more GPUs, a higher zero.stage, or a smaller model."
     )
 
@@ -373,6 +458,13 @@ def test_all_problems_of_run_cluster_data_and_folder_are_reported_at_once(data: 
         f"{copy / 'train-00000.idx'}: missing",
         f"{tmp_path / 'run'} exists and is not empty. Give another --run-dir.",
     ]
+
+
+def test_setting_one_of_two_alternatives_replaces_that_of_the_recipe() -> None:
+    assert "total_tokens" in run_tables("gpt2-124m", [])[0]["schedule"]
+    schedule = run_tables("gpt2-124m", ["schedule.total_steps=20"])[0]["schedule"]
+    assert schedule["total_steps"] == 20
+    assert "total_tokens" not in schedule
 
 
 def test_an_unknown_recipe_suggests_the_nearest() -> None:

@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from gpt.config.data import BatchConfig
+from gpt.config.parallel import ZeroConfig
+from gpt.config.parameter_table import parameter_count
 from gpt.config.run import RunConfig
 from gpt.config.zero_sizes import zero_sizes
 from gpt.distributed.zero.build import DTYPES
@@ -15,6 +18,7 @@ from gpt.model.flops import flops_per_token
 from gpt.model.gpt import GPT
 from launcher.preflight.memory import (
     activation_bytes,
+    gradient_traffic_bytes,
     largest_micro_batch,
     memory,
 )
@@ -76,10 +80,18 @@ def saved_bytes(run: RunConfig) -> int:
 def test_planned_activations_are_what_autograd_keeps(
     precision: str, model: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The plan counts what a GPU keeps; a CPU that computes bf16 in fp32 keeps more.
+    # The plan does not count what a CPU that computes bf16 in fp32 keeps in addition.
     monkeypatch.setitem(hardware.CPU_MULTIPLIES, torch.bfloat16, True)
     run = config(precision, **model)
-    assert activation_bytes(run) == pytest.approx(saved_bytes(run), rel=0.1)
+    assert activation_bytes(run, on_cpu=True) == pytest.approx(saved_bytes(run), rel=0.1)
+
+
+def test_a_gpu_keeps_less_for_its_norms_than_a_cpu() -> None:
+    run = config(n_kv_heads=2, qk_norm=True)
+    tokens, layers, d, heads, e = 2 * CONTEXT, 6, 128, 4 + 2, 32
+    norms = (2 * layers + 1) * 4 * d  # the input of each in fp32
+    less = tokens * (norms + layers * heads * ((4 + 2) * e - 4))
+    assert activation_bytes(run, on_cpu=True) - activation_bytes(run) == less
 
 
 def test_sequence_parallel_ranks_share_the_activations() -> None:
@@ -111,10 +123,18 @@ def test_each_zero_stage_shards_what_the_paper_says() -> None:
     parameters = 7.66e9
     for stage, weights, gradients in ((1, 2.0, 4.0), (2, 2.0, 4 / 64), (3, 2 / 64, 4 / 64)):
         run = RunConfig.model_validate(base | {"zero": {"stage": stage}})
-        found, buckets = memory(run, 64), (0, 4, 2)[stage - 1] * zero_sizes(run).bucket_numel
+        found, buckets = memory(run, 64), (0, 4, 4)[stage - 1] * zero_sizes(run).bucket_numel
         assert found.gradients - buckets == pytest.approx(gradients * parameters, rel=0.01)
         assert found.weights == pytest.approx(weights * parameters, rel=0.01)
         assert found.optimizer == pytest.approx(12 / 64 * parameters, rel=0.01)
+
+
+def test_secondary_shards_are_one_more_copy_of_the_weights() -> None:
+    run = config(micro_batch=1)
+    without, with_copy = (
+        memory(run.with_tables(zero=ZeroConfig(stage=3, secondary_shards=shards)), 8) for shards in (1, 4)
+    )
+    assert with_copy.weights - without.weights == 2 * parameter_count(run.model) // 4
 
 
 def test_the_plan_counts_the_configured_gradient_bucket() -> None:
@@ -126,12 +146,37 @@ def test_the_plan_counts_the_configured_gradient_bucket() -> None:
     assert default - smaller == 2 * 2 * (2**24 - 1000)  # two buckets, one fills while the other is reduced
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_plan_counts_what_a_reduction_in_fp32_costs(stage: int) -> None:
+    run = config(micro_batch=2)  # two micro-batches a step on two ranks
+    in_fp32, in_bf16 = (
+        run.with_tables(zero=ZeroConfig(stage=stage, bucket_numel=1000, reduce_dtype=dtype))
+        for dtype in ("fp32", "bf16")
+    )
+    assert gradient_traffic_bytes(in_fp32, 2) == 2 * gradient_traffic_bytes(in_bf16, 2)
+    times = 1 if stage == 1 else 2
+    assert gradient_traffic_bytes(in_fp32, 2) == 4 * parameter_count(run.model) * times
+    assert gradient_traffic_bytes(in_fp32, 1) == 0
+    more = [a.workspace + a.gradients for a in (memory(in_fp32, 2), memory(in_bf16, 2))]
+    # At stage 1 the sum of the micro-batches is in fp32 already, and a reduction in bf16 copies all of it. At
+    # stage 2 the copy of a gradient is smaller than the loss's buffers here. At stage 3 the bucket, which is
+    # still there in the update, has that dtype.
+    assert more[0] - more[1] == (-2 * parameter_count(run.model), 0, 2 * 2 * 1000)[stage - 1]
+
+
 def test_largest_micro_batch_is_the_largest_that_fits() -> None:
     run = config(micro_batch=1)
     sizes = {n: memory(config(micro_batch=n), 1).peak for n in (1, 2, 4, 8)}
     assert largest_micro_batch(run, 1, available=sizes[4]) == 4
     assert largest_micro_batch(run, 1, available=sizes[8] - 1) == 4
     assert largest_micro_batch(run, 1, available=sizes[1] - 1) is None
+
+
+def test_largest_micro_batch_of_an_enormous_batch_is_found_at_once() -> None:
+    one = config(micro_batch=1)
+    run = one.with_tables(batch=BatchConfig(global_batch_tokens=CONTEXT * 3**40, micro_batch=1))
+    available = memory(run.with_tables(batch=run.batch.with_micro_batch(1000)), 1).peak
+    assert largest_micro_batch(run, 1, available=available) == 3**6
 
 
 @pytest.mark.parametrize(

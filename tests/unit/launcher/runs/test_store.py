@@ -1,5 +1,6 @@
 """Run directories: how they are found, and how two configs differ."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 
 from gpt.run.json_file import write_json
 from gpt.run.run_dir import RunDir
-from launcher.runs.store import changed_fields, open_run
+from launcher.runs.store import changed_fields, make_next_run_folder, next_run_folder, open_run
 
 
 @pytest.fixture
@@ -40,3 +41,11 @@ def test_changed_fields_map_dotted_names_to_old_and_new() -> None:
     assert changed_fields(before, after) == {
         "b.c": [2, 5], "gone": [4, None], "new.e": [None, 6], "list.1.f": [8, 9]
     }  # fmt: skip
+
+
+def test_two_commands_at_the_same_moment_get_two_folders(tmp_path: Path) -> None:
+    (tmp_path / "a-²").mkdir()  # a digit, and no number
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: make_next_run_folder("a", tmp_path / "runs"), range(32)))
+    assert sorted(path.name for path in made) == [f"a-{number:04d}" for number in range(1, 33)]
+    assert next_run_folder("a", tmp_path) == tmp_path / "a-0001"

@@ -86,7 +86,11 @@ def test_requeued_job_is_removed_from_the_queue_after_a_stop_request(
 ) -> None:
     slurm = SlurmWithClock(monkeypatch, {0: "RUNNING", 8: "COMPLETING", 12: "PENDING"})
     assert stop(str(run.path), now=False) == 0
-    assert capsys.readouterr().err == "saving, then stopping\nremoved from the queue; it had not started\n"
+    assert capsys.readouterr().err.splitlines() == [
+        "saving, then stopping",
+        "waiting for the workers to start; they see the request then",
+        "removed from the queue; it had not started",
+    ]
     outcome = read_json(run.submission(1).outcome)
     assert outcome is not None
     assert outcome["exit_code"] == 75
@@ -250,3 +254,14 @@ def test_a_job_whose_process_was_never_seen_has_ended(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     job = give_local_job(run, alive=False)
     assert job_state(run, job.model_copy(update={"process": None, "pid": 2**22 - 1})) == "ended"
+
+
+def test_a_foreign_job_id_does_not_hide_the_other_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    slurm = FakeSlurm()
+    slurm.jobs = {"7": FakeJob()}
+    slurm.install(monkeypatch)
+    found = slurm_commands.standings(["7", "8_2", "9", "--all", "abc"])
+    assert {job_id: standing.state for job_id, standing in found.items()} == {
+        "7": "running", "8_2": "ended", "9": "ended", "--all": "unknown", "abc": "unknown",
+    }  # fmt: skip
+    assert [word for command in slurm.asked for word in command if "--jobs" in word] == ["--jobs=8_2,9"]

@@ -83,6 +83,8 @@ def test_limits_of_all_partitions_are_problems_and_those_of_one_are_warnings() -
     [
         ("preempt/partition_prio", "REQUEUE", "0", "partition p preempts without a grace time (GraceTime=0)"),
         ("preempt/partition_prio", "REQUEUE", "30", None),
+        ("preempt/partition_prio", "REQUEUE", "00:00:20", "partition p preempts with a grace time of 20 s"),
+        ("preempt/partition_prio", "REQUEUE", "1-00:00:00", None),
         (
             "preempt/partition_prio",
             "REQUEUE",

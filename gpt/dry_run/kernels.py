@@ -1,4 +1,6 @@
-"""Attention in shapes: what FlashAttention allocates, without its arithmetic.
+"""Fused kernels in shapes: what FlashAttention and torch's RMSNorm allocate on a GPU, without arithmetic.
+
+On the meta device torch would take the operations apart.
 
 # X = B·T tokens, H query heads, K key/value heads, E head width
 """
@@ -9,6 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor
 
 from gpt.model import attention
@@ -44,9 +47,35 @@ def flash_shapes(q_xhe: Tensor, k_xke: Tensor, v_xke: Tensor, documents: Documen
     return out
 
 
+class _NormShapes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    @staticmethod
+    def backward(ctx: Any, *d_outs: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG004
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
+
+
+def norm_shapes(x: Tensor, shape: tuple[int, ...], weight: Tensor, eps: float | None = None) -> Tensor:
+    """A result of the right shape, keeping what torch's fused RMSNorm does."""
+    del shape, eps
+    out: Tensor = _NormShapes.apply(x, weight)  # type: ignore[no-untyped-call]
+    return out
+
+
 @contextlib.contextmanager
 def in_shapes() -> Iterator[None]:
-    """Every kernel except the reference computes shapes, and counts as installed, inside a `with`."""
+    """RMSNorm and every kernel of attention except the reference compute shapes, inside a `with`.
+
+    The kernels of attention all count as installed.
+    """
     fused = {name: flash_shapes for name in attention.KERNELS if name != "reference"}
-    with patch.dict(attention.KERNELS, fused), patch.object(attention, "is_installed", lambda _: True):
+    with (
+        patch.dict(attention.KERNELS, fused),
+        patch.object(attention, "is_installed", lambda _: True),
+        patch.object(functional, "rms_norm", norm_shapes),
+    ):
         yield
