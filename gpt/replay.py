@@ -27,6 +27,7 @@ from gpt.run.process_control import die_with_parent
 from gpt.run.run_dir import RunDir
 from gpt.saving.restore import load_newest
 from gpt.training.metrics import REDUCTIONS
+from gpt.training.numerics import set_rounding
 from gpt.training.prefetch import Prefetcher
 from gpt.training.setup import open_reader
 from gpt.training.start_plan import BuildPlan, ResumePlan
@@ -37,7 +38,9 @@ def main(path: Path, start: int, last: int) -> None:
     """Compute the steps after `start` up to `last` of the run in `path`. Collective."""
     run_dir = RunDir(path)
     run = RunConfig.model_validate_json(run_dir.config.read_text())
+    set_rounding(is_deterministic=run.deterministic)
     world = join(run.launch.collective_timeout_s, run.parallel.sequence)
+    agree(world, world.require_device)
     build = BuildPlan.of(run, has_checkpoint=start > 0)
     manifests = agree(world, lambda: [read_manifest(source) for source, _ in build.sources])
     reader = agree(world, lambda: open_reader(run, build))
