@@ -98,7 +98,7 @@ def _build_network(attempt: Attempt, plan: BuildPlan) -> tuple[GPT, float | None
     run, world = attempt.run, attempt.world
     agree(world, lambda: choose(run.model, world.device, DTYPES[run.precision]))
     model = build_model(run, world, is_resumed=not plan.draws_weights)
-    if plan.compiles and _has_compiler(attempt):
+    if plan.compiles and has_compiler(attempt):
         agree(world, lambda: model.compile_parts(whole_rows=plan.has_whole_rows))
     peak_flops = peak_flops_per_second(world, run.precision, DTYPES[run.precision])
     if world.is_first:
@@ -107,7 +107,7 @@ def _build_network(attempt: Attempt, plan: BuildPlan) -> tuple[GPT, float | None
     return model, peak_flops
 
 
-def _has_compiler(attempt: Attempt) -> bool:
+def has_compiler(attempt: Attempt) -> bool:
     """Whether every node has the compiler. Without one, compile = "auto" warns and goes on. Collective."""
     if attempt.run.compile != "auto":
         return True  # compile_parts raises without one

@@ -19,8 +19,8 @@ def test_only_an_automatic_compilation_is_left_out_without_a_compiler(
 ) -> None:
     attempt: Any = SimpleNamespace(run=config(compile=choice), world=alone)
     monkeypatch.setattr(setup, "compiler_problem", lambda: None)
-    assert setup._has_compiler(attempt)
+    assert setup.has_compiler(attempt)
     monkeypatch.setattr(setup, "compiler_problem", lambda: "no g++")
-    assert setup._has_compiler(attempt) is goes_on  # where it does, compiling raises
+    assert setup.has_compiler(attempt) is goes_on  # where it does, compiling raises
     warning = "the network is not compiled, because a node has no C++ compiler: no g++"
     assert (warning in capsys.readouterr().out) is not goes_on
