@@ -92,6 +92,7 @@ def _run_agent(arguments: list[str], environment: dict[str, str], folder: Path, 
     import torch.distributed.run as torchrun
 
     import tests.distributed.preloaded  # noqa: F401 - loaded already, unless other tests began the server
+
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)

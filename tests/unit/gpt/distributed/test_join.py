@@ -49,7 +49,7 @@ def test_ranks_meet_over_gloo_and_name_the_sick_device() -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("forkserver")  # it imports torch once for all
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload(["tests.distributed.preloaded"])
     ranks = [context.Process(target=meet, args=(rank, port)) for rank in range(2)]
     for process in ranks:
         process.start()
