@@ -27,6 +27,10 @@ class CheckpointError(OutlastError):
     """No intact checkpoint exists where one is required, or it belongs to another model: do not restart."""
 
 
+class Diverged(OutlastError):
+    """The training no longer learns, and would not after a restart either."""
+
+
 class LaunchError(OutlastError):
     """A run cannot be found, started or stopped."""
 

@@ -17,9 +17,9 @@ from data_pipeline.errors import CheckpointError, OutlastError
 from gpt.config.run import RunConfig
 from gpt.distributed.reduction import PendingReduction
 from gpt.distributed.world import World, agree, barrier, from_first, join, total
-from gpt.distributed.zero.build import build_model
 from gpt.distributed.zero.engine import Engine
 from gpt.model.gpt import seed_dropout
+from gpt.model.hardware import is_cpu
 from gpt.optimizer.lr_schedule import learning_rate
 from gpt.run.events import Event, read_events
 from gpt.run.exit_codes import exit_code_of
@@ -27,8 +27,9 @@ from gpt.run.process_control import die_with_parent
 from gpt.run.run_dir import RunDir
 from gpt.saving.restore import load_newest
 from gpt.training.metrics import REDUCTIONS
+from gpt.training.numerics import set_rounding
 from gpt.training.prefetch import Prefetcher
-from gpt.training.setup import open_reader
+from gpt.training.setup import build_network, open_reader
 from gpt.training.start_plan import BuildPlan, ResumePlan
 from gpt.training.step import train_step
 
@@ -37,11 +38,13 @@ def main(path: Path, start: int, last: int) -> None:
     """Compute the steps after `start` up to `last` of the run in `path`. Collective."""
     run_dir = RunDir(path)
     run = RunConfig.model_validate_json(run_dir.config.read_text())
+    set_rounding(is_deterministic=run.deterministic)
     world = join(run.launch.collective_timeout_s, run.parallel.sequence)
-    build = BuildPlan.of(run, has_checkpoint=start > 0)
+    agree(world, world.require_device)
+    build = BuildPlan.of(run, has_checkpoint=start > 0, has_gpu=not is_cpu(world.device))
     manifests = agree(world, lambda: [read_manifest(source) for source, _ in build.sources])
     reader = agree(world, lambda: open_reader(run, build))
-    engine = Engine(build_model(run, world, is_resumed=start > 0), run, world)
+    engine = Engine(build_network(run, world, build, _warn), run, world)
     plan = ResumePlan.of(run)
     if start > 0:
         loaded = load_newest(run_dir, engine, world, joint_fingerprint(manifests), is_begun=True)
@@ -56,6 +59,10 @@ def main(path: Path, start: int, last: int) -> None:
     for step in range(plan.first, last + 1):
         _compute(engine, batches, world, step, plan.last)
     barrier(world)
+
+
+def _warn(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _compute(engine: Engine, batches: Prefetcher, world: World, step: int, total_steps: int) -> None:

@@ -28,9 +28,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from data_pipeline.errors import LaunchError, OutlastError
+from data_pipeline.errors import OutlastError
 from gpt.config.run import RunConfig
-from gpt.distributed.world import barrier, from_first, join
+from gpt.distributed.world import agree, barrier, from_first, join
 from gpt.run.attempts import AttemptRemoved, Superseded, failures_in_a_row
 from gpt.run.bad_nodes import record_bad_node
 from gpt.run.environment import WorkerEnvironment
@@ -70,6 +70,8 @@ def main(path: Path) -> None:
         if outcome is None and run.launch.node_check:
             outcome = _end_on_bad_nodes(attempt, environment)
             clock.lap("node check")
+        if outcome is None:
+            agree(world, world.require_device)
         outcome = outcome or set_up(attempt).train()
     except (Superseded, AttemptRemoved) as error:  # this attempt must not write any file of the run any more
         log_line(str(error))
@@ -117,8 +119,6 @@ def _end_on_bad_nodes(attempt: Attempt, environment: WorkerEnvironment) -> Attem
     action = action_on(Trigger.NODE_FAILED_CHECK, can_requeue=environment.can_requeue)
     if found.bad and action is Action.REQUEUE_ELSEWHERE:
         return AttemptOutcome(ExitCode.STOPPED, f"bad nodes: {reasons}")
-    if world.device_problem is not None:
-        raise LaunchError(world.device_problem)
     if found.bad and world.is_first:
         log_line(f"warning: {reasons}")
     return None

@@ -64,6 +64,7 @@ RULES = {
     "evaluation": Change.FREE,
     "tracking": Change.FREE,
     "launch": Change.FREE,
+    "divergence": Change.FREE,
 }
 
 

@@ -109,6 +109,16 @@ class TrackingConfig(Section):
 _LONGEST_TIMEOUT_S = 1_000_000.0
 
 
+class DivergenceConfig(Section):
+    """When a run that no longer learns ends by itself."""
+
+    max_skipped_in_a_row: Count = Field(
+        default=100,
+        description="Updates left out in a row, because the gradient was not finite, after which the run "
+        "ends (exit code 93). fp16 leaves out up to about 20 while it looks for its loss scale.",
+    )
+
+
 class LaunchConfig(Section):
     """How failures and hangs are detected and how often the run is restarted."""
 
@@ -172,6 +182,7 @@ class Tables(TypedDict, total=False):
     evaluation: EvaluationConfig
     tracking: TrackingConfig
     launch: LaunchConfig
+    divergence: DivergenceConfig
 
 
 class RunConfig(Section):
@@ -215,6 +226,7 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
     launch: LaunchConfig = LaunchConfig()
+    divergence: DivergenceConfig = DivergenceConfig()
 
     @property
     def global_batch(self) -> int:

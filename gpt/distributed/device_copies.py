@@ -49,7 +49,7 @@ class SideStream:
         `tensors` were allocated for this stream; their memory is not reused before the current one is done.
         """
         compute = torch.cuda.current_stream(self._device)
-        compute.wait_event(copied)
+        compute.wait_event(copied)  # type: ignore[arg-type]
         for tensor in tensors:
             tensor.record_stream(compute)
 

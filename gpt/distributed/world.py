@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from data_pipeline.errors import OutlastError
+from data_pipeline.errors import LaunchError, OutlastError
 from gpt.distributed.mesh import DATA, SEQUENCE, Mesh
-from gpt.model.hardware import ACCELERATORS, GPU
+from gpt.model.hardware import ACCELERATORS, GPU, Accelerator
 from gpt.model.sequence_parallel import WHOLE_SEQUENCES, SequenceGroup
 from gpt.run.environment import WorkerEnvironment
 from gpt.run.heartbeat import wait_for_ranks
@@ -59,6 +59,11 @@ class World:
         """Whether this rank counts its sequences: of the ranks that share them, only the first does."""
         return self.mesh.is_first_outside(self.rank, DATA)
 
+    def require_device(self) -> None:
+        """Raise LaunchError if this rank has no device although it should have one."""
+        if self.device_problem is not None:
+            raise LaunchError(f"rank {self.rank}: {self.device_problem}")
+
     @property
     def is_first(self) -> bool:
         """Whether this is rank 0, the one that writes shared files."""
@@ -78,19 +83,22 @@ def join(
     wanted = environment.gpus_per_node
     gpus = ACCELERATORS[gpu]
     has_gpu = gpus.is_available() if wanted is None else wanted > 0
-    problem = None
-    if has_gpu and local_rank >= gpus.count():
-        problem = f"the node has {gpus.count()} GPUs, and the run needs {wanted or local_rank + 1}"
     device = torch.device(gpu, local_rank) if has_gpu else torch.device("cpu")
-    if has_gpu and problem is None:
-        gpus.use(device)
+    problem = _problem_of(gpus, device, wanted or local_rank + 1) if has_gpu else None
     if not has_gpu:
         keep_freed_memory()
     timeout = timedelta(seconds=timeout_s)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    backend = gpus.backend if has_gpu else "gloo"
+    store = _store(rank, size, timeout)
+    backend = gpus.backend if has_gpu and _is_every_device_well(store, size, problem) else "gloo"
     dist.init_process_group(
-        backend, store=_store(rank, size, timeout), rank=rank, world_size=size, timeout=timeout
+        backend,
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=timeout,
+        # NCCL then makes later groups by splitting this one, without more connections.
+        device_id=device if backend == "nccl" else None,
     )
     control = dist.new_group(backend="gloo", timeout=timeout)
     assert control is not None
@@ -98,6 +106,29 @@ def join(
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     shared = _sequence_group(Mesh.over(size, **{SEQUENCE: sequence}), rank, timeout)
     return World(rank, size, local_rank, local_size, node, device, control, problem, shared)
+
+
+def _problem_of(gpus: Accelerator, device: torch.device, needed: int) -> str | None:
+    """Why `device` cannot be used, where a node needs `needed` of its kind; otherwise it is made current."""
+    if (device.index or 0) >= gpus.count():
+        return f"the node has {gpus.count()} GPUs, and the run needs {needed}"
+    try:
+        gpus.use(device)
+    except RuntimeError as error:  # uncorrectable memory errors, or a device that fell off the bus
+        return f"{device}: {str(error).splitlines()[0]}"
+    return None
+
+
+def _is_every_device_well(store: Store, size: int, problem: str | None) -> bool:
+    """Whether no rank has a `problem` with its device. Collective.
+
+    Asked through the store, before there is a process group: NCCL's needs the devices of all ranks. Without
+    one of them the ranks meet over gloo, for the node check to name the node.
+    """
+    store.add("ranks without a device", int(problem is not None))
+    if store.add("ranks with a known device", 1) == size:  # the last one, so that the other sum is complete
+        store.set("devices", "well" if store.add("ranks without a device", 0) == 0 else "lost")
+    return bool(wait_for_ranks(store.get, "devices") == b"well")
 
 
 def _sequence_group(mesh: Mesh, rank: int, timeout: timedelta) -> SequenceGroup:

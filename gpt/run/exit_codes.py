@@ -6,7 +6,7 @@ purpose therefore exit with 0 after rank 0 has written the code into the attempt
 
 from enum import IntEnum
 
-from data_pipeline.errors import CheckpointError, ConfigError, DataError, LaunchError, OutlastError
+from data_pipeline.errors import CheckpointError, ConfigError, DataError, Diverged, LaunchError, OutlastError
 
 
 class ExitCode(IntEnum):
@@ -35,6 +35,7 @@ _MEANINGS = {
 # The first row that matches decides, so a subclass comes before its base.
 _CODES: tuple[tuple[type[OutlastError], ExitCode], ...] = (
     (CheckpointError, ExitCode.DO_NOT_RESTART),
+    (Diverged, ExitCode.DO_NOT_RESTART),
     (ConfigError, ExitCode.BAD_INPUT),
     (DataError, ExitCode.BAD_INPUT),
     (LaunchError, ExitCode.BAD_INPUT),

@@ -27,6 +27,7 @@ class Trigger(StrEnum):
     FINISHED = "the last step is done"
     CANNOT_CONTINUE = "no intact checkpoint, or the input is wrong"
     GRADIENT_NOT_FINITE = "the gradient of a step is not finite"
+    NEVER_FINITE = "that happens divergence.max_skipped_in_a_row times in a row"
 
 
 class Action(StrEnum):
@@ -64,6 +65,7 @@ POLICIES: Mapping[Trigger, Policy] = {
     Trigger.FINISHED: Policy(Action.END),
     Trigger.CANNOT_CONTINUE: Policy(Action.END),
     Trigger.GRADIENT_NOT_FINITE: Policy(Action.SKIP_UPDATE),  # DeepSpeed skips it: see distributed/zero
+    Trigger.NEVER_FINITE: Policy(Action.END),
 }
 
 # Which trigger the exit code of a job run is, when no person has asked for a stop.

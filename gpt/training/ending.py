@@ -2,8 +2,10 @@
 
 import time
 
-from data_pipeline.errors import CheckpointError
+from data_pipeline.errors import CheckpointError, Diverged
 from data_pipeline.sampling.skip_list import Ranges
+from gpt.checkpoint.doubt import doubt_of
+from gpt.checkpoint.format import committed
 from gpt.distributed.world import from_first, total
 from gpt.run.attempts import AttemptRemoved, Superseded
 from gpt.run.exit_codes import ExitCode
@@ -37,6 +39,25 @@ def wait_to_be_killed(attempt: Attempt, step: int) -> None:
             return
         attempt.clock.heartbeat.beat(step, "waiting to be killed")
         time.sleep(_PAUSE_S)
+
+
+def refuse_endless_skips(attempt: Attempt, step: int, in_a_row: int) -> None:
+    """Raise Diverged after `step` when too many updates `in_a_row` were left out."""
+    if in_a_row < attempt.run.divergence.max_skipped_in_a_row:
+        return
+    first, run_dir = step - in_a_row + 1, attempt.run_dir
+    damaged = doubt_of(run_dir.events).not_finite
+    before = [n for n, _ in committed(run_dir.checkpoints) if n < first and n not in damaged]
+    advice = "No checkpoint from before is left: launch a new run, with other data or a lower rate"
+    if before:
+        advice = (
+            f"Go back with `outlast resume {run_dir.path} --step {before[-1]}`, and skip the data of these "
+            "steps (data.skip) or lower the rate (optimizer.peak_lr with --allow-change)"
+        )
+    raise Diverged(
+        f"the gradients of {in_a_row} steps in a row, {first} to {step}, were not finite: the run no longer "
+        f"learns. {advice}"
+    )
 
 
 def finished(attempt: Attempt) -> AttemptOutcome:

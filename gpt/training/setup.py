@@ -1,12 +1,13 @@
 """From a claimed attempt to a Trainer that is ready for its first step, by the plans of start_plan."""
 
 import time
+from collections.abc import Callable
 
 from data_pipeline.dataset.manifest import joint_fingerprint, read_manifest
 from data_pipeline.sampling.batches import BatchReader
 from data_pipeline.tokenizer.encoding import load_encoding
 from gpt.config.run import RunConfig
-from gpt.distributed.world import agree, from_first, gather
+from gpt.distributed.world import World, agree, from_first, gather
 from gpt.distributed.zero.build import DTYPES, build_model
 from gpt.distributed.zero.engine import Engine
 from gpt.model.attention import choose
@@ -97,9 +98,7 @@ def _build_network(attempt: Attempt, plan: BuildPlan) -> tuple[GPT, float | None
     """The network, and the peak FLOP/s of all devices together where that is known."""
     run, world = attempt.run, attempt.world
     agree(world, lambda: choose(run.model, world.device, DTYPES[run.precision]))
-    model = build_model(run, world, is_resumed=not plan.draws_weights)
-    if plan.compiles and _has_compiler(attempt):
-        agree(world, lambda: model.compile_parts(whole_rows=plan.has_whole_rows))
+    model = build_network(run, world, plan, log_line)
     peak_flops = peak_flops_per_second(world, run.precision, DTYPES[run.precision])
     if world.is_first:
         chosen = {"attention": model.attention_name, "peak_flops_per_second": peak_flops}
@@ -107,13 +106,24 @@ def _build_network(attempt: Attempt, plan: BuildPlan) -> tuple[GPT, float | None
     return model, peak_flops
 
 
-def _has_compiler(attempt: Attempt) -> bool:
+def build_network(run: RunConfig, world: World, plan: BuildPlan, warn: Callable[[str], None]) -> GPT:
+    """The network of `plan`, compiled if that is planned. Collective.
+
+    `warn` is called on rank 0 when compile = "auto" and a node has no compiler.
+    """
+    model = build_model(run, world, is_resumed=not plan.draws_weights)
+    if plan.compiles and has_compiler(run, world, warn):
+        agree(world, lambda: model.compile_parts(whole_rows=plan.has_whole_rows))
+    return model
+
+
+def has_compiler(run: RunConfig, world: World, warn: Callable[[str], None]) -> bool:
     """Whether every node has the compiler. Without one, compile = "auto" warns and goes on. Collective."""
-    if attempt.run.compile != "auto":
+    if run.compile != "auto":
         return True  # compile_parts raises without one
-    problem = next((found for found in gather(attempt.world, compiler_problem()) if found), None)
-    if problem is not None and attempt.world.is_first:
-        log_line(f"warning: the network is not compiled, because a node has no C++ compiler: {problem}")
+    problem = next((found for found in gather(world, compiler_problem()) if found), None)
+    if problem is not None and world.is_first:
+        warn(f"warning: the network is not compiled, because a node has no C++ compiler: {problem}")
     return problem is None
 
 

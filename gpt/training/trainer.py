@@ -29,6 +29,7 @@ from gpt.training.ending import (
     ask_to_stop_for_good,
     finished,
     is_any_rank_asked_to_stop,
+    refuse_endless_skips,
     save_and_end,
     stopped,
     wait_to_be_killed,
@@ -72,6 +73,7 @@ class Trainer:
         self._scored: dict[int, float] = {}
         self._pending: tuple[int, PendingReduction] | None = None
         self._is_time_to_save = False
+        self._skipped_in_a_row = 0
         self._metrics = MetricsWriter(attempt.run_dir, attempt.world, attempt.number)
         self._profile = Profile(attempt.run, attempt.run_dir, attempt.world)
 
@@ -204,10 +206,15 @@ class Trainer:
     def _note_events(self, step: int) -> None:
         """Record a skipped update, and the end of the first step."""
         attempt = self._attempt
-        if self._engine.was_skipped and attempt.world.is_first:
-            record_event(
-                attempt.run_dir.events, Event.UPDATE_SKIPPED, step=step, reason="non-finite gradient"
-            )
+        if not self._engine.was_skipped:
+            self._skipped_in_a_row = 0
+        else:
+            self._skipped_in_a_row += 1
+            if attempt.world.is_first:
+                record_event(
+                    attempt.run_dir.events, Event.UPDATE_SKIPPED, step=step, reason="non-finite gradient"
+                )
+            refuse_endless_skips(attempt, step, self._skipped_in_a_row)
         if step == self._plan.first:
             if self._engine.model.is_compiled:
                 attempt.clock.lap("compile", seconds=compile_seconds())

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from data_pipeline.errors import ConfigError, LaunchError
+from data_pipeline.places import without_credentials
 from gpt.run.records import Health, Sidecar, TrackingState
 from gpt.run.run_dir import RunDir, is_exported, mlflow_database_in
 from launcher.commands.mlflow_server import serve
@@ -84,7 +85,7 @@ def ui(folder: Path | None, port: int) -> int:
     folder = absolute(folder or runs_folder())
     uri = tracking_uri(folder)
     if uri.startswith(("http://", "https://")):
-        click.echo(uri)
+        click.echo(without_credentials(uri))  # an old run may have a password in it
         return 0
     database = Path(uri.removeprefix("sqlite:///"))
     if uri.startswith("sqlite:///") and not database.exists():

@@ -91,7 +91,8 @@ def _run_agent(arguments: list[str], environment: dict[str, str], folder: Path, 
     import torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler as handler
     import torch.distributed.run as torchrun
 
-    assert "deepspeed" in sys.modules, "tests.distributed.preloaded was not loaded"
+    import tests.distributed.preloaded  # noqa: F401 - loaded already, unless other tests began the server
+
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)

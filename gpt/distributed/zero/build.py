@@ -46,11 +46,14 @@ def _place_one_by_one(
 
     Unless `is_drawn`, it is on the device at once.
     """
-    place = {"device": world.device, "dtype": DTYPES[run.precision]}
+    device, dtype = world.device, DTYPES[run.precision]
     for name, planned in list(model.named_parameters()):
-        parameter = torch.nn.Parameter(torch.empty(planned.shape, **({} if is_drawn else place)))
+        empty = (
+            torch.empty(planned.shape) if is_drawn else torch.empty(planned.shape, device=device, dtype=dtype)
+        )
+        parameter = torch.nn.Parameter(empty)
         yield name, parameter
-        parameter.data = parameter.data.to(**place)
+        parameter.data = parameter.data.to(device=device, dtype=dtype)
         _replace(model, name, planned, parameter)
 
 

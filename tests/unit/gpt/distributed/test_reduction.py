@@ -44,7 +44,7 @@ def reduce_on(meeting: Path, rank: int) -> None:
 
 def test_sum_mean_and_max_share_one_collective(tmp_path: Path) -> None:
     context = multiprocessing.get_context("forkserver")  # it imports torch once for all
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload(["tests.distributed.preloaded"])
     ranks = [context.Process(target=reduce_on, args=(tmp_path / "meeting", rank)) for rank in range(3)]
     for process in ranks:
         process.start()

@@ -11,11 +11,9 @@ from torch import Tensor
 from data_pipeline.errors import ConfigError
 from gpt.config.model import ModelConfig
 from gpt.distributed.world import join
-from gpt.distributed.zero.state import StatePart
 from gpt.model import attention
 from gpt.model.hardware import ACCELERATORS, synchronize
 from gpt.run.environment import WorkerEnvironment
-from gpt.saving.snapshot import Snapshot
 from gpt.training.metrics import DeferredScalars
 
 GPU = torch.device("meta", 0)
@@ -80,15 +78,6 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     stand_in = StandIn()
     monkeypatch.setitem(ACCELERATORS, GPU.type, stand_in)
     return stand_in
-
-
-def test_snapshot_copies_to_pinned_memory_between_two_events(gpu: StandIn) -> None:
-    snapshot = Snapshot(4, GPU)
-    snapshot.take(iter([StatePart("decay", "master", 0, 4, torch.arange(4.0))]))
-    assert gpu.asked == ["pin 4", "record", "record"]
-    (content,) = snapshot.parts()
-    assert content.tolist() == [0, 1, 2, 3] and gpu.asked[3:] == ["wait"]
-    assert snapshot.device_seconds() == pytest.approx(1e-3)
 
 
 def test_numbers_of_a_step_are_copied_behind_an_event(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,7 +139,7 @@ def save_steps(folder: Path, meeting: Path, rank: int, size: int, steps: Sequenc
 def save_in_two_processes(folder: Path, steps: Sequence[int], failpoint: str = "", at: int = 0) -> bool:
     """Save `steps` from two ranks, with `failpoint` set in rank `at`; whether it killed that rank."""
     context = multiprocessing.get_context("forkserver")  # it imports torch once for all
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload(["tests.distributed.preloaded"])
     meeting = Path(tempfile.mkdtemp()) / "meeting"
     ranks = [
         context.Process(target=_rank, args=(folder, meeting, rank, steps, failpoint if rank == at else ""))

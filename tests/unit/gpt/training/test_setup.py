@@ -1,6 +1,5 @@
 """What the ranks agree on while they build the network."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,12 +14,13 @@ alone = support.alone
 
 @pytest.mark.parametrize(("choice", "goes_on"), [("auto", False), (True, True)])
 def test_only_an_automatic_compilation_is_left_out_without_a_compiler(
-    choice: Any, goes_on: bool, alone: World, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    choice: Any, goes_on: bool, alone: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    attempt: Any = SimpleNamespace(run=config(compile=choice), world=alone)
+    run, warnings = config(compile=choice), list[str]()
     monkeypatch.setattr(setup, "compiler_problem", lambda: None)
-    assert setup._has_compiler(attempt)
+    assert setup.has_compiler(run, alone, warnings.append) and not warnings
     monkeypatch.setattr(setup, "compiler_problem", lambda: "no g++")
-    assert setup._has_compiler(attempt) is goes_on  # where it does, compiling raises
-    warning = "the network is not compiled, because a node has no C++ compiler: no g++"
-    assert (warning in capsys.readouterr().out) is not goes_on
+    # Where it goes on, compiling raises.
+    assert setup.has_compiler(run, alone, warnings.append) is goes_on
+    warning = "warning: the network is not compiled, because a node has no C++ compiler: no g++"
+    assert warnings == ([] if goes_on else [warning])
