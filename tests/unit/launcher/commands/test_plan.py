@@ -57,7 +57,7 @@ def test_a_plan_needs_no_data(capsys: pytest.CaptureFixture[str]) -> None:
     needs = plan(examine(*run_tables("llama-1b", []), "slurm-h100", None).config, H100, None)
     assert needs.gpu_hours is not None
     assert rows["cost"].strip() == f"{2.5 * needs.gpu_hours:,.0f}"
-    assert rows["memory per rank: peak"].endswith("GiB, in the forward pass")
+    assert rows["memory per rank: peak"].endswith(" (before the gradients: less than the sum)")
     assert print_plan("tiny", "local", [], as_json=True, mfu=0.4, tokens=5120) == 0
     printed = capsys.readouterr()
     content = json.loads(printed.out)
