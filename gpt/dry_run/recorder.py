@@ -147,11 +147,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def _read_number(self, tensor: Tensor) -> bool | int | float:
-        """A plausible value of a scalar."""
+        """A plausible value of a scalar; integers are flags, such as that of an overflow."""
         self.wait("reads a number")
         if tensor.dtype == torch.bool:
             return False
-        return 1.0 if tensor.dtype.is_floating_point else 1
+        return 1.0 if tensor.dtype.is_floating_point else 0
 
     def _copied_away(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """The result of a copy from the device to the host; None if `name` does not copy there."""

@@ -128,8 +128,9 @@ def _gradient_bytes(config: RunConfig, world_size: int, *, on_cpu: bool) -> _Gra
         joined = 4 * parameters if parameters < _JOINED_BELOW_NUMEL else 0
         converted = 2 * parameters if zero.reduce_dtype != "fp32" else 0
         return _Gradients(4 * parameters, largest, joined + converted)
-    if zero.stage == 1 and is_accumulating:  # every rank keeps the whole gradient
-        return _Gradients(kept_width * parameters, width * numel, update, width * parameters)
+    buckets = (1 if on_cpu else 2) * width * numel
+    if zero.stage == 1 and is_accumulating:  # every rank keeps the whole gradient, and the buckets
+        return _Gradients(kept_width * parameters + buckets, 0, update, (width + converted) * numel)
     head = model.vocabulary * model.d_model
     is_large = head > numel  # such a gradient is reduced by itself, outside the bucket
     of_head = converted * head if is_large else (width + converted) * numel
@@ -138,7 +139,7 @@ def _gradient_bytes(config: RunConfig, world_size: int, *, on_cpu: bool) -> _Gra
     own = 0 if is_accumulating else width * shard
     return _Gradients(
         kept=4 * shard if is_accumulating else 0,
-        buckets=(1 if on_cpu else 2) * width * numel,
+        buckets=buckets,
         update=0 if is_accumulating else own + update,
         # Stage 1 keeps the head's gradient until the update.
         reducing=(width + converted) * numel + (width * head if zero.stage == 1 else 0),
