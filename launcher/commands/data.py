@@ -191,7 +191,8 @@ def train_encoding(sources: Sequence[str], vocab_size: int, out: Path) -> int:
     """Train a byte-level BPE with `vocab_size` ids on `sources`; the exit code. Prints its file last."""
     from data_pipeline.tokenizer.train import train_tokenizer
 
-    _require_creatable(out, "--out")
+    if not out.exists():
+        _require_creatable(out, "--out")
     if not out.absolute().parent.is_dir():
         raise ConfigError(f"--out {out}: the folder {out.absolute().parent} does not exist. Create it first.")
     encoding = train_tokenizer(sources, vocab_size, out, message=lambda text: click.echo(text, err=True))

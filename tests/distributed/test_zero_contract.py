@@ -87,9 +87,10 @@ def test_deepspeed_knows_every_key_of_the_generated_config() -> None:
     # DeepSpeed ignores misspelt top-level keys, so the names are looked up in its own constants.
     from deepspeed.runtime import constants
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.utils.config import TIMERS
 
     known = {value for value in vars(constants).values() if isinstance(value, str)}
-    known |= {"zero_optimization", "zero_force_ds_cpu_optimizer"}
+    known |= {"zero_optimization", "zero_force_ds_cpu_optimizer", TIMERS}
     config = deepspeed_config(tiny(), world_size=1, has_gpu=False)
     assert config.keys() <= known
     zero_keys = DeepSpeedZeroConfig.model_fields

@@ -40,7 +40,7 @@ def test_sinusoids_follow_the_equations_of_vaswani() -> None:
             assert table[position, 2 * i + 1].item() == pytest.approx(math.cos(angle), abs=1e-5)
 
 
-@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-6), (torch.bfloat16, 8e-3)])
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-6), (torch.bfloat16, 1.6e-2)])
 def test_rmsnorm_of_a_gpu_equals_that_of_a_cpu(
     dtype: torch.dtype, rounding: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:

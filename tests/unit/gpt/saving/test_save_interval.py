@@ -172,7 +172,7 @@ def test_steps_that_are_taken_again_are_in_doubt_no_longer(tmp_path: Path) -> No
     for step in (5, 61, 62):
         record_event(path, Event.UPDATE_SKIPPED, step=step, reason="non-finite gradient")
     record_event(path, Event.CHECKPOINT_SAVED, step=62)
-    record_event(path, Event.CHECKPOINT_NOT_FINITE, step=62)
+    record_event(path, Event.CHECKPOINT_NOT_FINITE, step=62, reason="NaN")
     assert doubt_of(path) == Doubt(frozenset({62}), frozenset({5, 61, 62}))
     record_event(path, Event.RESUMED, step=50)
     record_event(path, Event.CHECKPOINT_SAVED, step=62)

@@ -14,7 +14,7 @@ BAD = ("a\0b", "a\udcffb", "x" * 300, "loop", "loop/x", "dangling/x", "file/x", 
 OTHERS = {
     "data": "data", "hf_dir": "empty", "kind": "run", "out": "new", "run": "tiny", "run_dir": "new",
     "source": "file", "sources": "no.jsonl", "tokenizer": "outlast-4k",
-    "vocab_size": "300", "folder": "empty",
+    "vocab_size": "300", "folder": "empty", "first": "new", "second": "new", "step": "1",
 }  # fmt: skip
 NEEDED = {
     "prepare": ("tokenizer", "out")

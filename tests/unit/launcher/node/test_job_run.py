@@ -83,18 +83,16 @@ def test_failing_node_task_is_requeued_and_then_ends_with_93(tmp_path: Path) -> 
 
 def test_failure_of_another_node_ends_the_job_run(tmp_path: Path) -> None:
     run = slurm_run(tmp_path / "run", nodes=2)
-    meeting = run.submission(1).path / "meeting-slurm-7-0.json"
-    meeting.write_text("{")
+    write_json(run.submission(1).path / "meeting-slurm-7-0.json", {"address": "127.0.0.1", "port": 1})
+    (run.submission(1).path / "node-1.log").mkdir()
     done = start_job_run(run, node=1, nodes=2)
-    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "{}"), (
-        done.stderr
-    )  # srun ends nobody for it
-    assert (
-        start_job_run(run, node=0, nodes=2).returncode == -9
-    )  # without it torchrun would wait for the other
+    # srun ends nobody for it.
+    assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["{}"]), done.stderr
+    # Without the report torchrun would wait for the other node.
+    assert start_job_run(run, node=0, nodes=2).returncode == -9
     [requeued] = events(run, "requeued")
     assert requeued["failed"]
-    cause = "the workers ended without a result (torchrun: -9); node 127.0.0.2: the node task failed: ConfigE"
+    cause = "the workers ended without a result (torchrun: -9); node 127.0.0.2: the node task failed: IsADir"
     assert requeued["cause"].startswith(cause)
 
 
