@@ -73,7 +73,7 @@ def export(
             try:
                 files = _write_weights(reader, run.model, temporary, DTYPES[dtype], shard_bytes)
             except Corrupt as error:
-                print(f"the checkpoint of step {found} is corrupt and passed over: {error}", file=sys.stderr)
+                print(f"the checkpoint of step {found} is corrupt and skipped: {error}", file=sys.stderr)
                 continue
             architecture = _write_config(run.model, temporary, dtype, encoding.end_of_text)
             for path in temporary.iterdir():  # safetensors makes its files readable by their owner alone

@@ -183,7 +183,7 @@ class Mirror:
     ) -> int | None:
         """Fetch the newest intact checkpoint after step `newer_than` into `checkpoints`; its step, or None.
 
-        `report` receives a line about each checkpoint that is passed over.
+        `report` receives a line about each checkpoint that is skipped.
         """
         for step in reversed(self.steps()):
             if step <= newer_than:

@@ -119,7 +119,7 @@ class CheckpointReader:
 def intact_candidates(run_dir: RunDir, step: int | None) -> Iterator[tuple[int, CheckpointReader]]:
     """Step and reader of the checkpoint of `step`, or of every checkpoint, newest first.
 
-    A checkpoint with a corrupt index is reported and passed over; a corrupt rank file raises Corrupt when it
+    A checkpoint with a corrupt index is reported and skipped; a corrupt rank file raises Corrupt when it
     is read. Raises ConfigError when there is no such checkpoint.
     """
     candidates = [(s, folder) for s, folder in committed(run_dir.checkpoints) if step in (None, s)]
@@ -132,6 +132,6 @@ def intact_candidates(run_dir: RunDir, step: int | None) -> Iterator[tuple[int, 
         try:
             reader = CheckpointReader(folder)
         except Corrupt as error:
-            print(f"{folder.name} is passed over: {error}", file=sys.stderr)
+            print(f"{folder.name} is skipped: {error}", file=sys.stderr)
             continue
         yield found, reader

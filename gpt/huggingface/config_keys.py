@@ -1,6 +1,6 @@
 """The keys of config.json that describe GPT-2, Llama, Mistral or Qwen3, as the [model] table of a run.
 
-A key is read with the type that transformers gives it. Keys without a field here are passed over, as
+A key is read with the type that transformers gives it. Keys without a field here are ignored, as
 transformers passes over keys that its class does not have. Torch-free.
 """
 

@@ -61,7 +61,7 @@ def from_run(run_dir: RunDir, step: int | None = None) -> LoadedModel:
         try:
             gpt = _filled(run.model, reader.parameter)
         except Corrupt as error:
-            print(f"the checkpoint of step {found} is corrupt and passed over: {error}", file=sys.stderr)
+            print(f"the checkpoint of step {found} is corrupt and skipped: {error}", file=sys.stderr)
             continue
         return LoadedModel(gpt, encoding, {encoding.end_of_text}, found)
     raise CheckpointError(f"{run_dir.path} has no intact checkpoint" + (f" of step {step}" if step else ""))

@@ -26,7 +26,7 @@ class ExitCode(IntEnum):
 
 _MEANINGS = {
     ExitCode.FINISHED: "done",
-    ExitCode.FAILED: "anything else",
+    ExitCode.FAILED: "any other failure",
     ExitCode.BAD_INPUT: "the input is wrong",
     ExitCode.STOPPED: "stopped with everything saved, start again to continue",
     ExitCode.DO_NOT_RESTART: "do not restart",

@@ -1,6 +1,6 @@
 """Reads JSONL files that another process appends to: whole at once, or only what is new.
 
-A line that is torn, garbled or not an object is passed over, and so is a line that a checking function
+A line that is torn, garbled or not an object is skipped, and so is a line that a checking function
 refuses: one bad line never hides the others.
 """
 

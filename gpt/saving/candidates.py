@@ -50,10 +50,10 @@ class Candidates:
         return self._fetch(fetch, "no checkpoint is fetched from the mirror")
 
     def note_corrupt(self, folder: Path, reason: str) -> None:
-        """Record that the checkpoint in `folder` is corrupt and is passed over."""
+        """Record that the checkpoint in `folder` is corrupt and skipped."""
         if self._world.is_first:
             record_event(self._run_dir.events, Event.CHECKPOINT_REJECTED, path=folder.name, reason=reason)
-            _log(f"checkpoint {folder.name} is corrupt and passed over: {reason}")
+            _log(f"checkpoint {folder.name} is corrupt and skipped: {reason}")
 
     def continue_from(self, step: int, folder: Path, newer: Sequence[Path]) -> None:
         """Reject the newer checkpoints, which are corrupt, and record that the run continues from `step`."""

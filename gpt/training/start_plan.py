@@ -1,7 +1,7 @@
 """What an attempt opens, builds and resumes, as pure functions.
 
 gpt.training.setup carries the plans out. The first plan needs the config alone; the second one also needs the
-checkpoint that was loaded, since a corrupt one is passed over.
+checkpoint that was loaded, since a corrupt one is skipped.
 """
 
 from collections.abc import Mapping

@@ -50,7 +50,7 @@ class NodeIdentity:
 
     @property
     def is_first(self) -> bool:
-        """Whether this node task speaks for the job."""
+        """Whether this is the first node, whose task decides for the whole job."""
         return self.node == 0
 
 
