@@ -27,7 +27,6 @@ class Trigger(StrEnum):
     FINISHED = "the last step is done"
     CANNOT_CONTINUE = "no intact checkpoint, or the input is wrong"
     GRADIENT_NOT_FINITE = "the gradient of a step is not finite"
-    NEVER_FINITE = "that happens divergence.max_skipped_in_a_row times in a row"
 
 
 class Action(StrEnum):
@@ -46,8 +45,9 @@ class Policy:
     """The action on a trigger; once it has happened `limit` times in a row, `beyond` instead."""
 
     action: Action
-    limit: str | None = None  # a field of [launch]
+    limit: str | None = None  # a field of `table`
     beyond: Action = Action.END
+    table: str = "launch"  # of the run config
 
 
 POLICIES: Mapping[Trigger, Policy] = {
@@ -64,8 +64,8 @@ POLICIES: Mapping[Trigger, Policy] = {
     Trigger.STOPPED_BY_PERSON: Policy(Action.END),
     Trigger.FINISHED: Policy(Action.END),
     Trigger.CANNOT_CONTINUE: Policy(Action.END),
-    Trigger.GRADIENT_NOT_FINITE: Policy(Action.SKIP_UPDATE),  # DeepSpeed skips it: see distributed/zero
-    Trigger.NEVER_FINITE: Policy(Action.END),
+    # DeepSpeed skips it: see distributed/zero.
+    Trigger.GRADIENT_NOT_FINITE: Policy(Action.SKIP_UPDATE, limit="max_skipped_in_a_row", table="divergence"),
 }
 
 # Which trigger the exit code of a job run is, when no person has asked for a stop.
@@ -81,8 +81,8 @@ TRIGGERS: Mapping[ExitCode, Trigger] = {
 def action_on(trigger: Trigger, *, count: int = 1, limits: object = None, can_requeue: bool = True) -> Action:
     """The action when `trigger` has happened `count` times in a row.
 
-    `limits` is the [launch] table of the run config. Where the scheduler cannot requeue, END replaces
-    REQUEUE.
+    `limits` is the table of the run config that the policy names. Where the scheduler cannot requeue, END
+    replaces REQUEUE.
     """
     policy = POLICIES[trigger]
     if policy.limit is not None and count >= getattr(limits, policy.limit):

@@ -151,7 +151,7 @@ class _Timeline:
             case Event.ATTEMPT_STARTED:
                 self._begin(event, time)
             case Event.HANG:
-                self._newest_sign(time, Category.HANG)
+                self._hang(time)
             case Event.CHECKPOINT_SAVED:
                 self._sign(time)
                 self._add_to(self.stalls, event.get("stall_s"))
@@ -196,7 +196,7 @@ class _Timeline:
                 return
             self._give(attempt, begin, Category.START)
             self._give(attempt, time, _PHASES.get(event["name"], Category.START))
-        elif not self._phases or not self._is_open:
+        else:  # of the next attempt
             self._end(self.at)
             self._phases.append((begin, time, event["name"]))
 
@@ -224,13 +224,12 @@ class _Timeline:
             self.at = max(self.at, time)
             attempt.end = self.at
 
-    def _newest_sign(self, time: float, category: Category) -> None:
+    def _hang(self, time: float) -> None:
         """The newest attempt hung until `time`."""
         if self._is_open:
-            attempt = self.attempts[-1]
-            attempt.how = Event.HANG
+            self.attempts[-1].how = Event.HANG
             self._end(self.at)
-            self._pass(time, category)
+            self._pass(time, Category.HANG)
             self._waiting = Category.RECOVERY
 
     def _end(self, time: float) -> None:

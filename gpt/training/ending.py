@@ -9,6 +9,7 @@ from gpt.checkpoint.format import committed
 from gpt.distributed.world import from_first, total
 from gpt.run.attempts import AttemptRemoved, Superseded
 from gpt.run.exit_codes import ExitCode
+from gpt.run.failure_policy import Action, Trigger, action_on
 from gpt.run.json_file import retry_on_oserror
 from gpt.run.records import StopRequest
 from gpt.saving.saver import Saver
@@ -43,7 +44,8 @@ def wait_to_be_killed(attempt: Attempt, step: int) -> None:
 
 def refuse_endless_skips(attempt: Attempt, step: int, in_a_row: int) -> None:
     """Raise Diverged after `step` when too many updates `in_a_row` were left out."""
-    if in_a_row < attempt.run.divergence.max_skipped_in_a_row:
+    limits = attempt.run.divergence
+    if action_on(Trigger.GRADIENT_NOT_FINITE, count=in_a_row, limits=limits) is Action.SKIP_UPDATE:
         return
     first, run_dir = step - in_a_row + 1, attempt.run_dir
     damaged = doubt_of(run_dir.events).not_finite

@@ -22,6 +22,13 @@ cluster_option = click.option(
     metavar="C",
     help="A TOML file, or a name in cluster_configs.",
 )
+mfu_option = click.option(
+    "--mfu",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    default=0.4,
+    show_default=True,
+    help="The fraction of the accelerators' peak FLOPs that the estimated time assumes.",
+)
 nodes_option = click.option(
     "--nodes",
     type=click.IntRange(min=1),

@@ -10,6 +10,7 @@ from launcher.cli.options import (
     cluster_option,
     detach_option,
     example,
+    mfu_option,
     nodes_option,
     processes_option,
     set_option,
@@ -47,13 +48,7 @@ def demo(out: Path) -> int:
 @cluster_option
 @set_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
-@click.option(
-    "--mfu",
-    type=click.FloatRange(min=0, max=1, min_open=True),
-    default=0.4,
-    show_default=True,
-    help="The fraction of the accelerators' peak FLOPs that the time estimate assumes.",
-)
+@mfu_option
 @click.option(
     "--trace",
     "is_traced",
@@ -137,13 +132,7 @@ def init(recipe: str) -> int:
 @cluster_option
 @set_option
 @click.option("--days", type=click.FloatRange(min=0, min_open=True), help="Days without any failure.")
-@click.option(
-    "--mfu",
-    type=click.FloatRange(min=0, max=1, min_open=True),
-    default=0.4,
-    show_default=True,
-    help="The fraction of the accelerators' peak FLOPs that the days are computed with.",
-)
+@mfu_option
 @click.option(
     "--history",
     "histories",

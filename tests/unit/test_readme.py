@@ -20,7 +20,7 @@ from data_pipeline.config_file import Section, validate
 from data_pipeline.prepare import pipeline
 from gpt.checkpoint.format import INDEX_NAME, step_name
 from gpt.config.resume_rules import RULES, Change
-from gpt.config.run import LaunchConfig, RunConfig
+from gpt.config.run import RunConfig
 from gpt.run.exit_codes import ExitCode
 from gpt.run.failure_policy import POLICIES, TRIGGERS, Action, Policy
 from gpt.run.run_dir import (
@@ -273,7 +273,7 @@ def called_by(path: Path, function: str) -> set[str]:
 def action_in_words(policy: Policy) -> str:
     if policy.limit is None:
         return policy.action.value
-    return f"{policy.action.value}; after `launch.{policy.limit}` in a row, {policy.beyond.value}"
+    return f"{policy.action.value}; after `{policy.table}.{policy.limit}` in a row, {policy.beyond.value}"
 
 
 def exit_code_rows() -> list[list[str]]:
@@ -291,7 +291,9 @@ def test_the_table_of_exit_codes_is_that_of_the_code() -> None:
 def test_the_table_of_failures_is_that_of_the_code() -> None:
     table = section("When something fails").partition("gpt/run/failure_policy.py")[2]
     assert rows(table)[1:] == policy_rows()
-    assert {policy.limit for policy in POLICIES.values()} - {None} <= set(LaunchConfig.model_fields)
+    for policy in POLICIES.values():
+        limits = RunConfig.model_fields[policy.table].annotation
+        assert policy.limit is None or policy.limit in limits.model_fields  # type: ignore[union-attr]
     assert Action.REQUEUE.value in table
 
 

@@ -12,7 +12,7 @@ from data_pipeline.errors import (
     LaunchError,
     OutlastError,
 )
-from gpt.config.run import LaunchConfig
+from gpt.config.run import DivergenceConfig, LaunchConfig
 from gpt.run.attempts import Superseded
 from gpt.run.environment import Variable, WorkerEnvironment
 from gpt.run.events import Event, read_events, record_event
@@ -112,7 +112,8 @@ def test_outcome_and_job_keep_their_keys_on_disk() -> None:
 def test_every_trigger_has_a_policy_and_every_exit_code_a_trigger() -> None:
     assert set(POLICIES) == set(Trigger)
     assert set(TRIGGERS) == set(ExitCode)
-    assert all(policy.limit in (None, *LaunchConfig.model_fields) for policy in POLICIES.values())
+    fields = {"launch": LaunchConfig.model_fields, "divergence": DivergenceConfig.model_fields}
+    assert all(policy.limit in (None, *fields[policy.table]) for policy in POLICIES.values())
 
 
 def test_limit_and_scheduler_decide_what_follows_a_failure() -> None:
