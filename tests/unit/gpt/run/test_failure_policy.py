@@ -1,4 +1,4 @@
-"""The table of policies is complete, bounded by fields of the run config, and never requeues where it cannot."""
+"""The table of policies is complete, bounded by the run config, and never requeues where it cannot."""
 
 import pytest
 
