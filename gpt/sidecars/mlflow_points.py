@@ -1,57 +1,30 @@
 """Which lines of metrics.jsonl MLflow still lacks, although an attempt may cut it back and write it anew.
 
 A line is known by its step, its time and the byte where it begins. As long as the last line that was sent is
-still in its place, the record has only grown, and reading goes on behind it. Otherwise reading goes on behind
+still in its place, the record has only grown, and reading continues after it. Otherwise it continues after
 the newest of the remembered lines that is still there.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
+from gpt.run.json_file import open_regular
+from gpt.run.line_reader import Line, object_of, raw_lines
+from gpt.run.record import checked_step
 from gpt.run.records import SentLine
 
 _MARKS = 64
-_LONGEST_LINE_BYTES = 1 << 22
 
 
-def is_step_line(line: object) -> TypeGuard[dict[str, Any]]:
-    """Whether a line of the record is an object with a step and a time."""
-    if not isinstance(line, dict):
-        return False
-    step, time = line.get("step"), line.get("time")
-    return (
-        isinstance(step, int)
-        and not isinstance(step, bool)
-        and isinstance(time, (int, float))
-        and not isinstance(time, bool)
-        and time >= 0
-    )
-
-
-def line_at(path: Path, mark: SentLine) -> tuple[dict[str, Any], int] | None:
+def line_at(path: Path, mark: SentLine) -> tuple[Line, int] | None:
     """The line of `mark` as it is now, and the byte after it; None if another line or no file is there.
 
-    Raises OSError when the file cannot be read at this moment, which says nothing about its lines.
+    Raises OSError or ConfigError when the file cannot be read, which says nothing about its lines.
     """
-    try:
-        with path.open("rb") as file:
-            file.seek(mark.begins)
-            raw = file.readline(_LONGEST_LINE_BYTES)
-    except FileNotFoundError:
-        return None
-    try:
-        line = json.loads(raw) if raw.endswith(b"\n") else None
-    except (ValueError, RecursionError):
-        return None
-    if (
-        not isinstance(line, dict)
-        or not is_step_line(line)
-        or (line.get("step"), line.get("time")) != (mark.step, mark.time)
-    ):
-        return None
-    return line, mark.begins + len(raw)
+    for line, found, end in lines_from(path, mark.begins):
+        return (line, end) if found == mark else None
+    return None
 
 
 def still_there(path: Path, marks: Sequence[SentLine]) -> tuple[SentLine, ...]:
@@ -78,25 +51,18 @@ def marked(path: Path, step: int) -> tuple[SentLine, ...]:
     return found
 
 
-def lines_from(path: Path, offset: int) -> Iterator[tuple[dict[str, Any], SentLine, int]]:
+def lines_from(path: Path, offset: int) -> Iterator[tuple[Line, SentLine, int]]:
     """The complete lines of steps from byte `offset`, each with its mark and the byte after it."""
     try:
-        file = path.open("rb")
+        file = open_regular(path)
     except FileNotFoundError:
         return
     with file:
-        file.seek(offset)
-        end = offset
-        for raw in file:
-            if not raw.endswith(b"\n"):
-                return
-            begins, end = end, end + len(raw)
-            try:
-                line = json.loads(raw)
-            except (ValueError, RecursionError):
-                continue  # a line torn by a kill and appended to by the next attempt
-            if is_step_line(line):
+        begins = file.seek(offset)
+        for raw, end in raw_lines(file):
+            if (line := checked_step(object_of(raw) or {})) is not None:
                 yield line, SentLine(step=line["step"], begins=begins, time=line["time"]), end
+            begins = end
 
 
 def remove_points(client: Any, run_id: str, after_step: int) -> bool:
