@@ -67,7 +67,7 @@ def _show(found: Goodput) -> None:
         f"goodput {found.share:.1%}: {duration(trained_s)} of training steps in {duration(active_s)}",
         highlight=False,
     )
-    console.print(f"{productive:,.1f} of {used:,.1f} process hours were productive", highlight=False)
+    console.print(f"{productive:,.2f} of {used:,.2f} process hours were productive", highlight=False)
     console.print(_table(found))
     if len(found.attempts) > 1:
         console.print(_attempts(found.attempts))
